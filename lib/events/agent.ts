@@ -1,0 +1,70 @@
+import { Type } from '@sinclair/typebox'
+import { known, markedFamily, Thin } from './schema.ts'
+
+const session = {
+  id: Type.String(),
+  environment_type: known('none', 'openai_hosted', 'self_hosted'),
+  environment_id: Type.Optional(Type.String())
+}
+
+const sample = {
+  id: 'session_685c059ae39c8190',
+  environment_type: 'openai_hosted',
+  environment_id: 'env_685c059ae39c8190'
+}
+
+export const agent = markedFamily({
+  'agent.environment.expired': {
+    description: 'Sent when an agent environment expires. data.id is the environment id.',
+    data: Thin,
+    sample: { id: 'env_685c059ae39c8190' }
+  },
+  'agent.environment.failed': {
+    description: 'Sent when setup of a prewarmed environment fails. data.id is the environment id.',
+    data: Thin,
+    sample: { id: 'env_685c059ae39c8190' }
+  },
+  'agent.environment.ready': {
+    description: 'Sent when a prewarmed environment is ready. data.id is the environment id.',
+    data: Thin,
+    sample: { id: 'env_685c059ae39c8190' }
+  },
+  'agent.environment.suspended': {
+    description: 'Sent when an agent environment is suspended. data.id is the environment id.',
+    data: Thin,
+    sample: { id: 'env_685c059ae39c8190' }
+  },
+  'agent.session.action_required': {
+    description: 'Sent when an agent session requires an action.',
+    data: Type.Object({
+      id: Type.String(),
+      required_action: Type.Object({
+        type: known('computer_use_approval_request', 'function_call', 'environment_connection')
+      })
+    }),
+    sample: { id: 'session_685c059ae39c8190', required_action: { type: 'function_call' } }
+  },
+  'agent.session.created': {
+    description: 'Sent when an agent session is created.',
+    data: Type.Object({
+      ...session,
+      connect: Type.Optional(Type.Object({ remote_url: Type.String() }))
+    }),
+    sample: { ...sample, environment_type: 'self_hosted', connect: { remote_url: 'wss://api.openai.com/v1/agents/connect' } }
+  },
+  'agent.session.failed': {
+    description: 'Sent when an agent session fails.',
+    data: Type.Object(session),
+    sample
+  },
+  'agent.session.idle': {
+    description: 'Sent when an agent session becomes idle.',
+    data: Type.Object(session),
+    sample
+  },
+  'agent.session.in_progress': {
+    description: 'Sent when an agent session starts processing a turn.',
+    data: Type.Object(session),
+    sample
+  }
+})

@@ -1,0 +1,55 @@
+import { Type } from '@sinclair/typebox'
+import { guideFamily } from './schema.ts'
+
+const id = Type.String()
+const text = Type.Optional(Type.String())
+const count = Type.Optional(Type.Integer())
+const counts = Type.Optional(Type.Object({ total: Type.Integer(), completed: Type.Integer(), failed: Type.Integer() }))
+const failure = Type.Optional(Type.Object({ message: Type.String(), code: Type.String() }))
+
+/**
+ * Events that a community guide describes and OpenAI does not send today, and the guide's fuller shapes of
+ * `batch.completed` and `batch.failed`.
+ */
+export const guideEntries = guideFamily({
+  'batch.created': {
+    description: 'The guide: a batch was created.',
+    data: Type.Object({ id, object: text, endpoint: text, status: text }),
+    sample: { id: 'batch_abc123', object: 'batch', endpoint: '/v1/chat/completions', status: 'validating' }
+  },
+  'batch.in_progress': {
+    description: 'The guide: a batch has started.',
+    data: Type.Object({ id, status: text, request_counts: counts }),
+    sample: { id: 'batch_abc123', status: 'in_progress', request_counts: { total: 100, completed: 45, failed: 2 } }
+  },
+  'batch.completed': {
+    description: 'Sent when a batch API request has been completed, with the fields that the guide shows.',
+    data: Type.Object({ id, status: text, output_file_id: text, request_counts: counts }),
+    sample: {
+      id: 'batch_abc123',
+      status: 'completed',
+      output_file_id: 'file-xyz789',
+      request_counts: { total: 100, completed: 98, failed: 2 }
+    }
+  },
+  'batch.failed': {
+    description: 'Sent when a batch API request has failed, with the fields that the guide shows.',
+    data: Type.Object({ id, status: text, errors: failure }),
+    sample: { id: 'batch_abc123', status: 'failed', errors: { message: 'Batch processing failed', code: 'batch_error' } }
+  },
+  'fine_tune.completed': {
+    description: 'The guide: a fine-tune has completed.',
+    data: Type.Object({ id, model: text, status: text, trained_tokens: count }),
+    sample: { id: 'ft-abc123', model: 'gpt-4o:ft-acme-2025-01-01', status: 'succeeded', trained_tokens: 50000 }
+  },
+  'fine_tune.failed': {
+    description: 'The guide: a fine-tune has failed.',
+    data: Type.Object({ id, status: text, error: failure }),
+    sample: { id: 'ft-abc123', status: 'failed', error: { message: 'Training data invalid', code: 'invalid_training_data' } }
+  },
+  'file.processed': {
+    description: 'The guide: a file has been processed.',
+    data: Type.Object({ id, purpose: text, status: text, bytes: count }),
+    sample: { id: 'file-abc123', purpose: 'fine-tune', status: 'processed', bytes: 1048576 }
+  }
+})

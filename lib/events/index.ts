@@ -1,0 +1,51 @@
+import type { Static, TSchema } from '@sinclair/typebox'
+import { agent } from './agent.ts'
+import { batch } from './batch.ts'
+import { call } from './call.ts'
+import { evals } from './eval.ts'
+import { fineTuning } from './fine-tuning.ts'
+import { guideEntries } from './guide.ts'
+import { response } from './response.ts'
+import { safety, safetyIdentifier } from './safety.ts'
+import type { EventEntry } from './schema.ts'
+import { video } from './video.ts'
+
+/**
+ * Every event type that OpenAI documents or accepts (openai-node 7.55 `UnwrapWebhookEvent` and
+ * `WebhookCreateParams.event_types`, openai-python `types/webhooks`). The one list: schemas, TypeScript types,
+ * names, docs/events.md and samples derive from it.
+ */
+export const officialEntries = {
+  ...agent,
+  ...batch,
+  ...call,
+  ...evals,
+  ...fineTuning,
+  ...response,
+  ...safety,
+  ...safetyIdentifier,
+  ...video
+}
+
+export { guideEntries }
+
+type SchemasOf<Entries extends Record<string, EventEntry>> = { [Name in keyof Entries]: Entries[Name]['schema'] }
+
+/** The TypeScript types of a set of schemas, for declaration merging into `OpenAIWebhookEvents`. */
+export type EventsOf<Schemas extends Record<string, TSchema>> = { [Name in keyof Schemas]: Static<Schemas[Name]> }
+
+export type OfficialEvents = EventsOf<SchemasOf<typeof officialEntries>>
+
+export const officialEvents = schemasOf(officialEntries)
+
+/**
+ * Schemas for the `events` option: the 5 event types that only a community guide describes, and its fuller
+ * `batch.completed` and `batch.failed`. In all of them `id`, `created_at` and `object` may be absent.
+ */
+export const guideEvents = schemasOf(guideEntries)
+
+export type GuideEvents = EventsOf<typeof guideEvents>
+
+function schemasOf<Entries extends Record<string, EventEntry>> (entries: Entries): SchemasOf<Entries> {
+  return Object.fromEntries(Object.entries(entries).map(([name, { schema }]) => [name, schema])) as never
+}

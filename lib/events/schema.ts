@@ -1,0 +1,60 @@
+import { Type } from '@sinclair/typebox'
+import type { Static, TLiteral, TObject, TSchema, TUnsafe } from '@sinclair/typebox'
+
+type Envelope = { id: TSchema, created_at: TSchema, object: TSchema }
+
+/** Objects are open: fields that are not listed are accepted and kept. */
+export type EventSchema<Name extends string, Data extends TSchema, Head extends Envelope> =
+  TObject<Head & { type: TLiteral<Name>, data: Data }>
+
+export interface EventEntry<Schema extends TSchema = TSchema> {
+  /** One sentence: when it is sent. */
+  readonly description: string
+  readonly schema: Schema
+  /** A realistic `data` object; the envelope is added where a whole event is needed. */
+  readonly sample: object
+}
+
+type Entries<Data extends Record<string, TSchema>> = {
+  [Name in keyof Data]: { description: string, data: Data[Name], sample: Static<Data[Name]> }
+}
+
+type Family<Data extends Record<string, TSchema>, Head extends Envelope> = {
+  [Name in keyof Data & string]: EventEntry<EventSchema<Name, Data[Name], Head>>
+}
+
+/** A family whose events may come without `object: 'event'`. */
+export function family<Data extends Record<string, TSchema>> (entries: Entries<Data>): Family<Data, typeof standard> {
+  return build(entries, standard) as never
+}
+
+/** A family whose events always carry `object: 'event'`. */
+export function markedFamily<Data extends Record<string, TSchema>> (entries: Entries<Data>): Family<Data, typeof marked> {
+  return build(entries, marked) as never
+}
+
+/** Events of the community guide: `type` and `data`; the rest of the envelope may be absent. */
+export function guideFamily<Data extends Record<string, TSchema>> (entries: Entries<Data>): Family<Data, typeof sparse> {
+  return build(entries, sparse) as never
+}
+
+const marker = Type.Literal('event')
+const marked = { id: Type.String(), created_at: Type.Integer(), object: marker }
+const standard = { ...marked, object: Type.Optional(marker) }
+const sparse = { id: Type.Optional(marked.id), created_at: Type.Optional(marked.created_at), object: standard.object }
+
+function build (entries: Entries<Record<string, TSchema>>, envelope: Envelope): Record<string, EventEntry> {
+  return Object.fromEntries(Object.entries(entries).map(([name, { description, data, sample }]) => [name, {
+    description,
+    sample: sample as object,
+    schema: Type.Object({ ...envelope, type: Type.Literal(name), data })
+  }]))
+}
+
+/** The thin payload most events have: the id of the resource to fetch. */
+export const Thin = Type.Object({ id: Type.String() })
+
+/** An enum of which only some values are known: any string is accepted, editors suggest the known ones. */
+export function known<const Values extends readonly string[]> (...values: Values): TUnsafe<Values[number] | (string & {})> {
+  return Type.Unsafe<Values[number] | (string & {})>(Type.String({ examples: values }))
+}
