@@ -1,0 +1,87 @@
+import { statSync } from 'node:fs'
+import { InvalidOptions } from '../errors.ts'
+
+/** What node:sqlite, better-sqlite3 and libsql share. */
+export interface SqliteStatement {
+  run (...parameters: Array<string | number | null>): { changes: number | bigint }
+  get (...parameters: Array<string | number | null>): unknown
+  all (...parameters: Array<string | number | null>): unknown[]
+}
+
+/** A synchronous SQLite handle: node:sqlite's `DatabaseSync`, better-sqlite3's or libsql's `Database`. */
+export interface SqliteDatabase {
+  exec (sql: string): unknown
+  prepare (sql: string): SqliteStatement
+}
+
+/** ms; how long a write waits for another process's, where the handle has no wait of its own. It blocks the event loop. */
+const BUSY_TIMEOUT = 1_000
+
+/** The user's handle, made ready: write-ahead log with one fsync a commit, so that what was committed survives. */
+export class Database {
+  readonly #db: SqliteDatabase
+  readonly #file: string
+  readonly #inode: number | undefined
+
+  constructor (db: SqliteDatabase, schema: string) {
+    if (typeof db?.exec !== 'function' || typeof db.prepare !== 'function') {
+      throw new InvalidOptions('expected an open SQLite handle (node:sqlite, better-sqlite3 or libsql), which has exec() and prepare()')
+    }
+    this.#db = db
+    // First: another process may be recovering the log that a crash left behind.
+    const [busy] = db.prepare('PRAGMA busy_timeout').all() as [{ timeout: number }]
+    if (busy.timeout === 0) db.exec(`PRAGMA busy_timeout = ${BUSY_TIMEOUT}`)
+    db.exec('PRAGMA journal_mode = WAL')
+    db.exec('PRAGMA synchronous = FULL')
+    db.exec(schema)
+    const [main] = db.prepare('PRAGMA database_list').all() as [{ file: string | null }]
+    this.#file = main.file as string
+    // In memory it has none, told as '' or null.
+    this.#inode = main.file ? statSync(main.file).ino : undefined
+  }
+
+  /** A query. */
+  prepare (sql: string): SqliteStatement {
+    return this.#db.prepare(sql)
+  }
+
+  /** A statement that writes: each run of it is a commit. @returns how many rows it changed */
+  prepareWrite (sql: string): (...parameters: Parameters<SqliteStatement['run']>) => number {
+    const statement = this.#db.prepare(sql)
+    return (...parameters) => this.transaction(() => Number(statement.run(...parameters).changes))
+  }
+
+  /**
+   * Commits what `work` writes, or none of it.
+   *
+   * The lock is taken by exec(): a prepared statement of libsql's that finds the file locked stays open, and whatever
+   * another statement writes next then succeeds without ever being committed. It also fails inside a transaction that
+   * the user has open on the handle, which could yet be rolled back.
+   */
+  transaction<T> (work: () => T): T {
+    this.#db.exec('BEGIN IMMEDIATE')
+    try {
+      const result = work()
+      this.#db.exec('COMMIT')
+      return result
+    } catch (error) {
+      try {
+        this.#db.exec('ROLLBACK')
+      } catch {
+        // Such as a full disk: SQLite has rolled back by itself.
+      }
+      throw error
+    }
+  }
+
+  /**
+   * SQLite goes on writing to a file that was deleted, replaced or emptied, and what it commits is gone with the process.
+   *
+   * @throws when the file is not the one that was opened
+   */
+  assertFile (): void {
+    if (this.#inode === undefined) return
+    const { ino, size } = statSync(this.#file)
+    if (ino !== this.#inode || size === 0) throw new Error(`the SQLite file ${this.#file} was ${size === 0 ? 'emptied' : 'replaced'} while it was open`)
+  }
+}

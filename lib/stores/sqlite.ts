@@ -1,0 +1,94 @@
+import { randomUUID } from 'node:crypto'
+import { Database } from '../sqlite/database.ts'
+import type { SqliteDatabase } from '../sqlite/database.ts'
+import { UNFINISHED_RETENTION } from './store.ts'
+import type { Claim, IdempotencyStore } from './store.ts'
+
+// `ends` is the end of the lease while there is a token, `forget` when the row may go. All times are ms since the epoch.
+const SCHEMA = `
+  CREATE TABLE IF NOT EXISTS openai_webhook_deliveries (
+    key TEXT PRIMARY KEY,
+    token TEXT,
+    done INTEGER NOT NULL DEFAULT 0,
+    finished TEXT NOT NULL DEFAULT '[]',
+    ends INTEGER NOT NULL,
+    forget INTEGER NOT NULL
+  ) WITHOUT ROWID;
+  CREATE INDEX IF NOT EXISTS openai_webhook_deliveries_forget ON openai_webhook_deliveries (forget);
+`
+
+interface Row {
+  done: number
+  finished: string
+}
+
+/** ms between two looks for rows to forget, and how many go at once, so that a request never pays for many. */
+const PRUNE_INTERVAL = 60_000
+const PRUNE_LIMIT = 1_000
+
+/**
+ * Remembers deliveries in the user's SQLite file, so that one machine keeps its memory over restarts; several processes
+ * may share the file. Creates the table `openai_webhook_deliveries`, sets the handle to WAL with one fsync a commit, and
+ * never closes it. A file that is locked, full or read-only answers 503 until it is usable again, one that was deleted or
+ * replaced until the process is started anew.
+ *
+ * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS for anything but a handle, and SQLite's own error when the table cannot be made
+ */
+export function sqliteStore (db: SqliteDatabase): IdempotencyStore {
+  const database = new Database(db, SCHEMA)
+  // A new row, a released one or a run-out lease.
+  const claim = database.prepare(`
+    INSERT INTO openai_webhook_deliveries (key, token, ends, forget) VALUES (?, ?, ?, ?)
+    ON CONFLICT (key) DO UPDATE SET token = excluded.token, done = 0, ends = excluded.ends, forget = excluded.forget
+      WHERE (done = 1 AND openai_webhook_deliveries.forget <= ?) OR (done = 0 AND (openai_webhook_deliveries.token IS NULL OR openai_webhook_deliveries.ends <= ?))`)
+  // What holds the claim off: a duplicate is told so without waiting for the lock.
+  const settled = database.prepare(`
+    SELECT done FROM openai_webhook_deliveries
+    WHERE key = ? AND ((done = 1 AND forget > ?) OR (done = 0 AND token IS NOT NULL AND ends > ?))`)
+  const read = database.prepare('SELECT done, finished FROM openai_webhook_deliveries WHERE key = ?')
+  const checkpoint = database.prepareWrite(`
+    UPDATE openai_webhook_deliveries SET finished = json_insert(finished, '$[#]', ?) WHERE key = ? AND token = ?`)
+  const complete = database.prepareWrite(`
+    UPDATE openai_webhook_deliveries SET token = NULL, done = 1, finished = '[]', forget = ? WHERE key = ? AND token = ?`)
+  const extend = database.prepareWrite('UPDATE openai_webhook_deliveries SET ends = ? WHERE key = ? AND token = ?')
+  const release = database.prepareWrite('UPDATE openai_webhook_deliveries SET token = NULL WHERE key = ? AND token = ?')
+  const prune = database.prepare(`
+    DELETE FROM openai_webhook_deliveries
+    WHERE key IN (SELECT key FROM openai_webhook_deliveries WHERE forget <= ? LIMIT ${PRUNE_LIMIT})`)
+  let prunedAt = 0
+
+  return {
+    begin (key, lease): Claim {
+      database.assertFile()
+      const asked = Date.now()
+      // Not get(), here and below: libsql leaves its statement open, and with it the snapshot that the next write would be
+      // refused for.
+      const [known] = settled.all(key, asked, asked) as [Pick<Row, 'done'>] | []
+      if (known !== undefined) return { state: known.done === 1 ? 'done' : 'running' }
+      const token = randomUUID()
+      return database.transaction(() => {
+        const now = Date.now()
+        if (now - prunedAt >= PRUNE_INTERVAL) {
+          prune.run(now)
+          prunedAt = now
+        }
+        const { changes } = claim.run(key, token, now + lease, now + UNFINISHED_RETENTION, now, now)
+        const [row] = read.all(key) as [Row]
+        if (Number(changes) === 1) return { state: 'claimed', token, finished: JSON.parse(row.finished) as string[] }
+        return { state: row.done === 1 ? 'done' : 'running' }
+      })
+    },
+    checkpoint (key, token, handler) {
+      checkpoint(handler, key, token)
+    },
+    complete (key, token, retention) {
+      complete(Date.now() + retention, key, token)
+    },
+    extend (key, token, lease) {
+      return extend(Date.now() + lease, key, token) === 1
+    },
+    release (key, token) {
+      release(key, token)
+    }
+  }
+}
