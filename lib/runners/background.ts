@@ -1,0 +1,77 @@
+import { InvalidOptions, Overloaded } from '../errors.ts'
+import type { Job, Runner, RunnerHost } from './runner.ts'
+
+export interface BackgroundOptions {
+  /**
+   * Deliveries whose handlers run at once.
+   *
+   * @default 10
+   */
+  concurrency?: number
+  /**
+   * Deliveries that wait; beyond it the sender is answered 503.
+   *
+   * @default 1_000
+   */
+  maxQueue?: number
+}
+
+/**
+ * Acknowledges at once and runs the handlers afterwards, in this process.
+ *
+ * What was acknowledged and has not run yet lives in memory only: a crash loses it, and OpenAI, which was answered 200,
+ * does not send it again. A handler that fails is logged and told to `onError`, and not run again either. `app.close()`
+ * runs what is queued first, up to `closeTimeout`. Where that is not enough, use `durable()` or `bullmq()`.
+ *
+ * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS
+ */
+export function background ({ concurrency = 10, maxQueue = 1_000 }: BackgroundOptions = {}): Runner {
+  assertCount('background', 'concurrency', concurrency, 1)
+  assertCount('background', 'maxQueue', maxQueue, 0)
+  // In order of arrival; a delivery that comes again while it is here is not queued twice.
+  const waiting = new Map<string, Job>()
+  const running = new Map<string, Promise<void>>()
+  let host: RunnerHost
+  let closing = false
+
+  function startNext (): void {
+    for (const [key, job] of waiting) {
+      if (running.size >= concurrency) return
+      waiting.delete(key)
+      running.set(key, runOne(key, job))
+    }
+  }
+
+  async function runOne (key: string, job: Job): Promise<void> {
+    // The acknowledgement leaves before a handler can hold up the event loop.
+    await new Promise(resolve => setImmediate(resolve))
+    try {
+      await host.process(job)
+    } catch (error) {
+      host.report(error, job)
+    }
+    running.delete(key)
+    startNext()
+  }
+
+  return {
+    start (startedBy) { host = startedBy },
+    run (job) {
+      const key = `${job.endpoint} ${job.webhookId}`
+      if (waiting.has(key) || running.has(key)) return
+      if (closing || (running.size >= concurrency && waiting.size >= maxQueue)) throw new Overloaded()
+      waiting.set(key, job)
+      startNext()
+    },
+    async close () {
+      closing = true
+      while (running.size > 0) await Promise.all(running.values())
+    }
+  }
+}
+
+/** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
+export function assertCount (runner: string, name: string, value: unknown, min: number): void {
+  if (Number.isSafeInteger(value) && (value as number) >= min) return
+  throw new InvalidOptions(`${runner}: expected ${name} to be a whole number, ${min} or more, got ${typeof value === 'number' ? value : `a value of type ${typeof value}`}`)
+}
