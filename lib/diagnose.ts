@@ -1,0 +1,243 @@
+import { createHmac, createSecretKey } from 'node:crypto'
+import { bodyCandidates, bodyFacts, isEvent, MAX_BODY } from './diagnose/bodies.ts'
+import { causes as catalogue, found, merged, messageOf } from './diagnose/causes.ts'
+import type { Cause, Found } from './diagnose/causes.ts'
+import { matchSignature, readHeaders, toHeaderMap } from './diagnose/headers.ts'
+import type { DiagnoseHeaders, HeadCandidate, HeaderMap, HeaderReading } from './diagnose/headers.ts'
+import { readSecret } from './diagnose/secrets.ts'
+import type { KeyCandidate } from './diagnose/secrets.ts'
+import { xOpenAISignature } from './verifiers/x-openai-signature.ts'
+
+export type { Cause } from './diagnose/causes.ts'
+export type { DiagnoseHeaders } from './diagnose/headers.ts'
+
+export interface DiagnoseOptions {
+  /** Node's headers, a `Headers`, or pairs of name and value. */
+  readonly headers: DiagnoseHeaders
+  /** The bytes that arrived, or their UTF-8 text. */
+  readonly rawBody: Uint8Array | string
+  /** The signing secret as it is set, to the letter, or its key's bytes; several in a rotation. Bad ones are findings. */
+  readonly secret: string | Uint8Array | ReadonlyArray<string | Uint8Array>
+  /**
+   * When the delivery arrived, in ms.
+   *
+   * @default Date.now()
+   */
+  readonly now?: number
+  /**
+   * Seconds, past and future.
+   *
+   * @default 300
+   */
+  readonly tolerance?: number
+}
+
+export interface Finding {
+  /** A stable identifier, for programs. */
+  readonly cause: Cause
+  /** What is wrong. */
+  readonly message: string
+  /** What to change. */
+  readonly fix: string
+  /** Further causes, where it takes more than one. */
+  readonly also?: readonly Cause[]
+}
+
+export interface Diagnosis {
+  /** Whether the plugin would verify the delivery. */
+  readonly verified: boolean
+  /** Which of the secrets signed it, where that was found. */
+  readonly keyIndex?: number
+  /** Why it does not verify: only what is proved, by a signature that matches or by the form of what was given. */
+  readonly finding?: Finding
+  /** What is not the cause, where none was found. */
+  readonly ruledOut: readonly string[]
+  /** What is left, where no cause was found. It is not proved. */
+  readonly likely?: string
+}
+
+/** HMACs, and the bytes they may run over: a diagnosis is bounded work for any delivery. */
+const MAX_HMACS = 500
+const MAX_HASHED = 64 * 1_048_576
+
+/**
+ * Says why a delivery does not verify, by trying what usually goes wrong. Holds no secret, no expected signature and
+ * nothing of the payload. It is work: for a few deliveries, not for each request.
+ */
+export function diagnose ({ headers, rawBody, secret, now = Date.now(), tolerance = 300 }: DiagnoseOptions): Diagnosis {
+  const body = typeof rawBody === 'string' ? Buffer.from(rawBody) : Buffer.from(rawBody.buffer, rawBody.byteOffset, rawBody.byteLength)
+  const secrets: ReadonlyArray<string | Uint8Array> = Array.isArray(secret) ? secret : [secret as string | Uint8Array]
+  const map = toHeaderMap(headers)
+  const reading = readHeaders(map, isEvent(body))
+  const secretReadings = secrets.map(readSecret)
+  const keys = secretReadings.flatMap(({ candidates }) => candidates).sort((a, b) => a.causes.length - b.causes.length)
+
+  const { match, isComplete } = search(reading, keys, body)
+  if (match !== undefined) {
+    const { causes, head, key: { index: keyIndex } } = match
+    const late = clockCause(head.seconds, now, tolerance)
+    if (causes.length === 0 && late === undefined) return { verified: true, keyIndex, ruledOut: [] }
+    const which = secrets.length > 1 && causes.some(isOfSecret) ? ` (secret ${keyIndex + 1} of ${secrets.length})` : ''
+    return { verified: false, keyIndex, finding: proved(causes, late, which), ruledOut: [] }
+  }
+
+  const guide = guideCause(map, secrets, body)
+  if (guide !== undefined) return { verified: false, finding: toFinding([guide], messageOf(guide)), ruledOut: [] }
+  const [fact] = [...secretReadings.flatMap(({ facts }) => facts), ...reading.facts, ...bodyFacts(body, map)]
+  if (fact !== undefined) {
+    const wasUndone = reading.heads.length > 0 && [...keys, ...reading.heads].some(({ causes }) => causes.some(({ cause }) => cause === fact.cause))
+    const message = `${messageOf(fact)}${wasUndone ? '; that is not all: with that undone the signature does not match either' : ''}`
+    return { verified: false, finding: toFinding([fact], message), ruledOut: [] }
+  }
+  return { verified: false, ruledOut: isComplete ? [...notTheBody, ...notItsBody] : notTheBody, likely: likely(body, secrets, isComplete) }
+}
+
+const isOfSecret = ({ cause }: Found): boolean => cause.startsWith('secret-')
+
+/** The signature matches once these are undone. */
+function proved (causes: readonly Found[], late: Found | undefined, which: string): Finding {
+  const undone = causes.map(messageOf).join(', and ')
+  if (late === undefined) return toFinding(causes, `${undone}${which}: with that undone the signature matches`)
+  if (causes.length === 0) return toFinding([late], `the signature matches, but ${messageOf(late)}`)
+  return toFinding([...causes, late], `${undone}${which}: with that undone the signature matches, but ${messageOf(late)}`)
+}
+
+function toFinding (causes: readonly Found[], message: string): Finding {
+  const [first, ...others] = causes.map(({ cause }) => cause) as [Cause, ...Cause[]]
+  return {
+    cause: first,
+    message,
+    fix: [first, ...others].map(cause => catalogue[cause][1]).join('. Then: '),
+    ...(others.length > 0 && { also: others })
+  }
+}
+
+function clockCause (seconds: number, now: number, tolerance: number): Found | undefined {
+  const age = now / 1000 - seconds
+  if (Math.abs(age) > tolerance) return found(age > 0 ? 'timestamp-stale' : 'timestamp-future', duration(Math.abs(age)))
+  return undefined
+}
+
+const UNITS = [['d', 86_400], ['h', 3_600], ['min', 60], ['s', 1]] as const
+
+/** The two largest units of it: `2 h 5 min`. */
+function duration (seconds: number): string {
+  let rest = Math.round(seconds)
+  const parts: string[] = []
+  for (const [unit, size] of UNITS) {
+    const count = Math.floor(rest / size)
+    rest -= count * size
+    if (count > 0) parts.push(`${count} ${unit}`)
+  }
+  return parts.slice(0, 2).join(' ')
+}
+
+/** The scheme of `xOpenAISignature()`, with one of the secrets. */
+function guideCause (headers: HeaderMap, secrets: ReadonlyArray<string | Uint8Array>, body: Buffer): Found | undefined {
+  if (headers.has('webhook-signature')) return undefined
+  try {
+    const keys = secrets.map(secret => createSecretKey(Buffer.from(secret as string)))
+    xOpenAISignature()({ rawBody: body, headers: Object.fromEntries(headers) }, keys)
+    return found('x-openai-signature', ', and its signature matches this secret')
+  } catch {
+    return undefined
+  }
+}
+
+const notTheBody: readonly string[] = [
+  'an API key, an identifier or nothing in place of the signing secret',
+  'quotes, white space, a name or an escape around the secret; a missing, mangled or doubled whsec_',
+  'the secret\'s base64 in another alphabet, padded wrongly, encoded twice, decoded already, or without its last character',
+  'the secret\'s text used as the key',
+  'headers that are missing, renamed, doubled, quoted, escaped or cut; names in another case do no harm',
+  'a timestamp in milliseconds or as a date',
+  'a signature of another version, in hexadecimal, without its prefix, or of another provider'
+]
+
+const notItsBody: readonly string[] = [
+  'an empty or cut body',
+  'a newline or white space at its ends, CRLF line ends, a byte order mark',
+  'another charset',
+  'gzip, deflate or Brotli',
+  'form data, URL, HTML or base64 encoding, a JSON string, a Buffer\'s JSON, a gateway\'s envelope',
+  'JSON parsed and serialised again: compact, Python\'s, indented, with sorted keys, with escapes as PHP, Go or .NET write them'
+]
+
+/** OpenAI's signing secrets stand for this many bytes. */
+const SECRET_BYTES = 32
+
+function likely (body: Buffer, secrets: ReadonlyArray<string | Uint8Array>, isComplete: boolean): string {
+  const hints = ['not proved, but likeliest: the secret is that of another endpoint or project, each has its own; or the body was changed in a way that cannot be undone']
+  if (secrets.some(secret => typeof secret === 'string' && !secret.startsWith('whsec_'))) hints.push('a secret of OpenAI\'s begins with whsec_, which this one does not')
+  else if (secrets.some(secret => typeof secret === 'string' && Buffer.from(secret.slice('whsec_'.length), 'base64').length !== SECRET_BYTES)) hints.push(`a secret of OpenAI's stands for ${SECRET_BYTES} bytes, this one for another number: it may be cut`)
+  if (body.includes('\ufffd')) hints.push('the body holds U+FFFD, which is left where bytes were decoded in the wrong charset')
+  if (!isComplete) hints.push('the body is too large to try every change to it')
+  return hints.join('. ')
+}
+
+interface Match {
+  readonly key: KeyCandidate
+  readonly head: HeadCandidate
+  readonly causes: readonly Found[]
+}
+
+type Attempt = readonly [key: KeyCandidate, head: HeadCandidate, bytes: Buffer, causes: readonly Found[]]
+
+/** @returns a match, or whether every single change was tried */
+function search ({ heads, signatures }: HeaderReading, keys: readonly KeyCandidate[], body: Buffer): { match?: Match, isComplete: boolean } {
+  let hmacs = 0
+  let hashed = 0
+  for (const step of [oneChange, twoChanges]) {
+    for (const [key, head, bytes, causes] of step(keys, heads, body)) {
+      const asReceived = isOwn(key) && isOwn(head) && bytes === body // tried in any case, with every secret
+      if (!asReceived && (hmacs >= MAX_HMACS || hashed > MAX_HASHED)) return { isComplete: step === twoChanges }
+      hmacs++
+      hashed += bytes.length
+      const digest = createHmac('sha256', key.key).update(`${head.id}.${head.timestamp}.`).update(bytes).digest()
+      const signatureCauses = matchSignature(signatures, digest)
+      if (signatureCauses !== undefined) {
+        return { match: { key, head, causes: merged([...key.causes, ...head.causes, ...signatureCauses, ...causes]) }, isComplete: true }
+      }
+    }
+  }
+  return { isComplete: body.length <= MAX_BODY }
+}
+
+/** Nothing is wrong with it: the plugin would take it so. */
+function isOwn ({ causes }: { causes: readonly Found[] }): boolean {
+  return causes.length === 0
+}
+
+/** Where nothing is as it should be, the least wrong stands in. */
+function nearest (keys: readonly KeyCandidate[], heads: readonly HeadCandidate[]): { nearKeys: KeyCandidate[], nearHeads: HeadCandidate[] } {
+  return {
+    nearKeys: keys.some(isOwn) ? keys.filter(isOwn) : keys.filter(({ guess }) => !guess).slice(0, 4),
+    nearHeads: heads.slice(0, heads.some(isOwn) ? 1 : 3)
+  }
+}
+
+/** What arrived, then one change to it. */
+function * oneChange (keys: readonly KeyCandidate[], heads: readonly HeadCandidate[], body: Buffer): Generator<Attempt> {
+  const { nearKeys, nearHeads } = nearest(keys, heads)
+  const arrived = { bytes: body, causes: [] }
+  yield * pairs(nearKeys, nearHeads, arrived)
+  yield * pairs(keys.filter(key => !nearKeys.includes(key)), nearHeads, arrived)
+  yield * pairs(nearKeys, heads.filter(head => !nearHeads.includes(head)), arrived)
+  for (const changed of bodyCandidates(body)) yield * pairs(nearKeys, nearHeads, changed)
+}
+
+function * twoChanges (keys: readonly KeyCandidate[], heads: readonly HeadCandidate[], body: Buffer): Generator<Attempt> {
+  const { nearKeys, nearHeads } = nearest(keys, heads)
+  const farKeys = keys.filter(key => !key.guess && !nearKeys.includes(key))
+  const farHeads = heads.filter(head => !nearHeads.includes(head))
+  yield * pairs(farKeys, farHeads, { bytes: body, causes: [] })
+  for (const changed of bodyCandidates(body)) {
+    if (changed.guess) return
+    yield * pairs(farKeys, nearHeads, changed)
+    yield * pairs(nearKeys, farHeads, changed)
+  }
+}
+
+function * pairs (keys: readonly KeyCandidate[], heads: readonly HeadCandidate[], { bytes, causes }: { bytes: Buffer, causes: readonly Found[] }): Generator<Attempt> {
+  for (const key of keys) for (const head of heads) yield [key, head, bytes, causes]
+}

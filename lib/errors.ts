@@ -1,0 +1,51 @@
+import createError from '@fastify/error'
+import type { FastifyErrorConstructor } from '@fastify/error'
+
+// The one catalogue of coded errors, by pipeline step. Messages say what was expected, what came and what to do;
+// they never carry a secret, an expected signature or a value out of a payload.
+
+function coded (name: string, message: string, statusCode: number, Base: ErrorConstructor | TypeErrorConstructor = Error, stack = true): FastifyErrorConstructor {
+  return createError(`FST_OPENAI_WEBHOOK_${name}`, message, statusCode, Base as ErrorConstructor, stack)
+}
+
+/** A refusal: no stack, which says nothing about a stranger's request and costs several µs under a flood. */
+const refusal = (name: string, message: string, statusCode: number) => coded(name, message, statusCode, Error, false)
+
+// At boot
+
+export const InvalidOptions = coded('INVALID_OPTIONS', '%s', 500, TypeError)
+export const InvalidSecret = coded('INVALID_SECRET', '%s', 500, TypeError)
+export const InvalidRoute = coded('INVALID_ROUTE', 'route %s %s: %s', 500, TypeError)
+export const AlreadyRegistered = coded('ALREADY_REGISTERED',
+  'fastify-openai-webhook is already registered in this scope or in one above it: add a further endpoint with app.openaiWebhook.route(), or register in a sibling scope', 500)
+export const AlreadyStarted = coded('ALREADY_STARTED',
+  'app.openaiWebhook.%s() came after the app was ready: call it before app.ready(), app.listen() or app.inject()', 500)
+
+// Capture
+
+export const UnprotectedRoute = coded('UNPROTECTED_ROUTE',
+  'route %s asks for webhook verification but was declared before fastify-openai-webhook had loaded, so nothing verifies it: put `await` before app.register(openaiWebhook), or declare the route in a plugin registered after it', 500)
+
+// Verify
+
+export const MissingHeader = refusal('MISSING_HEADER', 'the %s header is missing or empty', 401)
+export const InvalidId = refusal('INVALID_ID',
+  'webhook-id must be 1 to 256 visible ASCII characters without "." or ",", sent once', 401)
+export const InvalidTimestamp = refusal('INVALID_TIMESTAMP',
+  '%s must be whole decimal seconds since the Unix epoch, sent once', 401)
+export const TimestampOutOfTolerance = refusal('TIMESTAMP_OUT_OF_TOLERANCE',
+  '%s is more than %d s away from this server\'s clock', 401)
+export const InvalidSignature = refusal('INVALID_SIGNATURE', 'no signature matches the body and the signing secret', 401)
+
+// Validate
+
+export const InvalidBody = refusal('INVALID_BODY', 'the signed body is not an event: expected %s', 400)
+export const InvalidEvent = refusal('INVALID_EVENT', 'the event does not have the shape of its type: %s', 400)
+
+// Deduplicate, dispatch, acknowledge
+
+export const InProgress = refusal('IN_PROGRESS', 'this webhook-id is being processed by another process', 409)
+export const HandlerFailed = refusal('HANDLER_FAILED', 'an event handler failed', 500)
+export const DeadlineExceeded = refusal('DEADLINE', 'the event is still being processed; the retry will find its result', 503)
+export const Overloaded = refusal('OVERLOADED', 'no room for another delivery now; retry later', 503)
+export const Unavailable = refusal('UNAVAILABLE', 'the store or queue cannot be reached; retry later', 503)

@@ -1,0 +1,55 @@
+import type { OpenAIWebhook, RouteOverrides, Delivery } from './types.ts'
+
+/** The plugin: `await app.register(openaiWebhook, options)`. */
+export { default } from './plugin.ts'
+
+// Events
+export { guideEvents } from './events/index.ts'
+export type { EventsOf, GuideEvents, OfficialEvents } from './events/index.ts'
+export type {
+  EventHandler, EventMap, EventOf, EventPattern, EventType, RouteHandlers, UnknownEvent, WebhookEvent
+} from './types.ts'
+
+// Verification
+export { standardWebhooks } from './verifiers/standard-webhooks.ts'
+export { xOpenAISignature } from './verifiers/x-openai-signature.ts'
+export type { SignedDelivery, Verified, Verifier } from './verifiers/verifier.ts'
+export type { Secret } from './keyring.ts'
+
+// Delivery guarantees
+export { memoryStore } from './stores/memory.ts'
+export type { Claim, IdempotencyStore, MaybePromise } from './stores/store.ts'
+export { inline } from './runners/inline.ts'
+export { background } from './runners/background.ts'
+export type { BackgroundOptions } from './runners/background.ts'
+export type { Job, Runner, RunnerHost } from './runners/runner.ts'
+
+// Diagnosis
+export { diagnose } from './diagnose.ts'
+export type { Cause, Diagnosis, DiagnoseHeaders, DiagnoseOptions, Finding } from './diagnose.ts'
+
+// Options and contexts
+export type { EndpointOptions, IdempotencyOptions, OpenAIWebhookOptions } from './options.ts'
+export type { EventContext } from './pipeline/dispatch.ts'
+export type { ErrorHandler, FailureInfo, HandlerOptions } from './registry.ts'
+export type { OpenAIWebhook, RouteOverrides, Delivery, WebhookHeaders, WebhookRouteOptions } from './types.ts'
+
+/**
+ * Event types of your own, for `on()` to know them:
+ * `declare module 'fastify-openai-webhook' { interface OpenAIWebhookEvents extends EventsOf<typeof myEvents> {} }`
+ */
+export interface OpenAIWebhookEvents {}
+
+declare module 'fastify' {
+  interface FastifyInstance {
+    openaiWebhook: OpenAIWebhook
+  }
+  interface FastifyRequest {
+    /** Set on receiving and marked routes, from verification on. */
+    openaiWebhook: Delivery
+  }
+  interface FastifyContextConfig {
+    /** Asks for this route's deliveries to be verified, validated and deduplicated. */
+    openaiWebhook?: RouteOverrides
+  }
+}

@@ -1,0 +1,21 @@
+import type { MaybePromise } from './stores/store.ts'
+
+export function isPromise<T> (value: MaybePromise<T> | unknown): value is Promise<T> {
+  return (typeof value === 'object' || typeof value === 'function') && value !== null && typeof (value as Promise<T>).then === 'function'
+}
+
+/** `value.then(next)`, without a promise where there is none: a delivery that waits for nothing is answered in one tick. */
+export function then<T, U> (value: MaybePromise<T>, next: (value: T) => MaybePromise<U>): MaybePromise<U> {
+  return isPromise<T>(value) ? value.then(next) : next(value)
+}
+
+/** `try { work() } catch { recover() }` for work that may be asynchronous. */
+export function attempt<T> (work: () => MaybePromise<T>, recover: (error: unknown) => MaybePromise<T>): MaybePromise<T> {
+  let result
+  try {
+    result = work()
+  } catch (error) {
+    return recover(error)
+  }
+  return isPromise<T>(result) ? result.then(undefined, recover) : result
+}

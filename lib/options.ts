@@ -1,0 +1,197 @@
+import { KindGuard } from '@sinclair/typebox'
+import type { TSchema } from '@sinclair/typebox'
+import { InvalidOptions } from './errors.ts'
+import type { Secret } from './keyring.ts'
+import { nearest } from './nearest.ts'
+import type { Runner } from './runners/runner.ts'
+import type { IdempotencyStore } from './stores/store.ts'
+import type { RouteOverrides, WebhookRouteOptions } from './types.ts'
+import type { Verifier } from './verifiers/verifier.ts'
+
+export interface IdempotencyOptions {
+  /** @default memoryStore() */
+  store?: IdempotencyStore
+  /**
+   * ms for which a claim holds without being renewed. It is renewed while handlers run, so this is how long a delivery
+   * stays locked after a process that was handling it has died.
+   *
+   * @default 30_000
+   */
+  lease?: number
+  /**
+   * ms for which a processed `webhook-id` is remembered. OpenAI retries for up to 72 h.
+   *
+   * @default 270_000_000 (75 h)
+   */
+  retention?: number
+}
+
+/** What one route may have of its own. */
+export interface EndpointOptions {
+  /**
+   * The signing secret, several while one replaces another, or a function that fetches them: called at boot, and again
+   * at most once a minute when a signature matches none. `whsec_` + base64, else the UTF-8 bytes, as OpenAI's SDKs do.
+   *
+   * @default process.env.OPENAI_WEBHOOK_SECRET
+   */
+  secret?: Secret
+  /**
+   * Seconds that the signed timestamp may differ from this server's clock, past and future.
+   *
+   * @default 300
+   */
+  tolerance?: number
+  /**
+   * Bytes.
+   *
+   * @default 65_536
+   */
+  bodyLimit?: number
+  /** @default standardWebhooks() */
+  verifier?: Verifier
+}
+
+export interface OpenAIWebhookOptions extends EndpointOptions {
+  /**
+   * The route that receives; `false` for none.
+   *
+   * @default '/webhooks/openai'
+   */
+  path?: string | false
+  /** Put before `path`, as for any Fastify plugin. */
+  prefix?: string
+  /** Schemas of further event types, or other ones for known types. Type them by merging into `OpenAIWebhookEvents`. */
+  events?: Readonly<Record<string, TSchema>>
+  /** `false`: a delivery that comes twice is processed twice. */
+  idempotency?: IdempotencyOptions | false
+  /**
+   * When and where handlers run.
+   *
+   * @default inline()
+   */
+  runner?: Runner
+  /**
+   * ms after which the sender is answered 503 while the handlers run on; the retry joins them or finds their result.
+   *
+   * @default 4_500
+   */
+  deadline?: number
+  /**
+   * ms that `app.close()` waits for what is running before the handlers' `signal` aborts.
+   *
+   * @default 10_000
+   */
+  closeTimeout?: number
+}
+
+interface Rule {
+  expected: string
+  accepts: (value: unknown) => boolean
+}
+
+const LONGEST_TIMER = 2 ** 31 - 1
+
+const isObject = (value: unknown): value is Record<string, unknown> =>
+  typeof value === 'object' && value !== null && !Array.isArray(value)
+
+const wholeNumber = (unit: string, min: number, max = Number.MAX_SAFE_INTEGER): Rule => ({
+  expected: `a whole number of ${unit}, ${min} or more${max === LONGEST_TIMER ? ` and at most ${max}` : ''}`,
+  accepts: value => Number.isSafeInteger(value) && (value as number) >= min && (value as number) <= max
+})
+
+const has = (...methods: string[]) => (value: unknown): boolean =>
+  isObject(value) && methods.every(method => typeof value[method] === 'function')
+
+const anything: Rule = { expected: 'anything', accepts: () => true }
+
+const endpointRules: Record<keyof Required<EndpointOptions>, Rule> = {
+  secret: anything, // has a coded error of its own
+  tolerance: wholeNumber('seconds', 1),
+  bodyLimit: wholeNumber('bytes', 1),
+  verifier: { expected: 'a function', accepts: value => typeof value === 'function' }
+}
+
+const pluginRules: Record<keyof Required<OpenAIWebhookOptions>, Rule> = {
+  ...endpointRules,
+  path: { expected: 'a path that begins with "/", or false', accepts: value => value === false || (typeof value === 'string' && value.startsWith('/')) },
+  prefix: { expected: 'a string', accepts: value => typeof value === 'string' },
+  events: { expected: 'an object of TypeBox schemas by event type', accepts: isEvents },
+  idempotency: { expected: 'false or an object { store, lease, retention }', accepts: value => value === false || isObject(value) },
+  runner: { expected: 'a runner such as inline()', accepts: has('run') },
+  deadline: wholeNumber('ms', 1, LONGEST_TIMER),
+  closeTimeout: wholeNumber('ms', 0, LONGEST_TIMER)
+}
+
+const overrideRules: Record<keyof Required<RouteOverrides>, Rule> = {
+  ...endpointRules,
+  on: { expected: 'an object of handlers by event type', accepts: isObject }
+}
+
+const routeRules: Record<keyof Required<WebhookRouteOptions>, Rule> = {
+  ...overrideRules,
+  url: { expected: 'a path that begins with "/"', accepts: value => typeof value === 'string' && value.startsWith('/') },
+  handler: { expected: 'a function', accepts: value => typeof value === 'function' }
+}
+
+const idempotencyRules: Record<keyof Required<IdempotencyOptions>, Rule> = {
+  store: { expected: 'a store such as memoryStore()', accepts: has('begin', 'checkpoint', 'complete', 'extend', 'release') },
+  lease: wholeNumber('ms', 1, LONGEST_TIMER),
+  retention: wholeNumber('ms', 1)
+}
+
+/** What Fastify itself takes from the options of `register`. */
+const FASTIFY_OPTIONS = ['logLevel', 'logSerializers']
+
+/** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
+export function assertOptions (options: unknown): asserts options is OpenAIWebhookOptions {
+  assertRules('', pluginRules, options, FASTIFY_OPTIONS)
+  const { idempotency } = options as OpenAIWebhookOptions
+  if (isObject(idempotency)) assertRules('idempotency.', idempotencyRules, idempotency)
+  for (const [type, schema] of Object.entries((options as OpenAIWebhookOptions).events ?? {})) assertNamed(type, schema)
+}
+
+/** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
+export function assertEndpointOptions (options: unknown): asserts options is EndpointOptions {
+  assertRules('', endpointRules, options)
+}
+
+/** Of `config.openaiWebhook`. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
+export function assertOverrides (options: unknown): asserts options is RouteOverrides {
+  assertRules('', overrideRules, options)
+}
+
+/** Of `.route()`. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
+export function assertRouteOptions (options: unknown): asserts options is WebhookRouteOptions {
+  assertRules('', routeRules, options)
+  if (!isObject(options) || options['url'] === undefined) throw new InvalidOptions('expected url to be a path that begins with "/", got nothing')
+}
+
+function assertRules (at: string, rules: Record<string, Rule>, options: unknown, also: readonly string[] = []): void {
+  if (!isObject(options)) throw new InvalidOptions(`expected options to be an object, got ${show(options)}`)
+  for (const [name, value] of Object.entries(options)) {
+    if (also.includes(name) || value === undefined) continue
+    const rule = Object.hasOwn(rules, name) ? rules[name] : undefined
+    if (rule === undefined) {
+      throw new InvalidOptions(`unknown option "${at}${name}"${nearest(name, [...Object.keys(rules), ...also])}`)
+    }
+    if (!rule.accepts(value)) throw new InvalidOptions(`expected ${at}${name} to be ${rule.expected}, got ${show(value)}`)
+  }
+}
+
+function isEvents (value: unknown): boolean {
+  return isObject(value) && Object.values(value).every(schema => KindGuard.IsSchema(schema))
+}
+
+function assertNamed (type: string, schema: TSchema): void {
+  const { const: literal } = ((schema['properties'] as Record<string, TSchema> | undefined)?.['type'] ?? {}) as { const?: unknown }
+  if (literal !== undefined && literal !== type) {
+    throw new InvalidOptions(`expected events["${type}"] to have the type "${type}", got the literal ${show(literal)}`)
+  }
+}
+
+/** Kinds and short values: what stands in the wrong place may be a secret. */
+function show (value: unknown): string {
+  if (typeof value === 'string') return value.length <= 16 && !/^(?:whsec_|sk-)/.test(value) ? `"${value}"` : 'a string'
+  if (typeof value === 'number' || typeof value === 'boolean' || value === null || value === undefined) return String(value)
+  return Array.isArray(value) ? 'an array' : `a value of type ${typeof value}`
+}

@@ -1,0 +1,96 @@
+import { Unavailable } from '../errors.ts'
+import { attempt, then } from '../maybe-promise.ts'
+import type { Claim, IdempotencyStore, MaybePromise } from '../stores/store.ts'
+
+/** A delivery whose claim this process may hold. */
+interface Holder {
+  readonly key: string
+  readonly claim: { readonly token: string } | undefined
+  /** Whether the claim has been given up or completed, or was lost: it is not to be renewed. */
+  settled: boolean
+}
+
+export interface ClaimsOptions {
+  store: IdempotencyStore
+  /** ms */
+  lease: number
+  /** ms */
+  retention: number
+  /** Told what the store could not record. */
+  onTrouble: (error: unknown) => void
+}
+
+/**
+ * The store, with the claims this process holds: renewed while their handlers run.
+ *
+ * Only `begin` can fail. What comes after it happens once handlers have run, and a sender is never told that a
+ * processed delivery was not: trouble is reported, and at worst a later duplicate finds the delivery unfinished.
+ */
+export class Claims {
+  readonly #store: IdempotencyStore
+  readonly #lease: number
+  readonly #retention: number
+  readonly #onTrouble: (error: unknown) => void
+  #holders: ReadonlyArray<ReadonlyMap<string, Holder>> = []
+  #timer: NodeJS.Timeout | undefined
+
+  constructor ({ store, lease, retention, onTrouble }: ClaimsOptions) {
+    this.#store = store
+    this.#lease = lease
+    this.#retention = retention
+    this.#onTrouble = onTrouble
+  }
+
+  /** Whose claims are renewed. */
+  renewing (holders: ReadonlyArray<ReadonlyMap<string, Holder>>): void {
+    this.#holders = holders
+  }
+
+  /** @throws FST_OPENAI_WEBHOOK_UNAVAILABLE */
+  begin (key: string): MaybePromise<Claim> {
+    // One timer for all claims, which stops when it finds none: a delivery that is quick never meets it.
+    this.#timer ??= setInterval(() => this.#renewAll(), this.#lease / 3).unref()
+    return attempt(
+      () => then(this.#store.begin(key, this.#lease), checked),
+      cause => { throw new Unavailable({ cause }) }
+    )
+  }
+
+  checkpoint ({ key, claim }: Holder, handler: string): MaybePromise<void> {
+    return attempt(() => this.#store.checkpoint(key, claim!.token, handler), this.#onTrouble)
+  }
+
+  complete (holder: Holder): MaybePromise<void> {
+    holder.settled = true
+    return attempt(() => this.#store.complete(holder.key, holder.claim!.token, this.#retention), this.#onTrouble)
+  }
+
+  release (holder: Holder): MaybePromise<void> {
+    holder.settled = true
+    return attempt(() => this.#store.release(holder.key, holder.claim!.token), this.#onTrouble)
+  }
+
+  #renewAll (): void {
+    const holders = this.#holders.flatMap(map => [...map.values()])
+    if (holders.length === 0) {
+      clearInterval(this.#timer)
+      this.#timer = undefined
+    }
+    for (const holder of holders) {
+      if (holder.claim !== undefined && !holder.settled) attempt(async () => await this.#renew(holder, holder.claim!.token), this.#onTrouble)
+    }
+  }
+
+  async #renew (holder: Holder, token: string): Promise<void> {
+    if (await this.#store.extend(holder.key, token, this.#lease) || holder.settled) return
+    holder.settled = true
+    this.#onTrouble(new Error(`the claim on ${holder.key} was lost: its lease of ${this.#lease} ms ran out before it could be renewed`))
+  }
+}
+
+/** A store of the user's may answer something else, and a delivery that nobody can settle would hang. */
+function checked (claim: Claim): Claim {
+  const { state } = claim
+  if (state === 'done' || state === 'running' || (state === 'claimed' && Array.isArray(claim.finished))) return claim
+  throw new TypeError('expected the store\'s begin() to answer { state: "claimed", token, finished }, { state: "running" } or { state: "done" }')
+}

@@ -1,0 +1,75 @@
+import type { FastifyBaseLogger, FastifyRequest } from 'fastify'
+import { isPromise, then } from '../maybe-promise.ts'
+import type { MaybePromise } from '../stores/store.ts'
+
+export interface EventContext {
+  /** The idempotency key: the same for every retry of the delivery. */
+  readonly webhookId: string
+  /** When the delivery was signed, in Unix seconds. */
+  readonly timestamp: number
+  /** The receiving route's URL. */
+  readonly endpoint: string
+  /** Logs with the delivery's `webhookId`, `eventType` and `endpoint`. */
+  readonly log: FastifyBaseLogger
+  /** Aborts when the app is closing and `closeTimeout` is over; not at the deadline. */
+  readonly signal: AbortSignal
+  /** Only where the handler runs in the request (the `inline()` runner). */
+  readonly request?: FastifyRequest
+}
+
+export interface Handler {
+  readonly name: string
+  readonly run: (event: unknown, context: EventContext) => unknown
+}
+
+/** Told how each handler ended, and when all have. */
+export interface Progress {
+  /** @param last nothing is left to do, and nothing failed: `ended` records the delivery as a whole */
+  succeeded: (handler: Handler, last: boolean) => MaybePromise<void>
+  /** @param errors what was thrown */
+  ended: (errors: readonly unknown[]) => MaybePromise<void>
+}
+
+const NONE: readonly unknown[] = []
+
+/** Starts every handler, in order, and waits for all of them. Settles as `ended` does. */
+export function dispatch (handlers: readonly Handler[], event: unknown, context: EventContext, progress: Progress): MaybePromise<void> {
+  if (handlers.length === 1) return dispatchOne(handlers[0]!, event, context, progress)
+  const errors: unknown[] = []
+  const waiting: Promise<void>[] = []
+  let remaining = handlers.length
+
+  for (const handler of handlers) {
+    const succeeded = (): MaybePromise<void> => progress.succeeded(handler, --remaining === 0 && errors.length === 0)
+    const failed = (error: unknown): void => {
+      remaining--
+      errors.push(error)
+    }
+    let result
+    let pending
+    try {
+      result = handler.run(event, context)
+      pending = isPromise(result) // reads its `then`, which may be a getter
+    } catch (error) {
+      failed(error)
+      continue
+    }
+    const recorded = pending ? Promise.resolve(result).then(succeeded, failed) : succeeded()
+    if (isPromise<void>(recorded)) waiting.push(recorded)
+  }
+  return waiting.length === 0 ? progress.ended(errors) : Promise.all(waiting).then(() => progress.ended(errors))
+}
+
+/** The usual case, with one promise for what takes the general one five: 1.5 µs of a delivery's 20. */
+function dispatchOne (handler: Handler, event: unknown, context: EventContext, progress: Progress): MaybePromise<void> {
+  const succeeded = (): MaybePromise<void> => then(progress.succeeded(handler, true), () => progress.ended(NONE))
+  let result
+  let pending
+  try {
+    result = handler.run(event, context)
+    pending = isPromise(result)
+  } catch (error) {
+    return progress.ended([error])
+  }
+  return pending ? Promise.resolve(result).then(succeeded, error => progress.ended([error])) : succeeded()
+}

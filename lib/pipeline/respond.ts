@@ -1,0 +1,188 @@
+import type { FastifyInstance, FastifyReply, FastifyRequest, RouteHandlerMethod } from 'fastify'
+import { HandlerFailed } from '../errors.ts'
+import { logError } from '../log-error.ts'
+import { isPromise } from '../maybe-promise.ts'
+import type { MaybePromise } from '../stores/store.ts'
+import { acknowledge } from './acknowledge.ts'
+
+/** On a request: told by `onSend` whether the route's own handler answered 2xx. */
+const RECORD = Symbol('openai-webhook.record')
+
+type Recordable = FastifyRequest & { [RECORD]?: ((succeeded: boolean) => MaybePromise<void>) | undefined }
+
+/** onSend: the store hears of the answer before the sender does. */
+export function recordAnswer (request: FastifyRequest, reply: FastifyReply, payload: unknown, done: () => void): void | Promise<void> {
+  const succeeded = isSuccess(reply.statusCode)
+  // What is not text yet may still become a failure: a stream that fails, a Response with a status of its own.
+  const recorded = succeeded && !isText(payload) ? undefined : (request as Recordable)[RECORD]?.(succeeded)
+  // Not done() when it has been recorded: what that throws would be nobody's to catch.
+  if (isPromise<void>(recorded)) return recorded
+  done()
+}
+
+const isSuccess = (statusCode: number): boolean => statusCode >= 200 && statusCode < 300
+
+const isText = (payload: unknown): boolean => typeof payload === 'string' || Buffer.isBuffer(payload) || payload === undefined || payload === null
+
+/** Whether a reply would be answered 2xx. */
+function isSuccessful (payload: unknown, statusCode: number): boolean {
+  if (payload instanceof Error) return false
+  // Fastify goes by the tag: a Response of undici's is of another class.
+  const isResponse = Object.prototype.toString.call(payload) === '[object Response]'
+  return isSuccess(isResponse ? (payload as Response).status : statusCode)
+}
+
+const codeOf = (error: unknown): unknown => (error as { code?: unknown } | null | undefined)?.code
+
+/** An error with a status is an answer; any other is a failure, whose text is not the sender's to read. */
+function isMeant (error: unknown): boolean {
+  try {
+    // Fastify would send any other object as a body, with the status 200.
+    return error instanceof Error && typeof (error as { statusCode?: unknown }).statusCode === 'number'
+  } catch {
+    return false // a getter that throws
+  }
+}
+
+/**
+ * Runs a route's own handler, which replies; where it returns nothing and has not replied, the delivery is acknowledged.
+ *
+ * @param late whether the deadline has passed already, and the sender been answered
+ * @param record told once whether it succeeded: how it answered, or after the deadline how it ended
+ * @returns to be called at the deadline; tells whether somebody else may answer, which is not so once it has replied
+ */
+export function respond (
+  handler: RouteHandlerMethod,
+  scope: FastifyInstance,
+  request: FastifyRequest,
+  reply: FastifyReply,
+  late: boolean,
+  record: (succeeded: boolean, error?: unknown) => MaybePromise<void>
+): () => boolean {
+  let recorded = false
+  let thrown: unknown
+  let replied = false
+  let overdue = late
+  /** The status that it replies with after the deadline, when `reply` has that of the refusal. */
+  let lateStatus = 200
+  let endWait: (() => void) | undefined
+
+  function recordOnce (succeeded: boolean): MaybePromise<void> {
+    if (recorded) return
+    recorded = true
+    return record(succeeded, thrown)
+  }
+
+  /** The answer waits until it is on record, but not beyond the deadline. */
+  function recordAnswered (succeeded: boolean): MaybePromise<void> {
+    const recording = recordOnce(succeeded)
+    if (!isPromise<void>(recording) || overdue) return
+    return new Promise((resolve, reject) => {
+      endWait = resolve
+      recording.then(resolve, reject)
+    })
+  }
+
+  /** After the deadline nobody waits for the reply: it tells how the handler ended. */
+  function recordLate (payload: unknown): void {
+    if (payload instanceof Error) thrown = payload
+    recordOnce(isSuccessful(payload, lateStatus))
+  }
+
+  function returned (payload: unknown): void {
+    if (late) {
+      if (payload === undefined) recordOnce(true)
+      else if (payload !== reply) recordLate(payload)
+    } else if (replied) {
+      // Recorded as it is sent.
+    } else if (reply.sent || reply.raw.headersSent) {
+      recordWhenClosed() // hijacked, or written to the socket
+    } else if (payload === undefined) {
+      acknowledge(reply, 'processed')
+    } else if (payload !== reply) {
+      reply.send(payload)
+    }
+  }
+
+  function threw (error: unknown): void {
+    if (late) {
+      thrown = error
+      recordOnce(false)
+    } else if (replied || reply.sent) {
+      logError(request.log, error, {}, 'a webhook route\'s handler failed after the answer')
+      recordWhenClosed() // the answer counts, once it is out
+    } else {
+      thrown = error
+      reply.send(isMeant(error) ? error : new HandlerFailed({ cause: new AggregateError([error], 'the route\'s handler failed') }))
+    }
+  }
+
+  /** @param verdict where the sender went away before the answer was out */
+  function recordWhenClosed (verdict = false): void {
+    const closed = (): void => { recordOnce(reply.raw.writableFinished ? isSuccess(reply.raw.statusCode) : verdict) }
+    if (reply.raw.closed) closed()
+    else reply.raw.once('close', closed)
+  }
+
+  /** Somebody else answers, or has answered. */
+  function leave (): void {
+    late = true
+    // A 2xx can only be the handler's own: it was faster than hooks that hold the refusal.
+    ;(request as Recordable)[RECORD] = succeeded => succeeded ? recordOnce(true) : undefined
+    const { code } = reply
+    reply.code = reply.status = function (status: number): FastifyReply {
+      if (!reply.sent) return code.call(reply, status)
+      lateStatus = status
+      return reply
+    }
+  }
+
+  // An async onSend hook delays `reply.sent`; whether the handler has replied must be known at once.
+  const send = reply.send
+  reply.send = function (payload?: unknown): FastifyReply {
+    if (late && reply.sent) {
+      recordLate(payload)
+      return reply
+    }
+    const isFirst = !late && !replied
+    if (isFirst && codeOf(payload) === 'FST_ERR_HANDLER_TIMEOUT') {
+      // Fastify's `handlerTimeout` is a deadline too: the handler runs on.
+      lateStatus = reply.statusCode
+      leave()
+    } else if (isFirst) {
+      replied = true
+      // An onSend hook that fails keeps the answer from being recorded as it is sent.
+      recordWhenClosed(isSuccessful(payload, reply.statusCode))
+    }
+    try {
+      return send.call(reply, payload)
+    } catch (error) {
+      // While an async onError hook holds somebody else's answer, Fastify refuses all others.
+      if (!(late || isFirst) || codeOf(error) !== 'FST_ERR_SEND_INSIDE_ONERR') throw error
+      recordLate(payload)
+      return reply
+    }
+  }
+  if (late) leave()
+  else (request as Recordable)[RECORD] = recordAnswered
+
+  let result
+  let pending = false
+  try {
+    result = handler.call(scope, request, reply)
+    pending = isPromise(result) // reads its `then`, which may be a getter
+  } catch (error) {
+    threw(error)
+  }
+  if (pending && result !== (reply as unknown)) Promise.resolve(result).then(returned, threw)
+  else returned(result)
+
+  return () => {
+    overdue = true
+    endWait?.()
+    if (replied || late || reply.sent || reply.raw.headersSent) return false
+    lateStatus = reply.statusCode
+    leave()
+    return true
+  }
+}

@@ -1,0 +1,429 @@
+import fastify from 'fastify'
+import type { FastifyContextConfig, FastifyInstance, FastifyReply, FastifyRequest, RouteHandlerMethod, RouteOptions } from 'fastify'
+import fp from 'fastify-plugin'
+import { Deadline } from './deadline.ts'
+import { diagnose } from './diagnose.ts'
+import { AlreadyRegistered, InvalidOptions, InvalidRoute, InvalidSignature, UnprotectedRoute } from './errors.ts'
+import { officialEvents } from './events/index.ts'
+import { Exchange } from './exchange.ts'
+import { logError } from './log-error.ts'
+import { attempt, isPromise } from './maybe-promise.ts'
+import { assertEndpointOptions, assertOptions, assertOverrides } from './options.ts'
+import type { EndpointOptions, OpenAIWebhookOptions } from './options.ts'
+import { captureBody, readPayload, replayPayload, toBuffer, toHeaders } from './pipeline/capture.ts'
+import { Claims } from './pipeline/deduplicate.ts'
+import { recordAnswer } from './pipeline/respond.ts'
+import { compileValidators } from './pipeline/validate.ts'
+import type { ParseJson } from './pipeline/validate.ts'
+import { checkHeaders } from './pipeline/verify.ts'
+import type { Verification } from './pipeline/verify.ts'
+import { Receiver } from './receive.ts'
+import { HandlerList, HandlerTable, Registry } from './registry.ts'
+import type { FailureInfo } from './registry.ts'
+import { inline } from './runners/inline.ts'
+import type { Runner } from './runners/runner.ts'
+import { memoryStore } from './stores/memory.ts'
+import type { IdempotencyStore } from './stores/store.ts'
+import { OpenAIWebhookScope } from './scope.ts'
+import type { Delivery, OpenAIWebhook, RouteOverrides, WebhookRouteOptions } from './types.ts'
+import { Verifications } from './verifications.ts'
+import { standardWebhooks } from './verifiers/standard-webhooks.ts'
+
+/** In a route's config: the hook that this plugin has put on the route. */
+const PROTECTED = Symbol('openai-webhook.protected')
+
+/** Runners of apps that are ready and not closed. */
+const inUse = new WeakSet<Runner>()
+
+/** A receiving route: its own verification, and the URL that names it in jobs, logs and idempotency keys. */
+type Endpoint = Verification & { readonly name: string }
+
+/** Levels at which a logger takes `debug`. */
+const DETAILED = new Set(['debug', 'trace'])
+/** ms between two diagnoses of an endpoint: each costs as much as many deliveries. */
+const DIAGNOSIS_INTERVAL = 10_000
+
+const DEFAULTS = { path: '/webhooks/openai', bodyLimit: 65_536, lease: 30_000, retention: 270_000_000, deadline: 4_500, closeTimeout: 10_000 }
+
+/** Remembers nothing: the `idempotency: false` option. */
+const forgetful: IdempotencyStore = {
+  begin: () => ({ state: 'claimed', token: '', finished: [] }),
+  checkpoint () {},
+  complete () {},
+  extend: () => true,
+  release () {}
+}
+
+// No default for `options`: Fastify gives an object, and could not infer the type of an optional parameter.
+async function openaiWebhook (instance: FastifyInstance, options: OpenAIWebhookOptions): Promise<void> {
+  assertOptions(options)
+  if (instance.hasDecorator('openaiWebhook')) throw new AlreadyRegistered()
+  const plugin = new Plugin(instance, options)
+
+  instance.decorate('openaiWebhook', { getter (this: FastifyInstance): OpenAIWebhook { return plugin.scope(this) } })
+  instance.decorateRequest('openaiWebhook', null as unknown as Delivery)
+  // Instance hooks bind late: this one reaches routes that were declared before the plugin had loaded.
+  instance.addHook('onRequest', (request, _reply, done) => plugin.guard(request, done))
+  instance.addHook('onRoute', function (route) { plugin.protect(this, route) })
+  instance.addHook('onReady', () => plugin.start())
+  // preClose comes before every onClose hook, so that what handlers use is still open while they are drained.
+  instance.addHook('preClose', () => plugin.closeWithinPluginTimeout())
+  instance.addHook('onClose', () => plugin.close())
+
+  if (plugin.path !== false) {
+    const own = { url: plugin.path, ...(options.prefix === undefined ? undefined : { prefix: options.prefix }) }
+    plugin.receiveAt(instance, own)
+  }
+}
+
+/** One registration. The only file that holds a Fastify instance. */
+export class Plugin {
+  readonly path: string | false
+  readonly registry: Registry
+  readonly #instance: FastifyInstance
+  readonly #options: OpenAIWebhookOptions
+  readonly #receiver: Receiver
+  readonly #runner: Runner
+  readonly #deadline: Deadline
+  readonly #closeTimeout: number
+  readonly #abort = new AbortController()
+  readonly #scopes = new WeakMap<FastifyInstance, OpenAIWebhookScope>()
+  readonly #verifications: Verifications
+  readonly #tables = new Map<string, { lists: HandlerList[], table?: HandlerTable }>()
+  #closed: Promise<void> | undefined
+
+  /** For a route that replies by dispatching, on a marked route. */
+  readonly handler: RouteHandlerMethod
+
+  constructor (instance: FastifyInstance, options: OpenAIWebhookOptions) {
+    const schemas = { ...officialEvents, ...options.events }
+    const { lease = DEFAULTS.lease, retention = DEFAULTS.retention, store } = options.idempotency || {}
+    this.path = options.path ?? DEFAULTS.path
+    this.registry = new Registry(new Set(Object.keys(schemas)))
+    this.#instance = instance
+    this.#options = options
+    this.#runner = options.runner ?? inline()
+    this.#deadline = new Deadline(options.deadline ?? DEFAULTS.deadline)
+    this.#closeTimeout = options.closeTimeout ?? DEFAULTS.closeTimeout
+    this.#receiver = new Receiver({
+      parse: jsonParser(instance),
+      validators: compileValidators(schemas),
+      claims: new Claims({
+        store: options.idempotency === false ? forgetful : store ?? memoryStore(),
+        lease,
+        retention,
+        onTrouble: error => this.trouble(error, {})
+      }),
+      runner: this.#runner,
+      log: instance.log,
+      signal: this.#abort.signal,
+      handlersOf: endpoint => this.#table(endpoint),
+      report: (error, job) => this.trouble(error, job ?? {})
+    })
+    this.handler = function (request) {
+      throw new UnprotectedRoute(`${request.method} ${String(request.routeOptions.url)}`)
+    }
+    this.#verifications = new Verifications(options, {
+      patience: this.#deadline.ms,
+      warn: message => { instance.log.warn(message) },
+      onTrouble: error => { this.trouble(error, {}) }
+    })
+    // A secret that is missing or unusable is told at once.
+    if (this.path !== false || options.secret !== undefined) this.#verifications.of({}, true)
+  }
+
+  scope (instance: FastifyInstance): OpenAIWebhookScope {
+    let scope = this.#scopes.get(instance)
+    if (scope === undefined) {
+      scope = new OpenAIWebhookScope(this, instance)
+      this.#scopes.set(instance, scope)
+    }
+    return scope
+  }
+
+  /** Adds a receiving route in a scope of its own, so that no other route's parsing changes. */
+  receiveAt (scope: FastifyInstance, { url, on, handler, prefix, ...overrides }: WebhookRouteOptions & { prefix?: string }): void {
+    const verification = this.#verifications.of(overrides, true)
+    const list = this.#routeHandlers(on, scope)
+    const own = handler === this.handler ? undefined : handler
+    scope.register(async child => {
+      captureBody(child)
+      const endpoint = this.#endpoint(child.prefix + url, verification, [this.registry.app, list])
+      const admit = this.#admit(endpoint)
+      child.route({
+        method: 'POST',
+        url,
+        bodyLimit: overrides.bodyLimit ?? this.#options.bodyLimit ?? DEFAULTS.bodyLimit,
+        config: { [PROTECTED]: admit } as FastifyContextConfig,
+        onRequest: admit,
+        preHandler: (request, _reply, done) => {
+          // A request without a body and a content type is not parsed at all.
+          const rawBody = Buffer.isBuffer(request.body) ? request.body : Buffer.alloc(0)
+          this.#authenticate(endpoint, request, rawBody, error => {
+            if (error === undefined) request.body = request.openaiWebhook.event
+            done(error)
+          })
+        },
+        onError: (request, _reply, error, done) => {
+          // Fastify's own refusals: over the limit, not JSON. All others are told where they come up.
+          if (request.openaiWebhook === null && !error.code?.startsWith('FST_OPENAI_WEBHOOK_')) this.report(error, { endpoint: endpoint.name }, request)
+          done()
+        },
+        ...(own === undefined ? undefined : { onSend: recordAnswer }),
+        // A child scope keeps the error handler that was set when it was made; the app's may be set later.
+        errorHandler: (error, request, reply) => scope.errorHandler(error, request, reply),
+        handler: this.#deliver(endpoint, own)
+      })
+    }, prefix === undefined ? {} : { prefix })
+  }
+
+  /** onRoute: puts the pipeline on a route that asks for it by `config.openaiWebhook`. */
+  protect (scope: FastifyInstance, route: RouteOptions): void {
+    const config: unknown = route.config?.openaiWebhook
+    if (config === undefined || isProtected(route)) return
+    const fault = (reason: string): Error => new InvalidRoute(String(route.method), route.url, reason)
+    if (route.method !== 'POST' && !(Array.isArray(route.method) && route.method.length === 1 && route.method[0] === 'POST')) {
+      throw fault('expected the method POST alone, which is what OpenAI sends')
+    }
+    if (typeof config !== 'object' || config === null || Array.isArray(config)) {
+      throw fault('expected config.openaiWebhook to be an object, such as {}')
+    }
+    const schema = route.schema as { body?: unknown } | undefined
+    if (schema?.body !== undefined) {
+      throw fault('schema.body would be checked before the signature, and tell unsigned senders about it: remove it, events are validated after verification')
+    }
+    assertOverrides(config)
+    const { on, ...overrides } = config
+    const limit = overrides.bodyLimit ?? route.bodyLimit ?? this.#options.bodyLimit ?? DEFAULTS.bodyLimit
+    const verification = this.#verifications.of(overrides, true)
+    const list = this.#routeHandlers(on, scope)
+    const dispatches = route.handler === this.handler
+    const endpoint = this.#endpoint(route.url, verification, dispatches ? [this.registry.app, list] : [list])
+
+    const capture = this.#captureAndAuthenticate(endpoint, limit)
+    route.config = { ...route.config, [PROTECTED]: capture } as FastifyContextConfig
+    route.bodyLimit = limit
+    route.onRequest = [this.#admit(endpoint), ...toArray(route.onRequest)]
+    route.preParsing = [capture, ...toArray(route.preParsing)]
+    route.onSend = [...toArray(route.onSend), recordAnswer]
+    route.handler = this.#deliver(endpoint, dispatches ? undefined : route.handler)
+  }
+
+  /** onRequest: a route that asks for verification and cannot have it fails closed. */
+  guard (request: FastifyRequest, done: (error?: Error) => void): void {
+    const { config, method, url } = request.routeOptions
+    if (config?.openaiWebhook === undefined || PROTECTED in config) return done()
+    const error = new UnprotectedRoute(`${String(method)} ${String(url)}`)
+    this.report(error, { endpoint: String(url) }, request)
+    done(error)
+  }
+
+  /** onReady */
+  async start (): Promise<void> {
+    await this.#verifications.load()
+    this.registry.closed = true
+    for (const entry of this.#tables.values()) entry.table = new HandlerTable(entry.lists, this.registry.known)
+    // A runner has one host: what this registration acknowledged would run the handlers of the other.
+    if (inUse.has(this.#runner)) throw new InvalidOptions('expected a runner of its own, got one that another registration of the plugin uses')
+    inUse.add(this.#runner)
+    await this.#runner.start?.(this.#receiver)
+  }
+
+  /** Drains, then aborts what is left. */
+  close (): Promise<void> {
+    this.#receiver.closing = true
+    this.#closed ??= this.#drain()
+    return this.#closed
+  }
+
+  /** Fastify fails a preClose hook that outlasts `pluginTimeout`: what is left then is waited for in onClose. */
+  async closeWithinPluginTimeout (): Promise<void> {
+    const { pluginTimeout = 0 } = this.#instance.initialConfig
+    if (pluginTimeout === 0) return await this.close()
+    let timer: NodeJS.Timeout | undefined
+    const almost = new Promise<void>(resolve => { timer = setTimeout(resolve, pluginTimeout * 0.8) })
+    await Promise.race([this.close(), almost])
+    clearTimeout(timer)
+  }
+
+  async unwrap (rawBody: string | Uint8Array, headers: unknown, overrides: EndpointOptions = {}): Promise<{ type: string }> {
+    assertEndpointOptions(overrides)
+    const verification = this.#verifications.of(overrides, false)
+    const body = toBuffer(rawBody)
+    const plain = toHeaders(headers)
+    checkHeaders(verification, plain)
+    const { event } = await this.#receiver.authenticate(verification, plain, body)
+    return event
+  }
+
+  /** Tells the `onError` handlers. */
+  report (error: unknown, info: FailureInfo, { log }: { log: FastifyInstance['log'] } = this.#instance): void {
+    this.registry.report(error, info, thrown => logError(log, thrown, {}, 'an onError handler failed'))
+  }
+
+  /** What no sender hears of: logged here, since no error handler will. */
+  trouble (error: unknown, { endpoint, webhookId, event }: FailureInfo): void {
+    logError(this.#instance.log, error, { endpoint, webhookId, eventType: event?.type }, 'webhook trouble')
+    this.report(error, { ...(endpoint !== undefined && { endpoint }), ...(webhookId !== undefined && { webhookId }), ...(event !== undefined && { event }) })
+  }
+
+  #routeHandlers (on: RouteOverrides['on'], scope: FastifyInstance): HandlerList {
+    const list = new HandlerList(this.registry.known, 'route')
+    for (const [type, handlers] of Object.entries(on ?? {})) {
+      for (const handler of toArray(handlers)) list.on(type, handler as never, scope)
+    }
+    return list
+  }
+
+  #endpoint (name: string, verification: Verification, lists: HandlerList[]): Endpoint {
+    // The URL names the endpoint in jobs and idempotency keys: routes that differ by a constraint alone would share both.
+    if (this.#tables.has(name)) throw new InvalidRoute('POST', name, 'expected a URL of its own, got that of another receiving route')
+    this.#tables.set(name, { lists })
+    return { ...verification, name }
+  }
+
+  #appTable: HandlerTable | undefined
+
+  #table (endpoint: string): HandlerTable {
+    // A worker may not have the route that received the job; the app's handlers it does have.
+    return this.#tables.get(endpoint)?.table ?? (this.#appTable ??= new HandlerTable([this.registry.app], this.registry.known))
+  }
+
+  #admit (endpoint: Endpoint) {
+    return (request: FastifyRequest, _reply: FastifyReply, done: (error?: Error) => void): void => {
+      try {
+        checkHeaders(endpoint, request.headers)
+      } catch (error) {
+        this.report(error, { endpoint: endpoint.name }, request)
+        return done(error as Error)
+      }
+      done()
+    }
+  }
+
+  #authenticate (endpoint: Endpoint, request: FastifyRequest, rawBody: Buffer, done: (error?: Error) => void): void {
+    const refused = (error: unknown): void => {
+      this.report(error, { endpoint: endpoint.name }, request)
+      if (error instanceof InvalidSignature && DETAILED.has(request.log.level)) this.#explain(endpoint, request, rawBody)
+      done(error as Error)
+    }
+    let delivery
+    try {
+      delivery = this.#receiver.authenticate(endpoint, request.headers, rawBody)
+    } catch (error) {
+      return refused(error)
+    }
+    const accepted = (authentic: Delivery): void => {
+      request.openaiWebhook = authentic
+      done()
+    }
+    if (isPromise<Delivery>(delivery)) delivery.then(accepted, refused)
+    else accepted(delivery)
+  }
+
+  readonly #diagnosedAt = new Map<string, number>()
+
+  /** Logs why a signature does not match; the sender is not told. */
+  #explain ({ name, verifier, keyring, tolerance }: Endpoint, { headers, log }: FastifyRequest, rawBody: Buffer): void {
+    const now = Date.now()
+    // A clock set back must not silence it until it has caught up.
+    if (verifier !== standardWebhooks() || Math.abs(now - (this.#diagnosedAt.get(name) ?? 0)) < DIAGNOSIS_INTERVAL) return
+    this.#diagnosedAt.set(name, now)
+    // After the answer, which neither waits for it nor fails with it.
+    setImmediate(() => {
+      try {
+        const secret = keyring.keys.map(key => key.export())
+        const { finding, likely } = diagnose({ headers, rawBody, secret, now, tolerance })
+        log.debug({ endpoint: name, cause: finding?.cause, fix: finding?.fix }, `the signature does not match: ${finding?.message ?? likely}`)
+      } catch (error) {
+        this.report(error, { endpoint: name })
+      }
+    })
+  }
+
+  /** preParsing, so that the user's parser sees nothing that was not verified. */
+  #captureAndAuthenticate (endpoint: Endpoint, limit: number) {
+    return (request: FastifyRequest, reply: FastifyReply, payload: Parameters<typeof readPayload>[0], done: (error: Error | null, payload?: Parameters<typeof readPayload>[0]) => void): void => {
+      const refuse = (error: Error): void => {
+        this.report(error, { endpoint: endpoint.name }, request)
+        done(error)
+      }
+      const { 'content-type': contentType, 'content-length': contentLength, 'transfer-encoding': transferEncoding } = request.headers
+      const isEmpty = transferEncoding === undefined && (contentLength === undefined || contentLength === '0')
+      // Without a body Fastify asks for no content type; with one, a catch-all parser of the app's must not take it.
+      if (contentType === undefined ? !isEmpty : !/^application\/json\s*(?:;|$)/i.test(contentType)) {
+        return refuse(new fastify.errorCodes.FST_ERR_CTP_INVALID_MEDIA_TYPE())
+      }
+      readPayload(payload, limit, contentLength).then(rawBody => {
+        if (rawBody === undefined) {
+          // The sender may go on sending what nobody reads.
+          reply.header('connection', 'close')
+          return refuse(new fastify.errorCodes.FST_ERR_CTP_BODY_TOO_LARGE())
+        }
+        this.#authenticate(endpoint, request, rawBody, error => {
+          if (error === undefined) done(null, replayPayload(rawBody))
+          else done(error)
+        })
+      }, refuse)
+    }
+  }
+
+  /** The route's handler: receives the delivery, and has it answered by the deadline. */
+  #deliver (endpoint: Endpoint, own: RouteHandlerMethod | undefined): RouteHandlerMethod {
+    const options = {
+      endpoint: endpoint.name,
+      receiver: this.#receiver,
+      deadline: this.#deadline,
+      report: this.report.bind(this),
+      own
+    }
+    return function (request, reply) {
+      new Exchange(request, reply, options, this).run()
+    }
+  }
+
+  async #drain (): Promise<void> {
+    let timer: NodeJS.Timeout | undefined
+    const over = new Promise<void>(resolve => {
+      timer = setTimeout(() => {
+        this.#abort.abort(new Error('the app is closing and closeTimeout is over'))
+        // Handlers that listen to the signal get this turn to end.
+        setImmediate(resolve)
+      }, this.#closeTimeout)
+    })
+    const runnerClosed = attempt(() => this.#runner.close?.(this.#abort.signal), error => this.trouble(error, {}))
+    const drained = Promise.all([runnerClosed, this.#receiver.drained()])
+    await Promise.race([drained, over])
+    clearTimeout(timer)
+    inUse.delete(this.#runner)
+  }
+}
+
+/** A route that was given the config of a protected one has the mark, but not the hook. */
+function isProtected ({ config, onRequest, preParsing }: RouteOptions): boolean {
+  const mark = (config as { [PROTECTED]?: unknown } | undefined)?.[PROTECTED]
+  return mark !== undefined && [...toArray<unknown>(onRequest), ...toArray<unknown>(preParsing)].includes(mark)
+}
+
+function toArray<T> (value: T | readonly T[] | undefined): T[] {
+  if (value === undefined) return []
+  return Array.isArray(value) ? [...value] : [value as T]
+}
+
+/** Fastify's own JSON parser, without its callback: it refuses prototype poisoning. */
+function jsonParser (instance: FastifyInstance): ParseJson {
+  const parse = instance.getDefaultJsonParser('error', 'error')
+  let failure: Error | null
+  let parsed: unknown
+  const done = (error: Error | null, body?: unknown): void => {
+    failure = error
+    parsed = body
+  }
+  return text => {
+    parse(undefined as unknown as FastifyRequest, text, done)
+    if (failure !== null) throw failure
+    return parsed
+  }
+}
+
+export default fp(openaiWebhook, { fastify: '5.x', name: 'fastify-openai-webhook' })

@@ -1,0 +1,161 @@
+import type { FastifyInstance } from 'fastify'
+import { AlreadyStarted, InvalidOptions } from './errors.ts'
+import { nearest } from './nearest.ts'
+import type { EventContext, Handler } from './pipeline/dispatch.ts'
+
+/** A handler whatever its event; the event's type is checked where it is registered. */
+export type AnyHandler = (this: FastifyInstance, event: never, context: EventContext) => unknown
+
+export interface HandlerOptions {
+  /**
+   * Names the handler in the idempotency store, so that a retry knows it across deployments that change the order of
+   * registration.
+   *
+   * @default its place in the order of registration
+   */
+  name?: string
+}
+
+export type ErrorHandler = (error: Error, info: FailureInfo) => unknown
+
+/** What is known of the delivery that failed; nothing is for a refusal by header. */
+export interface FailureInfo {
+  endpoint?: string
+  webhookId?: string
+  event?: { readonly type: string }
+}
+
+interface Registration {
+  pattern: string
+  handler: Handler
+}
+
+/** A list of handlers by event type: the app's, or one route's. */
+export class HandlerList {
+  readonly #known: ReadonlySet<string>
+  readonly #label: string
+  readonly #names = new Set<string>()
+  readonly #matching: Registration[] = []
+  readonly any: Handler[] = []
+  readonly unhandled: Handler[] = []
+  #count = 0
+
+  /** @param label keeps the names of a route's handlers apart from the app's */
+  constructor (known: ReadonlySet<string>, label: string) {
+    this.#known = known
+    this.#label = label
+  }
+
+  on (types: string | readonly string[], fn: AnyHandler, scope: FastifyInstance, options?: HandlerOptions): void {
+    const list = typeof types === 'string' ? [types] : types
+    if (!Array.isArray(list) || list.length === 0) {
+      throw new InvalidOptions('on(): expected an event type, a pattern such as "batch.*" or a non-empty array of them')
+    }
+    for (const type of list) this.#assertKnown(type)
+    // One handler for several types is one name: a delivery has one type, and runs it once.
+    const handler = this.#handler('on', fn, scope, options)
+    for (const pattern of new Set(list)) this.#matching.push({ pattern, handler })
+  }
+
+  onAny (fn: AnyHandler, scope: FastifyInstance, options?: HandlerOptions): void {
+    this.any.push(this.#handler('onAny', fn, scope, options))
+  }
+
+  onUnhandled (fn: AnyHandler, scope: FastifyInstance, options?: HandlerOptions): void {
+    this.unhandled.push(this.#handler('onUnhandled', fn, scope, options))
+  }
+
+  /** Each handler once, in the order of registration. */
+  matching (type: string): Handler[] {
+    const handlers = new Set<Handler>()
+    for (const { pattern, handler } of this.#matching) if (matches(pattern, type)) handlers.add(handler)
+    return [...handlers]
+  }
+
+  #handler (method: string, fn: AnyHandler, scope: FastifyInstance, options: HandlerOptions = {}): Handler {
+    if (typeof fn !== 'function') throw new InvalidOptions(`${method}(): expected a handler function, got ${fn === null ? 'null' : typeof fn}`)
+    const name = options.name ?? `${this.#label}#${this.#count}`
+    if (typeof name !== 'string' || name === '' || name.length > 128) {
+      throw new InvalidOptions(`${method}(): expected \`name\` to be a string of 1 to 128 characters`)
+    }
+    if (this.#names.has(name)) throw new InvalidOptions(`${method}(): the handler name "${name}" is taken: names tell finished handlers apart, so each is used once`)
+    this.#names.add(name)
+    this.#count++
+    return { name, run: (fn as (event: unknown, context: EventContext) => unknown).bind(scope) }
+  }
+
+  #assertKnown (type: unknown): void {
+    if (typeof type !== 'string') throw new InvalidOptions(`on(): expected an event type (a string), got ${typeof type}`)
+    const known = type.endsWith('.*')
+      ? [...this.#known].some(name => matches(type, name))
+      : this.#known.has(type)
+    if (known) return
+    // A handler for a misspelt type would never run, and its events would be acknowledged all the same.
+    throw new InvalidOptions(`on(): unknown event type "${type}"${nearest(type, [...this.#known, ...families(this.#known)])}; a type of your own needs a schema in the \`events\` option`)
+  }
+}
+
+function matches (pattern: string, type: string): boolean {
+  return pattern.endsWith('.*') ? type.startsWith(pattern.slice(0, -1)) : pattern === type
+}
+
+function families (types: Iterable<string>): Set<string> {
+  const patterns = new Set<string>()
+  for (const type of types) {
+    for (let dot = type.indexOf('.'); dot !== -1; dot = type.indexOf('.', dot + 1)) patterns.add(`${type.slice(0, dot)}.*`)
+  }
+  return patterns
+}
+
+/** The handlers of one registration of the plugin. Closed when the app is ready. */
+export class Registry {
+  readonly app: HandlerList
+  readonly errorHandlers: ErrorHandler[] = []
+  closed = false
+
+  constructor (readonly known: ReadonlySet<string>) {
+    this.app = new HandlerList(known, '')
+  }
+
+  assertOpen (method: string): void {
+    if (this.closed) throw new AlreadyStarted(method)
+  }
+
+  /** Tells every `onError` handler. What a handler throws is handed to `fallback`, never to the delivery. */
+  report (error: unknown, info: FailureInfo, fallback: (error: unknown) => void): void {
+    for (const handler of this.errorHandlers) {
+      try {
+        const result = handler(error as Error, info)
+        if (isThenable(result)) result.then(undefined, fallback)
+      } catch (thrown) {
+        fallback(thrown)
+      }
+    }
+  }
+}
+
+function isThenable (value: unknown): value is PromiseLike<unknown> {
+  return typeof (value as PromiseLike<unknown> | null | undefined)?.then === 'function'
+}
+
+/** Who handles what on one endpoint: worked out per known type when the app is ready, so that a request looks it up. */
+export class HandlerTable {
+  readonly #lists: readonly HandlerList[]
+  readonly #byType = new Map<string, readonly Handler[]>()
+
+  constructor (lists: readonly HandlerList[], known: ReadonlySet<string>) {
+    this.#lists = lists
+    for (const type of known) this.#byType.set(type, this.#collect(type))
+  }
+
+  for (type: string): readonly Handler[] {
+    // An unknown type is not remembered: it comes from outside, and the map would grow with it.
+    return this.#byType.get(type) ?? this.#collect(type)
+  }
+
+  #collect (type: string): Handler[] {
+    const matching = this.#lists.flatMap(list => list.matching(type))
+    const last = matching.length > 0 ? [] : this.#lists.flatMap(list => list.unhandled)
+    return [...this.#lists.flatMap(list => list.any), ...matching, ...last]
+  }
+}

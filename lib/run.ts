@@ -1,0 +1,78 @@
+import type { FastifyBaseLogger, FastifyRequest } from 'fastify'
+import type { EventContext } from './pipeline/dispatch.ts'
+import type { Job } from './runners/runner.ts'
+import type { Claim, MaybePromise } from './stores/store.ts'
+
+export type Outcome = 'processed' | 'duplicate'
+
+/** The request that a delivery came with: told how it ended, exactly once. */
+export interface Sender {
+  readonly request: FastifyRequest
+  succeeded: (outcome: Outcome) => void
+  failed: (error: unknown) => void
+  /**
+   * Set where a route has a handler of its own, which replies. It reports once whether it answered 2xx, or what it
+   * threw, and waits for that to be recorded before the answer leaves.
+   */
+  readonly respond?: ((record: Record) => void) | undefined
+}
+
+export type Record = (succeeded: boolean, error?: unknown) => MaybePromise<void>
+
+export interface Answer {
+  readonly error: unknown
+  readonly outcome: Outcome
+}
+
+/** One delivery in this process, from its claim to its end. */
+export class Run {
+  /** Whether the store has answered. */
+  begun = false
+  /** Held from `begin` until it is settled, or until a queue has the job. */
+  claim: Extract<Claim, { state: 'claimed' }> | undefined = undefined
+  /** Whether the claim has been given up or completed, or was lost: it is not to be renewed. */
+  settled = false
+  /** Whether its handlers have been started with the claim: then they settle it. */
+  started = false
+  /** Whether they have ended, and that is on record. */
+  ended = false
+  /** Whether one of them has failed: whoever asks for them again has the others started anew. */
+  failed = false
+  /** Their end, for whoever asks for it again. */
+  processed: MaybePromise<void> = undefined
+  /** What the sender was told. */
+  answer: Answer | undefined = undefined
+  /** Others that delivered the same webhook-id meanwhile. */
+  joined: Sender[] | undefined = undefined
+
+  /** @param sender absent where the job comes out of a queue: it has been acknowledged then */
+  constructor (readonly key: string, readonly job: Job, readonly sender: Sender | undefined) {}
+}
+
+/** What a handler is given beside the event. */
+export class Context implements EventContext {
+  readonly webhookId: string
+  readonly timestamp: number
+  readonly endpoint: string
+  readonly signal: AbortSignal
+  declare readonly request?: FastifyRequest
+  readonly #eventType: string
+  readonly #parentLog: FastifyBaseLogger
+  #log: FastifyBaseLogger | undefined
+
+  constructor ({ job, sender }: Run, log: FastifyBaseLogger, signal: AbortSignal) {
+    this.webhookId = job.webhookId
+    this.timestamp = job.timestamp
+    this.endpoint = job.endpoint
+    this.signal = signal
+    this.#eventType = job.event.type
+    this.#parentLog = sender?.request.log ?? log
+    if (sender !== undefined) this.request = sender.request
+  }
+
+  /** Made when it is first asked for: a child logger costs more than the dispatch. */
+  get log (): FastifyBaseLogger {
+    this.#log ??= this.#parentLog.child({ webhookId: this.webhookId, eventType: this.#eventType, endpoint: this.endpoint })
+    return this.#log
+  }
+}

@@ -1,0 +1,101 @@
+import type { FastifyInstance, FastifyRequest, RouteHandlerMethod } from 'fastify'
+import type { OfficialEvents } from './events/index.ts'
+import type { OpenAIWebhookEvents } from './index.ts'
+import type { EndpointOptions } from './options.ts'
+import type { EventContext } from './pipeline/dispatch.ts'
+import type { ErrorHandler, HandlerOptions } from './registry.ts'
+
+/** Every event type with its event: OpenAI's, and what is merged into `OpenAIWebhookEvents` in place of or beside them. */
+export type EventMap = Omit<OfficialEvents, keyof OpenAIWebhookEvents> & OpenAIWebhookEvents
+
+export type EventType = keyof EventMap & string
+
+type FamilyOf<Type extends string> = Type extends `${infer Head}.${infer Rest}`
+  ? `${Head}.*` | (FamilyOf<Rest> extends infer Inner extends string ? `${Head}.${Inner}` : never)
+  : never
+
+/** `batch.*`, `agent.session.*`, … */
+export type EventPattern = FamilyOf<EventType>
+
+/** Any event that has a type of ours; narrow it by `event.type`. */
+export type WebhookEvent = EventMap[EventType]
+
+/** The events that a type or a pattern names. */
+export type EventOf<Name extends EventType | EventPattern> = Name extends EventType
+  ? EventMap[Name]
+  : Name extends `${infer Family}.*` ? EventMap[Extract<EventType, `${Family}.${string}`>] : never
+
+/** An event of a type that has no schema here: verified, its shape not checked. */
+export interface UnknownEvent {
+  type: string
+  [field: string]: unknown
+}
+
+/**
+ * Runs for a verified event; `this` is the Fastify scope it was registered in. When it throws or rejects, the sender
+ * is told to deliver again.
+ */
+export type EventHandler<Event> = (this: FastifyInstance, event: Event, context: EventContext) => void | Promise<void>
+
+export type RouteHandlers = {
+  [Name in EventType | EventPattern]?: EventHandler<EventOf<Name>> | ReadonlyArray<EventHandler<EventOf<Name>>>
+}
+
+/** `config.openaiWebhook` of a marked route. */
+export interface RouteOverrides extends EndpointOptions {
+  /** Handlers by event type or pattern. */
+  on?: RouteHandlers
+}
+
+export interface WebhookRouteOptions extends RouteOverrides {
+  /** Within the scope's prefix. */
+  url: string
+  /** Replies once the event handlers have succeeded; returns nothing → 200 `{"received":true}`. */
+  handler?: RouteHandlerMethod
+}
+
+/** A verified and valid delivery: what a request carries once it has passed. */
+export interface Delivery {
+  /** Verified, and of its type's shape. */
+  readonly event: WebhookEvent
+  /** The bytes that arrived. */
+  readonly rawBody: Buffer
+  /** The same for every retry of the delivery. */
+  readonly webhookId: string
+  /** When it was signed, in Unix seconds. */
+  readonly timestamp: number
+}
+
+export type WebhookHeaders = Headers | Readonly<Record<string, string | readonly string[] | undefined>> | FastifyRequest['headers']
+
+/** `app.openaiWebhook`, bound to the scope it is read from. */
+export interface OpenAIWebhook {
+  /**
+   * Runs the handler for events of a type, of several, or of a family (`batch.*`).
+   *
+   * Throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS for an unknown type or a taken `name`, FST_OPENAI_WEBHOOK_ALREADY_STARTED
+   * once the app is ready.
+   */
+  on<Name extends EventType | EventPattern> (type: Name | readonly Name[], handler: EventHandler<EventOf<Name>>, options?: HandlerOptions): this
+  /** Runs the handler for every verified event, beside those that match its type. */
+  onAny (handler: EventHandler<WebhookEvent>, options?: HandlerOptions): this
+  /** Runs the handler for verified events that no `on` handler matches, unknown types included. */
+  onUnhandled (handler: EventHandler<WebhookEvent | UnknownEvent>, options?: HandlerOptions): this
+  /** Tells the handler of every failure. What it returns or throws changes nothing for the sender. */
+  onError (handler: ErrorHandler): this
+  /**
+   * Adds a receiving route in this scope, with its own overrides. The app's handlers run there and those in `on`.
+   *
+   * Throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS, FST_OPENAI_WEBHOOK_INVALID_SECRET, FST_OPENAI_WEBHOOK_ALREADY_STARTED.
+   */
+  route (options: WebhookRouteOptions): this
+  /**
+   * Verifies and validates a delivery that did not come through a route.
+   *
+   * @param rawBody the bytes as they arrived, or their UTF-8 text
+   * @returns the event; rejects with the coded errors of the verify and validate steps
+   */
+  unwrap (rawBody: string | Uint8Array, headers: WebhookHeaders, overrides?: Omit<EndpointOptions, 'bodyLimit'>): Promise<WebhookEvent>
+  /** A marked route's handler that runs the event handlers, the app's included, and acknowledges. */
+  readonly handler: RouteHandlerMethod
+}

@@ -1,0 +1,64 @@
+import { createHash, createHmac, timingSafeEqual } from 'node:crypto'
+import type { KeyObject } from 'node:crypto'
+import type { IncomingHttpHeaders } from 'node:http'
+import { InvalidSignature } from '../errors.ts'
+import { parseTimestamp, requireHeader } from './verifier.ts'
+import type { SignedDelivery, Verified, Verifier } from './verifier.ts'
+
+const SIGNATURE = 'x-openai-signature'
+const TIMESTAMP = 'x-openai-timestamp'
+
+/**
+ * The scheme of a community guide that many handlers were copied from; OpenAI itself signs with
+ * `standardWebhooks()`. `X-OpenAI-Signature` is the hex HMAC-SHA256 of `timestamp.body` under the secret's bytes as
+ * written (`whsec_` included), `X-OpenAI-Timestamp` Unix seconds. The guide has no delivery id: the event's own `id`
+ * stands in, or where it has none the SHA-256 of what was signed (which a retry with a new timestamp changes).
+ *
+ * Coded errors: MISSING_HEADER, INVALID_TIMESTAMP, INVALID_SIGNATURE (all 401).
+ */
+export function xOpenAISignature (): Verifier {
+  return Object.assign(verify, { checkHeaders, keyBytes })
+}
+
+function keyBytes (secret: string): Buffer {
+  return Buffer.from(secret)
+}
+
+function checkHeaders (headers: IncomingHttpHeaders): number {
+  requireHeader(headers, SIGNATURE)
+  return parseTimestamp(requireHeader(headers, TIMESTAMP), TIMESTAMP)
+}
+
+const HEX_SHA256 = /^[0-9a-f]{64}$/i
+
+function verify ({ rawBody, headers }: SignedDelivery, keys: readonly KeyObject[]): Verified {
+  const signature = requireHeader(headers, SIGNATURE)
+  const timestampText = requireHeader(headers, TIMESTAMP) as string
+  const timestamp = parseTimestamp(timestampText, TIMESTAMP)
+  if (typeof signature !== 'string' || !HEX_SHA256.test(signature)) throw new InvalidSignature()
+
+  const candidate = Buffer.from(signature, 'hex')
+  const signedHead = `${timestampText}.`
+  for (let keyIndex = 0; keyIndex < keys.length; keyIndex++) {
+    const expected = createHmac('sha256', keys[keyIndex]!).update(signedHead).update(rawBody).digest()
+    if (timingSafeEqual(expected, candidate)) {
+      return { webhookId: eventId(rawBody) ?? digest(signedHead, rawBody), timestamp, keyIndex }
+    }
+  }
+  throw new InvalidSignature()
+}
+
+const EVENT_ID = /^[\x21-\x7e]{1,256}$/
+
+function eventId (rawBody: Buffer): string | undefined {
+  try {
+    const { id } = JSON.parse(rawBody.toString()) as { id?: unknown }
+    return typeof id === 'string' && EVENT_ID.test(id) ? id : undefined
+  } catch {
+    return undefined // not JSON, or `null`: the validate step says so
+  }
+}
+
+function digest (signedHead: string, rawBody: Buffer): string {
+  return createHash('sha256').update(signedHead).update(rawBody).digest('hex')
+}
