@@ -1,0 +1,253 @@
+import { found, merged } from './causes.ts'
+import type { Found } from './causes.ts'
+
+/** By lower-case name; of one name several values are joined, as node:http joins them. */
+export type HeaderMap = ReadonlyMap<string, string>
+
+export type DiagnoseHeaders =
+  | Iterable<readonly [name: string, value: string]>
+  | Readonly<Record<string, string | readonly string[] | undefined>>
+
+export function toHeaderMap (headers: DiagnoseHeaders): HeaderMap {
+  const map = new Map<string, string>()
+  const pairs: Iterable<readonly [string, unknown]> = Symbol.iterator in headers
+    ? headers as Iterable<readonly [string, string]>
+    : Object.entries(headers)
+  for (const [name, value] of pairs) {
+    if (value === undefined || value === null) continue
+    const key = String(name).toLowerCase()
+    const text = Array.isArray(value) ? value.join(', ') : String(value)
+    const before = map.get(key)
+    map.set(key, before === undefined ? text : `${before}, ${text}`)
+  }
+  return map
+}
+
+const ROLES = ['id', 'timestamp', 'signature'] as const
+type Role = typeof ROLES[number]
+
+/** What was signed before the body, as the headers may have said it. */
+export interface HeadCandidate {
+  readonly id: string
+  readonly timestamp: string
+  /** The timestamp in Unix seconds, where it can be read as a time. */
+  readonly seconds: number
+  readonly causes: readonly Found[]
+}
+
+export interface HeaderReading {
+  /** Empty where one of the three is not there under any name. */
+  readonly heads: HeadCandidate[]
+  readonly signatures: SignatureCandidate[]
+  /** What is wrong with the headers in any case. */
+  readonly facts: Found[]
+}
+
+/** @param isEvent whether the body looks like one of OpenAI's events */
+export function readHeaders (headers: HeaderMap, isEvent: boolean): HeaderReading {
+  const values = new Map<Role, string>()
+  const renamed: string[] = []
+  const missing: string[] = []
+  for (const role of ROLES) {
+    const name = nameOf(headers, role)
+    if (name === undefined) missing.push(`webhook-${role}`)
+    else {
+      values.set(role, headers.get(name)!)
+      if (name !== `webhook-${role}`) renamed.push(`webhook-${role} as ${name}`)
+    }
+  }
+  const { id, timestamp, signature } = Object.fromEntries(values) as Partial<Record<Role, string>>
+  if (id === undefined || timestamp === undefined || signature === undefined) {
+    return { heads: [], signatures: [], facts: [missingFact(headers, missing)] }
+  }
+  const base = renamed.length === 0 ? [] : [found('header-renamed', renamed.join(', '))]
+  const heads = []
+  for (const [idText, ...idCauses] of untangled(id, 'webhook-id')) {
+    for (const [timestampText, seconds, ...timestampCauses] of times(timestamp)) {
+      heads.push({ id: idText, timestamp: timestampText, seconds, causes: merged([...base, ...idCauses, ...idFault(idText), ...timestampCauses]) })
+    }
+  }
+  heads.sort((a, b) => a.causes.length - b.causes.length)
+  const signatures = readSignatures(signature)
+  const bySvix = !isEvent && renamed.some(name => name.includes(' as svix'))
+  const facts = [...(bySvix ? [found('provider-svix')] : base), ...idFacts(id), ...timestampFacts(timestamp), ...signatureFacts(signature, signatures)]
+  return { heads, signatures, facts }
+}
+
+/** The header itself, or what a gateway, CGI or a queue made of its name: HTTP_WEBHOOK_ID, x-webhook-id, webhookId. */
+function nameOf (headers: HeaderMap, role: Role): string | undefined {
+  if (isPresent(headers, `webhook-${role}`)) return `webhook-${role}`
+  for (const family of ['webhook', 'svix']) {
+    const pattern = new RegExp(`(?:^|[-_.])${family}[-_]?${role}$`)
+    for (const name of headers.keys()) if (pattern.test(name) && isPresent(headers, name)) return name
+  }
+  return undefined
+}
+
+function isPresent (headers: HeaderMap, name: string): boolean {
+  return (headers.get(name) ?? '').trim() !== ''
+}
+
+function missingFact (headers: HeaderMap, missing: readonly string[]): Found {
+  if (missing.includes('webhook-signature')) {
+    if (headers.has('x-openai-signature')) return found('x-openai-signature')
+    if (headers.has('x-hub-signature-256') || headers.has('x-hub-signature')) return found('provider-github')
+    if (headers.has('stripe-signature')) return found('provider-stripe')
+  }
+  return found('header-missing', `${missing.join(', ')} ${missing.length === 1 ? 'is' : 'are'} missing or empty`)
+}
+
+type Change = readonly [text: string, ...causes: Found[]]
+
+/** The value without what is put around or into header values on the way; one by one, where it was doubled. */
+function untangled (value: string, name: string): Change[] {
+  let text = value
+  const causes: Found[] = []
+  for (const [cause, change] of [
+    ['header-escaped', decodePercent],
+    ['header-whitespace', trim],
+    ['header-quoted', unquote],
+    ['header-whitespace', trim]
+  ] as const) {
+    const changed = change(text)
+    if (changed !== text) causes.push(found(cause, name))
+    text = changed
+  }
+  const parts = text.includes(',') ? text.split(',').map(trim).filter(part => part !== '') : []
+  const changes: Change[] = [[value]]
+  if (causes.length > 0) changes.push([text, ...causes])
+  for (const part of new Set(parts)) changes.push([part, ...causes, found('header-doubled', name)])
+  return changes.slice(0, 6)
+}
+
+function trim (text: string): string {
+  return text.trim()
+}
+
+function unquote (text: string): string {
+  return text.replace(/^(["'])(.*)\1$/, '$2').replace(/^\\"(.*)\\"$/, '$1').replace(/^\[["'](.*)["']\]$/, '$1')
+}
+
+function decodePercent (text: string): string {
+  return text.replace(/%(2[bcf]|3d|20|22)/gi, (_, hex: string) => String.fromCharCode(parseInt(hex, 16)))
+}
+
+/** Beyond this, seconds would be in the year 5138: it is milliseconds. */
+const MS = 1e11
+
+function * times (value: string): Generator<readonly [text: string, seconds: number, ...causes: Found[]]> {
+  const changes = untangled(value, 'webhook-timestamp')
+  for (const [text, ...causes] of changes) {
+    const given = Number(text)
+    if (/^\d+$/.test(text)) {
+      if (given < MS) {
+        yield [text, given, ...causes]
+        yield [`${text}000`, given, ...causes, found('timestamp-milliseconds', 'milliseconds were signed, seconds arrived')]
+      } else {
+        yield [text, given / 1000, ...causes, found('timestamp-milliseconds', 'they were signed')]
+        yield [text.slice(0, -3), given / 1000, ...causes, found('timestamp-milliseconds', 'seconds were signed, and converted on the way')]
+      }
+      continue
+    }
+    const seconds = text === '' || Number.isNaN(given) ? Date.parse(text) / 1000 : given < MS ? given : given / 1000
+    yield [text, seconds, ...causes, found('timestamp-format')]
+    // What is around it is undone first.
+    if (!Number.isNaN(seconds) && changes.length === 1) yield [String(Math.floor(seconds)), seconds, ...causes, found('timestamp-format')]
+  }
+}
+
+/** As in the verifier. */
+const WEBHOOK_ID = /^[\x21-\x2b\x2d\x2f-\x7e]{1,256}$/
+
+function idFault (id: string): Found[] {
+  if (WEBHOOK_ID.test(id)) return []
+  return [found(/^[\x21-\x2b\x2d-\x7e]{1,256}$/.test(id) ? 'webhook-id-dot' : 'webhook-id-invalid')]
+}
+
+function idFacts (id: string): Found[] {
+  if (WEBHOOK_ID.test(id)) return []
+  const untangle = untangled(id, 'webhook-id').flatMap(([text, ...causes]) => WEBHOOK_ID.test(text) ? causes : [])
+  return [...untangle, ...idFault(id)]
+}
+
+function timestampFacts (timestamp: string): Found[] {
+  if (/^\d+$/.test(timestamp)) return Number(timestamp) < MS ? [] : [found('timestamp-milliseconds', 'or a smaller unit')]
+  const untangle = untangled(timestamp, 'webhook-timestamp').flatMap(([text, ...causes]) => /^\d+$/.test(text) ? causes : [])
+  return [...untangle, found('timestamp-format')]
+}
+
+/** A signature as it may have been meant. */
+export interface SignatureCandidate {
+  /** As it is written, without its version. */
+  readonly text: string
+  /** The standard base64 that it stands for, where it is whole. */
+  readonly base64?: string
+  /** Empty where the plugin would accept it. */
+  readonly causes: readonly Found[]
+}
+
+const ENTRY = /(?:(v\d+[a-z]?|sha256)(\s*[,=:.]\s*))?([A-Za-z0-9+/_-]{20,}={0,2})/gi
+
+function readSignatures (value: string): SignatureCandidate[] {
+  const accepted = new Set(value.includes(', ') ? [] : value.split(' '))
+  const candidates: SignatureCandidate[] = []
+  const plain = unquote(trim(value))
+  const decoded = decodePercent(plain)
+  for (const text of new Set([decoded, decoded.replaceAll(/ (?!v\d|sha256)/gi, '+')])) {
+    const around: Found[] = []
+    if (decoded !== plain || text !== decoded) around.push(found('header-escaped', 'webhook-signature'))
+    if (plain !== trim(value)) around.push(found('header-quoted', 'webhook-signature'))
+    if (/,\s*v\d+[a-z]?,/i.test(text)) around.push(found('header-doubled', 'webhook-signature'))
+    for (const [, version, separator = '', body = ''] of [...text.matchAll(ENTRY)].slice(0, 32)) {
+      if (accepted.has(`v1,${body}`) && isStandard(body)) {
+        candidates.push({ text: body, base64: body, causes: [] })
+        continue
+      }
+      const [base64, cause] = toStandard(body)
+      const causes = [...around, ...(cause === undefined ? [] : [cause])]
+      if (version === undefined || /^sha/i.test(version) || separator.trim() !== ',') causes.push(found('signature-prefix'))
+      else if (version !== 'v1') causes.push(found('signature-version', version))
+      // Nothing but the white space around it keeps it from being accepted.
+      if (causes.length === 0) causes.push(found('header-whitespace', 'webhook-signature'))
+      candidates.push({ text: body, ...(base64 !== undefined && { base64 }), causes })
+    }
+  }
+  return candidates.sort((a, b) => a.causes.length - b.causes.length)
+}
+
+function isStandard (text: string): boolean {
+  return text.length === 44 && Buffer.from(text, 'base64').toString('base64') === text
+}
+
+/** The base64 of the 32 bytes that are written in another way. */
+function toStandard (text: string): [base64?: string, cause?: Found] {
+  if (isStandard(text)) return [text]
+  if (/^[0-9a-f]{64}$/i.test(text)) return [Buffer.from(text, 'hex').toString('base64'), found('signature-hex')]
+  const bytes = Buffer.from(text, 'base64') // lenient: URL-safe or without "="
+  if (/^[0-9a-f]{64}$/i.test(bytes.toString('latin1'))) return [Buffer.from(bytes.toString('latin1'), 'hex').toString('base64'), found('signature-hex')]
+  if (bytes.length === 32) return [bytes.toString('base64'), found('signature-base64')]
+  return []
+}
+
+/** At least this much of a signature must be there to tell that it was cut: 120 bits. */
+const MIN_CUT = 20
+
+/** What is wrong with the signature that stands for this digest; `undefined` where none does. */
+export function matchSignature (signatures: readonly SignatureCandidate[], digest: Buffer): readonly Found[] | undefined {
+  const expected = digest.toString('base64')
+  const lower = expected.toLowerCase()
+  for (const { base64, causes } of signatures) if (base64 === expected) return causes
+  for (const { text } of signatures) {
+    if (text.length === expected.length && text.toLowerCase() === lower) return [found('signature-case-changed')]
+    if (text.length >= MIN_CUT && expected.startsWith(text)) return [found('signature-cut')]
+  }
+  return undefined
+}
+
+function signatureFacts (value: string, signatures: readonly SignatureCandidate[]): Found[] {
+  if (signatures.some(({ causes }) => causes.length === 0)) return []
+  const whole = signatures.find(({ base64 }) => base64 !== undefined)
+  if (whole !== undefined) return [...whole.causes]
+  const version = /\bv1,/.test(value) ? undefined : /\bv\d+[a-z]?(?=,)/i.exec(value)?.[0]
+  return [version === undefined ? found('signature-malformed') : found('signature-version', version)]
+}

@@ -1,0 +1,130 @@
+/**
+ * JSON kept as it was written: JSON.parse would lose `1.0`, large integers, double keys and the order of numeric ones,
+ * all of which a signature covers.
+ */
+export type Json = Scalar | Text | Collection
+
+/** A number or a literal, to the letter. */
+type Scalar = string
+interface Text { readonly text: string }
+interface Collection {
+  readonly open: '{' | '['
+  readonly close: '}' | ']'
+  readonly entries: ReadonlyArray<{ readonly key?: string, readonly value: Json }>
+}
+
+/** OpenAI's events are three deep; a stranger's must not exhaust the stack. */
+const MAX_DEPTH = 100
+
+const TOKEN = /"(?:[^"\\]+|\\.)*"|[{}[\]]|[^\s{}[\]:,"]+/gs
+
+/** `undefined` for what is no JSON, or nested too deep. */
+export function parseJson (text: string): Json | undefined {
+  try {
+    JSON.parse(text) // what is left to `parseValue` is valid
+    const tokens = text.matchAll(TOKEN)
+    const next = (): string => tokens.next().value![0]
+    return parseValue(next(), next, 0)
+  } catch {
+    return undefined
+  }
+}
+
+function parseValue (token: string, next: () => string, depth: number): Json {
+  if (token.startsWith('"')) return { text: JSON.parse(token) as string }
+  if (token !== '{' && token !== '[') return token
+  if (depth === MAX_DEPTH) throw new RangeError('nested too deep')
+  const close = token === '{' ? '}' : ']'
+  const entries = []
+  for (let part = next(); part !== close; part = next()) {
+    entries.push(token === '{'
+      ? { key: JSON.parse(part) as string, value: parseValue(next(), next, depth + 1) }
+      : { value: parseValue(part, next, depth + 1) })
+  }
+  return { open: token, close, entries } as const
+}
+
+export interface Layout {
+  readonly name: string
+  readonly comma: string
+  readonly colon: string
+  readonly indent?: string
+}
+
+export interface Escaping {
+  readonly name: string
+  /** Of a text as JSON.stringify writes it. */
+  readonly escape: (json: string) => string
+}
+
+export function serialize (json: Json, layout: Layout, escaping: Escaping, margin = '\n'): string {
+  if (typeof json === 'string') return json
+  if ('text' in json) return escaping.escape(JSON.stringify(json.text))
+  const { open, close, entries } = json
+  if (entries.length === 0) return open + close
+  const inner = layout.indent === undefined ? '' : margin + layout.indent
+  const parts = entries.map(({ key, value }) =>
+    (key === undefined ? '' : escaping.escape(JSON.stringify(key)) + layout.colon) + serialize(value, layout, escaping, inner))
+  return open + inner + parts.join(layout.comma + inner) + (inner === '' ? '' : margin) + close
+}
+
+/** With the keys of every object sorted. */
+export function sorted (json: Json): Json {
+  if (typeof json === 'string' || 'text' in json) return json
+  const entries = json.entries.map(entry => ({ ...entry, value: sorted(entry.value) }))
+  return { ...json, entries: json.open === '[' ? entries : entries.sort(byKey) }
+}
+
+function byKey ({ key: a = '' }: { key?: string }, { key: b = '' }: { key?: string }): number {
+  return a < b ? -1 : a > b ? 1 : 0
+}
+
+const EVENT_KEYS = ['id', 'object', 'created_at', 'type', 'data']
+
+/** With the outermost keys in the order of OpenAI's events, whatever a map has made of it. */
+export function inEventOrder (json: Json): Json {
+  if (typeof json === 'string' || 'text' in json || json.open === '[') return json
+  const rank = ({ key = '' }: { key?: string }): number => (EVENT_KEYS.indexOf(key) + EVENT_KEYS.length + 1) % (EVENT_KEYS.length + 1)
+  return { ...json, entries: [...json.entries].sort((a, b) => rank(a) - rank(b)) }
+}
+
+/** With numbers as JavaScript writes them. */
+export function withPlainNumbers (json: Json): Json {
+  if (typeof json === 'string') return /^[-\d]/.test(json) ? JSON.stringify(Number(json)) : json
+  if ('text' in json) return json
+  return { ...json, entries: json.entries.map(entry => ({ ...entry, value: withPlainNumbers(entry.value) })) }
+}
+
+/** What can follow within a list or an object to end its last part. */
+const ENDS = ['', 'null', ':null', '"":null']
+
+/** Whether a text is the beginning of an object's or a list's JSON, without its end. */
+export function isCutJson (text: string): boolean {
+  if (!/^\s*[{[]/.test(text)) return false
+  const open: string[] = []
+  let inString = false
+  for (let i = 0; i < text.length; i++) {
+    const char = text[i]
+    if (inString) {
+      if (char === '\\') i++
+      else if (char === '"') inString = false
+    } else if (char === '"') inString = true
+    else if (char === '{') open.push('}')
+    else if (char === '[') open.push(']')
+    else if (char === '}' || char === ']') open.pop()
+  }
+  if (open.length === 0) return false
+  // It may end within an escape, a number or a literal.
+  const whole = inString ? `${text.replace(/\\(?:u[0-9a-f]{0,3})?$/i, '')}"` : text.replace(/[\w.+-]{1,400}$/, 'null')
+  const closed = open.reverse().join('')
+  return ENDS.some(end => isJson(whole + end + closed))
+}
+
+function isJson (text: string): boolean {
+  try {
+    JSON.parse(text)
+    return true
+  } catch {
+    return false
+  }
+}

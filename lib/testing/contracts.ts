@@ -1,0 +1,238 @@
+import assert from 'node:assert/strict'
+import { setTimeout as sleep } from 'node:timers/promises'
+import type { Job, Runner, RunnerHost } from '../runners/runner.ts'
+import type { Claim, IdempotencyStore, MaybePromise } from '../stores/store.ts'
+
+/** One promise of a seam, to be run by any test framework: it rejects when the promise is broken. */
+export interface ContractCase {
+  readonly name: string
+  readonly run: () => Promise<void>
+}
+
+/** ms; far more than a case takes, so that nothing runs out by itself. */
+const LONG = 600_000
+/** ms; a lease or retention to be waited for. */
+const SHORT = 40
+/** ms after which something that must happen has not. */
+const PATIENCE = 10_000
+
+/**
+ * What every `IdempotencyStore` promises.
+ *
+ * @param create gives a store; called once a case. Cases use keys of their own, so it may always be the same one.
+ */
+export function storeContract (create: () => MaybePromise<IdempotencyStore>): ContractCase[] {
+  let cases = 0
+
+  const contract = (name: string, check: (store: IdempotencyStore, key: string) => Promise<void>): ContractCase => ({
+    name,
+    run: async () => await check(await create(), `/webhooks/openai wh_${process.pid}_${Date.now()}_${++cases}`)
+  })
+
+  async function claim (store: IdempotencyStore, key: string, lease = LONG): Promise<Extract<Claim, { state: 'claimed' }>> {
+    const claim = await store.begin(key, lease)
+    assert.ok(claim.state === 'claimed', `expected the claim on ${key}, got ${claim.state}`)
+    assert.equal(typeof claim.token, 'string')
+    return claim
+  }
+
+  async function claimOnceFree (store: IdempotencyStore, key: string): Promise<Extract<Claim, { state: 'claimed' }>> {
+    let claim: Claim | undefined
+    await until('the key to be free', async () => {
+      claim = await store.begin(key, LONG)
+      return claim.state === 'claimed'
+    })
+    return claim as Extract<Claim, { state: 'claimed' }>
+  }
+
+  return [
+    contract('a new key is claimed, with nothing finished', async (store, key) => {
+      assert.deepEqual((await claim(store, key)).finished, [])
+    }),
+    contract('a claimed key is running for everybody else', async (store, key) => {
+      await claim(store, key)
+      assert.deepEqual(await store.begin(key, LONG), { state: 'running' })
+    }),
+    contract('of many that begin at once, one is given the claim', async (store, key) => {
+      const claims = await Promise.all(Array.from({ length: 50 }, async () => await store.begin(key, LONG)))
+      assert.equal(claims.filter(({ state }) => state === 'claimed').length, 1)
+      assert.equal(claims.filter(({ state }) => state === 'running').length, 49)
+    }),
+    contract('a completed key is done', async (store, key) => {
+      const { token } = await claim(store, key)
+      await store.complete(key, token, LONG)
+      assert.deepEqual(await store.begin(key, LONG), { state: 'done' })
+    }),
+    contract('a completed key is claimed anew once its retention is over', async (store, key) => {
+      const { token } = await claim(store, key)
+      await store.checkpoint(key, token, 'a')
+      await store.complete(key, token, SHORT)
+      assert.deepEqual((await claimOnceFree(store, key)).finished, [])
+    }),
+    contract('a released key is claimed at once, with what finished', async (store, key) => {
+      const first = await claim(store, key)
+      await store.checkpoint(key, first.token, 'a')
+      await store.checkpoint(key, first.token, 'b')
+      await store.release(key, first.token)
+      const second = await claim(store, key)
+      assert.deepEqual([...second.finished].sort(), ['a', 'b'])
+      assert.notEqual(second.token, first.token)
+      await store.checkpoint(key, second.token, 'c')
+      await store.release(key, second.token)
+      assert.deepEqual([...(await claim(store, key)).finished].sort(), ['a', 'b', 'c'])
+    }),
+    contract('a lease that ran out is taken over, with what finished', async (store, key) => {
+      const first = await claim(store, key, SHORT)
+      await store.checkpoint(key, first.token, 'a')
+      const second = await claimOnceFree(store, key)
+      assert.deepEqual(second.finished, ['a'])
+      assert.notEqual(second.token, first.token)
+    }),
+    contract('a holder that lost its claim can change nothing', async (store, key) => {
+      const late = await claim(store, key, SHORT)
+      const holder = await claimOnceFree(store, key)
+      assert.equal(await store.extend(key, late.token, LONG), false)
+      await store.checkpoint(key, late.token, 'late')
+      await store.release(key, late.token)
+      assert.deepEqual(await store.begin(key, LONG), { state: 'running' })
+      await store.complete(key, late.token, LONG)
+      assert.deepEqual(await store.begin(key, LONG), { state: 'running' })
+      await store.release(key, holder.token)
+      assert.deepEqual((await claim(store, key)).finished, [])
+    }),
+    contract('an extended claim holds for its new lease', async (store, key) => {
+      const { token } = await claim(store, key, SHORT)
+      assert.equal(await store.extend(key, token, LONG), true)
+      await sleep(2 * SHORT)
+      assert.deepEqual(await store.begin(key, LONG), { state: 'running' })
+    }),
+    contract('a settled claim cannot be extended', async (store, key) => {
+      const first = await claim(store, key)
+      await store.release(key, first.token)
+      assert.equal(await store.extend(key, first.token, LONG), false)
+      const second = await claim(store, key)
+      await store.complete(key, second.token, LONG)
+      assert.equal(await store.extend(key, second.token, LONG), false)
+      assert.deepEqual(await store.begin(key, LONG), { state: 'done' })
+    }),
+    contract('keys do not disturb each other', async (store, key) => {
+      const other = `${key}/other`
+      const first = await claim(store, key)
+      const second = await claim(store, other)
+      await store.checkpoint(key, first.token, 'a')
+      await store.complete(key, first.token, LONG)
+      await store.release(other, second.token)
+      assert.deepEqual((await claim(store, other)).finished, [])
+    }),
+    contract('keys and handler names of any form are kept as they are', async (store, key) => {
+      const odd = `${key} '"\\{}:%é*?[]${'x'.repeat(2_000)}`
+      const names = ['#0', 'bill\'s "ledger"', 'f:é\\u0000', 'token', 'done']
+      const { token } = await claim(store, odd)
+      for (const name of names) await store.checkpoint(odd, token, name)
+      await store.release(odd, token)
+      assert.deepEqual([...(await claim(store, odd)).finished].sort(), [...names].sort())
+    })
+  ]
+}
+
+/**
+ * What every `Runner` promises, whenever it acknowledges.
+ *
+ * @param create gives a runner that has not been started, with nothing queued; it is closed when the case is over
+ */
+export function runnerContract (create: () => MaybePromise<Runner>): ContractCase[] {
+  let jobs = 0
+
+  const job = (): Job => ({
+    webhookId: `wh_${process.pid}_${Date.now()}_${++jobs}`,
+    timestamp: 1_750_861_210,
+    endpoint: '/webhooks/openai',
+    event: { type: 'batch.failed', data: { id: 'batch_é' } } as Job['event']
+  })
+
+  const contract = (name: string, check: (runner: Runner, host: TestHost) => Promise<void>): ContractCase => ({
+    name,
+    run: async () => {
+      const runner = await create()
+      const host = new TestHost()
+      await runner.start?.(host)
+      try {
+        await check(runner, host)
+      } finally {
+        await runner.close?.()
+      }
+    }
+  })
+
+  return [
+    contract('an accepted job is processed, as it was given', async (runner, host) => {
+      const given = job()
+      await runner.run(given)
+      await until('the job to be processed', () => host.processed.length > 0)
+      assert.deepEqual(host.processed, [given])
+    }),
+    contract('every accepted job is processed once while nothing fails', async (runner, host) => {
+      const given = Array.from({ length: 100 }, job)
+      await Promise.all(given.map(async each => await runner.run(each)))
+      await until('100 jobs to be processed', () => host.processed.length >= 100)
+      assert.deepEqual(host.processed.map(({ webhookId }) => webhookId).sort(), given.map(({ webhookId }) => webhookId).sort())
+    }),
+    contract('a job that fails is told: to the sender or to the host', async (runner, host) => {
+      host.work = async () => { throw new Error('the handler failed') }
+      const rejected = await Promise.resolve(runner.run(job())).then(() => false, () => true)
+      if (!rejected) await until('the failure to be reported', () => host.reported.length > 0)
+    }),
+    contract('a job that fails does not keep others from being processed', async (runner, host) => {
+      const [bad, good] = [job(), job()]
+      host.work = async ({ webhookId }) => { if (webhookId === bad.webhookId) throw new Error('the handler failed') }
+      await Promise.resolve(runner.run(bad)).catch(() => {})
+      await runner.run(good)
+      await until('the other job to be processed', () => host.processed.some(({ webhookId }) => webhookId === good.webhookId))
+    }),
+    contract('close() waits for what is being processed', async (runner, host) => {
+      let finish!: () => void
+      let ended = false
+      host.work = async () => {
+        await new Promise<void>(resolve => { finish = resolve })
+        ended = true
+      }
+      const accepted = Promise.resolve(runner.run(job()))
+      await until('the job to be started', () => host.started > 0)
+      const closed = Promise.resolve(runner.close?.())
+      finish()
+      await Promise.all([accepted, closed])
+      assert.equal(ended, true)
+    }),
+    contract('after close() nothing is accepted that is not processed', async (runner, host) => {
+      await runner.close?.()
+      const given = job()
+      const accepted = await Promise.resolve().then(async () => await runner.run(given)).then(() => true, () => false)
+      assert.equal(host.processed.length, accepted ? 1 : 0)
+    })
+  ]
+}
+
+class TestHost implements RunnerHost {
+  readonly processed: Job[] = []
+  readonly reported: unknown[] = []
+  started = 0
+  work: (job: Job) => Promise<void> = async () => {}
+
+  async process (job: Job): Promise<void> {
+    this.started++
+    await this.work(job)
+    this.processed.push(job)
+  }
+
+  report (error: unknown): void {
+    this.reported.push(error)
+  }
+}
+
+async function until (what: string, holds: () => MaybePromise<boolean>): Promise<void> {
+  const end = performance.now() + PATIENCE
+  while (!await holds()) {
+    if (performance.now() > end) assert.fail(`expected ${what} within ${PATIENCE} ms`)
+    await sleep(5)
+  }
+}

@@ -1,0 +1,46 @@
+import { randomUUID } from 'node:crypto'
+import { guideEntries, officialEntries } from '../events/index.ts'
+import type { GuideEvents, OfficialEvents } from '../events/index.ts'
+
+/** OpenAI's events, and those that only the community guide has. */
+type SampleEvents = OfficialEvents & Omit<GuideEvents, keyof OfficialEvents>
+
+export type SampleType = keyof SampleEvents & string
+
+type DeepPartial<T> = T extends readonly unknown[] ? T : T extends object ? { [Key in keyof T]?: DeepPartial<T[Key]> } : T
+
+/** OpenAI's own shapes before the guide's fuller ones of the same name. */
+const entries: Readonly<Record<string, { sample: object }>> = { ...guideEntries, ...officialEntries }
+
+/** Every type that `sampleEvent` knows. */
+export const sampleTypes = Object.keys(entries) as SampleType[]
+
+/**
+ * A realistic event of a type, with an id of its own and the present time.
+ *
+ * @param overrides fields in place of the sample's; objects are merged, arrays replaced
+ * @throws TypeError for an unknown type
+ */
+export function sampleEvent<Type extends SampleType> (type: Type, overrides: DeepPartial<SampleEvents[Type]> = {} as never): SampleEvents[Type] {
+  const entry = Object.hasOwn(entries, type) ? entries[type] : undefined
+  if (entry === undefined) throw new TypeError(`sampleEvent: expected an event type such as "batch.failed", got "${String(type)}"`)
+  const event = {
+    id: `evt_${randomUUID().replaceAll('-', '')}`,
+    object: 'event',
+    created_at: Math.floor(Date.now() / 1000),
+    type,
+    data: structuredClone(entry.sample)
+  }
+  return merge(event, overrides) as SampleEvents[Type]
+}
+
+const isObject = (value: unknown): value is Record<string, unknown> =>
+  typeof value === 'object' && value !== null && !Array.isArray(value)
+
+function merge (into: Record<string, unknown>, from: object): Record<string, unknown> {
+  for (const [key, value] of Object.entries(from)) {
+    const present = into[key]
+    into[key] = isObject(present) && isObject(value) ? merge(present, value) : value
+  }
+  return into
+}
