@@ -1,0 +1,15 @@
+#!/usr/bin/env node
+import { main } from './main.ts'
+
+const interrupted = new AbortController()
+for (const name of ['SIGINT', 'SIGTERM'] as const) process.once(name, () => interrupted.abort())
+// The reader has gone, as with `| head`: nothing is left to say.
+process.stdout.on('error', () => process.exit())
+
+process.exitCode = await main(process.argv.slice(2), {
+  out: text => { process.stdout.write(text) },
+  err: text => { process.stderr.write(text) },
+  isTTY: !process.env['NO_COLOR'] && process.stdout.isTTY === true,
+  env: process.env,
+  signal: interrupted.signal
+})

@@ -1,0 +1,72 @@
+import { parseArgs } from 'node:util'
+import type { ParseArgsConfig } from 'node:util'
+import { nearest } from '../nearest.ts'
+
+/** What a command reads and writes; a test gives its own. */
+export interface Terminal {
+  out: (text: string) => void
+  err: (text: string) => void
+  /** Whether `out` is a terminal: colour and progress are for people. */
+  readonly isTTY: boolean
+  readonly env: Readonly<Record<string, string | undefined>>
+  /** Aborts on Ctrl-C. */
+  readonly signal: AbortSignal
+}
+
+type Options = NonNullable<ParseArgsConfig['options']>
+
+export interface Command {
+  /** One line, for the list of commands. */
+  readonly summary: string
+  /** What `--help` prints. */
+  readonly help: string
+  readonly options: Options
+  /** @returns the exit code */
+  readonly run: (args: Arguments, terminal: Terminal) => Promise<number>
+}
+
+export interface Arguments {
+  readonly positionals: string[]
+  readonly values: Readonly<Record<string, string | boolean | Array<string | boolean> | undefined>>
+}
+
+export const EXIT = { ok: 0, failed: 1, usage: 2 } as const
+
+/** Told in one line on stderr, with this exit code: never a stack trace. */
+export class CommandError extends Error {
+  constructor (message: string, readonly exitCode: number = EXIT.failed) {
+    super(message)
+  }
+}
+
+/** The command line is wrong: exit code 2. */
+export function usageError (message: string): CommandError {
+  return new CommandError(`${message} (see --help)`, EXIT.usage)
+}
+
+/** @throws CommandError */
+export function parse (argv: readonly string[], options: Options): Arguments {
+  try {
+    const { positionals, values } = parseArgs({ args: [...argv], options, allowPositionals: true, strict: true })
+    return { positionals, values: values as Arguments['values'] }
+  } catch (error) {
+    const [message] = (error as Error).message.replace(/\. To specify a positional.*$/s, '').split('\n')
+    const unknown = /^Unknown option '--(.+)'$/.exec(message!)?.[1]
+    throw usageError(message! + (unknown === undefined ? '' : nearest(unknown, Object.keys(options))))
+  }
+}
+
+/** An option's text, where it was given. */
+export function text ({ values }: Arguments, name: string): string | undefined {
+  const value = values[name]
+  return typeof value === 'string' ? value : undefined
+}
+
+/** A whole number of at least `min`. @throws CommandError */
+export function count (args: Arguments, name: string, fallback: number, min = 1): number {
+  const given = text(args, name)
+  if (given === undefined) return fallback
+  const value = /^\d+$/.test(given) ? Number(given) : NaN
+  if (!Number.isSafeInteger(value) || value < min) throw usageError(`--${name}: expected a whole number, ${min} or more, got "${given}"`)
+  return value
+}

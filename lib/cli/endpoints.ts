@@ -1,0 +1,373 @@
+import type { OpenAI } from 'openai'
+import { CommandError, EXIT, text, usageError } from './command.ts'
+import type { Arguments, Command, Terminal } from './command.ts'
+import { paint, printable } from './table.ts'
+import { officialEntries } from '../events/index.ts'
+import { nearest } from '../nearest.ts'
+
+type SDK = typeof import('openai')
+type Webhooks = OpenAI['webhooks']
+type Endpoint = Awaited<ReturnType<Webhooks['retrieve']>>
+type EventTypes = Parameters<Webhooks['create']>[0]['event_types']
+type RequestOptions = NonNullable<Parameters<Webhooks['retrieve']>[1]>
+
+/** What an action has to work with once its arguments have been read. */
+interface Api {
+  readonly webhooks: Webhooks
+  readonly read: RequestOptions
+  readonly write: RequestOptions
+  readonly print: (document: object, readable: string) => void
+  readonly terminal: Terminal
+}
+
+interface Action {
+  /** What follows the action's name. */
+  readonly takes: readonly string[]
+  /** Beside those that every action has. */
+  readonly options: readonly string[]
+  /** Reads the arguments, so that a wrong one is told before anything is asked of OpenAI. @throws CommandError */
+  readonly plan: (args: Arguments, first: string, second: string) => (api: Api) => Promise<number>
+}
+
+const help = `Usage: openai-webhook endpoints list
+       openai-webhook endpoints create --name NAME --url URL --event-types TYPES
+       openai-webhook endpoints update ID [--name NAME] [--url URL] [--event-types TYPES]
+       openai-webhook endpoints delete ID --yes
+       openai-webhook endpoints rotate-secret ID [--revoke-old-secret]
+       openai-webhook endpoints test ID TYPE
+       openai-webhook endpoints event-types
+
+Manages OpenAI's webhook endpoints of the project that the API key in OPENAI_API_KEY belongs to, through the official
+openai package (npm i openai).
+
+  list                 every endpoint
+  create               prints the signing secret, which OpenAI shows this once
+  update               changes what is given; --event-types replaces the whole set
+  delete               for good
+  rotate-secret        prints the new signing secret; the old one stays valid for 24 hours
+  test                 has OpenAI deliver a sample event; exit code 1 if the answer is not 200
+  event-types          what an endpoint of this project can receive; marks types without a schema here
+
+Options:
+  --name NAME          for people
+  --url URL            where OpenAI delivers to: https
+  --event-types TYPES  types and families, separated by commas or given several times: batch.*,response.completed;
+                       "all" is every type that the project can receive
+  --revoke-old-secret  the old secret ends at once; deliveries are refused until the receiver has the new one
+  --yes                confirms delete
+  --base-url URL       another address of the API; default OPENAI_BASE_URL, else OpenAI's
+  --json               what the API answers: one JSON document; list and event-types print one object a line
+
+Exit code 0 when it was done, 1 when OpenAI refused it or could not be reached.
+
+Examples:
+  openai-webhook endpoints create --name orders --url https://example.com/webhooks/openai --event-types 'batch.*'
+  openai-webhook endpoints test whe_123 batch.completed
+  openai-webhook endpoints rotate-secret whe_123 --json | jq -r .signing_secret
+`
+
+/** @param load imports the openai package, which may not be there */
+export function endpointsCommand (load: () => Promise<SDK>): Command {
+  return {
+    summary: 'lists, creates, updates, deletes and tests endpoints at OpenAI, rotates their secrets',
+    help,
+    options: {
+      name: { type: 'string' },
+      url: { type: 'string' },
+      'event-types': { type: 'string', multiple: true },
+      'revoke-old-secret': { type: 'boolean' },
+      yes: { type: 'boolean' },
+      'base-url': { type: 'string' },
+      json: { type: 'boolean' }
+    },
+    run: async (args, terminal) => {
+      const act = plan(args)
+      const apiKey = readApiKey(terminal)
+      const baseURL = readBaseURL(args, terminal)
+      const sdk = await importSDK(load)
+      // Off, as OPENAI_LOG could have the SDK write what it is sent.
+      const client = new sdk.OpenAI({ apiKey, baseURL, logLevel: 'off', timeout: 30_000 })
+      if (!('create' in client.webhooks)) {
+        throw new CommandError('this command needs a newer openai package, one that has webhook endpoints: npm i openai@latest')
+      }
+      try {
+        return await act({
+          webhooks: client.webhooks,
+          read: { signal: terminal.signal },
+          // Never sent twice: if an answer got lost, a second rotation would end the secret that is in use.
+          write: { signal: terminal.signal, maxRetries: 0 },
+          print: (document, readable) => { terminal.out(args.values['json'] === true ? `${JSON.stringify(document)}\n` : readable) },
+          terminal
+        })
+      } catch (error) {
+        if (error instanceof CommandError) throw error
+        // Refusals may quote the key.
+        const conceal = (shown: string): string => oneLine(shown.replaceAll(apiKey, '[API key]'))
+        throw new CommandError(conceal(explain(error, sdk, client.baseURL, conceal)))
+      }
+    }
+  }
+}
+
+export const endpoints = endpointsCommand(async () => await import('openai'))
+
+const actions: Readonly<Record<string, Action>> = {
+  list: {
+    takes: [],
+    options: [],
+    plan: () => async api => {
+      const { data: page, response } = await api.webhooks.list({}, api.read).withResponse()
+      // The SDK takes a page that is not the API's for an empty list.
+      if (!/\bjson\b/.test(String(response.headers.get('content-type')))) throw new Error('expected a list of webhook endpoints')
+      let count = 0
+      for await (const endpoint of page) {
+        count++
+        api.print(endpoint, describe(endpoint, api))
+      }
+      if (count === 0) api.terminal.err('the project of this API key has no webhook endpoints\n')
+      return EXIT.ok
+    }
+  },
+
+  create: {
+    takes: [],
+    options: ['name', 'url', 'event-types'],
+    plan: args => {
+      const [name, url] = [required(args, 'name'), required(args, 'url')]
+      const names = eventTypes(args)
+      if (names === undefined) throw usageError('create: expected --event-types TYPES')
+      return async api => {
+        const body = { name, url, event_types: await expand(names, api) }
+        const endpoint = expected('webhook_endpoint', await api.webhooks.create(body, api.write))
+        api.print(endpoint, `${describe(endpoint, api)}
+The signing secret is shown this once. Put it into the receiver's environment:
+
+OPENAI_WEBHOOK_SECRET=${endpoint.signing_secret}
+`)
+        return EXIT.ok
+      }
+    }
+  },
+
+  update: {
+    takes: ['ID'],
+    options: ['name', 'url', 'event-types'],
+    plan: (args, id) => {
+      const [name, url, names] = [text(args, 'name'), text(args, 'url'), eventTypes(args)]
+      if (name === undefined && url === undefined && names === undefined) {
+        throw usageError('update: expected --name, --url or --event-types')
+      }
+      return async api => {
+        const body = {
+          ...(name !== undefined && { name }),
+          ...(url !== undefined && { url }),
+          ...(names !== undefined && { event_types: await expand(names, api) })
+        }
+        const endpoint = expected('webhook_endpoint', await api.webhooks.update(id, body, api.write))
+        api.print(endpoint, describe(endpoint, api))
+        return EXIT.ok
+      }
+    }
+  },
+
+  delete: {
+    takes: ['ID'],
+    options: ['yes'],
+    plan: (args, id) => {
+      if (args.values['yes'] !== true) throw usageError(`delete: ${id} and its secret would be gone for good; confirm it with --yes`)
+      return async api => {
+        const result = expected('webhook_endpoint.deleted', await api.webhooks.delete(id, api.write))
+        api.print(result, `deleted ${oneLine(result.id)}\n`)
+        return EXIT.ok
+      }
+    }
+  },
+
+  'rotate-secret': {
+    takes: ['ID'],
+    options: ['revoke-old-secret'],
+    plan: (args, id) => async api => {
+      const keep = args.values['revoke-old-secret'] !== true
+      const body = { keep_old_secret_active_for_24_hours: keep }
+      const endpoint = expected('webhook_endpoint', await api.webhooks.rotateSecret(id, body, api.write))
+      const rotated = `${oneLine(endpoint.id)} has a new signing secret, shown this once.`
+      api.print(endpoint, keep
+        ? `${rotated} ${overlap(endpoint.signing_secret)}`
+        : `${rotated} The old one has ended: put the new one into the receiver's environment now.
+
+OPENAI_WEBHOOK_SECRET=${endpoint.signing_secret}
+`)
+      return EXIT.ok
+    }
+  },
+
+  test: {
+    takes: ['ID', 'TYPE'],
+    options: [],
+    plan: (_args, id, type) => async api => {
+      const [eventType, ...others] = await expand([type], api)
+      if (eventType === undefined || others.length > 0) throw usageError(`test: expected one event type, got "${oneLine(type)}"`)
+      const result = expected('webhook_endpoint.test', await api.webhooks.test(id, { event_type: eventType }, api.write))
+      const ok = result.status_code === 200
+      api.print(result, `${oneLine(result.event_type)}: the endpoint answered ${result.status_code}${ok ? '' : ', which OpenAI takes for a failure: only 200 is not'}\n`)
+      return ok ? EXIT.ok : EXIT.failed
+    }
+  },
+
+  'event-types': {
+    takes: [],
+    options: [],
+    plan: () => async api => {
+      const { data } = expected('list', await api.webhooks.eventTypes.list(api.read))
+      for (const type of data) {
+        const schema = Object.hasOwn(officialEntries, type)
+        api.print({ type, schema }, schema ? `${type}\n` : `${oneLine(type)}  ${paint(api.terminal, 'yellow', 'no schema here: goes to onAny and onUnhandled handlers')}\n`)
+      }
+      return EXIT.ok
+    }
+  }
+}
+
+/** @throws CommandError */
+function plan (args: Arguments): (api: Api) => Promise<number> {
+  const [name, ...given] = args.positionals
+  const names = Object.keys(actions)
+  if (name === undefined) throw usageError(`endpoints: expected one of ${names.join(', ')}`)
+  const action = Object.hasOwn(actions, name) ? actions[name] : undefined
+  if (action === undefined) throw usageError(`endpoints: unknown action "${oneLine(name)}"${nearest(name, names)}`)
+  if (given.length !== action.takes.length) {
+    throw usageError(`${name}: expected ${action.takes.length === 0 ? 'nothing more' : action.takes.join(' and ')}, got ${given.length === 0 ? 'nothing' : `"${oneLine(given.join(' '))}"`}`)
+  }
+  for (const option of Object.keys(args.values)) {
+    if (!['base-url', 'json', ...action.options].includes(option)) throw usageError(`${name}: --${option} is of no use here`)
+  }
+  const [first = '', second = ''] = given
+  if (action.takes.length > 0 && !/^[\w-]+$/.test(first)) throw usageError(`${name}: expected an endpoint's id such as whe_123, got "${oneLine(first)}"`)
+  return action.plan(args, first, second)
+}
+
+/** @throws CommandError */
+function required (args: Arguments, name: string): string {
+  const value = text(args, name)
+  if (value === undefined || value === '') throw usageError(`create: expected --${name} ${name.toUpperCase()}`)
+  return value
+}
+
+/** The event types and families that were asked for, where any were. @throws CommandError */
+function eventTypes ({ values }: Arguments): string[] | undefined {
+  const given = values['event-types'] as string[] | undefined
+  const names = given?.flatMap(list => list.split(',')).map(name => name.trim()).filter(name => name !== '')
+  if (names?.length === 0) throw usageError('--event-types: expected at least one event type')
+  return names
+}
+
+/**
+ * Puts event types in place of families, once each. What is not a type of this package's is looked up in what the project
+ * can receive, so that a newer type passes and a misspelt one is told.
+ *
+ * @throws CommandError
+ */
+async function expand (names: readonly string[], api: Api): Promise<EventTypes> {
+  const isKnown = (name: string): boolean => Object.hasOwn(officialEntries, name)
+  const available = names.every(isKnown) ? [] : expected('list', await api.webhooks.eventTypes.list(api.read)).data
+  const types = names.flatMap(name => {
+    if (isKnown(name)) return [name]
+    const matching = available.filter(type => name === 'all' || (name.endsWith('.*') ? type.startsWith(name.slice(0, -1)) : type === name))
+    if (matching.length > 0) return matching
+    throw usageError(`unknown event type "${oneLine(name)}"${nearest(name, available)}: openai-webhook endpoints event-types lists them`)
+  })
+  // The package's own list of names may be older than OpenAI's.
+  return [...new Set(types)] as EventTypes
+}
+
+/** @throws CommandError */
+function readApiKey ({ env }: Terminal): string {
+  const apiKey = env['OPENAI_API_KEY']?.trim() ?? ''
+  if (apiKey === '') throw new CommandError('no API key: set OPENAI_API_KEY to a key of the project', EXIT.usage)
+  if (apiKey.startsWith('whsec_')) throw new CommandError('OPENAI_API_KEY holds a signing secret (whsec_…), expected an API key (sk-…)', EXIT.usage)
+  // A header cannot carry it, and the error would quote it.
+  if (!/^[\x21-\x7e]+$/.test(apiKey)) throw new CommandError('OPENAI_API_KEY holds white space or a character that no API key has', EXIT.usage)
+  return apiKey
+}
+
+/** @throws CommandError */
+function readBaseURL (args: Arguments, { env }: Terminal): string | null {
+  const given = text(args, 'base-url') ?? env['OPENAI_BASE_URL']?.trim() ?? ''
+  if (given === '') return null
+  const url = URL.canParse(given) ? new URL(given) : undefined
+  if (url === undefined || !/^https?:$/.test(url.protocol)) throw usageError(`expected an http(s) URL as the base URL, got "${oneLine(given)}"`)
+  // fetch would refuse it, and quote the password.
+  if (url.username !== '' || url.password !== '') throw usageError('expected a base URL without a user name and password')
+  return given
+}
+
+/** @throws CommandError */
+async function importSDK (load: () => Promise<SDK>): Promise<SDK> {
+  try {
+    return await load()
+  } catch (error) {
+    const { code } = error as NodeJS.ErrnoException
+    if (code === 'ERR_MODULE_NOT_FOUND') throw new CommandError('this command needs the openai package: npm i openai')
+    throw new CommandError(`the openai package cannot be loaded: ${oneLine(String(error))}`)
+  }
+}
+
+/** The answer, when it is one of the API's: an address that is not the API's may answer 200 as well. */
+function expected<Answer extends { object: string }> (object: Answer['object'], answer: Answer): Answer {
+  if ((answer as Partial<Answer> | undefined)?.object !== object) throw new Error(`expected a ${object}`)
+  return answer
+}
+
+function describe ({ id, name, url, event_types: types, signing_secret_hint: hint }: Endpoint, { terminal }: Api): string {
+  return `${paint(terminal, 'bold', oneLine(id))}  ${oneLine(name)}
+  delivers to  ${oneLine(url)}
+  event types  ${oneLine(types.join(', '))}
+  secret       ${oneLine(hint ?? 'no hint')}
+`
+}
+
+function overlap (secret: string): string {
+  return `The old one stays valid for 24 hours:
+until then the receiver has to accept both.
+
+In its environment, the previous secret being the value that OPENAI_WEBHOOK_SECRET has now:
+
+OPENAI_WEBHOOK_SECRET_PREVIOUS="$OPENAI_WEBHOOK_SECRET"
+OPENAI_WEBHOOK_SECRET=${secret}
+
+In its code:
+
+await app.register(openaiWebhook, {
+  secret: [process.env['OPENAI_WEBHOOK_SECRET'], process.env['OPENAI_WEBHOOK_SECRET_PREVIOUS']].filter(secret => secret !== undefined)
+})
+
+After 24 hours remove OPENAI_WEBHOOK_SECRET_PREVIOUS; the code can stay.
+`
+}
+
+const ADVICE: Readonly<Record<number, string>> = {
+  401: ' (the API key was refused: see OPENAI_API_KEY)',
+  404: ' (is the id right, and the API key of the project that has it?)'
+}
+
+function explain (error: unknown, { APIConnectionError, APIError, APIUserAbortError }: SDK, baseURL: string, conceal: (shown: string) => string): string {
+  if (error instanceof APIUserAbortError) return 'interrupted'
+  if (error instanceof APIConnectionError) return `cannot reach ${baseURL}: ${rootCause(error)}`
+  if (!(error instanceof APIError) || error.status === undefined) return `unexpected answer from ${baseURL}: ${(error as Error).message}`
+  const { status, code, type } = error as { status: number, code?: string | null, type?: string | null }
+  const name = code ?? type ?? ''
+  // The body may be a proxy's page.
+  const said = conceal(error.message.replace(/^\d+ /, '')).slice(0, 300)
+  return `${baseURL} answered ${status}${name === '' ? '' : ` ${name}`}: ${said}${ADVICE[status] ?? ''}`
+}
+
+/** What fetch wraps twice: ECONNREFUSED, ENOTFOUND, a certificate's fault, a timeout. */
+function rootCause (error: Error): string {
+  let root: NodeJS.ErrnoException = error
+  while (root.cause instanceof Error) root = root.cause
+  return root.code ?? root.message
+}
+
+function oneLine (shown: string): string {
+  return printable(shown.replaceAll(/\s+/g, ' ').trim(), Infinity)
+}

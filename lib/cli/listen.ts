@@ -1,0 +1,282 @@
+import { randomBytes } from 'node:crypto'
+import { mkdir, writeFile } from 'node:fs/promises'
+import { join } from 'node:path'
+import { once } from 'node:events'
+import type { AddressInfo } from 'node:net'
+import fastify from 'fastify'
+import type { FastifyInstance, FastifyReply, FastifyRequest } from 'fastify'
+import { CommandError, EXIT, count, text, usageError } from './command.ts'
+import type { Arguments, Command, Terminal } from './command.ts'
+import { formatSaved } from './saved.ts'
+import { readSecret, secretHelp, secretOptions } from './secret.ts'
+import { Sender, checkSecret, endToEnd, timeout, url } from './send.ts'
+import { milliseconds, paint, paintStatus, printable, told } from './table.ts'
+import { guideEvents } from '../events/index.ts'
+import { readPayload, replayPayload } from '../pipeline/capture.ts'
+import openaiWebhook from '../plugin.ts'
+
+const PATH = '/webhooks/openai'
+/** Bytes read of a delivery, whatever is answered then: far beyond what the plugin takes. */
+const CAPTURE_LIMIT = 1_048_576
+
+const help = `Usage: openai-webhook listen [options]
+
+A receiver that verifies deliveries and prints what arrives: time, type, webhook-id, answer. Ctrl-C ends it.
+Without a signing secret it makes one for this run and prints it.
+
+  --port N             (3000; 0 for any that is free)
+  --host HOST          the address to listen on (127.0.0.1)
+  --path PATH          (${PATH})
+  --forward-to URL     hands on what verifies, unchanged, and answers what that receiver answers; 503 when it cannot
+                       be reached. Then nothing is deduplicated here
+  --timeout MS         how long to wait for that answer (10000)
+  --save DIR           writes each delivery, refused ones too, to DIR/<time>-<webhook-id>.http:
+                       "Name: value" lines, an empty line, the body's bytes
+  --json               a JSON object a line: {"listening":…}, then one for each delivery
+${secretHelp}
+
+Examples:
+  openai-webhook listen
+  openai-webhook listen --port 4000 --forward-to http://127.0.0.1:3000/webhooks/openai --save deliveries
+`
+
+export const listen: Command = {
+  summary: 'receives, verifies and prints deliveries; forwards and saves them',
+  help,
+  options: {
+    ...secretOptions,
+    port: { type: 'string' },
+    host: { type: 'string' },
+    path: { type: 'string' },
+    'forward-to': { type: 'string' },
+    timeout: { type: 'string' },
+    save: { type: 'string' },
+    json: { type: 'boolean' }
+  },
+  async run (args, terminal) {
+    const settings = readSettings(args)
+    const given = await readGivenSecret(args, terminal)
+    const secret = given ?? `whsec_${randomBytes(32).toString('base64')}`
+    checkSecret(secret, terminal)
+    if (settings.save !== undefined) await makeDirectory(settings.save)
+    const to = settings.forwardTo && new Sender(settings.forwardTo, timeout(args), terminal.signal)
+
+    const app = await receiver(secret, settings, to, terminal)
+    try {
+      const address = await bind(app, settings)
+      announce(address, given === undefined ? secret : undefined, settings, terminal)
+      if (!terminal.signal.aborted) await once(terminal.signal, 'abort')
+    } finally {
+      await app.close()
+      to?.close()
+    }
+    return EXIT.ok
+  }
+}
+
+interface Settings {
+  port: number
+  host: string
+  path: string
+  forwardTo: URL | undefined
+  save: string | undefined
+  json: boolean
+}
+
+/** @throws CommandError */
+function readSettings (args: Arguments): Settings {
+  const { positionals, values } = args
+  if (positionals.length > 0) throw usageError(`unexpected argument "${positionals[0]!}"`)
+  const port = count(args, 'port', 3000, 0)
+  if (port > 65_535) throw usageError(`--port: expected at most 65535, got ${port}`)
+  const path = text(args, 'path') ?? PATH
+  // Fastify takes ":" and "*" for patterns.
+  if (!/^\/[^\s?#:*]*$/.test(path)) throw usageError(`--path: expected a path such as ${PATH}, got "${path}"`)
+  return {
+    port,
+    host: text(args, 'host') ?? '127.0.0.1',
+    path,
+    forwardTo: url(args, 'forward-to'),
+    save: text(args, 'save'),
+    json: values['json'] === true
+  }
+}
+
+async function readGivenSecret (args: Arguments, terminal: Terminal): Promise<string | undefined> {
+  const given = [text(args, 'secret'), text(args, 'secret-file'), terminal.env['OPENAI_WEBHOOK_SECRET'] || undefined]
+  return given.every(each => each === undefined) ? undefined : await readSecret(args, terminal)
+}
+
+async function makeDirectory (directory: string): Promise<void> {
+  try {
+    await mkdir(directory, { recursive: true })
+  } catch (error) {
+    throw new CommandError(`cannot make the directory ${directory}: ${(error as NodeJS.ErrnoException).code!}`)
+  }
+}
+
+/** What is known of a request while it is answered. */
+interface Arrival {
+  bytes: Buffer
+  file: string | undefined
+  answer: string
+  /** Of a receiver that it was forwarded to. */
+  trouble: string | undefined
+}
+
+async function receiver (secret: string, settings: Settings, to: Sender | undefined, terminal: Terminal): Promise<FastifyInstance> {
+  const arrivals = new WeakMap<FastifyRequest, Arrival>()
+  const save = saver(settings.save, terminal)
+  // Ctrl-C ends it at once: what is on its way is sent again.
+  const app = fastify({ forceCloseConnections: true }) as FastifyInstance
+
+  // A refused delivery is not read any further: so it is read, and saved, before anything else.
+  app.addHook('onRequest', async (request, reply) => {
+    const arrival: Arrival = { bytes: Buffer.alloc(0), file: undefined, answer: '', trouble: undefined }
+    arrivals.set(request, arrival)
+    if (request.is404) return
+    const bytes = await readPayload(request.raw as Parameters<typeof readPayload>[0], CAPTURE_LIMIT, request.headers['content-length'])
+    if (bytes === undefined) {
+      reply.header('connection', 'close')
+      throw new fastify.errorCodes.FST_ERR_CTP_BODY_TOO_LARGE()
+    }
+    arrival.bytes = bytes
+    arrival.file = await save(request, bytes)
+  })
+  app.addHook('preParsing', async (request, _reply, payload) => request.is404 ? payload : replayPayload(arrivals.get(request)!.bytes))
+  app.addHook('onSend', async (request, _reply, payload) => { arrivals.get(request)!.answer = String(payload) })
+  app.addHook('onResponse', async (request, reply) => { print(request, reply, arrivals.get(request)!, settings, terminal) })
+
+  await app.register(openaiWebhook, { secret, events: guideEvents, path: to === undefined ? settings.path : false })
+  if (to !== undefined) {
+    // The receiver decides what it takes, and whether it has seen it.
+    app.removeAllContentTypeParsers()
+    app.addContentTypeParser('*', (_request, _payload, done) => { done(null) })
+    app.post(settings.path, { bodyLimit: CAPTURE_LIMIT }, async (request, reply) => {
+      const arrival = arrivals.get(request)!
+      await app.openaiWebhook.unwrap(arrival.bytes, request.headers)
+      return await forward(to, request, reply, arrival)
+    })
+  }
+  return app
+}
+
+async function forward (to: Sender, request: FastifyRequest, reply: FastifyReply, arrival: Arrival): Promise<unknown> {
+  let failure
+  try {
+    const { status, code, headers, body } = await to.send(headerLines(request), arrival.bytes)
+    if (status !== undefined) return reply.code(status).headers(Object.fromEntries(endToEnd(Object.entries(headers)))).send(body)
+    failure = `the receiver did not answer: ${code!}`
+  } catch (error) {
+    failure = (error as CommandError).message
+  }
+  arrival.trouble = failure
+  return reply.code(503).header('retry-after', '5').send({ statusCode: 503, error: 'Service Unavailable', message: 'the receiver behind this one cannot be reached' })
+}
+
+function headerLines ({ raw: { rawHeaders } }: FastifyRequest): Array<[string, string]> {
+  return Array.from({ length: rawHeaders.length / 2 }, (_, i) => [rawHeaders[2 * i]!, rawHeaders[2 * i + 1]!])
+}
+
+/** Saves a delivery, and resolves to its file. One that cannot be written is told, and received all the same. */
+function saver (directory: string | undefined, { err }: Terminal): (request: FastifyRequest, body: Buffer) => Promise<string | undefined> {
+  if (directory === undefined) return async () => undefined
+  let latest = 0
+  return async (request, body) => {
+    // A time of its own for each, so that names sort by arrival and never meet.
+    latest = Math.max(Date.now(), latest + 1)
+    const time = new Date(latest).toISOString().replace(/[-:]/g, '')
+    const webhookId = String(request.headers['webhook-id'] ?? 'none').replace(/[^\w-]/g, '_').slice(0, 100)
+    const file = join(directory, `${time}-${webhookId}.http`)
+    try {
+      await writeFile(file, formatSaved({ headers: headerLines(request), body }), { flag: 'wx', mode: 0o600 })
+      return file
+    } catch (error) {
+      err(`openai-webhook: cannot write ${file}: ${(error as NodeJS.ErrnoException).code!}\n`)
+      return undefined
+    }
+  }
+}
+
+/** @throws CommandError when it cannot */
+async function bind (app: FastifyInstance, { port, host, path }: Settings): Promise<string> {
+  try {
+    await app.listen({ port, host })
+  } catch (error) {
+    const { code, message } = error as NodeJS.ErrnoException
+    const why = code === 'EADDRINUSE' ? 'it is taken; choose another with --port' : message
+    throw new CommandError(`cannot listen on port ${port} of ${host}: ${why}`)
+  }
+  const { address, family, port: bound } = app.server.address() as AddressInfo
+  return `http://${family === 'IPv6' ? `[${address}]` : address}:${bound}${path}`
+}
+
+function announce (address: string, made: string | undefined, { forwardTo, save, json }: Settings, terminal: Terminal): void {
+  if (json) terminal.out(`${JSON.stringify({ listening: address })}\n`)
+  const say = json ? terminal.err : terminal.out
+  say(`listening on ${address}\n`)
+  if (forwardTo !== undefined) say(`forwarding to ${forwardTo.href}\n`)
+  if (save !== undefined) say(`saving to ${save}\n`)
+  if (made !== undefined) {
+    say(`no signing secret was given: made one for this run. Deliver to it from another terminal:\n\n  OPENAI_WEBHOOK_SECRET=${made} npx fastify-openai-webhook trigger batch.completed --url ${address}\n\n`)
+  }
+}
+
+function print (request: FastifyRequest, reply: FastifyReply, arrival: Arrival, settings: Settings, terminal: Terminal): void {
+  const { code, message, duplicate } = parseObject(arrival.answer)
+  const answer = { status: reply.statusCode, code: textOf(code), duplicate: duplicate === true }
+  // Of a refused delivery these are only what the sender says.
+  const { type, data } = parseObject(arrival.bytes.toString())
+  const webhookId = request.headers['webhook-id']
+  const hint = answer.status === 200 ? undefined : hintFor(request, arrival, answer.code, textOf(message), settings)
+  if (settings.json) {
+    terminal.out(`${JSON.stringify({
+      time: new Date().toISOString(),
+      type: textOf(type) ?? null,
+      webhookId: webhookId ?? null,
+      ...answer,
+      code: answer.code ?? null,
+      ms: Math.round(reply.elapsedTime * 10) / 10,
+      file: arrival.file ?? null,
+      hint: hint ?? null
+    })}\n`)
+    return
+  }
+  const dim = (text: string): string => paint(terminal, 'dim', text)
+  const id = textOf((data as { id?: unknown } | null | undefined)?.id)
+  terminal.out([
+    dim(new Date().toTimeString().slice(0, 8)),
+    printable(textOf(type) ?? `${request.method} ${request.url}`, 60).padEnd(30),
+    printable(String(webhookId ?? '-'), 60).padEnd(35),
+    `${paintStatus(terminal, answer.status)} ${told(answer).padEnd(9)}`,
+    ...(id === undefined ? [] : [printable(id, 60)]),
+    dim(milliseconds(reply.elapsedTime))
+  ].join('  ') + '\n')
+  if (hint !== undefined) terminal.out(`          ${paint(terminal, 'yellow', printable(hint, 500))}\n`)
+}
+
+/** What is wrong, and where to look. */
+function hintFor ({ is404, headers }: FastifyRequest, { file, trouble }: Arrival, code: string | undefined, message: string | undefined, { path }: Settings): string | undefined {
+  if (is404) return `this receiver takes POST ${path} alone`
+  if (trouble !== undefined) return trouble
+  if (code === 'FST_OPENAI_WEBHOOK_INVALID_SIGNATURE') {
+    return `${message!}; to see why: openai-webhook diagnose ${file ?? 'FILE, with what --save DIR keeps'}`
+  }
+  if (code === 'FST_OPENAI_WEBHOOK_TIMESTAMP_OUT_OF_TOLERANCE') {
+    const age = Math.round(Date.now() / 1000) - Number(headers['webhook-timestamp'])
+    return `${message!}: signed ${Math.abs(age)} s ${age > 0 ? 'ago; an old delivery, which replay --resign renews, or a clock that is off' : 'ahead; one of the two clocks is off'}`
+  }
+  return message
+}
+
+function textOf (value: unknown): string | undefined {
+  return typeof value === 'string' ? value : undefined
+}
+
+function parseObject (text: string): Record<string, unknown> {
+  try {
+    return { ...JSON.parse(text) }
+  } catch {
+    return {}
+  }
+}

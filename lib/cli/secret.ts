@@ -1,0 +1,40 @@
+import { readFile } from 'node:fs/promises'
+import { CommandError, text } from './command.ts'
+import type { Arguments, Terminal } from './command.ts'
+
+/** For a command that needs the signing secret. */
+export const secretOptions = {
+  'secret-file': { type: 'string' },
+  secret: { type: 'string' }
+} as const
+
+export const secretHelp = `  --secret-file FILE   read the signing secret from a file
+  --secret SECRET      the signing secret itself; others on this machine can see it: prefer
+                       OPENAI_WEBHOOK_SECRET or --secret-file`
+
+/** The signing secret as it was given, to the letter. @throws CommandError when none was */
+export async function readSecret (args: Arguments, { env }: Terminal): Promise<string> {
+  const given = text(args, 'secret')
+  if (given !== undefined) return given
+  const file = text(args, 'secret-file')
+  if (file !== undefined) return await readText(file)
+  const { OPENAI_WEBHOOK_SECRET: secret } = env
+  if (secret === undefined || secret === '') {
+    throw new CommandError('no signing secret: set OPENAI_WEBHOOK_SECRET or give --secret-file FILE')
+  }
+  return secret
+}
+
+/** A text file ends with a newline that is not part of the secret. */
+async function readText (file: string): Promise<string> {
+  return (await readBytes(file)).toString().replace(/\r?\n$/, '')
+}
+
+/** @throws CommandError naming the file */
+export async function readBytes (file: string): Promise<Buffer> {
+  try {
+    return await readFile(file)
+  } catch (error) {
+    throw new CommandError(`cannot read ${file}: ${(error as NodeJS.ErrnoException).code!}`)
+  }
+}

@@ -1,0 +1,178 @@
+import { once, setMaxListeners } from 'node:events'
+import * as http from 'node:http'
+import type { IncomingHttpHeaders, IncomingMessage } from 'node:http'
+import * as https from 'node:https'
+import { CommandError, count, text, usageError } from './command.ts'
+import type { Arguments, Terminal } from './command.ts'
+import { readSecret } from './secret.ts'
+import { Keyring } from '../keyring.ts'
+
+/** For a command that delivers. */
+export const sendOptions = {
+  url: { type: 'string' },
+  timeout: { type: 'string' },
+  json: { type: 'boolean' }
+} as const
+
+export type HeaderLines = ReadonlyArray<readonly [name: string, value: string]>
+
+export interface Answer {
+  /** `undefined` when none came. */
+  readonly status: number | undefined
+  /** The receiver's word for it, such as FST_OPENAI_WEBHOOK_INVALID_SIGNATURE, or why no answer came. */
+  readonly code: string | undefined
+  readonly duplicate: boolean
+  readonly ms: number
+  readonly headers: IncomingHttpHeaders
+  readonly body: Buffer
+}
+
+/** Bytes of an answer that are read; far more than a receiver has to say. */
+const ANSWER_LIMIT = 1_048_576
+/** ms; the longest that a timer takes. */
+const LONGEST = 2_147_483_647
+
+/** About one connection or hop, not about the delivery: these are made anew. */
+const hopByHop = new Set(['host', 'connection', 'keep-alive', 'proxy-connection', 'te', 'trailer', 'transfer-encoding', 'upgrade', 'content-length', 'expect'])
+
+export function endToEnd<Line extends readonly [name: string, value: unknown]> (lines: readonly Line[]): Line[] {
+  return lines.filter(([name]) => !hopByHop.has(name.toLowerCase()))
+}
+
+/** Posts deliveries to one URL, header names and order kept. Redirects are answers, as they are to OpenAI. */
+export class Sender {
+  readonly #url: URL
+  readonly #timeout: number
+  readonly #signal: AbortSignal
+  readonly #request
+  readonly #agent
+
+  constructor (url: URL, timeout: number, signal: AbortSignal) {
+    const { Agent, request } = url.protocol === 'https:' ? https : http
+    this.#url = url
+    this.#timeout = timeout
+    this.#signal = signal
+    this.#request = request
+    this.#agent = new Agent({ keepAlive: true })
+    setMaxListeners(0, signal) // one for each delivery on its way
+  }
+
+  /** @throws CommandError when the receiver cannot be reached; one that breaks off or is silent is an answer without status */
+  async send (headers: HeaderLines, body: Buffer): Promise<Answer> {
+    const started = performance.now()
+    let timedOut = false
+    let answered = false
+    const request = this.#open(headers, body.length)
+    // What comes up once the answer has begun is the answer's error too.
+    request.on('error', () => {})
+    const timer = setTimeout(() => {
+      timedOut = true
+      request.destroy()
+    }, this.#timeout)
+    request.once('close', () => clearTimeout(timer))
+    try {
+      const [response] = await once(request.end(body), 'response') as [IncomingMessage]
+      answered = true
+      const { statusCode: status, headers } = response
+      const answer = await readAnswer(response)
+      return { status, ...meaning(answer), ms: performance.now() - started, headers, body: answer }
+    } catch (error) {
+      const code = timedOut ? 'TIMEOUT' : String((error as NodeJS.ErrnoException).code)
+      // The receiver had closed a connection that was kept open.
+      if (code === 'ECONNRESET' && request.reusedSocket && !answered) return await this.send(headers, body)
+      if (!/^(?:TIMEOUT|ECONNRESET|EPIPE|HPE_\w+)$/.test(code)) throw this.#unreachable(error as Error, code)
+      return { status: undefined, code, duplicate: false, ms: performance.now() - started, headers: {}, body: Buffer.alloc(0) }
+    }
+  }
+
+  /** Ends the connections that were kept open, and what is on them. */
+  close (): void {
+    this.#agent.destroy()
+  }
+
+  #open (headers: HeaderLines, length: number): http.ClientRequest {
+    const lines = [['Host', this.#url.host], ...endToEnd(headers), ['Content-Length', String(length)]]
+    try {
+      return this.#request(this.#url, { method: 'POST', agent: this.#agent, signal: this.#signal, headers: lines.flat() })
+    } catch (error) {
+      // A header that HTTP has no room for.
+      throw this.#unreachable(error as Error, '')
+    }
+  }
+
+  #unreachable ({ message }: Error, code: string): CommandError {
+    if (code === 'ABORT_ERR') return new CommandError('interrupted')
+    return new CommandError(`cannot deliver to ${this.#url.href}: ${explanations[code] ?? message.split('\n')[0]!}`)
+  }
+}
+
+const explanations: Readonly<Record<string, string>> = {
+  ECONNREFUSED: 'the connection was refused; is the receiver running?',
+  ENOTFOUND: 'there is no such host',
+  EAI_AGAIN: 'its name cannot be resolved now',
+  EPROTO: 'it does not speak https',
+  ERR_SSL_WRONG_VERSION_NUMBER: 'it does not speak https'
+}
+
+async function readAnswer (response: IncomingMessage): Promise<Buffer> {
+  const chunks: Buffer[] = []
+  let length = 0
+  for await (const chunk of response as AsyncIterable<Buffer>) {
+    chunks.push(chunk)
+    length += chunk.length
+    if (length > ANSWER_LIMIT) break // which ends the connection
+  }
+  return Buffer.concat(chunks)
+}
+
+function meaning (answer: Buffer): Pick<Answer, 'code' | 'duplicate'> {
+  try {
+    const { code, duplicate } = JSON.parse(answer.toString()) as { code?: unknown, duplicate?: unknown }
+    return { code: typeof code === 'string' ? code : undefined, duplicate: duplicate === true }
+  } catch {
+    return { code: undefined, duplicate: false } // not JSON, or `null`
+  }
+}
+
+/** @throws CommandError */
+export function url (args: Arguments, name: string): URL | undefined {
+  const given = text(args, name)
+  if (given === undefined) return undefined
+  const parsed = URL.canParse(given) ? new URL(given) : undefined
+  if (parsed === undefined || !/^https?:$/.test(parsed.protocol)) {
+    throw usageError(`--${name}: expected an address such as http://127.0.0.1:3000/webhooks/openai, got "${given}"`)
+  }
+  if (parsed.username + parsed.password !== '') throw usageError(`--${name}: expected an address without user name and password`)
+  return parsed
+}
+
+/** @throws CommandError */
+export function sender (args: Arguments, { signal }: Terminal): Sender {
+  const target = url(args, 'url')
+  if (target === undefined) throw usageError('missing --url, the address to deliver to')
+  return new Sender(target, timeout(args), signal)
+}
+
+/** ms. @throws CommandError */
+export function timeout (args: Arguments): number {
+  const ms = count(args, 'timeout', 10_000)
+  if (ms > LONGEST) throw usageError(`--timeout: expected at most ${LONGEST} ms, got ${ms}`)
+  return ms
+}
+
+/** The secret to sign with. @throws CommandError */
+export async function readSigningSecret (args: Arguments, terminal: Terminal): Promise<string> {
+  const secret = await readSecret(args, terminal)
+  checkSecret(secret, terminal)
+  return secret
+}
+
+/** Refused as the plugin refuses it. @throws CommandError */
+export function checkSecret (secret: string, { err }: Terminal): Keyring {
+  const warn = (message: unknown): void => { err(`openai-webhook: ${String(message)}\n`) }
+  try {
+    return new Keyring(secret, { warn, onTrouble: warn, patience: 0 })
+  } catch (error) {
+    throw new CommandError((error as Error).message)
+  }
+}
