@@ -1,0 +1,103 @@
+import { join } from 'node:path'
+import { Redis } from 'ioredis'
+import Database from 'libsql'
+import t from 'tap'
+import { bullmq } from '../lib/runners/bullmq.ts'
+import { background, inline, memoryStore } from '../lib/index.ts'
+import type { IdempotencyStore, Runner } from '../lib/index.ts'
+import { redisStore } from '../lib/stores/redis.ts'
+import { durable, sqliteStore } from '../lib/sqlite/index.ts'
+import { runnerContract, storeContract } from '../lib/testing/index.ts'
+import type { ContractCase } from '../lib/testing/index.ts'
+import { RedisServer, redisMissing } from './support/redis.ts'
+
+type Test = typeof t
+
+async function keeps (t: Pick<Test, 'test'>, cases: ContractCase[]): Promise<void> {
+  for (const { name, run } of cases) await t.test(name, run)
+}
+
+function open (t: Pick<Test, 'teardown'>, file: string): InstanceType<typeof Database> {
+  const db = new Database(file)
+  t.teardown(() => db.close())
+  return db
+}
+
+t.test('stores', async t => {
+  await t.test('memoryStore', async t => await keeps(t, storeContract(() => memoryStore())))
+
+  await t.test('sqliteStore, in a file', async t => {
+    const store = sqliteStore(open(t, join(t.testdir(), 'webhooks.db')))
+    await keeps(t, storeContract(() => store))
+  })
+
+  await t.test('sqliteStore, two handles on one file', async t => {
+    const file = join(t.testdir(), 'webhooks.db')
+    await keeps(t, storeContract(() => alternating(sqliteStore(open(t, file)), sqliteStore(open(t, file)))))
+  })
+
+  await t.test('redisStore', { skip: redisMissing }, async t => {
+    const { port } = await RedisServer.start(t)
+    const redis = new Redis(port)
+    t.teardown(async () => await redis.quit())
+    await keeps(t, storeContract(() => redisStore(redis, { prefix: 'contract:' })))
+  })
+})
+
+/** Each call goes to the other store in turn, as if two processes took turns. */
+function alternating (a: IdempotencyStore, b: IdempotencyStore): IdempotencyStore {
+  let turn = 0
+  const next = (): IdempotencyStore => turn++ % 2 === 0 ? a : b
+  return {
+    begin: (...args) => next().begin(...args),
+    checkpoint: (...args) => next().checkpoint(...args),
+    complete: (...args) => next().complete(...args),
+    extend: (...args) => next().extend(...args),
+    release: (...args) => next().release(...args)
+  }
+}
+
+t.test('runners', async t => {
+  await t.test('inline', async t => await keeps(t, runnerContract(inline)))
+  await t.test('background', async t => await keeps(t, runnerContract(() => background())))
+  await t.test('background, one at a time', async t => await keeps(t, runnerContract(() => background({ concurrency: 1 }))))
+
+  await t.test('durable', async t => {
+    let files = 0
+    const dir = t.testdir()
+    const fresh = (): Runner => durable(open(t, join(dir, `${++files}.db`)), { backoff: 5 })
+    await keeps(t, runnerContract(fresh))
+  })
+
+  await t.test('bullmq', { skip: redisMissing }, async t => {
+    const { port } = await RedisServer.start(t)
+    let queues = 0
+    const fresh = (): Runner => bullmq({ connection: { host: '127.0.0.1', port }, queueName: `contract-${++queues}`, backoff: 5, removeOnFail: { count: 100 } })
+    await keeps(t, runnerContract(fresh))
+  })
+})
+
+t.test('what cannot serve is told when it is given', async t => {
+  const code = 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS'
+  const handle = open(t, ':memory:')
+  t.throws(() => redisStore({} as never), { code, message: 'redisStore: expected an ioredis client, which has eval() and evalsha()' })
+  t.throws(() => redisStore(undefined as never), { code })
+  t.throws(() => redisStore({ eval () {}, evalsha () {} } as never, { prefix: 1 as never }), { code, message: 'redisStore: expected prefix to be a string, got number' })
+  t.throws(() => sqliteStore({ exec () {} } as never), { code, message: /^expected an open SQLite handle/ })
+  t.throws(() => durable(undefined as never), { code, message: /^expected an open SQLite handle/ })
+  t.throws(() => durable(handle, { attempts: 0 }), { code, message: 'durable: expected attempts to be a whole number, 1 or more, got 0' })
+  t.throws(() => durable(handle, { backoff: -1 }), { code })
+  t.throws(() => durable(handle, { lease: 0.5 }), { code })
+  t.throws(() => durable(handle, { concurrency: '1' as never }), { code, message: 'durable: expected concurrency to be a whole number, 1 or more, got a value of type string' })
+  t.throws(() => bullmq({ connection: null as never }), { code, message: 'bullmq: expected connection to be an ioredis instance or connection options' })
+  t.throws(() => bullmq({ connection: 'redis://127.0.0.1' as never }), { code })
+  t.throws(() => bullmq({ connection: {}, attempts: 0 }), { code, message: 'bullmq: expected attempts to be a whole number, 1 or more, got 0' })
+  t.throws(() => bullmq({ connection: {}, worker: { concurrency: 0 } }), { code })
+})
+
+t.test('bullmq takes nothing before it was started', async t => {
+  const runner = bullmq({ connection: {} })
+  const job = { webhookId: 'wh_1', timestamp: 1, endpoint: '/webhooks/openai', event: { type: 'batch.failed' } }
+  await t.rejects(Promise.resolve(runner.run(job)), { code: 'FST_OPENAI_WEBHOOK_OVERLOADED' })
+  await t.resolves(Promise.resolve(runner.close?.()))
+})

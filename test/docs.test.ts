@@ -1,0 +1,118 @@
+import { existsSync } from 'node:fs'
+import { join } from 'node:path'
+import t from 'tap'
+import * as errors from '../lib/errors.ts'
+import { guideEntries, officialEntries } from '../lib/events/index.ts'
+import { anchors, codeBlocks, interfaceProperties, readDocument, readDocuments, relativeLinks, ROOT, tableRows, typeCheck } from './support/docs.ts'
+import type { CodeBlock } from './support/docs.ts'
+
+interface Generator {
+  render (document: string, tables: Record<string, object>): string
+}
+
+const documents = readDocuments()
+const catalogue = Object.values(errors).map(CodedError => {
+  const { code, statusCode } = new CodedError()
+  return { code, statusCode }
+})
+const PREFIX = 'FST_OPENAI_WEBHOOK_'
+
+/** Rows whose first cell is one name in code: what a reference table lists. The first row of a name is its own. */
+function listed (path: string): Map<string, string[]> {
+  const rows = new Map<string, string[]>()
+  for (const [first, ...rest] of tableRows(readDocument(path))) {
+    const name = /^`([^`]+)`$/.exec(first!)?.[1]
+    if (name !== undefined && !rows.has(name)) rows.set(name, rest)
+  }
+  return rows
+}
+
+t.test('every TypeScript and JavaScript block type-checks', async t => {
+  const { faults, checked } = typeCheck(documents.flatMap(codeBlocks))
+  t.same(faults, [])
+  t.ok(checked > 20, `${checked} blocks were checked`)
+})
+
+t.test('a block that does not type-check is reported by document and line', async t => {
+  const block = (line: number, code: string): CodeBlock => ({ path: 'docs/made-up.md', line, language: 'ts', code })
+  const { faults } = typeCheck([
+    block(10, "app.openaiWebhook\n  .on('batch.faild', () => {})\n"),
+    block(20, "import { memoryStor } from 'fastify-openai-webhook'\nmemoryStor()\n"),
+    { ...block(30, 'app.openaiWebhook.handlr()\n'), language: 'js' }
+  ])
+  t.match(faults, [/^docs\/made-up\.md:11 .*batch\.faild/, /^docs\/made-up\.md:20 .*memoryStor/, /^docs\/made-up\.md:30 .*handlr/])
+  t.equal(faults.length, 3)
+  t.same(typeCheck([{ ...block(40, 'def f ():\n'), language: 'python' }]), { faults: [], checked: 0 })
+})
+
+t.test('every relative link leads to a file, and to a heading of it', async t => {
+  for (const document of documents) {
+    for (const { line, file, anchor } of relativeLinks(document)) {
+      const place = `${document.path}:${line} ${file}`
+      if (!t.ok(existsSync(join(ROOT, file)), place) || anchor === undefined) continue
+      t.ok(anchors(readDocument(file)).has(anchor), `${place}#${anchor}`)
+    }
+  }
+})
+
+t.test('docs/events.md is what the generator makes of the event table', async t => {
+  const { render } = await import(new URL('../docs/generate.mjs', import.meta.url).href) as Generator
+  const { text } = readDocument('docs/events.md')
+  t.equal(text, render(text, { official: officialEntries, guide: guideEntries }), 'npm run build && npm run docs')
+  t.throws(() => render('no markers', { official: officialEntries }), /<!-- table official -->/)
+
+  const types = [...Object.keys(officialEntries), ...Object.keys(guideEntries)]
+  const rows = tableRows({ path: '', text }).map(([first]) => first!.slice(1, -1)).filter(name => types.includes(name))
+  t.same(rows.sort(), types.sort(), 'each type has its row')
+})
+
+t.test('docs/errors.md lists every code with its status, and no other', async t => {
+  const rows = [...listed('docs/errors.md')].map(([code, [statusCode]]) => ({ code, statusCode: Number(statusCode) }))
+  const byCode = (a: { code: string }, b: { code: string }): number => a.code.localeCompare(b.code)
+  t.same(rows.sort(byCode), catalogue.sort(byCode))
+})
+
+t.test('no document names a code that does not exist', async t => {
+  const known = new Set(catalogue.map(({ code }) => code))
+  for (const { path, text } of documents) {
+    for (const [code] of text.matchAll(/FST_OPENAI_WEBHOOK_[A-Z_]*[A-Z]/g)) t.ok(known.has(code), `${path} ${code}`)
+  }
+})
+
+t.test('the drawing in docs/lifecycle.md has every answer to a sender, with its status', async t => {
+  const drawing = codeBlocks(readDocument('docs/lifecycle.md')).find(({ language }) => language === 'text')!.code
+  const drawn = drawing.split('\n').flatMap(line => {
+    const status = /► +(\d{3}) /.exec(line)?.[1]
+    const codes = line.matchAll(/(?<=[ ·])[A-Z]{2,}(?:_[A-Z]+)*(?= |$)/g)
+    return status === undefined ? [] : [...codes].map(([code]) => `${status} ${code}`)
+  })
+  const ofBoot = [errors.InvalidOptions, errors.InvalidSecret, errors.InvalidRoute, errors.AlreadyRegistered, errors.AlreadyStarted]
+    .map(CodedError => new CodedError().code)
+  const answers = catalogue
+    .filter(({ code }) => !ofBoot.includes(code) && code !== new errors.UnprotectedRoute().code)
+    .map(({ code, statusCode }) => `${statusCode} ${code.slice(PREFIX.length)}`)
+  t.same([...new Set(drawn)].sort(), answers.sort())
+})
+
+t.test('docs/options.md and README.md list every option with its default', async t => {
+  const interfaces = interfaceProperties('lib/options.ts')
+  const own = [...interfaces.get('EndpointOptions')!, ...interfaces.get('OpenAIWebhookOptions')!]
+  const nested = [...interfaces.get('IdempotencyOptions')!].map(([name, property]) => [`idempotency.${name}`, property] as const)
+  t.equal(interfaces.size - 1, 3, 'options are in the three interfaces that this test reads; the other one is Rule')
+
+  const reference = listed('docs/options.md')
+  for (const [name, { fallback }] of [...own, ...nested]) {
+    const row = reference.get(name)
+    if (!t.ok(row, `docs/options.md ${name}`) || fallback === undefined) continue
+    t.equal(row![1]!.replaceAll('`', ''), fallback, `docs/options.md ${name}: the default`)
+  }
+  const overview = listed('README.md')
+  for (const [name, { fallback }] of own) {
+    const row = overview.get(name)
+    if (!t.ok(row, `README.md ${name}`) || fallback === undefined) continue
+    t.equal(row![0]!.replaceAll('`', ''), fallback, `README.md ${name}: the default`)
+  }
+
+  const allowed = new Set([...own, ...nested].map(([name]) => name).concat('on', 'url', 'handler'))
+  t.same([...reference.keys()].filter(name => !allowed.has(name)), [], 'no option that does not exist')
+})

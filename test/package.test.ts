@@ -1,0 +1,127 @@
+import { execFile } from 'node:child_process'
+import { readFile, writeFile } from 'node:fs/promises'
+import { join, resolve } from 'node:path'
+import { promisify } from 'node:util'
+import Fastify from 'fastify'
+import t from 'tap'
+import openaiWebhook, { guideEvents } from '../lib/index.ts'
+import { VECTOR } from './support/deliveries.ts'
+
+const run = promisify(execFile)
+const root = resolve(import.meta.dirname, '..')
+const bin = (name: string): string => join(root, 'node_modules', '.bin', name)
+
+// What a user would run has nothing of the test runner's loaders in its environment.
+const env = Object.fromEntries(Object.entries(process.env).filter(([name]) => !/^(?:NODE_OPTIONS|_TAPJS|TAP)/.test(name)))
+
+t.test('the packed tarball', async t => {
+  const dir = t.testdir({
+    consumer: {
+      'package.json': JSON.stringify({ name: 'consumer', private: true, type: 'module' }),
+      'tsconfig.json': JSON.stringify({
+        compilerOptions: { module: 'NodeNext', target: 'ES2022', strict: true, exactOptionalPropertyTypes: true, types: ['node'], typeRoots: [join(root, 'node_modules/@types')] },
+        files: ['app.ts']
+      }),
+      'app.ts': `
+import Fastify from 'fastify'
+import openaiWebhook, { guideEvents, inline, memoryStore, standardWebhooks, xOpenAISignature } from 'fastify-openai-webhook'
+import type { GuideEvents, WebhookEvent } from 'fastify-openai-webhook'
+
+declare module 'fastify-openai-webhook' {
+  interface OpenAIWebhookEvents extends GuideEvents {}
+}
+
+const vector = ${JSON.stringify(VECTOR)}
+Date.now = () => vector.timestamp * 1000
+
+const app = Fastify()
+await app.register(openaiWebhook, {
+  secret: vector.secret,
+  events: guideEvents,
+  verifier: standardWebhooks(),
+  idempotency: { store: memoryStore({ max: 10 }) },
+  runner: inline()
+})
+console.log(typeof xOpenAISignature)
+app.openaiWebhook
+  .on('response.completed', function (event) { console.log(event.type, event.data.id, this === app) })
+  .on('batch.completed', event => { const file: string | undefined = event.data.output_file_id; console.log(file) })
+  .onAny((event: WebhookEvent) => { console.log(event.type) })
+// @ts-expect-error a misspelt event type
+try { app.openaiWebhook.on('batch.complete', () => {}) } catch (error) { console.log((error as Error).message) }
+const response = await app.inject({ method: 'POST', url: '/webhooks/openai', headers: vector.headers, payload: vector.body })
+console.log(response.statusCode, response.body)
+await app.close()
+`,
+      'required.cjs': `
+const openaiWebhook = require('fastify-openai-webhook')
+const app = require('fastify')()
+app.register(openaiWebhook, { secret: ${JSON.stringify(VECTOR.secret)} })
+app.ready().then(() => console.log(typeof app.openaiWebhook.on, typeof openaiWebhook.inline))
+`
+    }
+  })
+  const { stdout: packed } = await run('npm', ['pack', '--ignore-scripts', '--json', '--pack-destination', dir], { cwd: root, env })
+  const [{ filename, files }] = JSON.parse(packed) as [{ filename: string, files: Array<{ path: string }> }]
+  const tarball = join(dir, filename)
+
+  await t.test('ships only what a user needs', async t => {
+    const stray = files.map(({ path }) => path)
+      .filter(path => !/^dist\/.+\.(?:js|d\.ts)$|^docs\/(?:recipes\/)?[^/]+\.md$|^(?:LICENSE|README\.md|CHANGELOG\.md|package\.json)$/.test(path))
+    t.same(stray, [])
+    t.ok(files.some(({ path }) => path === 'dist/index.js'))
+    t.ok(files.some(({ path }) => path === 'LICENSE'))
+  })
+
+  await t.test('is clean for publint and attw', async t => {
+    await t.resolves(run(bin('publint'), ['run', tarball, '--strict'], { cwd: root, env }))
+    await t.resolves(run(bin('attw'), ['--profile', 'esm-only', tarball], { cwd: root, env }))
+  })
+
+  await t.test('a consumer that installs it compiles and receives the known vector', async t => {
+    const cwd = join(dir, 'consumer')
+    await run('npm', ['install', '--no-audit', '--no-fund', '--prefer-offline', tarball, 'fastify@5'], { cwd, env })
+    await run(bin('tsc'), ['-p', '.'], { cwd, env })
+    const { stdout } = await run(process.execPath, ['app.js'], { cwd, env })
+    t.same(stdout.trim().split('\n'), [
+      'function',
+      'on(): unknown event type "batch.complete", did you mean "batch.completed"?; a type of your own needs a schema in the `events` option',
+      'response.completed',
+      'response.completed resp_123 true',
+      '200 {"received":true}'
+    ])
+    const required = await run(process.execPath, ['required.cjs'], { cwd, env })
+    t.equal(required.stdout.trim(), 'function function')
+  })
+
+  await t.test('its bin runs under both names, by npx too', async t => {
+    const cwd = join(dir, 'consumer')
+    const { version } = JSON.parse(await readFile(join(root, 'package.json'), 'utf8')) as { version: string }
+    for (const name of ['openai-webhook', 'fastify-openai-webhook']) {
+      const direct = await run(join(cwd, 'node_modules', '.bin', name), ['--version'], { cwd, env })
+      t.equal(direct.stdout, `${version}\n`, 'executable')
+      const { stdout } = await run('npx', ['--no', name, 'trigger', '--help'], { cwd, env })
+      t.match(stdout, /^Usage: openai-webhook trigger /)
+    }
+    const app = Fastify()
+    t.teardown(() => app.close())
+    await app.register(openaiWebhook, { secret: VECTOR.secret, events: guideEvents })
+    const url = await app.listen({ port: 0, host: '127.0.0.1' })
+    const argv = ['--no', 'fastify-openai-webhook', 'trigger', 'all', '--json', '--url', `${url}/webhooks/openai`]
+    const { stdout } = await run('npx', argv, { cwd, env: { ...env, OPENAI_WEBHOOK_SECRET: VECTOR.secret } })
+    t.match(JSON.parse(stdout.trimEnd().split('\n').at(-1)!), { summary: { deliveries: 38, answers: { 200: 38 } } })
+  })
+
+  await t.test('imports with nothing but the declared dependencies', async t => {
+    const cwd = join(dir, 'consumer')
+    const { dependencies, peerDependencies } = JSON.parse(await readFile(join(root, 'package.json'), 'utf8')) as { [kind in 'dependencies' | 'peerDependencies']: Record<string, string> }
+    await writeFile(join(cwd, 'bare.mjs'), 'await import("fastify-openai-webhook"); console.log("imported")')
+    const { stdout: tree } = await run('npm', ['ls', '--json', '--depth=1'], { cwd, env })
+    const installed = JSON.parse(tree) as { dependencies: Record<string, { dependencies?: object }> }
+    t.same(
+      Object.keys(installed.dependencies['fastify-openai-webhook']?.dependencies ?? {}).sort(),
+      [...Object.keys(dependencies), ...Object.keys(peerDependencies)].sort()
+    )
+    t.equal((await run(process.execPath, ['bare.mjs'], { cwd, env })).stdout.trim(), 'imported')
+  })
+})

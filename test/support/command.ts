@@ -1,0 +1,96 @@
+import { spawn } from 'node:child_process'
+import { once } from 'node:events'
+import { join } from 'node:path'
+import { main } from '../../lib/cli/main.ts'
+
+const ROOT = join(import.meta.dirname, '../..')
+
+type Teardown = { teardown: (fn: () => unknown) => void }
+type Environment = Record<string, string>
+
+/** A command that has been started, and what it has written. */
+export class Session {
+  out = ''
+  err = ''
+  /** The exit code; settles once all output is there. */
+  ended: Promise<number | null> = Promise.resolve(null)
+  interrupt: () => void = () => {}
+  /** Nobody reads `out` any more. */
+  hangUp: () => void = () => {}
+  #over = false
+  readonly #waiting = new Set<() => void>()
+
+  write (to: 'out' | 'err', text: string): void {
+    this[to] += text
+    for (const look of this.#waiting) look()
+  }
+
+  /** Resolves to the match once `out` has it; rejects when the command ends without. */
+  async shows (pattern: RegExp): Promise<RegExpExecArray> {
+    return await new Promise((resolve, reject) => {
+      const look = (): void => {
+        const match = pattern.exec(this.out)
+        if (match === null && !this.#over) return
+        this.#waiting.delete(look)
+        if (match === null) reject(new Error(`not shown: ${String(pattern)}\n${this.out}${this.err}`))
+        else resolve(match)
+      }
+      this.#waiting.add(look)
+      look()
+    })
+  }
+
+  until (ended: Promise<number | null>): this {
+    this.ended = ended.finally(() => {
+      this.#over = true
+      for (const look of this.#waiting) look()
+    })
+    return this
+  }
+}
+
+/** Runs a command line in this process. */
+export function start (t: Teardown, argv: readonly string[], { env = {}, isTTY = false }: { env?: Environment, isTTY?: boolean } = {}): Session {
+  const session = new Session()
+  const interrupted = new AbortController()
+  session.interrupt = () => interrupted.abort()
+  session.until(main(argv, {
+    out: text => session.write('out', text),
+    err: text => session.write('err', text),
+    isTTY,
+    env,
+    signal: interrupted.signal
+  }))
+  t.teardown(async () => {
+    interrupted.abort()
+    await session.ended
+  })
+  return session
+}
+
+export const BUILT = join(ROOT, 'dist/cli/bin.js')
+
+/** Runs a command line in a process of its own, with nothing of the test runner's in its environment. */
+export function launch (t: Teardown, argv: readonly string[], { env = {}, cwd }: { env?: Environment, cwd?: string } = {}): Session {
+  return spawned(t, [BUILT, ...argv], cwd, { PATH: process.env['PATH'], ...env })
+}
+
+/** The same from lib/ under the test runner's loaders, so that its coverage counts. */
+export function launchSource (t: Teardown, argv: readonly string[], env: Environment = {}): Session {
+  return spawned(t, [...process.execArgv, join(ROOT, 'lib/cli/bin.ts'), ...argv], ROOT, { ...process.env, NO_COLOR: '', ...env })
+}
+
+function spawned (t: Teardown, args: string[], cwd: string | undefined, env: NodeJS.ProcessEnv): Session {
+  const child = spawn(process.execPath, args, { env, cwd, stdio: ['ignore', 'pipe', 'pipe'] })
+  const session = new Session()
+  session.interrupt = () => { child.kill('SIGINT') }
+  session.hangUp = () => { child.stdout.destroy() }
+  child.stdout.setEncoding('utf8').on('data', (text: string) => session.write('out', text))
+  child.stderr.setEncoding('utf8').on('data', (text: string) => session.write('err', text))
+  session.until(once(child, 'close').then(([code]) => code as number | null))
+  t.teardown(async () => {
+    child.kill('SIGKILL')
+    await session.ended
+  })
+  return session
+}

@@ -1,0 +1,79 @@
+import { randomUUID } from 'node:crypto'
+import { Clock } from 'clock-mock'
+import Fastify from 'fastify'
+import type { FastifyInstance, FastifyServerOptions } from 'fastify'
+import { Webhook } from 'standardwebhooks'
+import openaiWebhook from '../../lib/index.ts'
+import type { OpenAIWebhookOptions } from '../../lib/index.ts'
+
+/** The secret of the known-good vector below. */
+export const SECRET = 'whsec_RdvaYFYUXuIFuEbvZHwMfYFhUf7aMYjYcmM24+Aj40c='
+
+/** A delivery that OpenAI signed, as published with openai-node's tests. */
+export const VECTOR = {
+  secret: SECRET,
+  timestamp: 1750861210,
+  headers: {
+    'content-type': 'application/json',
+    'webhook-id': 'wh_685c059ae39c8190af8c71ed1022a24d',
+    'webhook-timestamp': '1750861210',
+    'webhook-signature': 'v1,gUAg4R2hWouRZqRQG4uJypNS8YK885G838+EHb4nKBY='
+  },
+  body: '{"id": "evt_685c059ae3a481909bdc86819b066fb6", "object": "event", "created_at": 1750861210, "type": "response.completed", "data": {"id": "resp_123"}}'
+}
+
+export interface Signed {
+  headers: Record<string, string>
+  body: Buffer
+}
+
+interface SignOptions {
+  secret?: string
+  webhookId?: string
+  /** Unix seconds; now by default. */
+  timestamp?: number
+}
+
+/** Signs as an independent implementation does: `standardwebhooks`, which only takes text. */
+export function sign (event: unknown, { secret = SECRET, webhookId = `wh_${randomUUID()}`, timestamp = Math.floor(Date.now() / 1000) }: SignOptions = {}): Signed {
+  const body = typeof event === 'string' ? event : JSON.stringify(event)
+  return {
+    headers: {
+      'content-type': 'application/json',
+      'webhook-id': webhookId,
+      'webhook-timestamp': String(timestamp),
+      'webhook-signature': new Webhook(secret).sign(webhookId, new Date(timestamp * 1000), body)
+    },
+    body: Buffer.from(body)
+  }
+}
+
+/** A thin event of the given type. */
+export function thin (type: string, data: object = { id: 'res_1' }): { id: string, object: 'event', created_at: number, type: string, data: object } {
+  return { id: 'evt_1', object: 'event', created_at: 1750861210, type, data }
+}
+
+/** An app with the plugin and the vector's secret; closed when the test ends. */
+export async function build (t: { teardown: (fn: () => unknown) => void }, options: OpenAIWebhookOptions = {}, server: FastifyServerOptions = {}): Promise<FastifyInstance> {
+  const app = Fastify(server) as FastifyInstance
+  t.teardown(() => app.close())
+  await app.register(openaiWebhook, { secret: SECRET, ...options })
+  return app
+}
+
+/** Injects a signed delivery. */
+export async function post (app: FastifyInstance, { headers, body }: Signed, url = '/webhooks/openai') {
+  return await app.inject({ method: 'POST', url, headers, payload: body })
+}
+
+/** A clock that only moves when the test moves it, until the test ends. Boot the app before: booting takes timers. */
+export function stoppedClock (t: { teardown: (fn: () => unknown) => void }, ms = Date.now()): Clock {
+  const clock = new Clock()
+  const { setImmediate } = globalThis
+  clock.enter()
+  // Streams and injected requests go on: only what measures time stands still.
+  globalThis.setImmediate = setImmediate
+  clock.travel(ms)
+  t.teardown(() => clock.exit())
+  return clock
+}

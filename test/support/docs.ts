@@ -1,0 +1,223 @@
+import { readdirSync, readFileSync } from 'node:fs'
+import { dirname, join, relative, sep } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import ts from 'typescript'
+
+export const ROOT = fileURLToPath(new URL('../..', import.meta.url))
+
+export interface Document {
+  /** Relative to the repository, with slashes. */
+  readonly path: string
+  readonly text: string
+}
+
+export interface CodeBlock {
+  readonly path: string
+  /** Of its first line of code. */
+  readonly line: number
+  readonly language: string
+  readonly code: string
+}
+
+export function readDocument (path: string): Document {
+  return { path, text: readFileSync(join(ROOT, path), 'utf8') }
+}
+
+/** README.md, CHANGELOG.md and every document in docs/. */
+export function readDocuments (): Document[] {
+  const inDocs = readdirSync(join(ROOT, 'docs'), { recursive: true, encoding: 'utf8' })
+    .filter(name => name.endsWith('.md'))
+    .map(name => `docs/${name.split(sep).join('/')}`)
+  return ['README.md', 'CHANGELOG.md', ...inDocs.sort()].map(readDocument)
+}
+
+/** Fenced blocks, indented ones in lists too. Throws on a fence that is never closed. */
+export function codeBlocks ({ path, text }: Document): CodeBlock[] {
+  const blocks: CodeBlock[] = []
+  let open: { indent: number, language: string, line: number, lines: string[] } | undefined
+  for (const [index, line] of text.split('\n').entries()) {
+    const fence = /^( *)```(\w*)\s*$/.exec(line)
+    if (open === undefined) {
+      if (fence !== null) open = { indent: fence[1]!.length, language: fence[2]!, line: index + 2, lines: [] }
+    } else if (fence === null) {
+      open.lines.push(line.slice(open.indent))
+    } else {
+      blocks.push({ path, line: open.line, language: open.language, code: open.lines.join('\n') + '\n' })
+      open = undefined
+    }
+  }
+  if (open !== undefined) throw new Error(`${path}:${open.line - 1}: a code block that is never closed`)
+  return blocks
+}
+
+/** The cells of the table rows of a document, header and ruler rows included; `\|` is a bar within a cell. */
+export function tableRows ({ text }: Document): string[][] {
+  return text.split('\n')
+    .filter(line => line.startsWith('|'))
+    .map(line => line.split(/(?<!\\)\|/).slice(1, -1).map(cell => cell.trim()))
+}
+
+/** What GitHub makes of a document's headings, for links to them. */
+export function anchors ({ text }: Document): Set<string> {
+  const headings = text.replaceAll(/^```[\s\S]*?^```/gm, '').matchAll(/^#+ (.+)$/gm)
+  return new Set([...headings].map(([, heading]) => heading!.toLowerCase().replaceAll(/[^\p{L}\p{N}\s_-]/gu, '').replaceAll(' ', '-')))
+}
+
+// What the examples take as given: an app that has the plugin, and functions that would be the reader's own. A block
+// that declares one of these names itself is checked with its own.
+const GIVEN = `
+import type { FastifyInstance } from 'fastify'
+import type { IncomingHttpHeaders } from 'node:http'
+import type plugin from 'fastify-openai-webhook'
+declare global {
+  const app: FastifyInstance
+  const openaiWebhook: typeof plugin
+  const rawBody: Buffer
+  const headers: IncomingHttpHeaders
+  function acceptCall (callId: string, idempotencyKey: string): Promise<void>
+  function alertTeam (message: string): Promise<void>
+  function deployModel (deployment: { webhookId: string, model: string }): Promise<void>
+  function importBatch (id: string): Promise<void>
+  function isCustomer (phoneNumber: string | undefined): Promise<boolean>
+  function readSecrets (name: string): Promise<{ current: string, previous?: string }>
+  function reportFailure (error: Error, webhookId: string | undefined): void
+  function saveAnswer (answer: { webhookId: string, responseId: string, text: string, cutBy?: string | undefined }): Promise<void>
+  function saveResponse (id: string): Promise<void>
+  function saveResult (result: { batch: string, request: string, status: number | undefined, body: unknown, error: unknown }): Promise<void>
+}
+`
+
+// Of packages that only examples of other ways use, as much as these examples need.
+const OTHERS = `
+declare module 'express' {
+  interface Request { readonly body: string, readonly headers: Record<string, string> }
+  interface Response { status (code: number): this, send (body?: string): this }
+  interface App {
+    use (middleware: object): void
+    post (path: string, handler: (request: Request, response: Response) => Promise<void>): void
+  }
+  function express (): App
+  namespace express { function text (options: { type: string }): object }
+  export default express
+}
+declare module 'vitest' {
+  interface Test {
+    (name: string, run: () => Promise<void>): void
+    each <Case> (cases: readonly Case[]): (name: string, run: (each: Case) => Promise<void>) => void
+  }
+  const test: Test
+  function onTestFinished (run: () => Promise<void>): void
+  function expect (value: unknown): { toBe (expected: unknown): void, toEqual (expected: unknown): void }
+}
+declare module 'fastify-raw-body' {
+  import type { FastifyPluginCallback } from 'fastify'
+  const plugin: FastifyPluginCallback<{ field?: string, global?: boolean, encoding?: string | false, runFirst?: boolean, routes?: string[] }>
+  export default plugin
+  module 'fastify' {
+    interface FastifyRequest { rawBody?: string | Buffer }
+    interface FastifyContextConfig { rawBody?: boolean }
+  }
+}
+`
+
+const EXTENSIONS: Readonly<Record<string, string>> = { ts: 'ts', typescript: 'ts', js: 'js', javascript: 'js', mjs: 'js' }
+
+/**
+ * Type-checks TypeScript and JavaScript blocks with the repository's compiler options, the package's names standing for
+ * files of lib/.
+ *
+ * @returns one line for each fault, `path:line message`; `checked` counts the blocks
+ */
+export function typeCheck (blocks: readonly CodeBlock[]): { faults: string[], checked: number } {
+  const code = blocks.filter(({ language }) => language in EXTENSIONS)
+  // A module augmentation holds for a whole program: such a block gets one of its own.
+  const augmenting = code.filter(block => block.code.includes('declare module'))
+  const plain = code.filter(block => !augmenting.includes(block))
+  const programs = [plain, ...augmenting.map(block => [block])].filter(blocks => blocks.length > 0)
+  check ??= checker()
+  return { faults: programs.flatMap(check), checked: code.length }
+}
+
+/** The package's names, with the files of lib/ that are built into what they lead to. */
+function sources (): Record<string, string[]> {
+  const { name, exports } = JSON.parse(readDocument('package.json').text) as { name: string, exports: Record<string, string | { default: string }> }
+  return Object.fromEntries(Object.entries(exports).flatMap(([path, target]) => typeof target === 'string'
+    ? []
+    : [[name + path.slice(1), [join(ROOT, target.default.replace('dist/', 'lib/').replace(/js$/, 'ts'))]]]))
+}
+
+type Check = (blocks: readonly CodeBlock[]) => string[]
+
+let check: Check | undefined
+
+/** Parses what the programs have in common once. */
+function checker (): Check {
+  const configFile = join(ROOT, 'tsconfig.json')
+  const { options } = ts.parseJsonConfigFileContent(ts.readConfigFile(configFile, ts.sys.readFile).config, ts.sys, ROOT)
+  Object.assign(options, {
+    allowJs: true,
+    checkJs: true,
+    paths: sources()
+  })
+  const parsed = new Map<string, ts.SourceFile | undefined>()
+
+  return blocks => {
+    const virtual = new Map([[join(ROOT, 'given.d.ts'), GIVEN], [join(ROOT, 'others.d.ts'), OTHERS]])
+    const origin = new Map<string, CodeBlock>()
+    for (const block of blocks) {
+      const file = join(ROOT, `${block.path}-${block.line}.${EXTENSIONS[block.language]!}`)
+      origin.set(file, block)
+      virtual.set(file, `${block.code}export {}\n`)
+    }
+
+    const host = ts.createCompilerHost(options)
+    const { fileExists, readFile, getSourceFile } = host
+    host.getCurrentDirectory = () => ROOT
+    host.fileExists = file => virtual.has(file) || fileExists(file)
+    host.readFile = file => virtual.get(file) ?? readFile(file)
+    host.getSourceFile = (file, target, ...rest) => {
+      const text = virtual.get(file)
+      if (text !== undefined) return ts.createSourceFile(file, text, target)
+      if (!parsed.has(file)) parsed.set(file, getSourceFile(file, target, ...rest))
+      return parsed.get(file)
+    }
+
+    const program = ts.createProgram([...virtual.keys()], options, host)
+    return [...virtual.keys()].flatMap(file => {
+      const source = program.getSourceFile(file)!
+      return [...program.getSyntacticDiagnostics(source), ...program.getSemanticDiagnostics(source)]
+        .map(diagnostic => located(diagnostic, source, origin.get(file)))
+    })
+  }
+}
+
+function located ({ start = 0, messageText }: ts.Diagnostic, source: ts.SourceFile, block: CodeBlock | undefined): string {
+  const line = source.getLineAndCharacterOfPosition(start).line
+  const place = block === undefined ? `${relative(ROOT, source.fileName)}:${line + 1}` : `${block.path}:${block.line + line}`
+  return `${place} ${ts.flattenDiagnosticMessageText(messageText, ' ')}`
+}
+
+/** The properties of the interfaces of a file with their `@default` tags. */
+export function interfaceProperties (path: string): Map<string, Map<string, { fallback: string | undefined }>> {
+  const source = ts.createSourceFile(path, readDocument(path).text, ts.ScriptTarget.Latest, true)
+  const interfaces = source.statements.filter(ts.isInterfaceDeclaration)
+  return new Map(interfaces.map(({ name, members }) => [
+    name.text,
+    new Map(members.filter(ts.isPropertySignature).map(member => {
+      const tag = ts.getJSDocTags(member).find(({ tagName }) => tagName.text === 'default')
+      return [member.name.getText(source), { fallback: ts.getTextOfJSDocComment(tag?.comment) }]
+    }))
+  ]))
+}
+
+/** Relative links of a document, as paths from the repository's root; `line` is where they stand. */
+export function relativeLinks ({ path, text }: Document): Array<{ line: number, file: string, anchor: string | undefined }> {
+  return text.split('\n').flatMap((content, index) =>
+    [...content.replaceAll(/`[^`]*`/g, '').matchAll(/\]\(([^)\s]+)\)/g)]
+      .map(([, target]) => target!)
+      .filter(target => !/^[a-z]+:/.test(target))
+      .map(target => {
+        const [file, anchor] = target.split('#')
+        return { line: index + 1, file: file === '' ? path : join(dirname(path), file!).split(sep).join('/'), anchor }
+      }))
+}

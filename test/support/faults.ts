@@ -1,0 +1,225 @@
+import { fork } from 'node:child_process'
+import type { ChildProcess } from 'node:child_process'
+import { once } from 'node:events'
+import { existsSync, readFileSync } from 'node:fs'
+import { connect, createServer } from 'node:net'
+import type { AddressInfo, Server, Socket } from 'node:net'
+import { setTimeout as sleep } from 'node:timers/promises'
+import { fileURLToPath } from 'node:url'
+import { Redis } from 'ioredis'
+import type { FastifyInstance } from 'fastify'
+import { SECRET, post, sign } from './deliveries.ts'
+import type { Signed } from './deliveries.ts'
+import { redelivered } from './observe.ts'
+
+type Teardown = { teardown: (fn: () => unknown) => void }
+
+/** ms after which something that must happen has not. */
+const PATIENCE = 20_000
+
+/** Looks again until it holds; fails the test when it never does. */
+export async function until (what: string, holds: () => boolean | Promise<boolean>): Promise<void> {
+  const end = performance.now() + PATIENCE
+  while (!await holds()) {
+    if (performance.now() > end) throw new Error(`expected ${what} within ${PATIENCE} ms`)
+    await sleep(5)
+  }
+}
+
+/** A client as users configure one; every failed attempt to connect is an 'error' that needs a listener. */
+export function redisClient (t: Teardown, port: number, options: { maxRetriesPerRequest?: number, retryStrategy?: (times: number) => number } = {}): Redis {
+  const client = new Redis({ port, host: '127.0.0.1', ...options })
+  client.on('error', () => {})
+  t.teardown(() => client.disconnect())
+  return client
+}
+
+/** Gives up after one attempt to connect again, and makes these at short intervals. */
+export const IMPATIENT = { maxRetriesPerRequest: 1, retryStrategy: () => 50 }
+
+/** What the sender is told: `200`, `200 duplicate`, or the status with the code and whether there was a Retry-After. */
+export async function answer (app: FastifyInstance, delivery: Signed): Promise<string> {
+  const { statusCode, headers, body } = await post(app, delivery)
+  const { code, duplicate } = JSON.parse(body) as { code?: string, duplicate?: boolean }
+  const words = [String(statusCode), code?.replace('FST_OPENAI_WEBHOOK_', ''), duplicate === true ? 'duplicate' : undefined]
+  if (headers['retry-after'] !== undefined) words.push(`retry after ${String(headers['retry-after'])}`)
+  return words.filter(word => word !== undefined).join(' ')
+}
+
+/** Delivers again until it is answered 200, as OpenAI does; gives every answer. */
+export async function deliverUntil200 (app: FastifyInstance, delivery: Signed): Promise<string[]> {
+  const answers: string[] = []
+  await until('an answer 200', async () => {
+    answers.push(await answer(app, delivery))
+    delivery = redelivered(delivery)
+    return answers.at(-1)!.startsWith('200')
+  })
+  return answers
+}
+
+export const UNAVAILABLE = '503 UNAVAILABLE retry after 5'
+export const DEADLINE = '503 DEADLINE retry after 5'
+export const IN_PROGRESS = '409 IN_PROGRESS retry after 5'
+
+/** The event of most tests, under a new webhook-id. */
+export function batchFailed (webhookId?: string): Signed {
+  return sign({ id: 'evt_1', object: 'event', created_at: 1750861210, type: 'batch.failed', data: { id: 'batch_1' } }, webhookId === undefined ? {} : { webhookId })
+}
+
+/** Stands between a client and a server that fails over: connections go where it points when they are made. */
+export class TcpProxy {
+  readonly #server: Server
+  readonly #pairs = new Set<[Socket, Socket]>()
+  /** While set, what the server answers is lost on its way. */
+  swallowing = false
+  /** Told when something was swallowed. */
+  onSwallowed: () => void = () => {}
+
+  #upstream: number
+  port = 0
+
+  private constructor (upstream: number) {
+    this.#upstream = upstream
+    this.#server = createServer(client => {
+      const server = connect(this.#upstream, '127.0.0.1')
+      const pair: [Socket, Socket] = [client, server]
+      this.#pairs.add(pair)
+      client.on('data', bytes => server.write(bytes))
+      server.on('data', bytes => {
+        if (this.swallowing) this.onSwallowed()
+        else client.write(bytes)
+      })
+      for (const [socket, other] of [[client, server], [server, client]] as const) {
+        socket.on('error', () => {})
+        socket.on('close', () => {
+          other.destroy()
+          this.#pairs.delete(pair)
+        })
+      }
+    })
+  }
+
+  static async start (t: Teardown, upstream: number): Promise<TcpProxy> {
+    const proxy = new TcpProxy(upstream)
+    await proxy.up(upstream)
+    t.teardown(() => proxy.down())
+    return proxy
+  }
+
+  /** Refuses connections, as an address does that nobody has. */
+  down (): void {
+    this.#server.close()
+    this.cut()
+  }
+
+  async up (upstream: number): Promise<void> {
+    this.#upstream = upstream
+    this.#server.listen(this.port, '127.0.0.1')
+    await once(this.#server, 'listening')
+    this.port = (this.#server.address() as AddressInfo).port
+  }
+
+  /** Ends every connection that there is. */
+  cut (): void {
+    for (const [client] of this.#pairs) client.destroy()
+  }
+}
+
+export interface Command {
+  name: string
+  args: string[]
+  /** Whether a script called it. */
+  inScript: boolean
+}
+
+/** The commands that a server is given while `work` runs, less those of connecting. */
+export async function commandsOf (t: Teardown, port: number, work: () => Promise<void>): Promise<Command[]> {
+  const watcher = redisClient(t, port)
+  const monitor = await watcher.monitor()
+  t.teardown(() => monitor.disconnect())
+  const seen: Command[] = []
+  const marker = `end-${Math.random()}`
+  const ended = new Promise<void>(resolve => {
+    monitor.on('monitor', (_time: string, [name = '', ...args]: string[], source: string) => {
+      if (args[0] === marker) resolve()
+      else seen.push({ name: name.toLowerCase(), args, inScript: source === 'lua' })
+    })
+  })
+  await work()
+  const client = redisClient(t, port)
+  await client.echo(marker)
+  await ended
+  return seen.filter(({ name }) => !['info', 'client', 'hello', 'command', 'select'].includes(name))
+}
+
+export interface MemberOptions {
+  /** Each run of its handler is a line `<webhook-id> <pid>`. */
+  effects: string
+  path?: false
+  store?: 'memory' | 'sqlite' | 'redis'
+  runner?: 'inline' | 'durable' | 'bullmq'
+  /** Of SQLite. */
+  file?: string
+  redisPort?: number
+  lease?: number
+  worker?: boolean | { concurrency?: number, lockDuration?: number, stalledInterval?: number }
+  /** The handler blocks the event loop until this file exists. */
+  blockedUntil?: string
+  /** The handler fails in the end. */
+  fails?: boolean
+  /** The handler never ends. */
+  hangs?: boolean
+}
+
+/** The receiver is a user's program: nothing of a test runner's in its environment. */
+const env = Object.fromEntries(Object.entries(process.env).filter(([name]) => !/^(?:NODE_OPTIONS|_TAPJS|TAP)/.test(name)))
+
+/** A process of its own with the built package: one of several that share a store or a queue. */
+export class Member {
+  readonly #process: ChildProcess
+  readonly port: number
+  /** What its `onError` was told. */
+  readonly told: string[] = []
+
+  private constructor (child: ChildProcess, port: number) {
+    this.#process = child
+    this.port = port
+    child.on('message', ({ error }: { error: string }) => { this.told.push(error) })
+  }
+
+  static async start (t: Teardown, options: MemberOptions): Promise<Member> {
+    const child = fork(fileURLToPath(new URL('processes/member.mjs', import.meta.url)), [JSON.stringify({ secret: SECRET, ...options })], { env, execArgv: [] })
+    t.teardown(async () => await end(child, () => child.kill('SIGKILL')))
+    const [message] = await Promise.race([once(child, 'message'), once(child, 'exit')]) as [{ port: number } | number | null]
+    if (typeof message !== 'object' || message === null) throw new Error('the process ended before it listened')
+    return new Member(child, message.port)
+  }
+
+  get pid (): number {
+    return this.#process.pid!
+  }
+
+  async close (): Promise<void> {
+    await end(this.#process, () => this.#process.send('close'))
+  }
+
+  async kill (): Promise<void> {
+    await end(this.#process, () => this.#process.kill('SIGKILL'))
+  }
+}
+
+async function end (child: ChildProcess, how: () => unknown): Promise<void> {
+  if (child.exitCode !== null || child.signalCode !== null) return
+  const exited = once(child, 'exit')
+  how()
+  await exited
+}
+
+/** The lines of an effects file. */
+export function effectsIn (file: string): Array<{ webhookId: string, pid: number }> {
+  if (!existsSync(file)) return []
+  return readFileSync(file, 'utf8').split('\n').filter(line => line !== '').map(line => {
+    const [webhookId = '', pid] = line.split(' ')
+    return { webhookId, pid: Number(pid) }
+  })
+}

@@ -1,0 +1,177 @@
+import { randomBytes, randomUUID } from 'node:crypto'
+import Fastify from 'fastify'
+import type { FastifyReply } from 'fastify'
+import { sampleEvent } from '../../lib/testing/sample.ts'
+import type { SampleType } from '../../lib/testing/sample.ts'
+import { sign } from '../../lib/testing/sign.ts'
+
+interface Endpoint {
+  id: string
+  object: 'webhook_endpoint'
+  created_at: number
+  updated_at: number
+  name: string
+  url: string
+  event_types: string[]
+  signing_secret_hint: string
+}
+
+interface Answer {
+  status: number
+  body: object | string
+  headers?: Record<string, string>
+}
+
+export interface ServerOptions {
+  apiKey?: string
+  /** Endpoints in a page. */
+  pageSize?: number
+  /** What the project can receive. */
+  eventTypes?: string[]
+}
+
+/** Speaks what OpenAI documents of the webhook endpoint API, and serves what a test gives it; the rest is a 404. */
+export class OpenAIServer {
+  url = ''
+  readonly apiKey: string
+  readonly endpoints: Endpoint[] = []
+  /** The present signing secrets by endpoint id. */
+  readonly secrets = new Map<string, string>()
+  /** Every request as it came. */
+  readonly requests: Array<{ call: string, body: unknown, headers: Record<string, unknown> }> = []
+  /** Given instead of the usual answer, the first one first. */
+  readonly answers: Answer[] = []
+  /** JSON, a file's text or what replies, by method and path: `GET /v1/batches/batch_1`. */
+  readonly resources = new Map<string, object | string | ((reply: FastifyReply) => unknown)>()
+  readonly #app = Fastify({ forceCloseConnections: true })
+  readonly #eventTypes: string[]
+  readonly #pageSize: number
+
+  private constructor ({ apiKey = 'sk-proj-test', pageSize = 2, eventTypes = ['batch.completed', 'batch.failed', 'response.completed'] }: ServerOptions) {
+    this.apiKey = apiKey
+    this.#pageSize = pageSize
+    this.#eventTypes = eventTypes
+    this.#routes()
+  }
+
+  static async start (t: { teardown: (fn: () => unknown) => void }, options: ServerOptions = {}): Promise<OpenAIServer> {
+    const server = new OpenAIServer(options)
+    t.teardown(() => server.#app.close())
+    server.url = `${await server.#app.listen({ port: 0, host: '127.0.0.1' })}/v1`
+    return server
+  }
+
+  get calls (): string[] {
+    return this.requests.map(({ call }) => call)
+  }
+
+  add ({ name = 'orders', url = 'https://example.com/webhooks/openai', event_types: types = ['batch.completed'] }: Partial<Endpoint> = {}): Endpoint {
+    const secret = `whsec_${randomBytes(32).toString('base64')}`
+    const endpoint: Endpoint = {
+      id: `whe_${randomUUID().replaceAll('-', '')}`,
+      object: 'webhook_endpoint',
+      created_at: 1750861210,
+      updated_at: 1750861210,
+      name,
+      url,
+      event_types: types,
+      signing_secret_hint: `whsec_…${secret.slice(-4)}`
+    }
+    this.endpoints.push(endpoint)
+    this.secrets.set(endpoint.id, secret)
+    return endpoint
+  }
+
+  #routes (): void {
+    const app = this.#app
+    app.removeContentTypeParser('application/json')
+    app.addContentTypeParser('*', { parseAs: 'string' }, (_request, body, done) => {
+      done(null, body === '' ? undefined : JSON.parse(body as string))
+    })
+
+    app.addHook('preHandler', async ({ method, url, body, headers }, reply) => {
+      this.requests.push({ call: `${method} ${url}`, body, headers })
+      const answer = this.answers.shift()
+      if (answer !== undefined) return await reply.code(answer.status).headers(answer.headers ?? {}).send(answer.body)
+      if (headers.authorization !== `Bearer ${this.apiKey}`) {
+        return await refuse(reply, 401, 'invalid_api_key', `Incorrect API key provided: ${String(headers.authorization).slice('Bearer '.length)}.`)
+      }
+      const resource = this.resources.get(`${method} ${url}`)
+      if (typeof resource === 'function') return await resource(reply)
+      if (resource !== undefined) return await reply.send(resource)
+    })
+
+    app.get<{ Querystring: { after?: string } }>('/v1/webhook_endpoints', async ({ query: { after } }) => {
+      const start = after === undefined ? 0 : this.endpoints.findIndex(({ id }) => id === after) + 1
+      const data = this.endpoints.slice(start, start + this.#pageSize)
+      return {
+        object: 'list',
+        data,
+        first_id: data[0]?.id ?? null,
+        last_id: data.at(-1)?.id ?? null,
+        has_more: start + data.length < this.endpoints.length
+      }
+    })
+
+    app.get('/v1/webhook_event_types', async () => ({ object: 'list', data: this.#eventTypes }))
+
+    app.post<{ Body: Pick<Endpoint, 'name' | 'url' | 'event_types'> }>('/v1/webhook_endpoints', async ({ body }, reply) => {
+      if (this.#refuses(body, reply)) return reply
+      const endpoint = this.add(body)
+      return { ...endpoint, signing_secret: this.secrets.get(endpoint.id) }
+    })
+
+    app.post<Named<Partial<Endpoint>>>('/v1/webhook_endpoints/:id', async ({ body, params: { id } }, reply) => {
+      const endpoint = this.#find(id, reply)
+      if (endpoint === undefined || this.#refuses(body, reply)) return reply
+      return Object.assign(endpoint, body)
+    })
+
+    app.delete<Named<undefined>>('/v1/webhook_endpoints/:id', async ({ params: { id } }, reply) => {
+      const endpoint = this.#find(id, reply)
+      if (endpoint === undefined) return reply
+      this.endpoints.splice(this.endpoints.indexOf(endpoint), 1)
+      return { object: 'webhook_endpoint.deleted', id, deleted: true }
+    })
+
+    app.post<Named<object>>('/v1/webhook_endpoints/:id/rotate_secret', async ({ params: { id } }, reply) => {
+      const endpoint = this.#find(id, reply)
+      if (endpoint === undefined) return reply
+      const secret = `whsec_${randomBytes(32).toString('base64')}`
+      this.secrets.set(id, secret)
+      return { ...endpoint, signing_secret_hint: `whsec_…${secret.slice(-4)}`, signing_secret: secret }
+    })
+
+    app.post<Named<{ event_type: string }>>('/v1/webhook_endpoints/:id/test', async ({ body, params: { id } }, reply) => {
+      const endpoint = this.#find(id, reply)
+      if (endpoint === undefined || this.#refuses({ event_types: [body.event_type] }, reply)) return reply
+      const event = JSON.stringify(sampleEvent(body.event_type as SampleType))
+      const { status } = await fetch(endpoint.url, { method: 'POST', headers: sign(event, { secret: this.secrets.get(id)! }), body: event })
+      return { object: 'webhook_endpoint.test', webhook_endpoint_id: id, event_type: body.event_type, success: true, status_code: status }
+    })
+
+    // Hooks run for unknown paths as well, so that resources are served there.
+    app.setNotFoundHandler(async ({ method, url }, reply) => await refuse(reply, 404, null, `Invalid URL (${method} ${url})`))
+  }
+
+  #find (id: string, reply: FastifyReply): Endpoint | undefined {
+    const endpoint = this.endpoints.find(endpoint => endpoint.id === id)
+    if (endpoint === undefined) refuse(reply, 404, 'webhook_endpoint_not_found', `No webhook endpoint found with id '${id}'.`)
+    return endpoint
+  }
+
+  #refuses ({ event_types: types = [] }: Partial<Endpoint>, reply: FastifyReply): boolean {
+    const wrong = types.find(type => !this.#eventTypes.includes(type))
+    if (wrong !== undefined) refuse(reply, 400, 'invalid_value', `Invalid value: '${wrong}'. Supported values are: ${this.#eventTypes.join(', ')}.`)
+    return wrong !== undefined
+  }
+}
+
+interface Named<Body> {
+  Params: { id: string }
+  Body: Body
+}
+
+function refuse (reply: FastifyReply, status: number, code: string | null, message: string): FastifyReply {
+  return reply.code(status).send({ error: { message, type: 'invalid_request_error', param: null, code } })
+}

@@ -1,0 +1,59 @@
+// One of several processes that share a store or a queue: its argument says which.
+import { existsSync, openSync, writeSync } from 'node:fs'
+import Fastify from 'fastify'
+import openaiWebhook, { inline, memoryStore } from 'fastify-openai-webhook'
+
+const { secret, path, effects, store = 'memory', runner = 'inline', file, redisPort, lease = 30_000, worker, blockedUntil, fails, hangs } = JSON.parse(process.argv[2])
+
+let db
+async function openFile () {
+  const { default: Database } = await import('libsql')
+  db ??= new Database(file, { timeout: 10_000 })
+  return db
+}
+
+let redis
+const stores = {
+  memory: () => memoryStore(),
+  sqlite: async () => (await import('fastify-openai-webhook/sqlite')).sqliteStore(await openFile()),
+  redis: async () => {
+    const { Redis } = await import('ioredis')
+    redis = new Redis(redisPort, '127.0.0.1')
+    return (await import('fastify-openai-webhook/redis')).redisStore(redis)
+  }
+}
+
+const runners = {
+  inline: () => inline(),
+  durable: async () => (await import('fastify-openai-webhook/sqlite')).durable(await openFile(), { lease, backoff: 1 }),
+  bullmq: async () => (await import('fastify-openai-webhook/bullmq')).bullmq({ connection: { host: '127.0.0.1', port: redisPort }, worker, backoff: 1 })
+}
+
+const app = Fastify()
+await app.register(openaiWebhook, {
+  secret,
+  path,
+  deadline: 600_000,
+  idempotency: { store: await stores[store](), lease },
+  runner: await runners[runner]()
+})
+
+const log = openSync(effects, 'a')
+app.openaiWebhook.on('batch.failed', async (_event, { webhookId }) => {
+  writeSync(log, `${webhookId} ${process.pid}\n`)
+  // The event loop stands still: no lease is renewed meanwhile.
+  if (blockedUntil !== undefined) while (!existsSync(blockedUntil));
+  else await new Promise(resolve => setImmediate(resolve))
+  if (hangs) await new Promise(() => {})
+  if (fails) throw new Error('the handler failed')
+}, { name: 'effect' })
+app.openaiWebhook.onError(error => { process.send({ error: error.message }) })
+
+await app.listen({ port: 0, host: '127.0.0.1' })
+process.send({ port: app.server.address().port })
+process.once('message', async () => {
+  await app.close()
+  // It ends by itself, since nothing is left open; the user's connections apart.
+  redis?.disconnect()
+  process.disconnect()
+})

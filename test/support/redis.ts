@@ -1,0 +1,53 @@
+import { spawn, spawnSync } from 'node:child_process'
+import type { ChildProcess } from 'node:child_process'
+import { once } from 'node:events'
+import { createServer } from 'node:net'
+import { tmpdir } from 'node:os'
+import type { AddressInfo } from 'node:net'
+
+/** Named where it is missing, so that a skipped test says why; CI must have it. */
+export const redisMissing: string | false = spawnSync('redis-server', ['--version']).error === undefined || process.env['CI'] !== undefined
+  ? false
+  : 'needs redis-server (apt-get install redis-server)'
+
+export async function freePort (): Promise<number> {
+  const server = createServer().listen(0, '127.0.0.1')
+  await once(server, 'listening')
+  const { port } = server.address() as AddressInfo
+  server.close()
+  await once(server, 'close')
+  return port
+}
+
+/** A real redis-server on a port of its own, which keeps nothing on disk unless told to. */
+export class RedisServer {
+  #process: ChildProcess | undefined
+
+  private constructor (readonly port: number, readonly args: readonly string[]) {}
+
+  static async start (t: { teardown: (fn: () => unknown) => void }, ...args: string[]): Promise<RedisServer> {
+    const server = new RedisServer(await freePort(), args)
+    t.teardown(async () => await server.stop())
+    await server.start()
+    return server
+  }
+
+  async start (): Promise<void> {
+    const child = spawn('redis-server', [
+      '--port', String(this.port), '--bind', '127.0.0.1', '--save', '', '--appendonly', 'no', '--daemonize', 'no',
+      '--dir', tmpdir(), '--dbfilename', `redis-${this.port}.rdb`, ...this.args
+    ], { stdio: ['ignore', 'pipe', 'inherit'] })
+    this.#process = child
+    for await (const line of child.stdout) if (String(line).includes('Ready to accept connections')) break
+    child.stdout.resume()
+  }
+
+  /** Killed, as a machine that fails would be. */
+  async stop (): Promise<void> {
+    const child = this.#process
+    this.#process = undefined
+    if (child === undefined || child.exitCode !== null || child.signalCode !== null) return
+    child.kill('SIGKILL')
+    await once(child, 'exit')
+  }
+}

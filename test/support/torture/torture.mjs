@@ -1,0 +1,203 @@
+// A sender as OpenAI is one: it delivers until it is answered 200. Meanwhile the receiver is killed at random instants.
+import { fork } from 'node:child_process'
+import { createHmac, randomBytes } from 'node:crypto'
+import { once } from 'node:events'
+import { existsSync, readFileSync } from 'node:fs'
+import http from 'node:http'
+import { createServer } from 'node:net'
+import { join } from 'node:path'
+import { setTimeout as sleep } from 'node:timers/promises'
+import { fileURLToPath } from 'node:url'
+
+const SECRET = randomBytes(32)
+const HANDLERS = ['first', 'second']
+const APP = fileURLToPath(new URL('app.mjs', import.meta.url))
+
+/** `losesOnCrash`: what was acknowledged may be lost with the process, as its documentation says. */
+export const PAIRS = [
+  { store: 'memory', runner: 'inline', needsRedis: false, losesOnCrash: false },
+  { store: 'sqlite', runner: 'inline', needsRedis: false, losesOnCrash: false },
+  { store: 'redis', runner: 'inline', needsRedis: true, losesOnCrash: false },
+  { store: 'sqlite', runner: 'background', needsRedis: false, losesOnCrash: true },
+  { store: 'memory', runner: 'durable', needsRedis: false, losesOnCrash: false },
+  { store: 'sqlite', runner: 'durable', needsRedis: false, losesOnCrash: false },
+  { store: 'memory', runner: 'bullmq', needsRedis: true, losesOnCrash: false },
+  { store: 'redis', runner: 'bullmq', needsRedis: true, losesOnCrash: false }
+]
+
+/** The receiver is a user's program: nothing of a test runner's in its environment. */
+const env = Object.fromEntries(Object.entries(process.env).filter(([name]) => !/^(?:NODE_OPTIONS|_TAPJS|TAP)/.test(name)))
+
+/** mulberry32: a run is repeated by its seed. */
+export function randomFrom (seed) {
+  let state = seed
+  return () => {
+    state = (state + 0x6d2b79f5) | 0
+    let t = Math.imul(state ^ (state >>> 15), 1 | state)
+    t = (t + Math.imul(t ^ (t >>> 7), 61 | t)) ^ t
+    return ((t ^ (t >>> 14)) >>> 0) / 4294967296
+  }
+}
+
+export async function freePort () {
+  const server = createServer().listen(0, '127.0.0.1')
+  await once(server, 'listening')
+  const { port } = server.address()
+  server.close()
+  await once(server, 'close')
+  return port
+}
+
+/**
+ * @param {object} options
+ * @param {'memory' | 'sqlite' | 'redis'} options.store
+ * @param {'inline' | 'background' | 'durable' | 'bullmq'} options.runner
+ * @param {number} options.kills how often the receiver is killed with SIGKILL
+ * @param {number} options.seed of the instants
+ * @param {string} options.dir for the files of the run
+ * @param {number} [options.redisPort]
+ * @param {number} [options.senders] at once
+ * @returns {Promise<{ kills: number, acknowledged: number, attempts: number, effects: number, repeated: number, lost: string[], rerun: string[] }>}
+ * `lost`: acknowledged, and a handler has not run; `rerun`: ran again although its success had been recorded
+ */
+export async function torture ({ store, runner, kills, seed, dir, redisPort, senders = 16, failureRate = 0.05 }) {
+  const random = randomFrom(seed)
+  const prefix = `torture-${store}-${runner}`
+  const config = {
+    secret: `whsec_${SECRET.toString('base64')}`,
+    port: await freePort(),
+    effects: join(dir, `${prefix}.effects`),
+    file: join(dir, `${prefix}.db`),
+    store,
+    runner,
+    redisPort,
+    prefix,
+    failureRate
+  }
+  const agent = new http.Agent({ keepAlive: true, maxSockets: senders })
+  const acknowledged = new Set()
+  let attempts = 0
+  let sent = 0
+  const ending = new AbortController()
+
+  async function boot () {
+    const child = fork(APP, [JSON.stringify(config)], { env, execArgv: [], serialization: 'json' })
+    const [message] = await Promise.race([once(child, 'message'), once(child, 'exit')])
+    if (message !== 'ready') throw new Error(`the receiver did not start: ${message}`)
+    return child
+  }
+
+  async function sender () {
+    while (!ending.signal.aborted) {
+      const webhookId = `wh_${seed}_${sent++}`
+      while (!await deliver(webhookId)) await sleep(25)
+      acknowledged.add(webhookId)
+    }
+  }
+
+  function deliver (webhookId) {
+    attempts++
+    const body = JSON.stringify({ id: `evt_${webhookId}`, object: 'event', created_at: 1, type: 'batch.failed', data: { id: 'batch_1' } })
+    const timestamp = String(Math.floor(Date.now() / 1000))
+    const signature = createHmac('sha256', SECRET).update(`${webhookId}.${timestamp}.${body}`).digest('base64')
+    return new Promise(resolve => {
+      const request = http.request({
+        port: config.port,
+        host: '127.0.0.1',
+        path: '/webhooks/openai',
+        method: 'POST',
+        agent,
+        headers: { 'content-type': 'application/json', 'content-length': body.length, 'webhook-id': webhookId, 'webhook-timestamp': timestamp, 'webhook-signature': `v1,${signature}` }
+      }, response => {
+        response.resume()
+        response.on('close', () => resolve(response.statusCode === 200))
+      })
+      request.on('error', () => resolve(false))
+      request.end(body)
+    })
+  }
+
+  function effectCounts () {
+    const counts = new Map()
+    if (!existsSync(config.effects)) return counts
+    for (const line of readFileSync(config.effects, 'utf8').split('\n')) {
+      if (line !== '') counts.set(line, (counts.get(line) ?? 0) + 1)
+    }
+    return counts
+  }
+
+  /** Handlers whose success the store has on record, with how often they had run by then. */
+  const recorded = new Map()
+  async function record () {
+    const counts = effectCounts()
+    for (const effect of await recordedSuccesses(config)) {
+      if (!recorded.has(effect)) recorded.set(effect, counts.get(effect) ?? 0)
+    }
+  }
+
+  let child = await boot()
+  const senderLoops = Array.from({ length: senders }, sender)
+  for (let kill = 0; kill < kills; kill++) {
+    await sleep(random() * 100)
+    const exited = once(child, 'exit')
+    child.kill('SIGKILL')
+    await exited
+    await record()
+    child = await boot()
+  }
+  ending.abort()
+  await Promise.all(senderLoops)
+
+  const missing = () => {
+    const counts = effectCounts()
+    return [...acknowledged].flatMap(id => HANDLERS.map(name => `${id} ${name}`)).filter(effect => !counts.has(effect))
+  }
+  // A queue goes on with what was acknowledged; what is in memory only is gone.
+  if (runner === 'durable' || runner === 'bullmq') {
+    const end = Date.now() + 30_000
+    while (missing().length > 0 && Date.now() < end) await sleep(50)
+  }
+  child.send('close')
+  await once(child, 'exit')
+  agent.destroy()
+
+  const counts = effectCounts()
+  return {
+    kills,
+    acknowledged: acknowledged.size,
+    attempts,
+    effects: counts.size,
+    repeated: [...counts.values()].reduce((sum, count) => sum + count - 1, 0),
+    lost: missing(),
+    rerun: [...recorded].filter(([effect, count]) => counts.get(effect) !== count).map(([effect]) => effect)
+  }
+}
+
+async function recordedSuccesses ({ store, runner, file, redisPort, prefix }) {
+  const all = id => HANDLERS.map(name => `${id} ${name}`)
+  const idOf = key => key.slice(key.lastIndexOf(' ') + 1)
+  const found = []
+  if (store === 'sqlite' || runner === 'durable') {
+    const { default: Database } = await import('libsql')
+    const db = new Database(file)
+    if (store === 'sqlite') {
+      for (const { key, done, finished } of db.prepare('SELECT key, done, finished FROM openai_webhook_deliveries').all()) {
+        found.push(...done === 1 ? all(idOf(key)) : JSON.parse(finished).map(name => `${idOf(key)} ${name}`))
+      }
+    }
+    if (runner === 'durable') {
+      for (const { key } of db.prepare("SELECT key FROM openai_webhook_jobs WHERE state = 'done'").all()) found.push(...all(idOf(key)))
+    }
+    db.close()
+  }
+  if (store === 'redis') {
+    const { Redis } = await import('ioredis')
+    const redis = new Redis(redisPort, '127.0.0.1')
+    for (const key of await redis.keys(`${prefix}/*`)) {
+      const hash = await redis.hgetall(key)
+      found.push(...hash.done === '1' ? all(idOf(key)) : Object.keys(hash).filter(field => field.startsWith('f:')).map(field => `${idOf(key)} ${field.slice(2)}`))
+    }
+    redis.disconnect()
+  }
+  return found
+}

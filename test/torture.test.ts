@@ -1,0 +1,25 @@
+import t from 'tap'
+import { RedisServer, redisMissing } from './support/redis.ts'
+// @ts-expect-error plain JavaScript, which `npm run torture` runs as it is
+import { PAIRS, torture } from './support/torture/torture.mjs'
+
+interface Result { kills: number, acknowledged: number, lost: string[], rerun: string[], repeated: number }
+
+/** For each store and runner; `npm run torture` does it hundreds of times each. */
+const KILLS = 15
+
+t.test('a receiver killed with SIGKILL at random instants, under load', { timeout: 600_000 }, async t => {
+  const seed = Number(process.env['SEED'] ?? Date.now() % 1_000_000)
+  t.comment(`SEED=${seed}`)
+  const redis = redisMissing === false ? await RedisServer.start(t) : undefined
+  const dir = t.testdir()
+  for (const { store, runner, needsRedis, losesOnCrash } of PAIRS as Array<{ store: string, runner: string, needsRedis: boolean, losesOnCrash: boolean }>) {
+    await t.test(`${store} store, ${runner} runner`, { skip: needsRedis && redisMissing }, async t => {
+      const result = await torture({ store, runner, kills: KILLS, seed, dir, redisPort: redis?.port }) as Result
+      t.ok(result.acknowledged > KILLS, `${result.acknowledged} deliveries were acknowledged`)
+      // What background() promises over a crash is nothing, and that is documented.
+      if (!losesOnCrash) t.same(result.lost, [], 'every acknowledged delivery has had its handlers run')
+      t.same(result.rerun, [], 'no handler ran again whose success was on record')
+    })
+  }
+})
