@@ -1,0 +1,17 @@
+// Lists the deliveries whose attempts are used up, and gives those that are named their attempts anew. The receiver may
+// be running: it looks for them every second.
+//
+//   SQLITE_FILE=webhooks.db node docs/examples/sqlite-dead.mjs [webhook-id…]
+import { durable } from 'fastify-openai-webhook/sqlite'
+import Database from 'libsql'
+
+const db = new Database(process.env.SQLITE_FILE ?? 'webhooks.db')
+const runner = durable(db)
+const wanted = process.argv.slice(2)
+
+for (const delivery of runner.dead(1_000)) {
+  const { webhookId, event, attempts, error } = delivery
+  const state = wanted.includes(webhookId) && runner.requeue(delivery) ? 'requeued' : 'dead'
+  console.log(`${state} ${webhookId} ${event.type}, ${attempts} attempts: ${error}`)
+}
+db.close()
