@@ -72,6 +72,34 @@ t.test('a handle is made ready', async t => {
     t.same(none.prepare('PRAGMA synchronous').all(), [{ synchronous: 2 }])
   })
 
+  await t.test('it waits for the lock that another process has on a new file, which SQLite itself does not', async t => {
+    const file = join(t.testdir(), 'webhooks.db')
+    const [other, db] = [open(t, file), open(t, file)]
+    db.exec('PRAGMA busy_timeout = 2000')
+    other.exec('CREATE TABLE others (id)')
+    other.exec('BEGIN IMMEDIATE')
+    let asked = 0
+    const handle = {
+      prepare: (sql: string) => db.prepare(sql) as SqliteStatement,
+      exec (sql: string) {
+        // The other process is done when it has been asked for a second time.
+        if (sql.includes('journal_mode') && ++asked === 2) other.exec('COMMIT')
+        return db.exec(sql)
+      }
+    }
+    const store = sqliteStore(handle)
+    t.equal(asked, 2)
+    t.match(await store.begin('key', LONG), { state: 'claimed' })
+  })
+
+  await t.test('and gives up when the wait is over', async t => {
+    const file = join(t.testdir(), 'webhooks.db')
+    const [other, db] = [open(t, file), open(t, file)]
+    other.exec('CREATE TABLE others (id)')
+    other.exec('BEGIN IMMEDIATE')
+    t.throws(() => sqliteStore(db), { message: 'database is locked' })
+  })
+
   await t.test('a file that is no database is told at creation, in SQLite\'s words', async t => {
     const file = join(t.testdir({ 'webhooks.db': 'not a database, but text of some length\n'.repeat(100) }), 'webhooks.db')
     for (const create of [sqliteStore, durable]) {

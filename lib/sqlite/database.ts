@@ -17,6 +17,12 @@ export interface SqliteDatabase {
 /** ms; how long a write waits for another process's, where the handle has no wait of its own. It blocks the event loop. */
 const BUSY_TIMEOUT = 1_000
 
+/** ms between two tries to take a lock that SQLite does not wait for. */
+const LOCK_RETRY = 10
+
+/** Blocks the thread, as SQLite's own wait does. */
+const sleep = (ms: number): unknown => Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, ms)
+
 /** The user's handle, made ready: write-ahead log with one fsync a commit, so that what was committed survives. */
 export class Database {
   readonly #db: SqliteDatabase
@@ -31,13 +37,34 @@ export class Database {
     // First: another process may be recovering the log that a crash left behind.
     const [busy] = db.prepare('PRAGMA busy_timeout').all() as [{ timeout: number }]
     if (busy.timeout === 0) db.exec(`PRAGMA busy_timeout = ${BUSY_TIMEOUT}`)
-    db.exec('PRAGMA journal_mode = WAL')
+    this.#useWriteAheadLog(busy.timeout || BUSY_TIMEOUT)
     db.exec('PRAGMA synchronous = FULL')
-    db.exec(schema)
+    // Takes the write lock first: a reader that turns into a writer is refused without a wait.
+    this.transaction(() => db.exec(schema))
     const [main] = db.prepare('PRAGMA database_list').all() as [{ file: string | null }]
     this.#file = main.file as string
     // In memory it has none, told as '' or null.
     this.#inode = main.file ? statSync(main.file).ino : undefined
+  }
+
+  /**
+   * SQLite does not wait by itself for the lock that this takes, so processes that make a new file ready at the same
+   * instant refuse each other.
+   *
+   * @param timeout ms
+   */
+  #useWriteAheadLog (timeout: number): void {
+    const giveUp = performance.now() + timeout
+    for (;;) {
+      try {
+        this.#db.exec('PRAGMA journal_mode = WAL')
+        return
+      } catch (error) {
+        // The drivers share SQLite's words for SQLITE_BUSY, not the code.
+        if (!/database is locked/.test((error as Error).message) || performance.now() >= giveUp) throw error
+        sleep(LOCK_RETRY)
+      }
+    }
   }
 
   /** A query. */
