@@ -1,17 +1,20 @@
 import type { FastifyInstance, FastifyReply, FastifyRequest, RouteHandlerMethod } from 'fastify'
 import type { Deadline, Expirable } from './deadline.ts'
-import { logError } from './log-error.ts'
+import { logError, logFields } from './log.ts'
 import { acknowledge, refuse } from './pipeline/acknowledge.ts'
 import { respond } from './pipeline/respond.ts'
 import type { Receiver } from './receive.ts'
-import type { FailureInfo } from './registry.ts'
+import type { Refused } from './registry.ts'
 import type { Outcome, Record, Sender } from './run.ts'
 
 export interface ExchangeOptions {
   readonly endpoint: string
   readonly receiver: Receiver
   readonly deadline: Deadline
-  readonly report: (error: unknown, info: FailureInfo, request: FastifyRequest) => void
+  /** Logs and tells that the delivery is not answered 200. */
+  readonly refuse: (error: unknown, delivery: Refused, request: FastifyRequest) => void
+  /** Tells of a failure that came after the answer. */
+  readonly report: (error: unknown, delivery: Refused, request: FastifyRequest) => void
   /** The route's own handler, which replies. */
   readonly own: RouteHandlerMethod | undefined
 }
@@ -68,15 +71,15 @@ export class Exchange implements Sender, Expirable {
   }
 
   #refuse (error: unknown): void {
-    const { endpoint, report } = this.options
+    const { endpoint, refuse: tell, report } = this.options
     const { webhookId, event } = this.request.openaiWebhook
-    report(error, { endpoint, webhookId, event }, this.request)
-    // The answer's own log line does not spell out the errors behind it.
-    const { cause, message } = error as Error
-    if (this.#answered || cause !== undefined) {
-      logError(this.request.log, cause ?? error, { endpoint, webhookId, eventType: event.type }, message)
+    const delivery = { endpoint, webhookId, event }
+    if (this.#answered) {
+      const { cause = error, message } = error as Error
+      logError(this.request.log, cause, logFields(delivery), message)
+      return report(error, delivery, this.request)
     }
-    if (this.#answered) return
+    tell(error, delivery, this.request)
     this.#answered = true
     this.#closeConnection()
     this.#reply(() => { refuse(this.reply, error) })

@@ -28,6 +28,12 @@ export type { Job, Runner, RunnerHost } from './runners/runner.ts'
 export { diagnose } from './diagnose.ts'
 export type { Cause, Diagnosis, DiagnoseHeaders, DiagnoseOptions, Finding } from './diagnose.ts'
 
+// Observation
+export { channels } from './channels.ts'
+export type {
+  DeliveryInfo, DeliveryMessage, DuplicateMessage, EnqueueMessage, HandlerMessage, MessageChannel, RefusedMessage, TroubleMessage, VerifiedMessage
+} from './channels.ts'
+
 // Options and contexts
 export type { EndpointOptions, IdempotencyOptions, OpenAIWebhookOptions } from './options.ts'
 export type { EventContext } from './pipeline/dispatch.ts'

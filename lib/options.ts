@@ -60,6 +60,11 @@ export interface OpenAIWebhookOptions extends EndpointOptions {
   path?: string | false
   /** Put before `path`, as for any Fastify plugin. */
   prefix?: string
+  /**
+   * The limits of @fastify/rate-limit for the plugin's own route, as its `config.rateLimit`; `false` where the app's
+   * shall not apply. They count deliveries whose headers are in order, before any is hashed.
+   */
+  rateLimit?: object | false
   /** Schemas of further event types, or other ones for known types. Type them by merging into `OpenAIWebhookEvents`. */
   events?: Readonly<Record<string, TSchema>>
   /** `false`: a delivery that comes twice is processed twice. */
@@ -104,6 +109,8 @@ const has = (...methods: string[]) => (value: unknown): boolean =>
 
 const anything: Rule = { expected: 'anything', accepts: () => true }
 
+const rateLimit: Rule = { expected: 'an object of @fastify/rate-limit\'s route options, or false', accepts: value => value === false || isObject(value) }
+
 const endpointRules: Record<keyof Required<EndpointOptions>, Rule> = {
   secret: anything, // has a coded error of its own
   tolerance: wholeNumber('seconds', 1),
@@ -115,6 +122,7 @@ const pluginRules: Record<keyof Required<OpenAIWebhookOptions>, Rule> = {
   ...endpointRules,
   path: { expected: 'a path that begins with "/", or false', accepts: value => value === false || (typeof value === 'string' && value.startsWith('/')) },
   prefix: { expected: 'a string', accepts: value => typeof value === 'string' },
+  rateLimit,
   events: { expected: 'an object of TypeBox schemas by event type', accepts: isEvents },
   idempotency: { expected: 'false or an object { store, lease, retention }', accepts: value => value === false || isObject(value) },
   runner: { expected: 'a runner such as inline()', accepts: has('run') },
@@ -130,7 +138,8 @@ const overrideRules: Record<keyof Required<RouteOverrides>, Rule> = {
 const routeRules: Record<keyof Required<WebhookRouteOptions>, Rule> = {
   ...overrideRules,
   url: { expected: 'a path that begins with "/"', accepts: value => typeof value === 'string' && value.startsWith('/') },
-  handler: { expected: 'a function', accepts: value => typeof value === 'function' }
+  handler: { expected: 'a function', accepts: value => typeof value === 'function' },
+  rateLimit
 }
 
 const idempotencyRules: Record<keyof Required<IdempotencyOptions>, Rule> = {

@@ -1,12 +1,13 @@
 import fastify from 'fastify'
 import type { FastifyContextConfig, FastifyInstance, FastifyReply, FastifyRequest, RouteHandlerMethod, RouteOptions } from 'fastify'
 import fp from 'fastify-plugin'
+import { channels } from './channels.ts'
 import { Deadline } from './deadline.ts'
 import { diagnose } from './diagnose.ts'
 import { AlreadyRegistered, InvalidOptions, InvalidRoute, InvalidSignature, UnprotectedRoute } from './errors.ts'
 import { officialEvents } from './events/index.ts'
 import { Exchange } from './exchange.ts'
-import { logError } from './log-error.ts'
+import { RefusalLog, logError, logFields } from './log.ts'
 import { attempt, isPromise } from './maybe-promise.ts'
 import { assertEndpointOptions, assertOptions, assertOverrides } from './options.ts'
 import type { EndpointOptions, OpenAIWebhookOptions } from './options.ts'
@@ -18,9 +19,11 @@ import type { ParseJson } from './pipeline/validate.ts'
 import { checkHeaders } from './pipeline/verify.ts'
 import type { Verification } from './pipeline/verify.ts'
 import { Receiver } from './receive.ts'
+import type { Authentic } from './receive.ts'
 import { HandlerList, HandlerTable, Registry } from './registry.ts'
-import type { FailureInfo } from './registry.ts'
+import type { FailureInfo, Refused } from './registry.ts'
 import { inline } from './runners/inline.ts'
+import { runnersInUse } from './runners/runner.ts'
 import type { Runner } from './runners/runner.ts'
 import { memoryStore } from './stores/memory.ts'
 import type { IdempotencyStore } from './stores/store.ts'
@@ -31,9 +34,6 @@ import { standardWebhooks } from './verifiers/standard-webhooks.ts'
 
 /** In a route's config: the hook that this plugin has put on the route. */
 const PROTECTED = Symbol('openai-webhook.protected')
-
-/** Runners of apps that are ready and not closed. */
-const inUse = new WeakSet<Runner>()
 
 /** A receiving route: its own verification, and the URL that names it in jobs, logs and idempotency keys. */
 type Endpoint = Verification & { readonly name: string }
@@ -71,8 +71,8 @@ async function openaiWebhook (instance: FastifyInstance, options: OpenAIWebhookO
   instance.addHook('onClose', () => plugin.close())
 
   if (plugin.path !== false) {
-    const own = { url: plugin.path, ...(options.prefix === undefined ? undefined : { prefix: options.prefix }) }
-    plugin.receiveAt(instance, own)
+    const { prefix, rateLimit } = options
+    plugin.receiveAt(instance, { url: plugin.path, ...(prefix !== undefined && { prefix }), ...(rateLimit !== undefined && { rateLimit }) })
   }
 }
 
@@ -89,6 +89,7 @@ export class Plugin {
   readonly #abort = new AbortController()
   readonly #scopes = new WeakMap<FastifyInstance, OpenAIWebhookScope>()
   readonly #verifications: Verifications
+  readonly #refusals: RefusalLog
   readonly #tables = new Map<string, { lists: HandlerList[], table?: HandlerTable }>()
   #closed: Promise<void> | undefined
 
@@ -102,6 +103,7 @@ export class Plugin {
     this.registry = new Registry(new Set(Object.keys(schemas)))
     this.#instance = instance
     this.#options = options
+    this.#refusals = new RefusalLog(instance.log)
     this.#runner = options.runner ?? inline()
     this.#deadline = new Deadline(options.deadline ?? DEFAULTS.deadline)
     this.#closeTimeout = options.closeTimeout ?? DEFAULTS.closeTimeout
@@ -142,7 +144,7 @@ export class Plugin {
   }
 
   /** Adds a receiving route in a scope of its own, so that no other route's parsing changes. */
-  receiveAt (scope: FastifyInstance, { url, on, handler, prefix, ...overrides }: WebhookRouteOptions & { prefix?: string }): void {
+  receiveAt (scope: FastifyInstance, { url, on, handler, prefix, rateLimit, ...overrides }: WebhookRouteOptions & { prefix?: string }): void {
     const verification = this.#verifications.of(overrides, true)
     const list = this.#routeHandlers(on, scope)
     const own = handler === this.handler ? undefined : handler
@@ -154,7 +156,7 @@ export class Plugin {
         method: 'POST',
         url,
         bodyLimit: overrides.bodyLimit ?? this.#options.bodyLimit ?? DEFAULTS.bodyLimit,
-        config: { [PROTECTED]: admit } as FastifyContextConfig,
+        config: { [PROTECTED]: admit, ...(rateLimit !== undefined && { rateLimit }) } as FastifyContextConfig,
         onRequest: admit,
         preHandler: (request, _reply, done) => {
           // A request without a body and a content type is not parsed at all.
@@ -166,7 +168,7 @@ export class Plugin {
         },
         onError: (request, _reply, error, done) => {
           // Fastify's own refusals: over the limit, not JSON. All others are told where they come up.
-          if (request.openaiWebhook === null && !error.code?.startsWith('FST_OPENAI_WEBHOOK_')) this.report(error, { endpoint: endpoint.name }, request)
+          if (request.openaiWebhook === null && !error.code?.startsWith('FST_OPENAI_WEBHOOK_')) this.refuse(error, { endpoint: endpoint.name }, request)
           done()
         },
         ...(own === undefined ? undefined : { onSend: recordAnswer }),
@@ -214,7 +216,7 @@ export class Plugin {
     const { config, method, url } = request.routeOptions
     if (config?.openaiWebhook === undefined || PROTECTED in config) return done()
     const error = new UnprotectedRoute(`${String(method)} ${String(url)}`)
-    this.report(error, { endpoint: String(url) }, request)
+    this.refuse(error, { endpoint: String(url) }, request)
     done(error)
   }
 
@@ -224,8 +226,8 @@ export class Plugin {
     this.registry.closed = true
     for (const entry of this.#tables.values()) entry.table = new HandlerTable(entry.lists, this.registry.known)
     // A runner has one host: what this registration acknowledged would run the handlers of the other.
-    if (inUse.has(this.#runner)) throw new InvalidOptions('expected a runner of its own, got one that another registration of the plugin uses')
-    inUse.add(this.#runner)
+    if (runnersInUse.has(this.#runner)) throw new InvalidOptions('expected a runner of its own, got one that another registration of the plugin uses')
+    runnersInUse.add(this.#runner)
     await this.#runner.start?.(this.#receiver)
   }
 
@@ -252,8 +254,8 @@ export class Plugin {
     const body = toBuffer(rawBody)
     const plain = toHeaders(headers)
     checkHeaders(verification, plain)
-    const { event } = await this.#receiver.authenticate(verification, plain, body)
-    return event
+    const { delivery } = await this.#receiver.authenticate(verification, plain, body)
+    return delivery.event
   }
 
   /** Tells the `onError` handlers. */
@@ -261,9 +263,19 @@ export class Plugin {
     this.registry.report(error, info, thrown => logError(log, thrown, {}, 'an onError handler failed'))
   }
 
+  /** A delivery is not answered 200: it is logged with the errors behind that, or else by its code. */
+  refuse (error: unknown, delivery: Refused, request: FastifyRequest): void {
+    const { code = 'UNKNOWN', statusCode = 500, cause, message } = error as { code?: string, statusCode?: number, cause?: unknown, message: string }
+    if (statusCode >= 500 && cause !== undefined) logError(request.log, cause, { code, ...logFields(delivery) }, message)
+    else this.#refusals.write(request.log, code, statusCode, delivery)
+    if (channels.refused.hasSubscribers) channels.refused.publish({ ...delivery, code, statusCode, error, request })
+    this.report(error, delivery, request)
+  }
+
   /** What no sender hears of: logged here, since no error handler will. */
   trouble (error: unknown, { endpoint, webhookId, event }: FailureInfo): void {
-    logError(this.#instance.log, error, { endpoint, webhookId, eventType: event?.type }, 'webhook trouble')
+    logError(this.#instance.log, error, logFields({ endpoint, webhookId, event }), 'webhook trouble')
+    if (channels.trouble.hasSubscribers) channels.trouble.publish({ error, endpoint, webhookId, event })
     this.report(error, { ...(endpoint !== undefined && { endpoint }), ...(webhookId !== undefined && { webhookId }), ...(event !== undefined && { event }) })
   }
 
@@ -294,7 +306,7 @@ export class Plugin {
       try {
         checkHeaders(endpoint, request.headers)
       } catch (error) {
-        this.report(error, { endpoint: endpoint.name }, request)
+        this.refuse(error, { endpoint: endpoint.name }, request)
         return done(error as Error)
       }
       done()
@@ -303,22 +315,26 @@ export class Plugin {
 
   #authenticate (endpoint: Endpoint, request: FastifyRequest, rawBody: Buffer, done: (error?: Error) => void): void {
     const refused = (error: unknown): void => {
-      this.report(error, { endpoint: endpoint.name }, request)
+      this.refuse(error, { endpoint: endpoint.name }, request)
       if (error instanceof InvalidSignature && DETAILED.has(request.log.level)) this.#explain(endpoint, request, rawBody)
       done(error as Error)
     }
-    let delivery
+    let authentic
     try {
-      delivery = this.#receiver.authenticate(endpoint, request.headers, rawBody)
+      authentic = this.#receiver.authenticate(endpoint, request.headers, rawBody)
     } catch (error) {
       return refused(error)
     }
-    const accepted = (authentic: Delivery): void => {
-      request.openaiWebhook = authentic
+    const accepted = ({ delivery, secretIndex }: Authentic): void => {
+      request.openaiWebhook = delivery
+      if (channels.verified.hasSubscribers) {
+        const { webhookId, timestamp, event } = delivery
+        channels.verified.publish({ endpoint: endpoint.name, webhookId, timestamp, event, secretIndex, bodySize: rawBody.length, request })
+      }
       done()
     }
-    if (isPromise<Delivery>(delivery)) delivery.then(accepted, refused)
-    else accepted(delivery)
+    if (isPromise<Authentic>(authentic)) authentic.then(accepted, refused)
+    else accepted(authentic)
   }
 
   readonly #diagnosedAt = new Map<string, number>()
@@ -345,7 +361,7 @@ export class Plugin {
   #captureAndAuthenticate (endpoint: Endpoint, limit: number) {
     return (request: FastifyRequest, reply: FastifyReply, payload: Parameters<typeof readPayload>[0], done: (error: Error | null, payload?: Parameters<typeof readPayload>[0]) => void): void => {
       const refuse = (error: Error): void => {
-        this.report(error, { endpoint: endpoint.name }, request)
+        this.refuse(error, { endpoint: endpoint.name }, request)
         done(error)
       }
       const { 'content-type': contentType, 'content-length': contentLength, 'transfer-encoding': transferEncoding } = request.headers
@@ -374,6 +390,7 @@ export class Plugin {
       endpoint: endpoint.name,
       receiver: this.#receiver,
       deadline: this.#deadline,
+      refuse: this.refuse.bind(this),
       report: this.report.bind(this),
       own
     }
@@ -395,7 +412,8 @@ export class Plugin {
     const drained = Promise.all([runnerClosed, this.#receiver.drained()])
     await Promise.race([drained, over])
     clearTimeout(timer)
-    inUse.delete(this.#runner)
+    runnersInUse.delete(this.#runner)
+    this.#refusals.flush()
   }
 }
 

@@ -1,7 +1,10 @@
 import type { IncomingHttpHeaders } from 'node:http'
 import type { FastifyBaseLogger } from 'fastify'
+import { channels, trace } from './channels.ts'
+import type { EnqueueMessage } from './channels.ts'
 import { DeadlineExceeded, HandlerFailed, InProgress, Overloaded, Unavailable } from './errors.ts'
 import { isPromise, then } from './maybe-promise.ts'
+import { observeDelivery, observeDuplicate } from './observe.ts'
 import type { Claims } from './pipeline/deduplicate.ts'
 import { dispatch } from './pipeline/dispatch.ts'
 import type { Handler } from './pipeline/dispatch.ts'
@@ -28,6 +31,12 @@ export interface ReceiverOptions {
   report: RunnerHost['report']
 }
 
+/** A delivery that can be trusted, and which secret says so. */
+export interface Authentic {
+  readonly delivery: Delivery
+  readonly secretIndex: number | undefined
+}
+
 /** The story: capture (the route's parser) → verify → validate → deduplicate → dispatch → acknowledge (its handler). */
 export class Receiver implements RunnerHost {
   readonly #options: ReceiverOptions
@@ -43,10 +52,10 @@ export class Receiver implements RunnerHost {
   }
 
   /** verify → validate: the captured bytes become an event that can be trusted. */
-  authenticate (endpoint: Verification, headers: IncomingHttpHeaders, rawBody: Buffer): MaybePromise<Delivery> {
+  authenticate (endpoint: Verification, headers: IncomingHttpHeaders, rawBody: Buffer): MaybePromise<Authentic> {
     const { parse, validators } = this.#options
-    return then(verify(endpoint, { rawBody, headers }), ({ webhookId, timestamp }) => {
-      return { webhookId, timestamp, rawBody, event: validate(rawBody, parse, validators) as WebhookEvent }
+    return then(verify(endpoint, { rawBody, headers }), ({ webhookId, timestamp, keyIndex }) => {
+      return { delivery: { webhookId, timestamp, rawBody, event: validate(rawBody, parse, validators) as WebhookEvent }, secretIndex: keyIndex }
     })
   }
 
@@ -54,7 +63,7 @@ export class Receiver implements RunnerHost {
   receive (endpoint: string, { webhookId, timestamp, event }: Delivery, sender: Sender): void {
     const key = keyOf(endpoint, webhookId)
     const running = this.#received.get(key) ?? this.#queued.get(key)
-    if (running !== undefined) return join(running, sender)
+    if (running !== undefined) return this.#join(running, sender)
     if (this.closing) return sender.failed(new Overloaded())
 
     const run = new Run(key, { webhookId, timestamp, endpoint, event }, sender)
@@ -63,12 +72,15 @@ export class Receiver implements RunnerHost {
   }
 
   /** RunnerHost: runs the handlers of a job that a runner holds. */
-  process (job: Job): MaybePromise<void> {
+  process (job: Job, attempt?: number): MaybePromise<void> {
     // inline() comes back while its job is being accepted: no look-up.
     const run = this.#accepting?.job === job ? this.#accepting : this.#received.get(keyOf(job.endpoint, job.webhookId))
-    if (run?.started === true) return run.failed ? this.#processQueued(job) : run.processed
-    if (run?.claim !== undefined) return this.#dispatch(run, run.claim.finished)
-    return this.#processQueued(job)
+    if (run?.started === true) return run.failed ? this.#processQueued(job, attempt) : run.processed
+    if (run?.claim !== undefined) {
+      run.attempt = attempt
+      return this.#process(run, run.claim.finished)
+    }
+    return this.#processQueued(job, attempt)
   }
 
   /** RunnerHost */
@@ -87,23 +99,45 @@ export class Receiver implements RunnerHost {
     if (this.#received.size + this.#queued.size > 0) await new Promise<void>(resolve => { this.#onIdle = resolve })
   }
 
+  /** A second delivery of a webhook-id that is running here gets the answer of the first. */
+  #join (run: Run, sender: Sender): void {
+    observeDuplicate(run.job, sender, 'joined')
+    if (run.answer !== undefined) tell(sender, run.answer)
+    else if (run.sender === undefined) tell(sender, ACCEPTED)
+    else (run.joined ??= []).push(sender)
+  }
+
   #begun (run: Run, claim: Claim): void {
     run.begun = true
-    if (claim.state === 'done') return this.#answer(run, undefined, 'duplicate')
-    if (claim.state === 'running') return this.#answer(run, this.#queued.has(run.key) ? undefined : new InProgress())
-    run.claim = claim
-    if (run.sender!.respond !== undefined) {
+    if (claim.state === 'claimed') {
+      run.claim = claim
       // The route's own handler replies once the others have succeeded: they run here, whatever the runner.
-      proceed(() => this.#dispatch(run, claim.finished), () => this.#respond(run), error => this.#answer(run, error))
+      if (run.sender!.respond !== undefined) proceed(() => this.#process(run, claim.finished), () => this.#answer(run, undefined), error => this.#answer(run, error))
+      else proceed(() => this.#accept(run), () => this.#accepted(run), error => this.#refused(run, error))
+    } else if (claim.state === 'done') {
+      observeDuplicate(run.job, run.sender!, 'processed')
+      this.#answer(run, undefined, 'duplicate')
     } else {
-      proceed(() => this.#enqueue(run), () => this.#accepted(run), error => this.#refused(run, error))
+      const isQueued = this.#queued.has(run.key)
+      observeDuplicate(run.job, run.sender!, isQueued ? 'joined' : 'elsewhere')
+      this.#answer(run, isQueued ? undefined : new InProgress())
     }
   }
 
-  #enqueue (run: Run): MaybePromise<void> {
+  #accept (run: Run): MaybePromise<void> {
+    const { runner } = this.#options
+    if (runner.depth === undefined || !channels.enqueue.hasSubscribers) return this.#hand(run, run.job)
+    const message: EnqueueMessage = { ...run.job, request: run.sender!.request, carrier: {} }
+    return trace(channels.enqueue, message, () => {
+      if (Object.keys(message.carrier).length > 0) run.job = { ...run.job, carrier: message.carrier }
+      return this.#hand(run, run.job)
+    })
+  }
+
+  #hand (run: Run, job: Job): MaybePromise<void> {
     this.#accepting = run
     try {
-      return this.#options.runner.run(run.job)
+      return this.#options.runner.run(job)
     } finally {
       this.#accepting = undefined
     }
@@ -125,36 +159,51 @@ export class Receiver implements RunnerHost {
     return released
   }
 
-  #dispatch (run: Run, finished: readonly string[]): MaybePromise<void> {
-    const { claims, log, signal } = this.#options
+  /** Runs the handlers that have not succeeded, and keeps their end for whoever asks for it again. */
+  #process (run: Run, finished: readonly string[]): MaybePromise<void> {
     run.started = true
-    const all = this.#handlers(run)
+    const table = this.#options.handlersOf(run.job.endpoint)
+    const all = table.for(run.job.event.type)
     const handlers = finished.length === 0 ? all : all.filter(({ name }) => !finished.includes(name))
-    const responds = run.sender?.respond !== undefined
-    run.processed = dispatch(handlers, run.job.event, new Context(run, log, signal), {
-      // The last success is recorded by completing the delivery, unless the route's own handler comes after it.
-      succeeded: ({ name }, last) => last && !responds ? undefined : claims.checkpoint(run, name),
-      ended: errors => {
-        const recorded = errors.length > 0 ? claims.release(run) : responds ? undefined : claims.complete(run)
-        return then(recorded, () => {
-          run.ended = true
-          run.failed = errors.length > 0
-          if (run.answer !== undefined) this.#forget(this.#received, run)
-          if (errors.length > 0) throw failure(errors, all.length)
-        })
-      }
-    })
+    if (channels.unhandled.hasSubscribers && run.sender?.respond === undefined && !table.matches(run.job.event.type)) channels.unhandled.publish(run.job)
+    run.processed = observeDelivery(run, handlers, this.#options.log, observed => this.#handle(run, observed, all.length))
     return run.processed
   }
 
-  #respond (run: Run): void {
-    const { claims } = this.#options
-    run.sender!.respond!((succeeded, error) => {
-      return then(succeeded ? claims.complete(run) : claims.release(run), () => {
-        if (succeeded) this.#answer(run, undefined)
-        else this.#answer(run, error === undefined ? new HandlerFailed() : failure([error], 1))
-      })
+  #handle (run: Run, handlers: readonly Handler[], registered: number): MaybePromise<void> {
+    const { claims, log, signal } = this.#options
+    const responds = run.sender?.respond !== undefined
+    return dispatch(handlers, run.job.event, new Context(run, log, signal), {
+      // The last success is recorded by completing the delivery, unless the route's own handler comes after it.
+      succeeded: ({ name }, last) => last && !responds ? undefined : claims.checkpoint(run, name),
+      ended: errors => {
+        if (errors.length === 0 && responds) return this.#respond(run)
+        const recorded = errors.length > 0 ? claims.release(run) : claims.complete(run)
+        return then(recorded, () => this.#ended(run, errors.length > 0 ? failure(errors, registered) : undefined))
+      }
     })
+  }
+
+  #respond (run: Run): Promise<void> {
+    const { claims } = this.#options
+    return new Promise((resolve, reject) => {
+      run.sender!.respond!((succeeded, error) => then(succeeded ? claims.complete(run) : claims.release(run), () => {
+        try {
+          this.#ended(run, succeeded ? undefined : error === undefined ? new HandlerFailed() : failure([error], 1))
+          resolve()
+        } catch (failed) {
+          reject(failed)
+        }
+      }))
+    })
+  }
+
+  /** Their end is on record. */
+  #ended (run: Run, error: Error | undefined): void {
+    run.ended = true
+    run.failed = error !== undefined
+    if (run.answer !== undefined) this.#forget(this.#received, run)
+    if (error !== undefined) throw error
   }
 
   #answer (run: Run, error: unknown, outcome: Outcome = 'processed'): void {
@@ -170,47 +219,37 @@ export class Receiver implements RunnerHost {
     if (this.#onIdle !== undefined && this.#received.size + this.#queued.size === 0) this.#onIdle()
   }
 
-  async #processQueued (job: Job): Promise<void> {
+  async #processQueued (job: Job, attempt: number | undefined): Promise<void> {
     const key = keyOf(job.endpoint, job.webhookId)
     // Whoever received it, here or in another process, may have yet to let go of it.
-    for (let wait = FIRST_WAIT; this.#queued.has(key) || !await this.#attempt(key, job); wait *= 2) {
+    for (let wait = FIRST_WAIT; this.#queued.has(key) || !await this.#attempt(key, job, attempt); wait *= 2) {
       if (wait > LONGEST_WAIT) throw new InProgress()
       await new Promise(resolve => setTimeout(resolve, wait))
     }
   }
 
   /** @returns false when somebody else has the claim */
-  async #attempt (key: string, job: Job): Promise<boolean> {
+  async #attempt (key: string, job: Job, attempt: number | undefined): Promise<boolean> {
     const run = new Run(key, job, undefined)
+    run.attempt = attempt
     this.#queued.set(key, run)
     try {
       const claim = await this.#options.claims.begin(key)
       if (claim.state === 'running') return false
       if (claim.state === 'claimed') {
         run.claim = claim
-        await this.#dispatch(run, claim.finished)
+        await this.#process(run, claim.finished)
       }
       return true
     } finally {
       this.#forget(this.#queued, run)
     }
   }
-
-  #handlers ({ job }: Run): readonly Handler[] {
-    return this.#options.handlersOf(job.endpoint).for(job.event.type)
-  }
 }
 
 /** ms; the waits between them add up to about five seconds. */
 const FIRST_WAIT = 20
 const LONGEST_WAIT = 5_000
-
-/** A second delivery of a webhook-id that is running here gets the answer of the first. */
-function join (run: Run, sender: Sender): void {
-  if (run.answer !== undefined) tell(sender, run.answer)
-  else if (run.sender === undefined) tell(sender, ACCEPTED)
-  else (run.joined ??= []).push(sender)
-}
 
 /** What the sender of a job that a queue holds has been told. */
 const ACCEPTED: Answer = { error: undefined, outcome: 'processed' }

@@ -25,6 +25,11 @@ export interface FailureInfo {
   event?: { readonly type: string }
 }
 
+/** What is known of a delivery that is not answered 200. */
+export interface Refused extends FailureInfo {
+  readonly endpoint: string
+}
+
 interface Registration {
   pattern: string
   handler: Handler
@@ -151,6 +156,11 @@ export class HandlerTable {
   for (type: string): readonly Handler[] {
     // An unknown type is not remembered: it comes from outside, and the map would grow with it.
     return this.#byType.get(type) ?? this.#collect(type)
+  }
+
+  /** Whether a handler of `on` matches. */
+  matches (type: string): boolean {
+    return this.#lists.some(list => list.matching(type).length > 0)
   }
 
   #collect (type: string): Handler[] {

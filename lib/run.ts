@@ -1,4 +1,5 @@
 import type { FastifyBaseLogger, FastifyRequest } from 'fastify'
+import { logFields } from './log.ts'
 import type { EventContext } from './pipeline/dispatch.ts'
 import type { Job } from './runners/runner.ts'
 import type { Claim, MaybePromise } from './stores/store.ts'
@@ -44,9 +45,11 @@ export class Run {
   answer: Answer | undefined = undefined
   /** Others that delivered the same webhook-id meanwhile. */
   joined: Sender[] | undefined = undefined
+  /** How often a runner has started its handlers, this time included. */
+  attempt: number | undefined = undefined
 
   /** @param sender absent where the job comes out of a queue: it has been acknowledged then */
-  constructor (readonly key: string, readonly job: Job, readonly sender: Sender | undefined) {}
+  constructor (readonly key: string, public job: Job, readonly sender: Sender | undefined) {}
 }
 
 /** What a handler is given beside the event. */
@@ -56,23 +59,24 @@ export class Context implements EventContext {
   readonly endpoint: string
   readonly signal: AbortSignal
   declare readonly request?: FastifyRequest
-  readonly #eventType: string
+  readonly #run: Run
   readonly #parentLog: FastifyBaseLogger
   #log: FastifyBaseLogger | undefined
 
-  constructor ({ job, sender }: Run, log: FastifyBaseLogger, signal: AbortSignal) {
+  constructor (run: Run, log: FastifyBaseLogger, signal: AbortSignal) {
+    const { job, sender } = run
     this.webhookId = job.webhookId
     this.timestamp = job.timestamp
     this.endpoint = job.endpoint
     this.signal = signal
-    this.#eventType = job.event.type
+    this.#run = run
     this.#parentLog = sender?.request.log ?? log
     if (sender !== undefined) this.request = sender.request
   }
 
   /** Made when it is first asked for: a child logger costs more than the dispatch. */
   get log (): FastifyBaseLogger {
-    this.#log ??= this.#parentLog.child({ webhookId: this.webhookId, eventType: this.#eventType, endpoint: this.endpoint })
+    this.#log ??= this.#parentLog.child(logFields(this.#run.job, this.#run.attempt))
     return this.#log
   }
 }

@@ -52,6 +52,8 @@ export interface WebhookRouteOptions extends RouteOverrides {
   url: string
   /** Replies once the event handlers have succeeded; returns nothing → 200 `{"received":true}`. */
   handler?: RouteHandlerMethod
+  /** The limits of @fastify/rate-limit for this route, as its `config.rateLimit`. */
+  rateLimit?: object | false
 }
 
 /** A verified and valid delivery: what a request carries once it has passed. */

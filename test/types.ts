@@ -278,6 +278,7 @@ export const everyOption: Required<OpenAIWebhookOptions> = {
   bodyLimit: 65_536,
   events: { 'acme.x': Type.Object({ type: Type.Literal('acme.x') }) },
   verifier: standardWebhooks(),
+  rateLimit: { max: 100 },
   idempotency: { store: memoryStore({ max: 10 }), lease: 1_000, retention: 1_000 },
   runner: inline(),
   deadline: 1_000,

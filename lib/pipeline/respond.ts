@@ -1,6 +1,6 @@
 import type { FastifyInstance, FastifyReply, FastifyRequest, RouteHandlerMethod } from 'fastify'
 import { HandlerFailed } from '../errors.ts'
-import { logError } from '../log-error.ts'
+import { logError } from '../log.ts'
 import { isPromise } from '../maybe-promise.ts'
 import type { MaybePromise } from '../stores/store.ts'
 import { acknowledge } from './acknowledge.ts'

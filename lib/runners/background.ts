@@ -66,7 +66,8 @@ export function background ({ concurrency = 10, maxQueue = 1_000 }: BackgroundOp
     async close () {
       closing = true
       while (running.size > 0) await Promise.all(running.values())
-    }
+    },
+    depth: () => waiting.size
   }
 }
 

@@ -75,9 +75,9 @@ export function bullmq ({
       queue = new Queue<Job>(queueName, { connection })
       queue.on('error', error => host.report(error))
       if (worker === false) return
-      processor = new Worker<Job>(queueName, async ({ data }) => {
+      processor = new Worker<Job>(queueName, async ({ data, attemptsStarted }) => {
         try {
-          await host.process(data)
+          await host.process(data, attemptsStarted)
         } catch (error) {
           // A failed job shows one message: that of the handlers' errors, not the answer a sender would get.
           throw (error as Error).cause ?? error
@@ -110,6 +110,9 @@ export function bullmq ({
       }, { once: true })
       await processor?.close()
       await queue?.close()
+    },
+    async depth () {
+      return await queue?.getJobCountByTypes('waiting', 'prioritized', 'delayed') ?? 0
     }
   }
 }

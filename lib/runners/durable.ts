@@ -106,6 +106,7 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
   const renew = database.prepareWrite("UPDATE openai_webhook_jobs SET due = ? WHERE key = ? AND state = 'pending' AND due = ?")
   const end = database.prepareWrite("UPDATE openai_webhook_jobs SET state = ?, error = ?, ended = ? WHERE key = ? AND state = 'pending' AND due = ?")
   const postpone = database.prepareWrite("UPDATE openai_webhook_jobs SET due = ?, error = ? WHERE key = ? AND state = 'pending' AND due = ?")
+  const pending = database.prepare("SELECT count(*) AS count FROM openai_webhook_jobs WHERE state = 'pending'")
   const prune = database.prepareWrite(`
     DELETE FROM openai_webhook_jobs
     WHERE key IN (SELECT key FROM openai_webhook_jobs WHERE state = 'done' AND ended <= ? LIMIT ${PRUNE_LIMIT})`)
@@ -171,7 +172,7 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
     let error: unknown
     let failed = false
     try {
-      await host.process(job)
+      await host.process(job, count)
     } catch (thrown) {
       error = thrown
       failed = true
@@ -228,6 +229,10 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
       closing = true
       clearTimeout(timer)
       await Promise.all([...active.values()].map(({ done }) => done))
+    },
+    depth () {
+      const [{ count }] = pending.all() as [{ count: number }]
+      return Math.max(0, count - active.size)
     },
     dead (limit = 100) {
       return (listDead.all(limit) as Array<Row & { error: string }>).map(({ job, attempts, error, ended }) => {

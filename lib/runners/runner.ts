@@ -8,6 +8,8 @@ export interface Job {
   /** The receiving route, which tells its handlers. */
   readonly endpoint: string
   readonly event: { readonly type: string }
+  /** What a tracer sends along, such as W3C's `traceparent`. */
+  readonly carrier?: Readonly<Record<string, string>>
 }
 
 export interface RunnerHost {
@@ -15,8 +17,10 @@ export interface RunnerHost {
    * Runs the handlers of one delivery that have not succeeded yet, and records what did.
    * Rejects with FST_OPENAI_WEBHOOK_HANDLER_FAILED (its `cause` an AggregateError) when any failed, and with
    * FST_OPENAI_WEBHOOK_UNAVAILABLE when the idempotency store did: the job is then to be run again.
+   *
+   * @param attempt how often the runner has started this job, this time included; for logs and channels
    */
-  process (job: Job): MaybePromise<void>
+  process (job: Job, attempt?: number): MaybePromise<void>
   /** Told of trouble that no sender hears of, such as a job that failed after it was acknowledged. */
   report (error: unknown, job?: Job): void
 }
@@ -35,4 +39,9 @@ export interface Runner {
   start? (host: RunnerHost): MaybePromise<void>
   run (job: Job): MaybePromise<void>
   close? (signal?: AbortSignal): MaybePromise<void>
+  /** Deliveries that wait to be run. A runner that has a queue has this; one without it runs the handlers in `run`. */
+  depth? (): MaybePromise<number>
 }
+
+/** The runners of apps that are ready and not closed. */
+export const runnersInUse = new Set<Runner>()

@@ -1,0 +1,159 @@
+import { channel, tracingChannel } from 'node:diagnostics_channel'
+import type { TracingChannel } from 'node:diagnostics_channel'
+import type { FastifyRequest } from 'fastify'
+import { isPromise } from './maybe-promise.ts'
+import type { MaybePromise } from './stores/store.ts'
+
+/** What is told of every delivery that has been verified. */
+export interface DeliveryInfo {
+  /** The receiving route's URL. */
+  readonly endpoint: string
+  readonly webhookId: string
+  /** When the delivery was signed, in Unix seconds. */
+  readonly timestamp: number
+  readonly event: { readonly type: string, readonly id?: unknown, readonly created_at?: unknown }
+}
+
+/** A delivery whose signature and shape are right. */
+export interface VerifiedMessage extends DeliveryInfo {
+  /** Which of the endpoint's secrets matched, in the order of the `secret` option; never its text. */
+  readonly secretIndex: number | undefined
+  /** Bytes. */
+  readonly bodySize: number
+  readonly request: FastifyRequest
+}
+
+/** A delivery that was not answered 200: a stranger's, or one that has to come again. */
+export interface RefusedMessage {
+  /** The answer: a code of ours, or Fastify's own. */
+  readonly code: string
+  readonly statusCode: number
+  readonly error: unknown
+  readonly endpoint: string
+  /** Known once the delivery is verified, as the event is. */
+  readonly webhookId?: string | undefined
+  readonly event?: DeliveryInfo['event'] | undefined
+  readonly request: FastifyRequest
+}
+
+/** A delivery of a webhook-id that has been seen. */
+export interface DuplicateMessage extends DeliveryInfo {
+  /** `processed` before; `joined` one that is running in this process; `elsewhere`: running in another process. */
+  readonly state: 'processed' | 'joined' | 'elsewhere'
+  readonly request: FastifyRequest
+}
+
+/** A delivery on its way into the queue of a runner. */
+export interface EnqueueMessage extends DeliveryInfo {
+  readonly request: FastifyRequest
+  /**
+   * At `start` a subscriber may put strings here, such as W3C's `traceparent`. They travel with the job, and the
+   * `DeliveryMessage` of the process that runs it has them.
+   */
+  readonly carrier: Record<string, string>
+  /** Set from the `error` message on: why the runner did not take it. */
+  error?: unknown
+}
+
+/** The handlers of one delivery, from their start to their end on record; in a request or out of a queue. */
+export interface DeliveryMessage extends DeliveryInfo {
+  /** How often its handlers have been started, this time included; where the runner knows. */
+  readonly attempt: number | undefined
+  /** Handlers that run: those that have not succeeded before. */
+  readonly handlers: number
+  /** Whether it comes out of a queue: then it has been acknowledged. */
+  readonly queued: boolean
+  readonly carrier: Readonly<Record<string, string>> | undefined
+  /** Only where the handlers run in the request. */
+  readonly request: FastifyRequest | undefined
+  /** Set from the `error` message on: FST_OPENAI_WEBHOOK_HANDLER_FAILED, its `cause` the handlers' errors. */
+  error?: unknown
+}
+
+/** One handler of one delivery. */
+export interface HandlerMessage {
+  /** Its name: the user's, or its place in the order of registration. */
+  readonly handler: string
+  readonly delivery: DeliveryInfo & Pick<DeliveryMessage, 'attempt' | 'queued' | 'carrier'>
+  /** Set from the `error` message on: what the handler threw. */
+  error?: unknown
+}
+
+/** What no sender is told: a store, a runner or a `secret` function that failed, or a queued delivery that did. */
+export interface TroubleMessage {
+  readonly error: unknown
+  readonly endpoint?: string | undefined
+  readonly webhookId?: string | undefined
+  readonly event?: DeliveryInfo['event'] | undefined
+}
+
+/** A `diagnostics_channel` whose messages are typed. */
+export interface MessageChannel<Message> {
+  readonly name: string | symbol
+  readonly hasSubscribers: boolean
+  subscribe (listener: (message: Message, name: string | symbol) => void): void
+  unsubscribe (listener: (message: Message, name: string | symbol) => void): boolean
+  publish (message: Message): void
+}
+
+const named = <Message>(name: string): MessageChannel<Message> => channel(`fastify-openai-webhook.${name}`) as unknown as MessageChannel<Message>
+
+/**
+ * Everything that happens to deliveries in this process, over all registrations of the plugin. Nothing is published, and
+ * no message built, without a subscriber.
+ *
+ * `enqueue`, `delivery` and `handler` are tracing channels: `start` and `end` around the synchronous part, then
+ * `asyncStart` and `asyncEnd`, once, even where nothing was asynchronous; `error` before them.
+ */
+export const channels = {
+  verified: named<VerifiedMessage>('verified'),
+  refused: named<RefusedMessage>('refused'),
+  duplicate: named<DuplicateMessage>('duplicate'),
+  unhandled: named<DeliveryInfo>('unhandled'),
+  trouble: named<TroubleMessage>('trouble'),
+  enqueue: tracingChannel<unknown, EnqueueMessage>('fastify-openai-webhook.enqueue'),
+  delivery: tracingChannel<unknown, DeliveryMessage>('fastify-openai-webhook.delivery'),
+  handler: tracingChannel<unknown, HandlerMessage>('fastify-openai-webhook.handler')
+} as const
+
+/** Runs `work` between the messages of a tracing channel, in the async contexts that its subscribers bind to `start`. */
+export function trace<Message extends { error?: unknown }, T> (
+  { start, end, asyncStart, asyncEnd, error: failed }: TracingChannel<unknown, Message>,
+  message: Message,
+  work: () => MaybePromise<T>
+): MaybePromise<T> {
+  const ended = (): void => {
+    asyncStart.publish(message)
+    asyncEnd.publish(message)
+  }
+  const threw = (error: unknown): void => {
+    message.error = error
+    failed.publish(message)
+  }
+  return start.runStores(message, () => {
+    let result
+    let pending = false
+    try {
+      result = work()
+      pending = isPromise<T>(result)
+    } catch (error) {
+      threw(error)
+      end.publish(message)
+      ended()
+      throw error
+    }
+    end.publish(message)
+    if (!pending) {
+      ended()
+      return result
+    }
+    return Promise.resolve(result).then(value => {
+      ended()
+      return value
+    }, error => {
+      threw(error)
+      ended()
+      throw error
+    })
+  })
+}

@@ -1,0 +1,108 @@
+import type { FastifyBaseLogger } from 'fastify'
+
+/** Characters of an error's message, and of its stack, that are logged. */
+const MAX_TEXT = 10_000
+
+/**
+ * Logs what a user's code threw: clipped where it is huge, and in place of one that cannot be read (a getter that
+ * throws) a line that says so. A logger reads errors as it is called, and must not fail the delivery with them.
+ */
+export function logError (log: FastifyBaseLogger, error: unknown, fields: object, message: string): void {
+  try {
+    log.error({ err: clipped(error), ...fields }, message)
+  } catch {
+    log.error({ err: new Error('an error that cannot be read'), ...fields }, message)
+  }
+}
+
+function clipped (error: unknown): unknown {
+  if (typeof error === 'string') return error.slice(0, MAX_TEXT)
+  if (error instanceof AggregateError) return new AggregateError(error.errors.map(clipped), error.message.slice(0, MAX_TEXT))
+  if (!(error instanceof Error)) return error
+  const { message, stack = '' } = error
+  if (message.length <= MAX_TEXT && stack.length <= MAX_TEXT) return error
+  const copy = new Error(message.slice(0, MAX_TEXT))
+  copy.name = error.name
+  copy.stack = stack.slice(0, MAX_TEXT)
+  return copy
+}
+
+/** Characters of an event's id and type, which a schema need not bound. */
+const MAX_NAME = 256
+
+const nameOf = (value: unknown): string | undefined => typeof value === 'string' ? value.slice(0, MAX_NAME) : undefined
+
+interface Described {
+  readonly endpoint?: string | undefined
+  readonly webhookId?: string | undefined
+  readonly event?: { readonly type: string, readonly id?: unknown } | undefined
+}
+
+/** What names a delivery on every line about it. */
+export function logFields ({ endpoint, webhookId, event }: Described, attempt?: number): object {
+  return { webhookId, eventId: nameOf(event?.id), eventType: nameOf(event?.type), endpoint, ...(attempt !== undefined && { attempt }) }
+}
+
+/** Whether a line of this level goes anywhere: the fields of one cost more than the dispatch. */
+export function logs (log: FastifyBaseLogger, level: 'info' | 'warn'): boolean {
+  const { isLevelEnabled } = log as { isLevelEnabled?: (level: string) => boolean }
+  // Fastify's `logger: false` has one function for all levels.
+  return isLevelEnabled === undefined ? log[level] !== log.fatal : isLevelEnabled.call(log, level)
+}
+
+/** Lines about refusals with one code at one endpoint that are written in a window; the others are counted. */
+const MAX_LINES = 5
+/** ms */
+const WINDOW = 10_000
+/** A verifier of the user's may throw any code. */
+const MAX_WINDOWS = 200
+const OTHERS = 'others'
+
+interface Window {
+  written: number
+  suppressed: number
+  readonly timer: NodeJS.Timeout
+  readonly code: string
+  readonly endpoint: string
+}
+
+/** Refused deliveries, at `warn`: bounded, so that a flood of forgeries cannot fill a disk. Nothing of a payload is in it. */
+export class RefusalLog {
+  readonly #log: FastifyBaseLogger
+  readonly #windows = new Map<string, Window>()
+
+  /** @param log for what is told when a window ends */
+  constructor (log: FastifyBaseLogger) {
+    this.#log = log
+  }
+
+  write (log: FastifyBaseLogger, code: string, statusCode: number, delivery: Described & { endpoint: string }): void {
+    if (!logs(log, 'warn')) return
+    const { endpoint } = delivery
+    const isFull = this.#windows.size >= MAX_WINDOWS
+    const key = isFull ? OTHERS : `${code} ${endpoint}`
+    let window = this.#windows.get(key)
+    if (window === undefined) {
+      window = { written: 0, suppressed: 0, code: isFull ? OTHERS : code, endpoint, timer: setTimeout(() => this.#end(key), WINDOW).unref() }
+      this.#windows.set(key, window)
+    }
+    if (window.written < MAX_LINES) {
+      window.written++
+      log.warn({ code, statusCode, ...logFields(delivery) }, 'webhook delivery refused')
+    } else {
+      window.suppressed++
+    }
+  }
+
+  /** Tells at once what has been counted. */
+  flush (): void {
+    for (const key of [...this.#windows.keys()]) this.#end(key)
+  }
+
+  #end (key: string): void {
+    const { timer, code, endpoint, suppressed } = this.#windows.get(key)!
+    clearTimeout(timer)
+    this.#windows.delete(key)
+    if (suppressed > 0) this.#log.warn({ code, endpoint, suppressed }, `${suppressed} more webhook deliveries refused`)
+  }
+}

@@ -1,0 +1,45 @@
+import type { FastifyBaseLogger } from 'fastify'
+import { channels, trace } from './channels.ts'
+import type { DeliveryMessage, DuplicateMessage } from './channels.ts'
+import { logFields, logs } from './log.ts'
+import { then } from './maybe-promise.ts'
+import type { Handler } from './pipeline/dispatch.ts'
+import type { Run, Sender } from './run.ts'
+import type { Job } from './runners/runner.ts'
+import type { MaybePromise } from './stores/store.ts'
+
+/** Runs the handlers of a delivery between the messages of its channels, and logs that it was processed. */
+export function observeDelivery (
+  run: Run,
+  handlers: readonly Handler[],
+  log: FastifyBaseLogger,
+  work: (handlers: readonly Handler[]) => MaybePromise<void>
+): MaybePromise<void> {
+  const to = run.sender?.request.log ?? log
+  if (!logs(to, 'info')) return tracedDelivery(run, handlers, work)
+  const startedAt = performance.now()
+  return then(tracedDelivery(run, handlers, work), () => {
+    const ms = Math.round((performance.now() - startedAt) * 1_000) / 1_000
+    to.info({ ...logFields(run.job, run.attempt), handlers: handlers.length, ms }, 'webhook delivery processed')
+  })
+}
+
+function tracedDelivery (run: Run, handlers: readonly Handler[], work: (handlers: readonly Handler[]) => MaybePromise<void>): MaybePromise<void> {
+  const { delivery, handler } = channels
+  const observesHandlers = handler.hasSubscribers
+  if (!observesHandlers && !delivery.hasSubscribers) return work(handlers)
+  const { job, attempt, sender } = run
+  const message: DeliveryMessage = { ...job, carrier: job.carrier, attempt, queued: sender === undefined, handlers: handlers.length, request: sender?.request }
+  const observed = !observesHandlers
+    ? handlers
+    : handlers.map(({ name, run }): Handler => ({
+      name,
+      run: (event, context) => trace(handler, { handler: name, delivery: message }, () => run(event, context))
+    }))
+  return trace(delivery, message, () => work(observed))
+}
+
+export function observeDuplicate (job: Job, { request }: Sender, state: DuplicateMessage['state']): void {
+  if (logs(request.log, 'info')) request.log.info({ ...logFields(job), state }, 'webhook delivery is a duplicate')
+  if (channels.duplicate.hasSubscribers) channels.duplicate.publish({ ...job, state, request })
+}
