@@ -1,0 +1,142 @@
+// What the sections work with: processes, a Redis, and a way to compare contenders.
+import { mkdtemp, rm } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { Child } from './processes.mjs'
+import { Redis } from './redis.mjs'
+import { max, median, min } from './statistics.mjs'
+
+export const CONNECTIONS = 32
+
+export class Bench {
+  #load
+  #redis
+  #directory
+  #serverFlags
+  /** Why what needs it is left out. */
+  missing = {}
+
+  /**
+   * @param {object} [options]
+   * @param {boolean} [options.quick] fewer rounds
+   * @param {string} [options.profile] a directory for CPU profiles of the servers
+   * @param {(line: string) => void} [options.log]
+   */
+  static async start ({ quick = false, profile, log = () => {} } = {}) {
+    const bench = new Bench()
+    bench.quick = quick
+    bench.log = log
+    bench.#serverFlags = profile === undefined ? [] : ['--cpu-prof', `--cpu-prof-dir=${profile}`]
+    bench.#load = await Child.start('load.mjs')
+    bench.#directory = await mkdtemp(join(tmpdir(), 'bench-'))
+    bench.#redis = await Redis.start()
+    if (bench.#redis === undefined) bench.missing.redis = 'there is no redis-server'
+    try {
+      await import('fastify-openai-webhook/metrics')
+    } catch {
+      bench.missing.metrics = 'there is no fastify-openai-webhook/metrics'
+    }
+    return bench
+  }
+
+  async close () {
+    await this.#load.stop()
+    await this.#redis?.stop()
+    await rm(this.#directory, { recursive: true })
+  }
+
+  get redisPort () { return this.#redis?.port }
+
+  /** Whether what a contender needs is there. */
+  has ({ needs }) { return needs === undefined || this.missing[needs] === undefined }
+
+  async serve ({ module, options }, flags = []) {
+    const resources = { redisPort: this.redisPort, directory: this.#directory }
+    const server = await Child.start('server.mjs', [module, { ...options, ...resources }], [...flags, ...this.#serverFlags])
+    return { ask: (name, question) => server.ask(name, question), stop: () => server.stop(), port: server.hello.port }
+  }
+
+  /**
+   * Sends requests, see `buildRequests`.
+   *
+   * @returns CPU µs of the server a request, requests a second, latency in ms, and how often each answer came
+   */
+  async send (server, plan, { untilHandled } = {}) {
+    await this.#load.ask('prepare', { port: server.port, connections: CONNECTIONS, ...plan })
+    const before = await server.ask('cpu')
+    const start = performance.now()
+    const { seconds, ...sent } = await this.#load.ask('go')
+    if (untilHandled !== undefined) await server.ask('handled', untilHandled)
+    const elapsed = untilHandled === undefined ? seconds : (performance.now() - start) / 1000
+    const cpu = await server.ask('cpu') - before
+    return { cpu: cpu / plan.count, rate: plan.count / elapsed, ...sent }
+  }
+
+  /** The one answer that a contender gives to such requests. */
+  async answerTo (server, plan) {
+    const { answers } = await this.send(server, { ...plan, count: 3 })
+    return only(answers)
+  }
+
+  /** Throws unless a correct delivery is answered 200 and a forged one refused. @returns the answer to a correct one */
+  async check (name, server, { scheme, checksNothing = false }, templates) {
+    const right = await this.answerTo(server, { templates, scheme })
+    if (!right.startsWith('200 ')) throw new Error(`${name} answers a correct delivery ${right}`)
+    const forged = await this.answerTo(server, { templates, scheme, kind: 'forged' })
+    if (/^4\d\d /.test(forged) === checksNothing) throw new Error(`${name} answers a forged delivery ${forged}`)
+    return right
+  }
+
+  /**
+   * Measures contenders in interleaved rounds: a, b, c, then b, c, a, … Each generation has new processes, since two
+   * processes of the same program differ by some percent.
+   *
+   * @param {Record<string, import('./contenders/index.mjs').Contender & { templates?: string[][] }>} candidates
+   * @param {{ templates: string[][], kind?: string, count: number, warmUp: number, rounds: number, generations: number }} plan
+   */
+  async compare (candidates, { templates, kind = 'signed', count, warmUp, rounds, generations }) {
+    const names = Object.keys(candidates)
+    const samples = Object.fromEntries(names.map(name => [name, []]))
+    for (let generation = 0; generation < generations; generation++) {
+      const servers = {}
+      const expected = {}
+      try {
+        for (const name of names) {
+          const plan = { templates, scheme: candidates[name].scheme, ...candidates[name].plan, kind }
+          servers[name] = await this.serve(candidates[name])
+          await this.check(name, servers[name], candidates[name], plan.templates)
+          expected[name] = await this.answerTo(servers[name], plan)
+          await this.send(servers[name], { ...plan, count: warmUp })
+        }
+        for (let round = 0; round < rounds; round++) {
+          for (let turn = 0; turn < names.length; turn++) {
+            const name = names[(generation * rounds + round + turn) % names.length]
+            const plan = { templates, scheme: candidates[name].scheme, ...candidates[name].plan, kind, count }
+            const sample = await this.send(servers[name], plan)
+            if (only(sample.answers) !== expected[name]) throw new Error(`${name}: expected ${expected[name]}, got ${only(sample.answers)}`)
+            samples[name].push(sample)
+          }
+        }
+      } finally {
+        for (const server of Object.values(servers)) await server.stop()
+      }
+    }
+    return Object.fromEntries(names.map(name => [name, summary(samples[name])]))
+  }
+}
+
+function only (answers) {
+  const [answer, ...others] = Object.keys(answers)
+  if (others.length > 0) throw new Error(`expected one answer, got ${JSON.stringify(answers)}`)
+  return answer
+}
+
+export function summary (samples) {
+  const of = name => samples.map(sample => sample[name])
+  return {
+    cpu: { median: median(of('cpu')), min: min(of('cpu')), max: max(of('cpu')) },
+    rate: median(of('rate')),
+    p50: median(of('p50')),
+    p99: median(of('p99'))
+  }
+}

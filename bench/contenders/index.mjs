@@ -1,0 +1,27 @@
+/**
+ * @typedef {object} Contender
+ * @property {string} label
+ * @property {string} module in this directory; its `build(options)` gives a Fastify app or a server of Node's
+ * @property {object} [options]
+ * @property {string} [scheme] how its deliveries are signed
+ * @property {boolean} [checksNothing] a forged delivery is answered 200 too
+ * @property {string} [needs] what must be there; see Bench.missing
+ */
+
+const ours = (label, options, rest) => ({ label: `fastify-openai-webhook${label}`, module: 'ours', options, ...rest })
+
+/** @type {Record<string, Contender>} */
+export const contenders = {
+  bare: { label: 'bare Fastify route, nothing checked', module: 'bare', checksNothing: true },
+  hmac: { label: 'Fastify + inline node:crypto HMAC', module: 'hmac' },
+  'ours-sync': ours('', { handler: 'sync' }),
+  ours: ours(', async handler', { handler: 'async' }),
+  'ours-metrics': ours(' + metrics', { handler: 'sync', metrics: true }, { needs: 'metrics' }),
+  'ours-redis': ours(' + Redis', { handler: 'sync', store: 'redis' }, { needs: 'redis' }),
+  octokit: { label: '@octokit/webhooks middleware', module: 'octokit', scheme: 'github' },
+  standardwebhooks: { label: 'Fastify + standardwebhooks', module: 'standardwebhooks' },
+  svix: { label: 'Fastify + svix', module: 'svix' },
+  'raw-body-openai': { label: 'fastify-raw-body + openai', module: 'raw-body-openai' },
+  'hono-openai': { label: 'Hono + openai', module: 'hono-openai' },
+  'express-openai': { label: 'Express + openai', module: 'express-openai' }
+}

@@ -1,0 +1,99 @@
+import { join } from 'node:path'
+import Fastify from 'fastify'
+import { PATH, secrets } from '../deliveries.mjs'
+
+let handled = 0
+let waiting
+
+/** The one handler of a delivery does no more than this. */
+function count () {
+  handled++
+  if (handled === waiting?.count) waiting.resolve()
+}
+
+/** Resolves when the handlers of so many deliveries have run. */
+export function untilHandled (wanted) {
+  if (handled >= wanted) return
+  return new Promise(resolve => { waiting = { count: wanted, resolve } })
+}
+
+/**
+ * @param {object} [options] what differs from the defaults
+ * @param {string} [options.from] the plugin of another checkout
+ * @param {'sync' | 'async'} [options.handler]
+ * @param {string[]} [options.types] what the handler that counts is for
+ * @param {string[]} [options.otherHandlers] the type of each further one
+ * @param {string[]} [options.ownTypes] names for the `events` option
+ */
+export async function build ({
+  from = 'fastify-openai-webhook',
+  handler = 'sync',
+  types = ['response.completed', 'realtime.call.incoming'],
+  otherHandlers = [],
+  ownTypes = [],
+  secretCount = 1,
+  idempotency,
+  store,
+  runner,
+  metrics = false,
+  ...resources
+} = {}) {
+  const { default: openaiWebhook } = await import(from)
+  const app = Fastify()
+  if (metrics) await collectMetrics()
+  await app.register(openaiWebhook, {
+    secret: secrets(secretCount),
+    path: PATH,
+    ...(ownTypes.length > 0 && { events: await schemasOf(ownTypes) }),
+    ...(idempotency !== undefined && { idempotency }),
+    ...(store !== undefined && { idempotency: { store: await stores[store](resources) } }),
+    ...(runner !== undefined && { runner: await runners[runner](resources) })
+  })
+  app.openaiWebhook.on(types, handler === 'sync' ? () => { count() } : async () => { count() })
+  for (const type of otherHandlers) app.openaiWebhook.on(type, () => {})
+  return app
+}
+
+// What a contender does not use is not imported: importing is measured too.
+
+async function schemasOf (types) {
+  const { Type } = await import('@sinclair/typebox')
+  return Object.fromEntries(types.map(type => [type, Type.Object({
+    id: Type.String(),
+    created_at: Type.Integer(),
+    object: Type.Literal('event'),
+    type: Type.Literal(type),
+    data: Type.Object({ id: Type.String() })
+  })]))
+}
+
+async function collectMetrics () {
+  const { Registry } = await import('prom-client')
+  const { webhookMetrics } = await import('fastify-openai-webhook/metrics')
+  webhookMetrics({ register: new Registry() })
+}
+
+async function openDatabase ({ directory }) {
+  const { default: Database } = await import('libsql')
+  return new Database(join(directory, `${process.pid}.db`))
+}
+
+const stores = {
+  memory: async () => (await import('fastify-openai-webhook')).memoryStore(),
+  sqlite: async resources => (await import('fastify-openai-webhook/sqlite')).sqliteStore(await openDatabase(resources)),
+  async redis ({ redisPort }) {
+    const { Redis } = await import('ioredis')
+    const { redisStore } = await import('fastify-openai-webhook/redis')
+    return redisStore(new Redis(redisPort, '127.0.0.1'))
+  }
+}
+
+const runners = {
+  inline: async () => (await import('fastify-openai-webhook')).inline(),
+  background: async () => (await import('fastify-openai-webhook')).background(),
+  durable: async resources => (await import('fastify-openai-webhook/sqlite')).durable(await openDatabase(resources)),
+  async bullmq ({ redisPort }) {
+    const { bullmq } = await import('fastify-openai-webhook/bullmq')
+    return bullmq({ connection: { port: redisPort, host: '127.0.0.1' }, queueName: `bench-${process.pid}` })
+  }
+}

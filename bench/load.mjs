@@ -1,0 +1,82 @@
+// The sender, in a process of its own: keep-alive connections over real sockets, one request in flight on each.
+import { once } from 'node:events'
+import { connect } from 'node:net'
+import { buildRequests } from './deliveries.mjs'
+import { answerParent } from './processes.mjs'
+
+let requests = []
+let connections = []
+
+answerParent({
+  /** Signs the requests and opens the connections: nothing of it is measured. */
+  async prepare ({ port, connections: count, ...plan }) {
+    requests = buildRequests(plan)
+    connections = await Promise.all(Array.from({ length: Math.min(count, requests.length) }, () => open(port)))
+  },
+
+  async go () {
+    const latencies = new Float64Array(requests.length)
+    const answers = new Map()
+    let next = 0
+    let answered = 0
+    const start = performance.now()
+    await new Promise((resolve, reject) => {
+      const ended = error => reject(error instanceof Error ? error : new Error(`the server closed a connection after ${answered} answers`))
+      for (const socket of connections) converse(socket, ended)
+
+      function converse (socket, ended) {
+        let index = 0
+        let sentAt = 0
+        let received = ''
+
+        function send () {
+          if (next === requests.length) return
+          index = next++
+          sentAt = performance.now()
+          const pieces = requests[index]
+          if (pieces.length === 1) return socket.write(pieces[0])
+          socket.cork()
+          for (const piece of pieces) socket.write(piece)
+          socket.uncork()
+        }
+
+        socket.on('error', ended)
+        socket.on('close', ended)
+        socket.on('data', chunk => {
+          received = received === '' ? chunk.latin1Slice() : received + chunk.latin1Slice()
+          const answer = parse(received)
+          if (answer === undefined) return
+          latencies[index] = performance.now() - sentAt
+          received = ''
+          answers.set(answer, (answers.get(answer) ?? 0) + 1)
+          if (++answered === requests.length) return resolve()
+          // A refusal may come before the body is out.
+          if (socket.writableNeedDrain) socket.once('drain', send)
+          else send()
+        })
+        send()
+      }
+    })
+    const seconds = (performance.now() - start) / 1000
+    for (const socket of connections) socket.removeAllListeners('close').destroy()
+    connections = []
+    latencies.sort()
+    const percentile = share => latencies[Math.min(latencies.length - 1, Math.floor(latencies.length * share))]
+    return { seconds, p50: percentile(0.5), p99: percentile(0.99), answers: Object.fromEntries(answers) }
+  }
+})
+
+async function open (port) {
+  const socket = connect(port, '127.0.0.1').setNoDelay(true)
+  await once(socket, 'connect')
+  return socket
+}
+
+/** @returns {string | undefined} status and body, once all of it is here */
+function parse (text) {
+  const end = text.indexOf('\r\n\r\n')
+  if (end === -1) return undefined
+  const length = /\r\ncontent-length: *(\d+)/i.exec(text)?.[1]
+  const isWhole = length === undefined ? text.endsWith('\r\n0\r\n\r\n') : text.length === end + 4 + Number(length)
+  return isWhole ? `${text.slice(9, 12)} ${text.slice(end + 4)}` : undefined
+}

@@ -1,0 +1,16 @@
+export function table (header, rows) {
+  const line = cells => `| ${cells.join(' | ')} |`
+  return [line(header), line(header.map((_, index) => index === 0 ? '---' : '---:')), ...rows.map(line)].join('\n')
+}
+
+export const decimals = (value, digits) => value.toLocaleString('en', { minimumFractionDigits: digits, maximumFractionDigits: digits })
+
+export const whole = value => decimals(value, 0)
+
+export const ratio = value => decimals(value, value < 10 ? 2 : 1)
+
+/** CPU µs a request are CPU ms per 1,000. */
+export const cpuFigures = ({ cpu }) => [decimals(cpu.median, 1), `${decimals(cpu.min, 1)}–${decimals(cpu.max, 1)}`]
+
+/** CPU, its least and greatest, requests a second, p50 and p99. */
+export const figures = measured => [...cpuFigures(measured), whole(measured.rate), decimals(measured.p50, 2), decimals(measured.p99, 2)]

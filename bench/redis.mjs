@@ -1,0 +1,35 @@
+import { spawn, spawnSync } from 'node:child_process'
+import { once } from 'node:events'
+import { createServer } from 'node:net'
+
+/** A redis-server on a port of its own that keeps nothing on disk. */
+export class Redis {
+  #process
+
+  /** @returns {Promise<Redis | undefined>} undefined where redis-server is not installed */
+  static async start () {
+    if (spawnSync('redis-server', ['--version']).error !== undefined) return undefined
+    const redis = new Redis()
+    redis.port = await freePort()
+    redis.#process = spawn('redis-server', ['--port', String(redis.port), '--bind', '127.0.0.1', '--save', '', '--appendonly', 'no'], {
+      stdio: ['ignore', 'pipe', 'inherit']
+    })
+    for await (const line of redis.#process.stdout) if (String(line).includes('Ready to accept connections')) break
+    redis.#process.stdout.resume()
+    return redis
+  }
+
+  async stop () {
+    this.#process.kill()
+    await once(this.#process, 'exit')
+  }
+}
+
+async function freePort () {
+  const server = createServer().listen(0, '127.0.0.1')
+  await once(server, 'listening')
+  const { port } = server.address()
+  server.close()
+  await once(server, 'close')
+  return port
+}

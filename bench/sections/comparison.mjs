@@ -1,0 +1,72 @@
+import { contenders } from '../contenders/index.mjs'
+import { eventOf } from '../deliveries.mjs'
+import { figures, ratio, table } from '../markdown.mjs'
+
+export const name = 'comparison'
+
+/** Bytes of a body, and how many deliveries make a round; 65,536 is the default `bodyLimit`. */
+export const SIZES = [
+  { size: 200, label: '200 B', what: 'a thin event', count: 8_000, warmUp: 20_000 },
+  { size: 2_048, label: '2 KB', what: 'an incoming SIP call', count: 8_000, warmUp: 16_000 },
+  { size: 65_536, label: '64 KB', what: 'as large as the default `bodyLimit` lets through', count: 800, warmUp: 1_500 }
+]
+
+/**
+ * @param {import('../bench.mjs').Bench} bench
+ * @param {{ names?: string[], sizes?: number[], baseline?: string }} [choice] what to leave out, and another build to compare with
+ */
+export async function run (bench, { names = Object.keys(contenders), sizes, baseline } = {}) {
+  const all = { ...contenders }
+  if (baseline !== undefined) {
+    all.baseline = { ...contenders['ours-sync'], label: `the plugin at ${baseline}`, options: { handler: 'sync', from: baseline } }
+    names = [...names, 'baseline']
+  }
+  const chosen = Object.fromEntries(names.filter(name => bench.has(all[name])).map(name => [name, all[name]]))
+  const leftOut = names.filter(name => !bench.has(all[name])).map(name => `${all[name].label}: ${bench.missing[all[name].needs]}`)
+  const results = []
+  for (const { size, label, what, count, warmUp } of SIZES) {
+    if (sizes !== undefined && !sizes.includes(size)) continue
+    bench.log(`${label}: ${Object.keys(chosen).join(', ')}`)
+    const plan = { templates: [eventOf(size)], count, warmUp, ...(bench.quick ? { rounds: 3, generations: 1 } : { rounds: 4, generations: 3 }) }
+    results.push({ size, label, what, count, rounds: plan.rounds * plan.generations, contenders: await bench.compare(chosen, plan) })
+  }
+  return { results, leftOut, labels: Object.fromEntries(Object.entries(chosen).map(([name, { label }]) => [name, label])) }
+}
+
+export function render ({ results, leftOut, labels }) {
+  const parts = results.map(({ label, what, count, rounds, contenders }) => {
+    const against = Object.keys(contenders).includes('hmac') ? 'hmac' : Object.keys(contenders)[0]
+    const rows = Object.entries(contenders).map(([name, measured]) => [
+      name.startsWith('ours') ? `**${labels[name]}**` : labels[name],
+      ...figures(measured),
+      ratio(measured.cpu.median / contenders[against].cpu.median)
+    ])
+    const header = ['', 'CPU ms per 1,000', 'min–max', 'requests/s', 'p50 ms', 'p99 ms', `CPU ÷ ${against === 'hmac' ? 'inline HMAC' : labels[against]}`]
+    return `### ${label}: ${what}\n\n${table(header, rows)}\n\n${rounds} rounds of ${count.toLocaleString('en')} deliveries.`
+  })
+  if (leftOut.length > 0) parts.push(`Left out: ${leftOut.join('; ')}.`)
+  return parts.join('\n\n')
+}
+
+const AGAINST = [
+  ['hmac', { '200 B': 1.08, '2 KB': 1.08 }],
+  ['raw-body-openai', { '200 B': 0.33, '2 KB': 0.33 }],
+  ['hono-openai', { '200 B': 0.33, '2 KB': 0.33 }],
+  ['express-openai', { '200 B': 0.16, '2 KB': 0.16 }],
+  ['standardwebhooks', { '200 B': 0.70, '2 KB': 0.60 }],
+  ['octokit', { '200 B': 0.85, '2 KB': 0.85 }]
+]
+
+export function targets ({ results, labels }) {
+  return AGAINST.flatMap(([name, limits]) => Object.entries(limits).flatMap(([label, limit]) => {
+    const contenders = results.find(result => result.label === label)?.contenders
+    if (contenders?.[name] === undefined || contenders['ours-sync'] === undefined) return []
+    const against = contenders[name].cpu.median
+    return [{
+      what: `CPU a delivery ÷ ${labels[name]}, ${label}`,
+      limit,
+      measured: contenders['ours-sync'].cpu.median / against,
+      ...(contenders.ours !== undefined && { note: `${ratio(contenders.ours.cpu.median / against)} with an async handler` })
+    }]
+  }))
+}
