@@ -8,6 +8,11 @@ import type { Run, Sender } from './run.ts'
 import type { Job } from './runners/runner.ts'
 import type { MaybePromise } from './stores/store.ts'
 
+/** Whether anybody hears of it. */
+export function isObserved ({ sender }: Run, log: FastifyBaseLogger): boolean {
+  return channels.delivery.hasSubscribers || channels.handler.hasSubscribers || logs(sender?.request.log ?? log, 'info')
+}
+
 /** Runs the handlers of a delivery between the messages of its channels, and logs that it was processed. */
 export function observeDelivery (
   run: Run,

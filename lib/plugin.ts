@@ -18,7 +18,7 @@ import { compileValidators } from './pipeline/validate.ts'
 import type { ParseJson } from './pipeline/validate.ts'
 import { checkHeaders } from './pipeline/verify.ts'
 import type { Verification } from './pipeline/verify.ts'
-import { Receiver } from './receive.ts'
+import { Receiver, SECRET_INDEX } from './receive.ts'
 import type { Authentic } from './receive.ts'
 import { HandlerList, HandlerTable, Registry } from './registry.ts'
 import type { FailureInfo, Refused } from './registry.ts'
@@ -254,8 +254,8 @@ export class Plugin {
     const body = toBuffer(rawBody)
     const plain = toHeaders(headers)
     checkHeaders(verification, plain)
-    const { delivery } = await this.#receiver.authenticate(verification, plain, body)
-    return delivery.event
+    const { event } = await this.#receiver.authenticate(verification, plain, body)
+    return event
   }
 
   /** Tells the `onError` handlers. */
@@ -325,10 +325,10 @@ export class Plugin {
     } catch (error) {
       return refused(error)
     }
-    const accepted = ({ delivery, secretIndex }: Authentic): void => {
-      request.openaiWebhook = delivery
+    const accepted = (authentic: Authentic): void => {
+      request.openaiWebhook = authentic
       if (channels.verified.hasSubscribers) {
-        const { webhookId, timestamp, event } = delivery
+        const { webhookId, timestamp, event, [SECRET_INDEX]: secretIndex } = authentic
         channels.verified.publish({ endpoint: endpoint.name, webhookId, timestamp, event, secretIndex, bodySize: rawBody.length, request })
       }
       done()

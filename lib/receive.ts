@@ -4,14 +4,15 @@ import { channels, trace } from './channels.ts'
 import type { EnqueueMessage } from './channels.ts'
 import { DeadlineExceeded, HandlerFailed, InProgress, Overloaded, Unavailable } from './errors.ts'
 import { isPromise, then } from './maybe-promise.ts'
-import { observeDelivery, observeDuplicate } from './observe.ts'
+import { isObserved, observeDelivery, observeDuplicate } from './observe.ts'
 import type { Claims } from './pipeline/deduplicate.ts'
 import { dispatch } from './pipeline/dispatch.ts'
-import type { Handler } from './pipeline/dispatch.ts'
+import type { Handler, Progress } from './pipeline/dispatch.ts'
 import { validate } from './pipeline/validate.ts'
 import type { ParseJson, Validators } from './pipeline/validate.ts'
 import { verify } from './pipeline/verify.ts'
 import type { Verification } from './pipeline/verify.ts'
+import type { Verified } from './verifiers/verifier.ts'
 import type { HandlerTable } from './registry.ts'
 import { Context, Run } from './run.ts'
 import type { Answer, Outcome, Sender } from './run.ts'
@@ -31,11 +32,10 @@ export interface ReceiverOptions {
   report: RunnerHost['report']
 }
 
-/** A delivery that can be trusted, and which secret says so. */
-export interface Authentic {
-  readonly delivery: Delivery
-  readonly secretIndex: number | undefined
-}
+/** Which secret matched: for the channels, and nobody else. */
+export const SECRET_INDEX = Symbol('openai-webhook.secretIndex')
+
+export type Authentic = Delivery & { readonly [SECRET_INDEX]: number | undefined }
 
 /** The story: capture (the route's parser) → verify → validate → deduplicate → dispatch → acknowledge (its handler). */
 export class Receiver implements RunnerHost {
@@ -53,10 +53,13 @@ export class Receiver implements RunnerHost {
 
   /** verify → validate: the captured bytes become an event that can be trusted. */
   authenticate (endpoint: Verification, headers: IncomingHttpHeaders, rawBody: Buffer): MaybePromise<Authentic> {
+    const verified = verify(endpoint, { rawBody, headers })
+    return isPromise<Verified>(verified) ? verified.then(verified => this.#authentic(verified, rawBody)) : this.#authentic(verified, rawBody)
+  }
+
+  #authentic ({ webhookId, timestamp, keyIndex }: Verified, rawBody: Buffer): Authentic {
     const { parse, validators } = this.#options
-    return then(verify(endpoint, { rawBody, headers }), ({ webhookId, timestamp, keyIndex }) => {
-      return { delivery: { webhookId, timestamp, rawBody, event: validate(rawBody, parse, validators) as WebhookEvent }, secretIndex: keyIndex }
-    })
+    return { webhookId, timestamp, rawBody, event: validate(rawBody, parse, validators) as WebhookEvent, [SECRET_INDEX]: keyIndex }
   }
 
   /** deduplicate → dispatch: the event is handled once, however often it is delivered, and the sender told. */
@@ -68,7 +71,14 @@ export class Receiver implements RunnerHost {
 
     const run = new Run(key, { webhookId, timestamp, endpoint, event }, sender)
     this.#received.set(key, run)
-    proceed(() => this.#options.claims.begin(key), claim => this.#begun(run, claim), error => this.#answer(run, error))
+    let claim
+    try {
+      claim = this.#options.claims.begin(key)
+    } catch (error) {
+      return this.#answer(run, error)
+    }
+    if (isPromise<Claim>(claim)) claim.then(claim => this.#begun(run, claim), error => this.#answer(run, error))
+    else this.#begun(run, claim)
   }
 
   /** RunnerHost: runs the handlers of a job that a runner holds. */
@@ -111,9 +121,7 @@ export class Receiver implements RunnerHost {
     run.begun = true
     if (claim.state === 'claimed') {
       run.claim = claim
-      // The route's own handler replies once the others have succeeded: they run here, whatever the runner.
-      if (run.sender!.respond !== undefined) proceed(() => this.#process(run, claim.finished), () => this.#answer(run, undefined), error => this.#answer(run, error))
-      else proceed(() => this.#accept(run), () => this.#accepted(run), error => this.#refused(run, error))
+      this.#accept(run, claim.finished)
     } else if (claim.state === 'done') {
       observeDuplicate(run.job, run.sender!, 'processed')
       this.#answer(run, undefined, 'duplicate')
@@ -124,9 +132,21 @@ export class Receiver implements RunnerHost {
     }
   }
 
-  #accept (run: Run): MaybePromise<void> {
-    const { runner } = this.#options
-    if (runner.depth === undefined || !channels.enqueue.hasSubscribers) return this.#hand(run, run.job)
+  #accept (run: Run, finished: readonly string[]): void {
+    let accepted
+    try {
+      // The route's own handler replies once the others have succeeded: they run here, whatever the runner.
+      accepted = run.sender!.respond !== undefined ? this.#process(run, finished) : this.#enqueue(run)
+    } catch (error) {
+      return this.#refused(run, error)
+    }
+    if (isPromise<void>(accepted)) accepted.then(() => this.#accepted(run), error => this.#refused(run, error))
+    else this.#accepted(run)
+  }
+
+  #enqueue (run: Run): MaybePromise<void> {
+    // A runner without a queue runs the handlers now.
+    if (this.#options.runner.depth === undefined || !channels.enqueue.hasSubscribers) return this.#hand(run, run.job)
     const message: EnqueueMessage = { ...run.job, request: run.sender!.request, carrier: {} }
     return trace(channels.enqueue, message, () => {
       if (Object.keys(message.carrier).length > 0) run.job = { ...run.job, carrier: message.carrier }
@@ -144,16 +164,19 @@ export class Receiver implements RunnerHost {
   }
 
   #accepted (run: Run): void {
-    then(this.#letGo(run), () => this.#answer(run, undefined))
+    // Handlers that were started settle the claim themselves.
+    if (run.started) this.#answer(run, undefined)
+    else then(this.#letGo(run), () => this.#answer(run, undefined))
   }
 
   #refused (run: Run, error: unknown): void {
-    then(this.#letGo(run), () => this.#answer(run, isCoded(error) ? error : new Unavailable({ cause: error })))
+    const answer = isCoded(error) ? error : new Unavailable({ cause: error })
+    if (run.started) this.#answer(run, answer)
+    else then(this.#letGo(run), () => this.#answer(run, answer))
   }
 
-  /** A queue has the job: the claim is left to whoever processes it. Handlers that were started settle it themselves. */
+  /** A queue has the job: the claim is left to whoever processes it. */
   #letGo (run: Run): MaybePromise<void> {
-    if (run.started) return
     const released = this.#options.claims.release(run)
     run.claim = undefined
     return released
@@ -162,26 +185,31 @@ export class Receiver implements RunnerHost {
   /** Runs the handlers that have not succeeded, and keeps their end for whoever asks for it again. */
   #process (run: Run, finished: readonly string[]): MaybePromise<void> {
     run.started = true
-    const table = this.#options.handlersOf(run.job.endpoint)
-    const all = table.for(run.job.event.type)
+    const { log } = this.#options
+    const all = this.#handlers(run)
     const handlers = finished.length === 0 ? all : all.filter(({ name }) => !finished.includes(name))
-    if (channels.unhandled.hasSubscribers && run.sender?.respond === undefined && !table.matches(run.job.event.type)) channels.unhandled.publish(run.job)
-    run.processed = observeDelivery(run, handlers, this.#options.log, observed => this.#handle(run, observed, all.length))
+    if (channels.unhandled.hasSubscribers) this.#tellUnhandled(run)
+    run.processed = isObserved(run, log)
+      ? observeDelivery(run, handlers, log, observed => this.#handle(run, observed))
+      : this.#handle(run, handlers)
     return run.processed
   }
 
-  #handle (run: Run, handlers: readonly Handler[], registered: number): MaybePromise<void> {
-    const { claims, log, signal } = this.#options
-    const responds = run.sender?.respond !== undefined
-    return dispatch(handlers, run.job.event, new Context(run, log, signal), {
-      // The last success is recorded by completing the delivery, unless the route's own handler comes after it.
-      succeeded: ({ name }, last) => last && !responds ? undefined : claims.checkpoint(run, name),
-      ended: errors => {
-        if (errors.length === 0 && responds) return this.#respond(run)
-        const recorded = errors.length > 0 ? claims.release(run) : claims.complete(run)
-        return then(recorded, () => this.#ended(run, errors.length > 0 ? failure(errors, registered) : undefined))
-      }
-    })
+  #handle (run: Run, handlers: readonly Handler[]): MaybePromise<void> {
+    const { log, signal } = this.#options
+    return dispatch(handlers, run.job.event, new Context(run, log, signal), this.#progress, run)
+  }
+
+  readonly #progress: Progress<Run> = {
+    // The last success is recorded by completing the delivery, unless the route's own handler comes after it.
+    succeeded: (run, { name }, last) => last && run.sender?.respond === undefined ? undefined : this.#options.claims.checkpoint(run, name),
+    ended: (run, errors) => {
+      const { claims } = this.#options
+      if (errors.length > 0) return then(claims.release(run), () => this.#ended(run, failure(errors, this.#handlers(run).length)))
+      if (run.sender?.respond !== undefined) return this.#respond(run)
+      const recorded = claims.complete(run)
+      return isPromise<void>(recorded) ? recorded.then(() => this.#ended(run)) : this.#ended(run)
+    }
   }
 
   #respond (run: Run): Promise<void> {
@@ -199,7 +227,7 @@ export class Receiver implements RunnerHost {
   }
 
   /** Their end is on record. */
-  #ended (run: Run, error: Error | undefined): void {
+  #ended (run: Run, error?: Error): void {
     run.ended = true
     run.failed = error !== undefined
     if (run.answer !== undefined) this.#forget(this.#received, run)
@@ -217,6 +245,15 @@ export class Receiver implements RunnerHost {
   #forget (runs: Map<string, Run>, { key }: Run): void {
     runs.delete(key)
     if (this.#onIdle !== undefined && this.#received.size + this.#queued.size === 0) this.#onIdle()
+  }
+
+  #handlers ({ job }: Run): readonly Handler[] {
+    return this.#options.handlersOf(job.endpoint).for(job.event.type)
+  }
+
+  #tellUnhandled ({ job, sender }: Run): void {
+    const isHandled = sender?.respond !== undefined || this.#options.handlersOf(job.endpoint).matches(job.event.type)
+    if (!isHandled) channels.unhandled.publish(job)
   }
 
   async #processQueued (job: Job, attempt: number | undefined): Promise<void> {
@@ -257,17 +294,6 @@ const ACCEPTED: Answer = { error: undefined, outcome: 'processed' }
 function tell (sender: Sender, { error, outcome }: Answer): void {
   if (error === undefined) sender.succeeded(outcome)
   else sender.failed(error)
-}
-
-function proceed<T> (work: () => MaybePromise<T>, next: (value: T) => void, failed: (error: unknown) => void): void {
-  let value
-  try {
-    value = work()
-  } catch (error) {
-    return failed(error)
-  }
-  if (isPromise<T>(value)) value.then(next, failed)
-  else next(value)
 }
 
 const MAX_SUMMARY = 1_000

@@ -1,5 +1,5 @@
 import { Unavailable } from '../errors.ts'
-import { attempt, then } from '../maybe-promise.ts'
+import { attempt, isPromise } from '../maybe-promise.ts'
 import type { Claim, IdempotencyStore, MaybePromise } from '../stores/store.ts'
 
 /** A delivery whose claim this process may hold. */
@@ -50,10 +50,12 @@ export class Claims {
   begin (key: string): MaybePromise<Claim> {
     // One timer for all claims, which stops when it finds none: a delivery that is quick never meets it.
     this.#timer ??= setInterval(() => this.#renewAll(), this.#lease / 3).unref()
-    return attempt(
-      () => then(this.#store.begin(key, this.#lease), checked),
-      cause => { throw new Unavailable({ cause }) }
-    )
+    try {
+      const claim = this.#store.begin(key, this.#lease)
+      return isPromise<Claim>(claim) ? claim.then(checked).then(undefined, unavailable) : checked(claim)
+    } catch (error) {
+      return unavailable(error)
+    }
   }
 
   checkpoint ({ key, claim }: Holder, handler: string): MaybePromise<void> {
@@ -62,7 +64,12 @@ export class Claims {
 
   complete (holder: Holder): MaybePromise<void> {
     holder.settled = true
-    return attempt(() => this.#store.complete(holder.key, holder.claim!.token, this.#retention), this.#onTrouble)
+    try {
+      const completed = this.#store.complete(holder.key, holder.claim!.token, this.#retention)
+      return isPromise<void>(completed) ? completed.then(undefined, this.#onTrouble) : undefined
+    } catch (error) {
+      this.#onTrouble(error)
+    }
   }
 
   release (holder: Holder): MaybePromise<void> {
@@ -86,6 +93,10 @@ export class Claims {
     holder.settled = true
     this.#onTrouble(new Error(`the claim on ${holder.key} was lost: its lease of ${this.#lease} ms ran out before it could be renewed`))
   }
+}
+
+function unavailable (cause: unknown): never {
+  throw new Unavailable({ cause })
 }
 
 /** A store of the user's may answer something else, and a delivery that nobody can settle would hang. */

@@ -1,5 +1,5 @@
 import type { FastifyBaseLogger, FastifyRequest } from 'fastify'
-import { isPromise, then } from '../maybe-promise.ts'
+import { isPromise } from '../maybe-promise.ts'
 import type { MaybePromise } from '../stores/store.ts'
 
 export interface EventContext {
@@ -22,25 +22,25 @@ export interface Handler {
   readonly run: (event: unknown, context: EventContext) => unknown
 }
 
-/** Told how each handler ended, and when all have. */
-export interface Progress {
+/** Told how the handlers of a delivery end. One for all deliveries: `of` says whose handlers they are. */
+export interface Progress<Of> {
   /** @param last nothing is left to do, and nothing failed: `ended` records the delivery as a whole */
-  succeeded: (handler: Handler, last: boolean) => MaybePromise<void>
+  succeeded: (of: Of, handler: Handler, last: boolean) => MaybePromise<void>
   /** @param errors what was thrown */
-  ended: (errors: readonly unknown[]) => MaybePromise<void>
+  ended: (of: Of, errors: readonly unknown[]) => MaybePromise<void>
 }
 
 const NONE: readonly unknown[] = []
 
 /** Starts every handler, in order, and waits for all of them. Settles as `ended` does. */
-export function dispatch (handlers: readonly Handler[], event: unknown, context: EventContext, progress: Progress): MaybePromise<void> {
-  if (handlers.length === 1) return dispatchOne(handlers[0]!, event, context, progress)
+export function dispatch<Of> (handlers: readonly Handler[], event: unknown, context: EventContext, progress: Progress<Of>, of: Of): MaybePromise<void> {
+  if (handlers.length === 1) return dispatchOne(handlers[0]!, event, context, progress, of)
   const errors: unknown[] = []
   const waiting: Promise<void>[] = []
   let remaining = handlers.length
 
   for (const handler of handlers) {
-    const succeeded = (): MaybePromise<void> => progress.succeeded(handler, --remaining === 0 && errors.length === 0)
+    const succeeded = (): MaybePromise<void> => progress.succeeded(of, handler, --remaining === 0 && errors.length === 0)
     const failed = (error: unknown): void => {
       remaining--
       errors.push(error)
@@ -57,19 +57,24 @@ export function dispatch (handlers: readonly Handler[], event: unknown, context:
     const recorded = pending ? Promise.resolve(result).then(succeeded, failed) : succeeded()
     if (isPromise<void>(recorded)) waiting.push(recorded)
   }
-  return waiting.length === 0 ? progress.ended(errors) : Promise.all(waiting).then(() => progress.ended(errors))
+  return waiting.length === 0 ? progress.ended(of, errors) : Promise.all(waiting).then(() => progress.ended(of, errors))
 }
 
 /** The usual case, with one promise for what takes the general one five: 1.5 µs of a delivery's 20. */
-function dispatchOne (handler: Handler, event: unknown, context: EventContext, progress: Progress): MaybePromise<void> {
-  const succeeded = (): MaybePromise<void> => then(progress.succeeded(handler, true), () => progress.ended(NONE))
+function dispatchOne<Of> (handler: Handler, event: unknown, context: EventContext, progress: Progress<Of>, of: Of): MaybePromise<void> {
   let result
   let pending
   try {
     result = handler.run(event, context)
     pending = isPromise(result)
   } catch (error) {
-    return progress.ended([error])
+    return progress.ended(of, [error])
   }
-  return pending ? Promise.resolve(result).then(succeeded, error => progress.ended([error])) : succeeded()
+  if (pending) return Promise.resolve(result).then(() => succeededOne(handler, progress, of), error => progress.ended(of, [error]))
+  return succeededOne(handler, progress, of)
+}
+
+function succeededOne<Of> (handler: Handler, progress: Progress<Of>, of: Of): MaybePromise<void> {
+  const recorded = progress.succeeded(of, handler, true)
+  return isPromise<void>(recorded) ? recorded.then(() => progress.ended(of, NONE)) : progress.ended(of, NONE)
 }
