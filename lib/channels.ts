@@ -43,8 +43,21 @@ export interface DuplicateMessage extends DeliveryInfo {
   readonly request: FastifyRequest
 }
 
+/** What the messages of the tracing channels have in common. */
+export interface TracedMessage {
+  /**
+   * At `start` a subscriber may set this, to have the work run within something of its own, such as the context of a
+   * tracer; one that is set already belongs within it. It has to call `work`, once and at once.
+   *
+   * `start.bindStore` would take an AsyncLocalStorage alone, and since Node 26 enters it without calling its `run`.
+   */
+  around?: <T>(work: () => T) => T
+  /** Set from the `error` message on: what the work threw. */
+  error?: unknown
+}
+
 /** A delivery on its way into the queue of a runner. */
-export interface EnqueueMessage extends DeliveryInfo {
+export interface EnqueueMessage extends DeliveryInfo, TracedMessage {
   readonly request: FastifyRequest
   /**
    * At `start` a subscriber may put strings here, such as W3C's `traceparent`. They travel with the job, and the
@@ -56,7 +69,7 @@ export interface EnqueueMessage extends DeliveryInfo {
 }
 
 /** The handlers of one delivery, from their start to their end on record; in a request or out of a queue. */
-export interface DeliveryMessage extends DeliveryInfo {
+export interface DeliveryMessage extends DeliveryInfo, TracedMessage {
   /** How often its handlers have been started, this time included; where the runner knows. */
   readonly attempt: number | undefined
   /** Handlers that run: those that have not succeeded before. */
@@ -71,7 +84,7 @@ export interface DeliveryMessage extends DeliveryInfo {
 }
 
 /** One handler of one delivery. */
-export interface HandlerMessage {
+export interface HandlerMessage extends TracedMessage {
   /** Its name: the user's, or its place in the order of registration. */
   readonly handler: string
   readonly delivery: DeliveryInfo & Pick<DeliveryMessage, 'attempt' | 'queued' | 'carrier'>
@@ -116,8 +129,8 @@ export const channels = {
   handler: tracingChannel<unknown, HandlerMessage>('fastify-openai-webhook.handler')
 } as const
 
-/** Runs `work` between the messages of a tracing channel, in the async contexts that its subscribers bind to `start`. */
-export function trace<Message extends { error?: unknown }, T> (
+/** Runs `work` between the messages of a tracing channel, in the async contexts of its subscribers. */
+export function trace<Message extends TracedMessage, T> (
   { start, end, asyncStart, asyncEnd, error: failed }: TracingChannel<unknown, Message>,
   message: Message,
   work: () => MaybePromise<T>
@@ -134,7 +147,7 @@ export function trace<Message extends { error?: unknown }, T> (
     let result
     let pending = false
     try {
-      result = work()
+      result = message.around === undefined ? work() : message.around(work)
       pending = isPromise<T>(result)
     } catch (error) {
       threw(error)
