@@ -1,5 +1,5 @@
 import fastify from 'fastify'
-import type { FastifyContextConfig, FastifyInstance, FastifyReply, FastifyRequest, RouteHandlerMethod, RouteOptions } from 'fastify'
+import type { FastifyContextConfig, FastifyInstance, FastifyReply, FastifyRequest, RequestPayload, RouteHandlerMethod, RouteOptions } from 'fastify'
 import fp from 'fastify-plugin'
 import { channels } from './channels.ts'
 import { Deadline } from './deadline.ts'
@@ -34,6 +34,9 @@ import { standardWebhooks } from './verifiers/standard-webhooks.ts'
 
 /** In a route's config: the hook that this plugin has put on the route. */
 const PROTECTED = Symbol('openai-webhook.protected')
+
+/** On every request of a route of our own: `request.routeOptions` is built anew each time, for 0.4 µs. */
+const OWN = Symbol('openai-webhook.own')
 
 /** A receiving route: its own verification, and the URL that names it in jobs, logs and idempotency keys. */
 type Endpoint = Verification & { readonly name: string }
@@ -148,14 +151,16 @@ export class Plugin {
     const verification = this.#verifications.of(overrides, true)
     const list = this.#routeHandlers(on, scope)
     const own = handler === this.handler ? undefined : handler
+    const bodyLimit = overrides.bodyLimit ?? this.#options.bodyLimit ?? DEFAULTS.bodyLimit
     scope.register(async child => {
-      captureBody(child)
+      captureBody(child, bodyLimit)
+      child.decorateRequest(OWN as never, true as never)
       const endpoint = this.#endpoint(child.prefix + url, verification, [this.registry.app, list])
       const admit = this.#admit(endpoint)
       child.route({
         method: 'POST',
         url,
-        bodyLimit: overrides.bodyLimit ?? this.#options.bodyLimit ?? DEFAULTS.bodyLimit,
+        bodyLimit,
         config: { [PROTECTED]: admit, ...(rateLimit !== undefined && { rateLimit }) } as FastifyContextConfig,
         onRequest: admit,
         preHandler: (request, _reply, done) => {
@@ -213,6 +218,7 @@ export class Plugin {
 
   /** onRequest: a route that asks for verification and cannot have it fails closed. */
   guard (request: FastifyRequest, done: (error?: Error) => void): void {
+    if ((request as { [OWN]?: true })[OWN] === true) return done()
     const { config, method, url } = request.routeOptions
     if (config?.openaiWebhook === undefined || PROTECTED in config) return done()
     const error = new UnprotectedRoute(`${String(method)} ${String(url)}`)
@@ -314,27 +320,34 @@ export class Plugin {
   }
 
   #authenticate (endpoint: Endpoint, request: FastifyRequest, rawBody: Buffer, done: (error?: Error) => void): void {
-    const refused = (error: unknown): void => {
-      this.refuse(error, { endpoint: endpoint.name }, request)
-      if (error instanceof InvalidSignature && DETAILED.has(request.log.level)) this.#explain(endpoint, request, rawBody)
-      done(error as Error)
-    }
     let authentic
     try {
       authentic = this.#receiver.authenticate(endpoint, request.headers, rawBody)
     } catch (error) {
-      return refused(error)
+      return done(this.#unauthentic(endpoint, request, rawBody, error))
     }
-    const accepted = (authentic: Authentic): void => {
-      request.openaiWebhook = authentic
-      if (channels.verified.hasSubscribers) {
-        const { webhookId, timestamp, event, [SECRET_INDEX]: secretIndex } = authentic
-        channels.verified.publish({ endpoint: endpoint.name, webhookId, timestamp, event, secretIndex, bodySize: rawBody.length, request })
-      }
+    if (isPromise<Authentic>(authentic)) {
+      authentic.then(authentic => {
+        this.#authentic(endpoint, request, authentic)
+        done()
+      }, error => done(this.#unauthentic(endpoint, request, rawBody, error)))
+    } else {
+      this.#authentic(endpoint, request, authentic)
       done()
     }
-    if (isPromise<Authentic>(authentic)) authentic.then(accepted, refused)
-    else accepted(authentic)
+  }
+
+  #authentic ({ name }: Endpoint, request: FastifyRequest, authentic: Authentic): void {
+    request.openaiWebhook = authentic
+    if (!channels.verified.hasSubscribers) return
+    const { webhookId, timestamp, event, rawBody, [SECRET_INDEX]: secretIndex } = authentic
+    channels.verified.publish({ endpoint: name, webhookId, timestamp, event, secretIndex, bodySize: rawBody.length, request })
+  }
+
+  #unauthentic (endpoint: Endpoint, request: FastifyRequest, rawBody: Buffer, error: unknown): Error {
+    this.refuse(error, { endpoint: endpoint.name }, request)
+    if (error instanceof InvalidSignature && DETAILED.has(request.log.level)) this.#explain(endpoint, request, rawBody)
+    return error as Error
   }
 
   readonly #diagnosedAt = new Map<string, number>()
@@ -359,7 +372,7 @@ export class Plugin {
 
   /** preParsing, so that the user's parser sees nothing that was not verified. */
   #captureAndAuthenticate (endpoint: Endpoint, limit: number) {
-    return (request: FastifyRequest, reply: FastifyReply, payload: Parameters<typeof readPayload>[0], done: (error: Error | null, payload?: Parameters<typeof readPayload>[0]) => void): void => {
+    return (request: FastifyRequest, reply: FastifyReply, payload: RequestPayload, done: (error: Error | null, payload?: RequestPayload) => void): void => {
       const refuse = (error: Error): void => {
         this.refuse(error, { endpoint: endpoint.name }, request)
         done(error)
@@ -370,17 +383,17 @@ export class Plugin {
       if (contentType === undefined ? !isEmpty : !/^application\/json\s*(?:;|$)/i.test(contentType)) {
         return refuse(new fastify.errorCodes.FST_ERR_CTP_INVALID_MEDIA_TYPE())
       }
-      readPayload(payload, limit, contentLength).then(rawBody => {
-        if (rawBody === undefined) {
+      readPayload(request, payload, limit, (error, rawBody = Buffer.alloc(0)) => {
+        if (error !== null) {
           // The sender may go on sending what nobody reads.
           reply.header('connection', 'close')
-          return refuse(new fastify.errorCodes.FST_ERR_CTP_BODY_TOO_LARGE())
+          return refuse(error)
         }
         this.#authenticate(endpoint, request, rawBody, error => {
           if (error === undefined) done(null, replayPayload(rawBody))
           else done(error)
         })
-      }, refuse)
+      })
     }
   }
 

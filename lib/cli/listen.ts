@@ -4,7 +4,7 @@ import { join } from 'node:path'
 import { once } from 'node:events'
 import type { AddressInfo } from 'node:net'
 import fastify from 'fastify'
-import type { FastifyInstance, FastifyReply, FastifyRequest } from 'fastify'
+import type { FastifyInstance, FastifyReply, FastifyRequest, RequestPayload } from 'fastify'
 import { CommandError, EXIT, count, text, usageError } from './command.ts'
 import type { Arguments, Command, Terminal } from './command.ts'
 import { formatSaved } from './saved.ts'
@@ -124,6 +124,15 @@ interface Arrival {
   trouble: string | undefined
 }
 
+function readAll (request: FastifyRequest, limit: number): Promise<Buffer> {
+  return new Promise((resolve, reject) => {
+    readPayload(request, request.raw as RequestPayload, limit, (error, bytes) => {
+      if (error === null) resolve(bytes!)
+      else reject(error)
+    })
+  })
+}
+
 async function receiver (secret: string, settings: Settings, to: Sender | undefined, terminal: Terminal): Promise<FastifyInstance> {
   const arrivals = new WeakMap<FastifyRequest, Arrival>()
   const save = saver(settings.save, terminal)
@@ -135,13 +144,13 @@ async function receiver (secret: string, settings: Settings, to: Sender | undefi
     const arrival: Arrival = { bytes: Buffer.alloc(0), file: undefined, answer: '', trouble: undefined }
     arrivals.set(request, arrival)
     if (request.is404) return
-    const bytes = await readPayload(request.raw as Parameters<typeof readPayload>[0], CAPTURE_LIMIT, request.headers['content-length'])
-    if (bytes === undefined) {
+    try {
+      arrival.bytes = await readAll(request, CAPTURE_LIMIT)
+    } catch (error) {
       reply.header('connection', 'close')
-      throw new fastify.errorCodes.FST_ERR_CTP_BODY_TOO_LARGE()
+      throw error
     }
-    arrival.bytes = bytes
-    arrival.file = await save(request, bytes)
+    arrival.file = await save(request, arrival.bytes)
   })
   app.addHook('preParsing', async (request, _reply, payload) => request.is404 ? payload : replayPayload(arrivals.get(request)!.bytes))
   app.addHook('onSend', async (request, _reply, payload) => { arrivals.get(request)!.answer = String(payload) })

@@ -1,50 +1,74 @@
 import type { IncomingHttpHeaders } from 'node:http'
 import { Readable } from 'node:stream'
+import fastify from 'fastify'
 import type { FastifyInstance, FastifyRequest, RequestPayload } from 'fastify'
 import { InvalidOptions } from '../errors.ts'
 
-type Done = (error: Error | null, body?: unknown) => void
+/** Told once: the bytes, or why there are none. */
+type Captured = (error: Error | null, bytes?: Buffer) => void
 
 /** Makes the routes of this scope take JSON as the bytes that arrived, and nothing else. No other scope changes. */
-export function captureBody (scope: FastifyInstance): void {
+export function captureBody (scope: FastifyInstance, limit: number): void {
   scope.removeAllContentTypeParsers() // text/plain has a default parser too
-  scope.addContentTypeParser('application/json', { parseAs: 'buffer' },
-    (_request: FastifyRequest, body: Buffer, done: Done) => { done(null, body) })
+  // Not `parseAs: 'buffer'`: Fastify copies what comes in one piece, for 3 to 7 % of a delivery's time.
+  scope.addContentTypeParser('application/json', (request, payload, done: Captured) => { readPayload(request, payload, limit, done) })
 }
-
-const OVER_LIMIT = Symbol('over limit')
 
 /**
- * Reads the whole payload of a route whose parser is the user's. Resolves to the bytes, or `undefined` over the limit.
- * What has been read is dropped as soon as it is too much; the stream is not destroyed, or the sender would see a reset
- * connection instead of the answer.
+ * Reads a whole payload, of `limit` bytes at most. What has been read is dropped as soon as it is too much; the stream is
+ * not destroyed, or the sender would see a reset connection instead of the answer.
+ *
+ * Coded errors: FST_ERR_CTP_BODY_TOO_LARGE (413), FST_ERR_CTP_INVALID_CONTENT_LENGTH (400), and what the stream fails
+ * with, as 400.
  */
-export function readPayload (payload: RequestPayload, limit: number, contentLength: string | undefined): Promise<Buffer | undefined> {
-  if (Number(contentLength) > limit) return Promise.resolve(undefined)
-  return new Promise((resolve, reject) => {
-    const chunks: Buffer[] = []
-    let length = 0
-    payload.on('data', onData)
-    payload.on('end', onEnd)
-    payload.on('error', onError)
-    payload.on('close', onClose)
+export function readPayload (request: FastifyRequest, payload: RequestPayload, limit: number, captured: Captured): void {
+  const declared = request.headers['content-length']
+  if (Number(declared) > limit) return captured(tooLarge())
+  let first: Buffer | undefined
+  let chunks: Buffer[] | undefined
+  let length = 0
+  let settled = false
+  payload.on('data', onData)
+  payload.on('end', onEnd)
+  payload.on('error', fail)
+  // A request that is cut off fails; a stream that an earlier preParsing hook has put in its place may only close.
+  if (payload !== request.raw as RequestPayload) payload.on('close', onClose)
 
-    function onData (data: Buffer | string): void {
-      const chunk = typeof data === 'string' ? Buffer.from(data) : data // an earlier preParsing hook may decode
-      length += chunk.length
-      if (length <= limit) chunks.push(chunk)
-      else settle(OVER_LIMIT)
+  function onData (data: Buffer | string): void {
+    if (settled) return
+    const chunk = typeof data === 'string' ? Buffer.from(data) : data // an earlier preParsing hook may decode
+    length += chunk.length
+    if (length > limit || (payload.receivedEncodedLength ?? 0) > limit) return settle(tooLarge())
+    if (first === undefined) first = chunk
+    else (chunks ??= [first]).push(chunk)
+  }
+
+  function onEnd (): void {
+    if (settled) return
+    // Only a stream in place of the request's can end elsewhere; one that decodes tells what it has read.
+    if (declared !== undefined && (payload.receivedEncodedLength || length) !== Number(declared)) {
+      settle(new fastify.errorCodes.FST_ERR_CTP_INVALID_CONTENT_LENGTH())
+    } else {
+      settle(null, chunks === undefined ? first ?? Buffer.alloc(0) : Buffer.concat(chunks, length))
     }
-    function onEnd (): void { settle(Buffer.concat(chunks, length)) }
-    function onError (error: Error): void { settle(Object.assign(error, { statusCode: 400 })) }
-    function onClose (): void { onError(new Error('the sender went away before the body had ended')) }
-    function settle (result: Buffer | Error | typeof OVER_LIMIT): void {
-      payload.off('data', onData).off('end', onEnd).off('error', onError).off('close', onClose)
-      if (result instanceof Error) reject(result)
-      else resolve(result === OVER_LIMIT ? undefined : result)
-    }
-  })
+  }
+
+  function fail (error: Error & { statusCode?: number }): void {
+    if (settled) return
+    if (typeof error.statusCode !== 'number' || error.statusCode < 400) error.statusCode = 400
+    settle(error)
+  }
+
+  function onClose (): void { fail(new Error('the sender went away before the body had ended')) }
+
+  function settle (error: Error | null, bytes?: Buffer): void {
+    settled = true
+    first = chunks = undefined
+    captured(error, bytes)
+  }
 }
+
+const tooLarge = (): Error => new fastify.errorCodes.FST_ERR_CTP_BODY_TOO_LARGE()
 
 /** The bytes once more, as a payload for the user's own parser. */
 export function replayPayload (bytes: Buffer): RequestPayload {

@@ -10,6 +10,8 @@ interface Running {
   finished: string[]
 }
 
+const NONE: readonly string[] = []
+
 /** ms; how coarsely the age of a remembered delivery is taken, against a retention of days. */
 const RESOLUTION = 1_000
 
@@ -39,9 +41,8 @@ export function memoryStore ({ max = 100_000 }: { max?: number } = {}): Idempote
       const remembered = current?.finished ?? settled.get(key)
       if (remembered === true) return { state: 'done' }
       const token = String(++claims)
-      const finished = remembered ?? []
-      running.set(key, { token, leaseEnds: now + lease, finished })
-      return { state: 'claimed', token, finished: [...finished] }
+      running.set(key, { token, leaseEnds: now + lease, finished: remembered ?? [] })
+      return { state: 'claimed', token, finished: remembered === undefined ? NONE : [...remembered] }
     },
     checkpoint (key, token, handler) {
       held(key, token)?.finished.push(handler)
