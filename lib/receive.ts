@@ -65,7 +65,7 @@ export class Receiver implements RunnerHost {
   /** deduplicate → dispatch: the event is handled once, however often it is delivered, and the sender told. */
   receive (endpoint: string, { webhookId, timestamp, event }: Delivery, sender: Sender): void {
     const key = keyOf(endpoint, webhookId)
-    const running = this.#received.get(key) ?? this.#queued.get(key)
+    const running = this.#received.get(key) ?? (this.#queued.size > 0 ? this.#queued.get(key) : undefined)
     if (running !== undefined) return this.#join(running, sender)
     if (this.closing) return sender.failed(new Overloaded())
 

@@ -64,6 +64,7 @@ export function readPayload (request: FastifyRequest, payload: RequestPayload, l
   function settle (error: Error | null, bytes?: Buffer): void {
     settled = true
     first = chunks = undefined
+    payload.off('data', onData) // node:http removes one that is left, for 0.7 µs
     captured(error, bytes)
   }
 }
