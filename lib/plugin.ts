@@ -9,6 +9,8 @@ import { officialEvents } from './events/index.ts'
 import { Exchange } from './exchange.ts'
 import { RefusalLog, logError, logFields } from './log.ts'
 import { attempt, isPromise } from './maybe-promise.ts'
+import { documentation } from './openapi.ts'
+import type { Documented } from './openapi.ts'
 import { assertEndpointOptions, assertOptions, assertOverrides } from './options.ts'
 import type { EndpointOptions, OpenAIWebhookOptions } from './options.ts'
 import { captureBody, readPayload, replayPayload, toBuffer, toHeaders } from './pipeline/capture.ts'
@@ -85,6 +87,7 @@ export class Plugin {
   readonly registry: Registry
   readonly #instance: FastifyInstance
   readonly #options: OpenAIWebhookOptions
+  readonly #events: Documented['events']
   readonly #receiver: Receiver
   readonly #runner: Runner
   readonly #deadline: Deadline
@@ -106,6 +109,7 @@ export class Plugin {
     this.registry = new Registry(new Set(Object.keys(schemas)))
     this.#instance = instance
     this.#options = options
+    this.#events = schemas
     this.#refusals = new RefusalLog(instance.log)
     this.#runner = options.runner ?? inline()
     this.#deadline = new Deadline(options.deadline ?? DEFAULTS.deadline)
@@ -161,7 +165,11 @@ export class Plugin {
         method: 'POST',
         url,
         bodyLimit,
-        config: { [PROTECTED]: admit, ...(rateLimit !== undefined && { rateLimit }) } as FastifyContextConfig,
+        config: {
+          [PROTECTED]: admit,
+          swaggerTransform: documentation({ events: this.#events, verifier: verification.verifier, replies: own !== undefined }),
+          ...(rateLimit !== undefined && { rateLimit })
+        } as FastifyContextConfig,
         onRequest: admit,
         preHandler: (request, _reply, done) => {
           // A request without a body and a content type is not parsed at all.

@@ -1,0 +1,187 @@
+import { STATUS_CODES } from 'node:http'
+import type { FastifyErrorConstructor } from '@fastify/error'
+import type { TSchema } from '@sinclair/typebox'
+import {
+  DeadlineExceeded, HandlerFailed, InProgress, InvalidBody, InvalidEvent, InvalidId, InvalidSignature, InvalidTimestamp, MissingHeader, Overloaded,
+  TimestampOutOfTolerance, Unavailable
+} from './errors.ts'
+import { guideEntries, officialEntries } from './events/index.ts'
+import { standardWebhooks } from './verifiers/standard-webhooks.ts'
+import type { Verifier } from './verifiers/verifier.ts'
+import { xOpenAISignature } from './verifiers/x-openai-signature.ts'
+
+type JsonSchema = Record<string, unknown>
+
+/** What @fastify/swagger gives; `openapiObject` is absent where it makes a Swagger 2 document. */
+interface Operation {
+  readonly schema?: object
+  readonly url: string
+  readonly openapiObject?: { readonly openapi?: string }
+}
+
+export interface Documented {
+  readonly events: Readonly<Record<string, TSchema>>
+  readonly verifier: Verifier
+  /** Whether a handler of the route's own replies. */
+  readonly replies: boolean
+}
+
+/**
+ * The `config.swaggerTransform` of a receiving route: @fastify/swagger calls it when it makes the document, and nobody
+ * does where there is none.
+ *
+ * Not the route's `schema`: Fastify would check requests by it before the signature, and write answers by it. The app's
+ * `transform` would be given it as well, and may know schemas of another kind only.
+ */
+export function documentation ({ events, verifier, replies }: Documented): (operation: Operation) => { schema: object, url: string } {
+  return ({ schema, url, openapiObject }) => {
+    const scheme = schemes.find(({ checkHeaders }) => checkHeaders === verifier.checkHeaders)
+    return {
+      url,
+      schema: {
+        summary: 'Receives webhooks of OpenAI',
+        description: 'A delivery is verified before anything else is made of it. After any answer but 200 it comes again.',
+        tags: ['OpenAI webhooks'],
+        // The signature authenticates, and not what the document may ask for on every route.
+        security: [],
+        consumes: ['application/json'],
+        ...(scheme !== undefined && { headers: { type: 'object', required: Object.keys(scheme.headers), properties: scheme.headers } }),
+        body: openapiObject === undefined ? envelope(events) : union(events, openapiObject.openapi?.startsWith('3.0')),
+        response: answers(scheme?.refusals ?? foreignRefusals, replies, !replies && scheme !== undefined),
+        // What an onRoute hook of the app may have put there, such as `hide` or `tags`.
+        ...schema
+      }
+    }
+  }
+}
+
+const timestamp = { type: 'string', pattern: '^[0-9]+$', description: 'When the delivery was signed, in Unix seconds.' }
+
+/** Known by what checks their headers, so that a verifier which wraps one of these is documented too. */
+const schemes = [
+  {
+    checkHeaders: standardWebhooks().checkHeaders,
+    headers: {
+      'webhook-id': { type: 'string', minLength: 1, maxLength: 256, description: 'The same for every retry of the delivery.' },
+      'webhook-timestamp': timestamp,
+      'webhook-signature': {
+        type: 'string',
+        minLength: 1,
+        description: '`v1,` and the base64 HMAC-SHA256 of `webhook-id.webhook-timestamp.body`. Several are separated by spaces.'
+      }
+    },
+    refusals: [MissingHeader, InvalidId, InvalidTimestamp, TimestampOutOfTolerance, InvalidSignature]
+  },
+  {
+    checkHeaders: xOpenAISignature().checkHeaders,
+    headers: {
+      'X-OpenAI-Signature': { type: 'string', pattern: '^[0-9a-fA-F]{64}$', description: 'The hex HMAC-SHA256 of `X-OpenAI-Timestamp.body`.' },
+      'X-OpenAI-Timestamp': timestamp
+    },
+    refusals: [MissingHeader, InvalidTimestamp, TimestampOutOfTolerance, InvalidSignature]
+  }
+]
+
+/** With a verifier of the user's, beside what it throws itself. */
+const foreignRefusals = [InvalidId, InvalidTimestamp, TimestampOutOfTolerance, InvalidSignature]
+
+/** One member fits an event: that of its type, or else the last. */
+function union (events: Documented['events'], isOpenAPI30 = false): JsonSchema {
+  const descriptions = new Map<TSchema, string>([...Object.values(officialEntries), ...Object.values(guideEntries)]
+    .map(({ schema, description }) => [schema, description]))
+  const members = Object.entries(events).map(([type, schema]) => {
+    const plain = toPlain(schema, isOpenAPI30)
+    const head = { title: type, description: descriptions.get(schema) }
+    return hasType(plain, type) ? { ...head, ...plain } : { ...head, allOf: [ofType({ type: 'string', enum: [type] }), plain] }
+  })
+  return {
+    description: 'The event.',
+    oneOf: [...members, {
+      title: 'any other type',
+      description: 'OpenAI adds types: an event of a type that is not listed is accepted, whatever it holds.',
+      ...ofType({ type: 'string', not: { enum: Object.keys(events) } }),
+      additionalProperties: true
+    }]
+  }
+}
+
+/** Swagger 2 has no unions. */
+function envelope (events: Documented['events']): JsonSchema {
+  const { required, properties, type } = ofType({ type: 'string', description: `${listed(Object.keys(events))}, or any other: OpenAI adds types.` })
+  return { description: 'The event.', type, required, properties: { ...properties, data: { type: 'object' } } }
+}
+
+function ofType (type: JsonSchema): { type: string, required: string[], properties: Record<string, JsonSchema> } {
+  return { type: 'object', required: ['type'], properties: { type } }
+}
+
+function hasType ({ properties }: { properties?: Record<string, { const?: unknown }> }, type: string): boolean {
+  return properties?.['type']?.const === type
+}
+
+/**
+ * Without TypeBox's symbols. @fastify/swagger turns `examples` into the one `example` of OpenAPI 3.0 itself, but not
+ * within a union.
+ */
+function toPlain (schema: TSchema, isOpenAPI30: boolean): JsonSchema {
+  return JSON.parse(JSON.stringify(schema, (_key, value: unknown) => {
+    // A property that is called `examples` has a schema there, not an array.
+    const { examples, ...rest } = (value ?? {}) as { examples?: unknown }
+    return isOpenAPI30 && Array.isArray(examples) ? { ...rest, example: examples[0] as unknown } : value
+  })) as JsonSchema
+}
+
+/** By status. Answers of Fastify's own have no constructor here, but a code. */
+const refusals: ReadonlyArray<readonly [status: number, when: string, ...codes: Array<FastifyErrorConstructor | string>]> = [
+  [400, 'Signed, but not an event or not of the shape of its type.', InvalidBody, InvalidEvent],
+  [409, 'Another process is processing the delivery.', InProgress],
+  [413, 'The body is over the limit.', 'FST_ERR_CTP_BODY_TOO_LARGE'],
+  [415, 'The body is not application/json.', 'FST_ERR_CTP_INVALID_MEDIA_TYPE'],
+  [500, 'A handler failed.', HandlerFailed],
+  [503, 'Not done by the deadline, no room for it, or a store or queue that cannot be reached.', DeadlineExceeded, Overloaded, Unavailable]
+]
+
+/** @param exhaustive whether no verifier or handler of the user's can answer with codes of its own */
+function answers (unverified: FastifyErrorConstructor[], replies: boolean, exhaustive: boolean): Record<string, JsonSchema> {
+  const all = [...refusals, [401, 'Not verified.', ...unverified] as const]
+  return {
+    ...(replies ? own : { 200: acknowledgement }),
+    ...Object.fromEntries(all.map(([status, when, ...errors]) => [status, refusal(status, when, errors.map(codeOf), exhaustive)]))
+  }
+}
+
+const codeOf = (Refusal: FastifyErrorConstructor | string): string => typeof Refusal === 'string' ? Refusal : new Refusal().code
+
+const acknowledgement = {
+  'x-response-description': 'Processed, now or before, or accepted.',
+  type: 'object',
+  required: ['received'],
+  properties: {
+    received: { type: 'boolean', enum: [true] },
+    duplicate: { type: 'boolean', enum: [true], description: 'It had been processed before.' }
+  }
+}
+
+const own = {
+  200: {
+    'x-response-description': 'What the handler of the route replies; `{"received":true}` where it replies nothing, ' +
+      '`{"received":true,"duplicate":true}` where it had answered the delivery before.'
+  },
+  default: { 'x-response-description': 'What else the handler of the route replies.' }
+}
+
+function refusal (status: number, when: string, codes: string[], exhaustive: boolean): JsonSchema {
+  return {
+    'x-response-description': `${when} ${listed(codes)}`,
+    ...((status === 409 || status === 503) && { headers: { 'Retry-After': { type: 'integer', description: 'Seconds.' } } }),
+    type: 'object',
+    properties: {
+      statusCode: { type: 'integer', enum: [status] },
+      code: { type: 'string', ...(exhaustive ? { enum: codes } : { example: codes[0] }) },
+      error: { type: 'string', example: STATUS_CODES[status] },
+      message: { type: 'string' }
+    }
+  }
+}
+
+const listed = (names: readonly string[]): string => names.map(name => `\`${name}\``).join(', ')
