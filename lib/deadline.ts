@@ -1,16 +1,20 @@
 /** Something that waits, and is told when it has waited for too long. */
 export interface Expirable {
-  /** ms on the monotonic clock; set by the deadline */
+  /** ms on the monotonic clock; set by the deadline, 0 while it does not wait */
   expiresAt: number
+  /** Its neighbours among those that wait; kept by the deadline. */
+  earlier: Expirable | undefined
+  later: Expirable | undefined
   expired: () => void
 }
 
 /**
  * Many waits of one length on one timer: they expire in the order in which they came, so that only the first is ever
- * timed. A request pays for a place in a Set instead of a timer of its own.
+ * timed. A request pays for two links in a list instead of a timer of its own.
  */
 export class Deadline {
-  readonly #waiting = new Set<Expirable>()
+  #first: Expirable | undefined
+  #last: Expirable | undefined
   #timer: NodeJS.Timeout | undefined
 
   /** @param ms how long each waits */
@@ -19,12 +23,23 @@ export class Deadline {
   /** Calls `expired` after `ms`, unless it is stopped before. */
   start (waiting: Expirable): void {
     waiting.expiresAt = performance.now() + this.ms
-    this.#waiting.add(waiting)
+    waiting.earlier = this.#last
+    if (this.#last === undefined) this.#first = waiting
+    else this.#last.later = waiting
+    this.#last = waiting
     this.#timer ??= this.#arm(this.ms)
   }
 
+  /** Does nothing where it does not wait. */
   stop (waiting: Expirable): void {
-    this.#waiting.delete(waiting)
+    if (waiting.expiresAt === 0) return
+    const { earlier, later } = waiting
+    if (earlier === undefined) this.#first = later
+    else earlier.later = later
+    if (later === undefined) this.#last = earlier
+    else later.earlier = earlier
+    waiting.expiresAt = 0
+    waiting.earlier = waiting.later = undefined
   }
 
   #arm (ms: number): NodeJS.Timeout {
@@ -35,12 +50,12 @@ export class Deadline {
   #expire (): void {
     this.#timer = undefined
     const now = performance.now()
-    for (const waiting of this.#waiting) {
+    for (let waiting = this.#first; waiting !== undefined; waiting = this.#first) {
       if (waiting.expiresAt > now) {
         this.#timer = this.#arm(waiting.expiresAt - now)
         return
       }
-      this.#waiting.delete(waiting)
+      this.stop(waiting)
       waiting.expired()
     }
   }

@@ -23,6 +23,8 @@ export interface ExchangeOptions {
 export class Exchange implements Sender, Expirable {
   readonly respond: Sender['respond']
   expiresAt = 0
+  earlier: Expirable | undefined = undefined
+  later: Expirable | undefined = undefined
   #answered = false
   #over = false
   #late = false
@@ -67,7 +69,7 @@ export class Exchange implements Sender, Expirable {
 
   #end (): void {
     this.#over = true
-    if (this.expiresAt !== 0) this.options.deadline.stop(this)
+    this.options.deadline.stop(this)
   }
 
   #refuse (error: unknown): void {
