@@ -398,7 +398,7 @@ export class Plugin {
           return refuse(error)
         }
         this.#authenticate(endpoint, request, rawBody, error => {
-          if (error === undefined) done(null, replayPayload(rawBody))
+          if (error === undefined) done(null, replayPayload(rawBody, payload.receivedEncodedLength))
           else done(error)
         })
       })

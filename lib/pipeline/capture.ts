@@ -32,13 +32,19 @@ export function readPayload (request: FastifyRequest, payload: RequestPayload, l
   payload.on('end', onEnd)
   payload.on('error', fail)
   // A request that is cut off fails; a stream that an earlier preParsing hook has put in its place may only close.
-  if (payload !== request.raw as RequestPayload) payload.on('close', onClose)
+  const isReplaced = payload !== request.raw as RequestPayload
+  if (isReplaced) payload.on('close', onClose)
+  payload.resume() // @fastify/compress hands on a paused one
 
   function onData (data: Buffer | string): void {
     if (settled) return
     const chunk = typeof data === 'string' ? Buffer.from(data) : data // an earlier preParsing hook may decode
     length += chunk.length
-    if (length > limit || (payload.receivedEncodedLength ?? 0) > limit) return settle(tooLarge())
+    if (length > limit || (payload.receivedEncodedLength ?? 0) > limit) {
+      // A few bytes may unpack to gigabytes, and would, though nobody reads them.
+      if (isReplaced) payload.pause()
+      return settle(tooLarge())
+    }
     if (first === undefined) first = chunk
     else (chunks ??= [first]).push(chunk)
   }
@@ -71,13 +77,18 @@ export function readPayload (request: FastifyRequest, payload: RequestPayload, l
 
 const tooLarge = (): Error => new fastify.errorCodes.FST_ERR_CTP_BODY_TOO_LARGE()
 
-/** The bytes once more, as a payload for the user's own parser. */
-export function replayPayload (bytes: Buffer): RequestPayload {
+/**
+ * The bytes once more, as a payload for the user's own parser.
+ *
+ * @param receivedLength what came over the wire, where an earlier preParsing hook has unpacked it: Fastify compares it
+ * with Content-Length
+ */
+export function replayPayload (bytes: Buffer, receivedLength = bytes.length): RequestPayload {
   // Not Readable.from: it would hand an empty body on as an empty chunk, and a Buffer byte by byte in older versions.
   const payload = new Readable() as Readable & RequestPayload
   if (bytes.length > 0) payload.push(bytes)
   payload.push(null)
-  payload.receivedEncodedLength = bytes.length
+  payload.receivedEncodedLength = receivedLength
   return payload
 }
 
