@@ -5,7 +5,7 @@ import type { Secret } from './keyring.ts'
 import { nearest } from './nearest.ts'
 import type { Runner } from './runners/runner.ts'
 import type { IdempotencyStore } from './stores/store.ts'
-import type { RouteOverrides, WebhookRouteOptions } from './types.ts'
+import type { RateLimit, RouteOverrides, WebhookRouteOptions } from './types.ts'
 import type { Verifier } from './verifiers/verifier.ts'
 
 export interface IdempotencyOptions {
@@ -64,7 +64,7 @@ export interface OpenAIWebhookOptions extends EndpointOptions {
    * The limits of @fastify/rate-limit for the plugin's own route, as its `config.rateLimit`; `false` where the app's
    * shall not apply. They count deliveries whose headers are in order, before any is hashed.
    */
-  rateLimit?: object | false
+  rateLimit?: RateLimit
   /** Schemas of further event types, or other ones for known types. Type them by merging into `OpenAIWebhookEvents`. */
   events?: Readonly<Record<string, TSchema>>
   /** `false`: a delivery that comes twice is processed twice. */

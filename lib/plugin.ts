@@ -152,6 +152,10 @@ export class Plugin {
 
   /** Adds a receiving route in a scope of its own, so that no other route's parsing changes. */
   receiveAt (scope: FastifyInstance, { url, on, handler, prefix, rateLimit, ...overrides }: WebhookRouteOptions & { prefix?: string }): void {
+    // Left alone, it would limit nothing, and nobody would be told.
+    if (typeof rateLimit === 'object' && !scope.hasDecorator('rateLimit')) {
+      throw new InvalidOptions('rateLimit: expected @fastify/rate-limit to be registered before, got none')
+    }
     const verification = this.#verifications.of(overrides, true)
     const list = this.#routeHandlers(on, scope)
     const own = handler === this.handler ? undefined : handler

@@ -1,4 +1,4 @@
-import type { FastifyInstance, FastifyRequest, RouteHandlerMethod } from 'fastify'
+import type { FastifyContextConfig, FastifyInstance, FastifyRequest, RouteHandlerMethod } from 'fastify'
 import type { OfficialEvents } from './events/index.ts'
 import type { OpenAIWebhookEvents } from './index.ts'
 import type { EndpointOptions } from './options.ts'
@@ -47,13 +47,16 @@ export interface RouteOverrides extends EndpointOptions {
   on?: RouteHandlers
 }
 
+/** As @fastify/rate-limit types a route's `config.rateLimit`, where it is imported. */
+export type RateLimit = Required<FastifyContextConfig> extends { rateLimit: infer Limits } ? Limits : object | false
+
 export interface WebhookRouteOptions extends RouteOverrides {
   /** Within the scope's prefix. */
   url: string
   /** Replies once the event handlers have succeeded; returns nothing → 200 `{"received":true}`. */
   handler?: RouteHandlerMethod
   /** The limits of @fastify/rate-limit for this route, as its `config.rateLimit`. */
-  rateLimit?: object | false
+  rateLimit?: RateLimit
 }
 
 /** A verified and valid delivery: what a request carries once it has passed. */

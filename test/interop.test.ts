@@ -99,6 +99,13 @@ t.test('@fastify/rate-limit', async t => {
     for (const url of [MARKED, DISPATCHING]) t.same([await status(it, url), await status(it, url), await status(it, url)], [200, 200, 200], url)
   })
 
+  t.test('`rateLimit` is refused at boot where it would limit nothing', async t => {
+    const refused = { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: /expected @fastify\/rate-limit to be registered before/ }
+    await t.rejects(interop(t, { order: 'after', beside: app => app.register(rateLimit), webhook: { rateLimit: { max: 1 } } }), refused)
+    await t.rejects(interop(t, { route: { rateLimit: { max: 1 } } }), refused)
+    await receives(t, await interop(t, { webhook: { rateLimit: false }, route: { rateLimit: false } }))
+  })
+
   t.test('a marked route has its limit in its config', async t => {
     const it = await interop(t, { beside: app => app.register(rateLimit, { global: false }), marked: { rateLimit: { max: 1 } } })
     for (const url of [MARKED, DISPATCHING]) t.same([await status(it, url), await status(it, url), it.hashed()], [200, 429, url === MARKED ? 1 : 2], url)

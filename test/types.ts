@@ -298,6 +298,11 @@ await app.register(openaiWebhook, { events: { 'acme.x': {} } })
 await app.register(openaiWebhook, { idempotency: true })
 // @ts-expect-error misspelt
 await app.register(openaiWebhook, { idempotency: { leese: 1 } })
+// The program imports @fastify/rate-limit, in test/interop.test.ts, and with it its types.
+await app.register(openaiWebhook, { rateLimit: { max: 1, keyGenerator: request => request.ip } })
+app.openaiWebhook.route({ url: '/limited', rateLimit: false })
+// @ts-expect-error misspelt
+app.openaiWebhook.route({ url: '/limited', rateLimit: { mx: 1 } })
 // @ts-expect-error not a secret
 await app.register(openaiWebhook, { secret: async () => undefined })
 // @ts-expect-error a number is no secret
