@@ -1,5 +1,5 @@
 // What the sections work with: processes, a Redis, and a way to compare contenders.
-import { mkdtemp, rm } from 'node:fs/promises'
+import { mkdtempSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { Child } from './processes.mjs'
@@ -27,8 +27,9 @@ export class Bench {
     bench.quick = quick
     bench.log = log
     bench.#serverFlags = profile === undefined ? [] : ['--cpu-prof', `--cpu-prof-dir=${profile}`]
+    bench.#directory = mkdtempSync(join(tmpdir(), 'bench-'))
+    process.once('exit', bench.#removeDirectory)
     bench.#load = await Child.start('load.mjs')
-    bench.#directory = await mkdtemp(join(tmpdir(), 'bench-'))
     bench.#redis = await Redis.start()
     if (bench.#redis === undefined) bench.missing.redis = 'there is no redis-server'
     try {
@@ -42,10 +43,16 @@ export class Bench {
   async close () {
     await this.#load.stop()
     await this.#redis?.stop()
-    await rm(this.#directory, { recursive: true })
+    process.off('exit', this.#removeDirectory)
+    this.#removeDirectory()
   }
 
+  #removeDirectory = () => { rmSync(this.#directory, { recursive: true, force: true }) }
+
   get redisPort () { return this.#redis?.port }
+
+  /** Rounds in each generation of processes, and how many there are of these: fewer where it has to be quick. */
+  rounds (rounds, generations) { return this.quick ? { rounds: 3, generations: 1 } : { rounds, generations } }
 
   /** Whether what a contender needs is there. */
   has ({ needs }) { return needs === undefined || this.missing[needs] === undefined }
@@ -59,61 +66,74 @@ export class Bench {
   /**
    * Sends requests, see `buildRequests`.
    *
-   * @returns CPU µs of the server a request, requests a second, latency in ms, and how often each answer came
+   * @param {object} server
+   * @param {object} plan
+   * @param {object} [options]
+   * @param {number} [options.untilHandled] waits until the handlers of so many deliveries have run since the server's start
+   * @param {boolean} [options.poll] whether the sender stays awake, at the cost of a core
+   * @returns CPU µs of the server a request, requests a second, latency in ms, and the answer; throws unless all have the same
    */
-  async send (server, plan, { untilHandled } = {}) {
-    await this.#load.ask('prepare', { port: server.port, connections: CONNECTIONS, ...plan })
+  async send (server, plan, { untilHandled, poll = true } = {}) {
+    await this.#load.ask('prepare', { port: server.port, connections: CONNECTIONS, poll, ...plan })
     const before = await server.ask('cpu')
     const start = performance.now()
-    const { seconds, ...sent } = await this.#load.ask('go')
-    if (untilHandled !== undefined) await server.ask('handled', untilHandled)
+    const { seconds, answers, ...latency } = await this.#load.ask('go')
+    const answer = only(answers)
+    if (untilHandled !== undefined) {
+      if (!answer.startsWith('200 ')) throw new Error(`expected 200, got ${answer}`)
+      await server.ask('handled', untilHandled)
+    }
     const elapsed = untilHandled === undefined ? seconds : (performance.now() - start) / 1000
     const cpu = await server.ask('cpu') - before
-    return { cpu: cpu / plan.count, rate: plan.count / elapsed, ...sent }
+    return { cpu: cpu / plan.count, rate: plan.count / elapsed, ...latency, answer }
   }
 
-  /** The one answer that a contender gives to such requests. */
   async answerTo (server, plan) {
-    const { answers } = await this.send(server, { ...plan, count: 3 })
-    return only(answers)
+    const { answer } = await this.send(server, { ...plan, count: 3 })
+    return answer
   }
 
   /** Throws unless a correct delivery is answered 200 and a forged one refused. @returns the answer to a correct one */
   async check (name, server, { scheme, checksNothing = false }, templates) {
     const right = await this.answerTo(server, { templates, scheme })
     if (!right.startsWith('200 ')) throw new Error(`${name} answers a correct delivery ${right}`)
-    const forged = await this.answerTo(server, { templates, scheme, kind: 'forged' })
-    if (/^4\d\d /.test(forged) === checksNothing) throw new Error(`${name} answers a forged delivery ${forged}`)
+    if (!checksNothing) await this.refusalOf(name, server, { templates, scheme, kind: 'forged' })
     return right
+  }
+
+  async refusalOf (name, server, plan) {
+    const answer = await this.answerTo(server, plan)
+    if (!/^4\d\d /.test(answer)) throw new Error(`${name} answers a delivery that is ${plan.kind} ${answer}`)
+    return answer
   }
 
   /**
    * Measures contenders in interleaved rounds: a, b, c, then b, c, a, … Each generation has new processes, since two
    * processes of the same program differ by some percent.
    *
-   * @param {Record<string, import('./contenders/index.mjs').Contender & { templates?: string[][] }>} candidates
-   * @param {{ templates: string[][], kind?: string, count: number, warmUp: number, rounds: number, generations: number }} plan
+   * @param {Record<string, import('./contenders/index.mjs').Contender & { plan?: { templates?: string[][], kind?: string } }>} candidates
+   * @param {{ templates: string[][], count: number, warmUp: number, rounds: number, generations: number }} plan
    */
-  async compare (candidates, { templates, kind = 'signed', count, warmUp, rounds, generations }) {
+  async compare (candidates, { templates, count, warmUp, rounds, generations }) {
     const names = Object.keys(candidates)
+    const plans = Object.fromEntries(names.map(name => [name, { templates, scheme: candidates[name].scheme, ...candidates[name].plan }]))
     const samples = Object.fromEntries(names.map(name => [name, []]))
     for (let generation = 0; generation < generations; generation++) {
       const servers = {}
       const expected = {}
       try {
         for (const name of names) {
-          const plan = { templates, scheme: candidates[name].scheme, ...candidates[name].plan, kind }
+          const plan = plans[name]
           servers[name] = await this.serve(candidates[name])
-          await this.check(name, servers[name], candidates[name], plan.templates)
-          expected[name] = await this.answerTo(servers[name], plan)
+          expected[name] = await this.check(name, servers[name], candidates[name], plan.templates)
+          if (plan.kind !== undefined && !candidates[name].checksNothing) expected[name] = await this.refusalOf(name, servers[name], plan)
           await this.send(servers[name], { ...plan, count: warmUp })
         }
         for (let round = 0; round < rounds; round++) {
           for (let turn = 0; turn < names.length; turn++) {
             const name = names[(generation * rounds + round + turn) % names.length]
-            const plan = { templates, scheme: candidates[name].scheme, ...candidates[name].plan, kind, count }
-            const sample = await this.send(servers[name], plan)
-            if (only(sample.answers) !== expected[name]) throw new Error(`${name}: expected ${expected[name]}, got ${only(sample.answers)}`)
+            const sample = await this.send(servers[name], { ...plans[name], count })
+            if (sample.answer !== expected[name]) throw new Error(`${name}: expected ${expected[name]}, got ${sample.answer}`)
             samples[name].push(sample)
           }
         }
@@ -127,7 +147,7 @@ export class Bench {
 
 function only (answers) {
   const [answer, ...others] = Object.keys(answers)
-  if (others.length > 0) throw new Error(`expected one answer, got ${JSON.stringify(answers)}`)
+  if (others.length > 0) throw new Error(`expected all answers to be the same, got ${JSON.stringify(answers)}`)
   return answer
 }
 

@@ -1,16 +1,19 @@
 // The sender, in a process of its own: keep-alive connections over real sockets, one request in flight on each.
 import { once } from 'node:events'
 import { connect } from 'node:net'
+import { availableParallelism } from 'node:os'
 import { buildRequests } from './deliveries.mjs'
 import { answerParent } from './processes.mjs'
 
 let requests = []
 let connections = []
+let polling = false
 
 answerParent({
   /** Signs the requests and opens the connections: nothing of it is measured. */
-  async prepare ({ port, connections: count, ...plan }) {
+  async prepare ({ port, connections: count, poll, ...plan }) {
     requests = buildRequests(plan)
+    polling = poll && availableParallelism() > 1
     connections = await Promise.all(Array.from({ length: Math.min(count, requests.length) }, () => open(port)))
   },
 
@@ -20,8 +23,13 @@ answerParent({
     let next = 0
     let answered = 0
     const start = performance.now()
+    // To wake a sender that sleeps costs the server up to a third of an answer's CPU time, and varies: this one is awake.
+    if (polling) poll()
     await new Promise((resolve, reject) => {
-      const ended = error => reject(error instanceof Error ? error : new Error(`the server closed a connection after ${answered} answers`))
+      const ended = error => {
+        polling = false
+        reject(error instanceof Error ? error : new Error(`the server closed a connection after ${answered} answers`))
+      }
       for (const socket of connections) converse(socket, ended)
 
       function converse (socket, ended) {
@@ -49,7 +57,10 @@ answerParent({
           latencies[index] = performance.now() - sentAt
           received = ''
           answers.set(answer, (answers.get(answer) ?? 0) + 1)
-          if (++answered === requests.length) return resolve()
+          if (++answered === requests.length) {
+            polling = false
+            return resolve()
+          }
           // A refusal may come before the body is out.
           if (socket.writableNeedDrain) socket.once('drain', send)
           else send()
@@ -65,6 +76,10 @@ answerParent({
     return { seconds, p50: percentile(0.5), p99: percentile(0.99), answers: Object.fromEntries(answers) }
   }
 })
+
+function poll () {
+  if (polling) setImmediate(poll)
+}
 
 async function open (port) {
   const socket = connect(port, '127.0.0.1').setNoDelay(true)

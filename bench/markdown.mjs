@@ -1,6 +1,7 @@
-export function table (header, rows) {
+/** @param {number} [labels] columns before the figures, which stand to the right */
+export function table (header, rows, labels = 1) {
   const line = cells => `| ${cells.join(' | ')} |`
-  return [line(header), line(header.map((_, index) => index === 0 ? '---' : '---:')), ...rows.map(line)].join('\n')
+  return [line(header), line(header.map((_, index) => index < labels ? '---' : '---:')), ...rows.map(line)].join('\n')
 }
 
 export const decimals = (value, digits) => value.toLocaleString('en', { minimumFractionDigits: digits, maximumFractionDigits: digits })

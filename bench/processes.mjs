@@ -3,6 +3,9 @@ import { fork } from 'node:child_process'
 import { once } from 'node:events'
 import { fileURLToPath } from 'node:url'
 
+/** ms */
+const PATIENCE = 120_000
+
 /** Node's defaults, whatever a shell or a test runner has set. */
 const environment = () => ({
   ...Object.fromEntries(Object.entries(process.env).filter(([name]) => !/^(?:NODE_|TAP|_TAPJS)/.test(name))),
@@ -10,6 +13,7 @@ const environment = () => ({
 })
 
 export class Child {
+  #name
   #process
   #exited
   #pending
@@ -17,6 +21,7 @@ export class Child {
   /** @returns {Promise<Child>} once it has said what it starts with; see `hello` */
   static async start (file, args = [], execArgv = []) {
     const child = new Child()
+    child.#name = [file, ...args.map(arg => JSON.stringify(arg))].join(' ')
     child.#process = fork(fileURLToPath(new URL(file, import.meta.url)), args.map(arg => JSON.stringify(arg)), {
       execArgv,
       env: environment(),
@@ -26,9 +31,9 @@ export class Child {
     child.#process.on('message', ({ error, result }) => {
       const { resolve, reject } = child.#pending
       if (error === undefined) resolve(result)
-      else reject(new Error(`${file} ${args[0] ?? ''}: ${error}`))
+      else reject(new Error(`${child.#name}: ${error}`))
     })
-    child.#process.on('exit', code => child.#pending?.reject(new Error(`${file} ${args.join(' ')} ended with ${code}`)))
+    child.#process.on('exit', code => child.#pending?.reject(new Error(`${child.#name} ended with ${code}`)))
     child.hello = await child.#answer()
     return child
   }
@@ -45,8 +50,16 @@ export class Child {
     await this.#exited
   }
 
-  #answer () {
-    return new Promise((resolve, reject) => { this.#pending = { resolve, reject } })
+  async #answer () {
+    let timer
+    try {
+      return await new Promise((resolve, reject) => {
+        this.#pending = { resolve, reject }
+        timer = setTimeout(() => reject(new Error(`${this.#name} has not answered for ${PATIENCE / 1000} s`)), PATIENCE)
+      })
+    } finally {
+      clearTimeout(timer)
+    }
   }
 }
 

@@ -14,15 +14,19 @@ export class Redis {
     redis.#process = spawn('redis-server', ['--port', String(redis.port), '--bind', '127.0.0.1', '--save', '', '--appendonly', 'no'], {
       stdio: ['ignore', 'pipe', 'inherit']
     })
+    process.once('exit', redis.#kill) // unlike the other processes it does not notice that its parent is gone
     for await (const line of redis.#process.stdout) if (String(line).includes('Ready to accept connections')) break
     redis.#process.stdout.resume()
     return redis
   }
 
   async stop () {
-    this.#process.kill()
+    process.off('exit', this.#kill)
+    this.#kill()
     await once(this.#process, 'exit')
   }
+
+  #kill = () => { this.#process.kill() }
 }
 
 async function freePort () {

@@ -1,9 +1,59 @@
-import { ratio, table } from './markdown.mjs'
+// Measurements become docs/performance.md and its chart: nothing here measures.
+import { decimals, table } from './markdown.mjs'
+import { sections } from './sections/index.mjs'
+import { barChart } from './svg.mjs'
 
-/** @param {Array<{ what: string, limit: number, measured: number, note?: string, show?: (value: number) => string }>} targets */
+/**
+ * @param {string} template Markdown with `{{machine}}`, `{{targets}}`, and `{{…}}` for each section
+ * @param {object} machine see `describeMachine`
+ * @param {Record<string, unknown>} results what the `run` of each section gave
+ */
+export function renderReport (template, machine, results) {
+  const parts = { machine: renderMachine(machine), targets: renderTargets(targetsOf(results)) }
+  for (const [name, data] of Object.entries(results)) parts[name] = sections[name].render(data)
+  const used = new Set()
+  const text = template.replaceAll(/\{\{([\w-]+)\}\}/g, (_, name) => {
+    if (!Object.hasOwn(parts, name)) throw new Error(`there is nothing for {{${name}}}`)
+    used.add(name)
+    return parts[name]
+  })
+  const unused = Object.keys(parts).filter(name => !used.has(name))
+  if (unused.length > 0) throw new Error(`the template has no place for ${unused.join(', ')}`)
+  return text
+}
+
+export const targetsOf = results => Object.entries(results).flatMap(([name, data]) => sections[name].targets(data))
+
+/** @param {Array<{ what: string, limit: number, measured?: number, note?: string, digits?: number }>} targets */
 export function renderTargets (targets) {
-  if (targets.length === 0) return ''
-  return table(['Target', 'at most', 'measured', ''], targets.map(({ what, limit, measured, note, show = ratio }) => [
-    what, show(limit), `${show(measured)}${note === undefined ? '' : ` (${note})`}`, measured <= limit ? 'met' : '**missed**'
-  ]))
+  return table(['Target', 'at most', 'measured', ''], targets.map(({ what, limit, measured, note, digits = 2 }) => {
+    const notes = note === undefined ? '' : ` (${note})`
+    if (measured === undefined) return [what, decimals(limit, digits), `not measured${notes}`, '']
+    return [what, decimals(limit, digits), `${decimals(measured, digits)}${notes}`, measured <= limit ? 'met' : '**missed**']
+  }))
+}
+
+function renderMachine ({ date, commit, cpu, cores, memory, load, os, node, openssl, redis, packages }) {
+  const rows = [
+    ['Measured', `${date}, commit ${commit}`],
+    ['Machine', `${cpu}, ${cores} cores, ${decimals(memory / 2 ** 30, 0)} GiB, ${os}; load average before the run ${decimals(load, 2)}`],
+    ['Node', `${node}, OpenSSL ${openssl}`],
+    ['Packages', Object.entries(packages).map(([name, version]) => `${name} ${version}`).join(', ')],
+    ['Redis', redis ?? 'not installed']
+  ]
+  return table(['', ''], rows, 2)
+}
+
+/** CPU a delivery of the small sizes, each contender with its least and greatest. */
+export function renderChart ({ results, labels }) {
+  const drawn = results.filter(({ size }) => size < 10_000)
+  return barChart({
+    title: 'CPU time of the server a delivery, µs (medians, least to greatest round)',
+    series: drawn.map(({ label }) => label),
+    rows: Object.entries(labels).map(([name, label]) => ({
+      label,
+      isOurs: name.startsWith('ours'),
+      values: drawn.map(({ contenders }) => contenders[name].cpu)
+    }))
+  })
 }

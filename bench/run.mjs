@@ -1,9 +1,11 @@
 // npm run bench. Measures, prints, and writes docs/performance.md: see --help.
+import { readFile, writeFile } from 'node:fs/promises'
 import { resolve } from 'node:path'
 import { pathToFileURL } from 'node:url'
 import { parseArgs } from 'node:util'
 import { Bench } from './bench.mjs'
-import { renderTargets } from './report.mjs'
+import { describeMachine } from './machine.mjs'
+import { renderChart, renderReport, renderTargets, targetsOf } from './report.mjs'
 import { sections } from './sections/index.mjs'
 
 const HELP = `npm run bench [-- options]
@@ -43,18 +45,28 @@ const choice = {
   ...(flags.sizes !== undefined && { sizes: flags.sizes.split(',').map(Number) }),
   ...(flags.baseline !== undefined && { baseline: pathToFileURL(resolve(flags.baseline, 'dist/index.js')).href })
 }
+for (const signal of ['SIGINT', 'SIGTERM']) process.once(signal, () => process.exit(1)) // cleans up at the exit
+
 const start = performance.now()
-const bench = await Bench.start({
-  quick: flags.quick,
-  ...(flags.profile !== undefined && { profile: resolve(flags.profile) }),
-  log: line => console.error(`${Math.round((performance.now() - start) / 1000)} s\t${line}`)
-})
+const log = line => console.error(`${Math.round((performance.now() - start) / 1000)} s\t${line}`)
+const machine = describeMachine()
+const results = {}
+const bench = await Bench.start({ quick: flags.quick, log, ...(flags.profile !== undefined && { profile: resolve(flags.profile) }) })
 try {
   for (const name of chosen) {
-    const data = await sections[name].run(bench, choice)
-    console.log(`${sections[name].render(data)}\n`)
-    console.log(`${renderTargets(sections[name].targets(data))}\n`)
+    results[name] = await sections[name].run(bench, choice)
+    console.log(`## ${name}\n\n${sections[name].render(results[name])}\n`)
   }
 } finally {
   await bench.close()
+}
+console.log(renderTargets(targetsOf(results)))
+
+const isComplete = !flags.quick && flags.only === undefined && flags.profile === undefined && Object.keys(choice).length === 0
+if (isComplete && !flags['no-write']) {
+  const template = await readFile(new URL('performance.template.md', import.meta.url), 'utf8')
+  const docs = new URL('../docs/', import.meta.url)
+  await writeFile(new URL('performance.md', docs), renderReport(template, machine, results))
+  await writeFile(new URL('performance.svg', docs), renderChart(results.comparison))
+  log('docs/performance.md and docs/performance.svg are written')
 }

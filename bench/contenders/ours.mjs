@@ -90,7 +90,7 @@ const stores = {
 
 const runners = {
   inline: async () => (await import('fastify-openai-webhook')).inline(),
-  background: async () => (await import('fastify-openai-webhook')).background(),
+  background: async () => (await import('fastify-openai-webhook')).background({ maxQueue: 100_000 }), // what arrives at full speed
   durable: async resources => (await import('fastify-openai-webhook/sqlite')).durable(await openDatabase(resources)),
   async bullmq ({ redisPort }) {
     const { bullmq } = await import('fastify-openai-webhook/bullmq')

@@ -1,6 +1,6 @@
 import { contenders } from '../contenders/index.mjs'
 import { eventOf } from '../deliveries.mjs'
-import { figures, ratio, table } from '../markdown.mjs'
+import { figures, ratio, table, whole } from '../markdown.mjs'
 
 export const name = 'comparison'
 
@@ -27,7 +27,7 @@ export async function run (bench, { names = Object.keys(contenders), sizes, base
   for (const { size, label, what, count, warmUp } of SIZES) {
     if (sizes !== undefined && !sizes.includes(size)) continue
     bench.log(`${label}: ${Object.keys(chosen).join(', ')}`)
-    const plan = { templates: [eventOf(size)], count, warmUp, ...(bench.quick ? { rounds: 3, generations: 1 } : { rounds: 4, generations: 3 }) }
+    const plan = { templates: [eventOf(size)], count, warmUp, ...bench.rounds(4, 3) }
     results.push({ size, label, what, count, rounds: plan.rounds * plan.generations, contenders: await bench.compare(chosen, plan) })
   }
   return { results, leftOut, labels: Object.fromEntries(Object.entries(chosen).map(([name, { label }]) => [name, label])) }
@@ -42,7 +42,7 @@ export function render ({ results, leftOut, labels }) {
       ratio(measured.cpu.median / contenders[against].cpu.median)
     ])
     const header = ['', 'CPU ms per 1,000', 'min–max', 'requests/s', 'p50 ms', 'p99 ms', `CPU ÷ ${against === 'hmac' ? 'inline HMAC' : labels[against]}`]
-    return `### ${label}: ${what}\n\n${table(header, rows)}\n\n${rounds} rounds of ${count.toLocaleString('en')} deliveries.`
+    return `### ${label}: ${what}\n\n${table(header, rows)}\n\n${rounds} rounds of ${whole(count)} deliveries.`
   })
   if (leftOut.length > 0) parts.push(`Left out: ${leftOut.join('; ')}.`)
   return parts.join('\n\n')

@@ -1,4 +1,17 @@
+import * as coldStart from './cold-start.mjs'
 import * as comparison from './comparison.mjs'
+import * as handlers from './handlers.mjs'
+import * as memory from './memory.mjs'
+import * as redis from './redis.mjs'
+import * as refusals from './refusals.mjs'
+import * as runners from './runners.mjs'
+import * as secrets from './secrets.mjs'
+import * as types from './types.mjs'
 
-/** In the order of the report. */
-export const sections = Object.fromEntries([comparison].map(section => [section.name, section]))
+/**
+ * In the order of the report. Each has `run(bench, choice)`, which gives plain data; `render(data)`, Markdown; and
+ * `targets(data)`, see `renderTargets`.
+ */
+export const sections = Object.fromEntries([
+  comparison, refusals, handlers, secrets, types, coldStart, memory, runners, redis
+].map(section => [section.name, section]))

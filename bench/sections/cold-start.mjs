@@ -1,0 +1,45 @@
+import { contenders } from '../contenders/index.mjs'
+import { decimals, ratio, table } from '../markdown.mjs'
+import { Child } from '../processes.mjs'
+import { median } from '../statistics.mjs'
+
+export const name = 'cold-start'
+
+const NAMES = ['bare', 'ours-sync', 'standardwebhooks', 'raw-body-openai']
+
+export async function run (bench) {
+  const starts = bench.quick ? 5 : 21
+  bench.log(`${starts} cold starts each`)
+  const samples = Object.fromEntries(NAMES.map(name => [name, []]))
+  for (let start = -1; start < starts; start++) {
+    for (const name of NAMES) {
+      const child = await Child.start('cold-start.mjs', [contenders[name].module])
+      await child.stop()
+      if (start >= 0) samples[name].push(child.hello) // the first reads the files from the disk
+    }
+  }
+  const of = (name, get) => median(samples[name].map(get))
+  return {
+    starts,
+    contenders: Object.fromEntries(NAMES.map(name => [name, {
+      bootCpu: of(name, ({ boot }) => boot.cpu),
+      bootWall: of(name, ({ boot }) => boot.wall),
+      processCpu: of(name, ({ process }) => process.cpu),
+      processWall: of(name, ({ process }) => process.wall)
+    }]))
+  }
+}
+
+export function render ({ starts, contenders: measured }) {
+  const rows = Object.entries(measured).map(([name, { bootCpu, bootWall, processCpu, processWall }]) => [
+    name.startsWith('ours') ? `**${contenders[name].label}**` : contenders[name].label,
+    ...[bootCpu, bootWall, processCpu, processWall].map(ms => decimals(ms, 0)),
+    ratio(bootCpu / measured.bare.bootCpu)
+  ])
+  const header = ['ms', 'CPU, import to ready', 'wall, import to ready', 'CPU, process to ready', 'wall, process to ready', 'CPU, import to ready ÷ bare app']
+  return `${table(header, rows)}\n\nMedians of ${starts} starts each, taking turns.`
+}
+
+export function targets ({ contenders: { bare, 'ours-sync': ours } }) {
+  return [{ what: 'CPU from import to ready ÷ bare app', limit: 1.3, measured: ours.bootCpu / bare.bootCpu, note: `${ratio(ours.bootWall / bare.bootWall)} by wall clock` }]
+}

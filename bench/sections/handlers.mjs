@@ -1,0 +1,24 @@
+import { eventOf } from '../deliveries.mjs'
+import { ownTypes, types } from '../event-types.mjs'
+import { renderVariants, variant } from '../variants.mjs'
+
+export const name = 'handlers'
+
+export async function run (bench) {
+  bench.log('handlers registered')
+  const [delivered, ...others] = types
+  const candidates = { '1 for 1 type': variant({ types: [delivered] }) }
+  for (const count of [1, 10, 50, 200]) {
+    const otherHandlers = Array.from({ length: count - 1 }, (_, index) => others[index % others.length])
+    candidates[`${count} for ${Math.min(count, types.length)} types, ${types.length} known`] = variant({ types: [delivered], otherHandlers, ownTypes })
+  }
+  const plan = { templates: [eventOf(200)], count: 8_000, warmUp: 16_000, ...bench.rounds(6, 4) }
+  return { plan, variants: await bench.compare(candidates, plan) }
+}
+
+export const render = ({ plan, variants }) => renderVariants('handlers registered', plan, variants)
+
+export function targets ({ variants }) {
+  const [one, ...more] = Object.values(variants)
+  return [{ what: 'CPU a delivery with 200 handlers for 40 types ÷ one handler for one', limit: 1.02, measured: more.at(-1).cpu.median / one.cpu.median, digits: 3 }]
+}

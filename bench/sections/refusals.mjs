@@ -1,0 +1,53 @@
+import { contenders } from '../contenders/index.mjs'
+import { eventOf } from '../deliveries.mjs'
+import { cpuFigures, ratio, table, whole } from '../markdown.mjs'
+import { SIZES } from './comparison.mjs'
+
+export const name = 'refusals'
+
+const KINDS = { unsigned: 'signature header missing', stale: 'timestamp an hour old', forged: 'signature wrong' }
+const REFUSING = ['ours-sync', 'standardwebhooks']
+
+export async function run (bench) {
+  const candidates = { bare: contenders.bare }
+  for (const name of REFUSING) {
+    for (const kind of Object.keys(KINDS)) candidates[`${name} ${kind}`] = { ...contenders[name], plan: { kind } }
+  }
+  const results = []
+  for (const { size, label, count, warmUp } of SIZES) {
+    bench.log(`refusals, ${label}`)
+    const plan = { templates: [eventOf(size)], count, warmUp: warmUp / 2, ...bench.rounds(4, 2) }
+    results.push({ label, count, rounds: plan.rounds * plan.generations, contenders: await bench.compare(candidates, plan) })
+  }
+  return results
+}
+
+export function render (results) {
+  const parts = results.map(({ label, count, rounds, contenders: measured }) => {
+    const bare = measured.bare.cpu.median
+    const row = (who, what, { cpu, rate }) => [who, what, ...cpuFigures({ cpu }), whole(rate), ratio(cpu.median / bare)]
+    const rows = [row(contenders.bare.label, 'accepts it', measured.bare)]
+    for (const name of REFUSING) {
+      for (const [kind, what] of Object.entries(KINDS)) rows.push(row(name === 'ours-sync' ? `**${contenders[name].label}**` : contenders[name].label, what, measured[`${name} ${kind}`]))
+    }
+    return `### ${label}, refused\n\n${table(['', 'what is wrong', 'CPU ms per 1,000', 'min–max', 'requests/s', 'CPU ÷ bare route'], rows, 2)}\n\n${rounds} rounds of ${whole(count)} requests.`
+  })
+  return parts.join('\n\n')
+}
+
+export function targets (results) {
+  return results.flatMap(({ label, contenders: measured }) => {
+    const against = (name, other) => measured[name].cpu.median / measured[other].cpu.median
+    const early = ['unsigned', 'stale'].map(kind => ({
+      what: `CPU a refusal (${KINDS[kind]}) ÷ ${contenders.bare.label}, ${label}`,
+      limit: 0.75,
+      measured: against(`ours-sync ${kind}`, 'bare')
+    }))
+    if (label !== '64 KB') return early
+    return [...early, {
+      what: `CPU a refusal (${KINDS.forged}) ÷ ${contenders.standardwebhooks.label}, ${label}`,
+      limit: 0.15,
+      measured: against('ours-sync forged', 'standardwebhooks forged')
+    }]
+  })
+}

@@ -1,0 +1,15 @@
+import { eventOf } from '../deliveries.mjs'
+import { renderVariants, variant } from '../variants.mjs'
+
+export const name = 'secrets'
+
+export async function run (bench) {
+  bench.log('secrets')
+  const candidates = Object.fromEntries([1, 2, 3, 4, 5].map(secretCount => [secretCount, variant({ secretCount })]))
+  const plan = { templates: [eventOf(200)], count: 8_000, warmUp: 16_000, ...bench.rounds(4, 2) }
+  return { plan, variants: await bench.compare(candidates, plan) }
+}
+
+export const render = ({ plan, variants }) => renderVariants('secrets', plan, variants)
+
+export const targets = () => []
