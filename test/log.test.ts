@@ -1,0 +1,290 @@
+import { createHash } from 'node:crypto'
+import { Type } from '@sinclair/typebox'
+import type { FastifyInstance } from 'fastify'
+import Fastify from 'fastify'
+import Database from 'libsql'
+import t from 'tap'
+import openaiWebhook, { background, memoryStore } from '../lib/index.ts'
+import type { Verifier } from '../lib/index.ts'
+import { durable } from '../lib/sqlite/index.ts'
+import { SECRET, build, post, sign, stoppedClock, thin } from './support/deliveries.ts'
+import type { Signed } from './support/deliveries.ts'
+import { capturedLog, deferred, redelivered } from './support/observe.ts'
+import type { LogLine } from './support/observe.ts'
+
+const ENDPOINT = '/webhooks/openai'
+const REFUSED = 'webhook delivery refused'
+const MARKER = 'what only the payload says'
+
+/** What names the delivery of `valid` on every line about it. */
+const NAMED = { webhookId: 'wh_1', eventId: 'evt_1', eventType: 'batch.failed', endpoint: ENDPOINT }
+
+const valid = (): Signed => sign(thin('batch.failed', { id: 'batch_1', note: MARKER }), { webhookId: 'wh_1' })
+const forged = (): Signed => ({ ...valid(), headers: { ...valid().headers, 'webhook-signature': 'v1,Zm9yZ2Vk' } })
+
+/** What a line says beside what the logger puts on each of its own. */
+function said ({ level, msg, time, pid, hostname, reqId, ...fields }: LogLine): object {
+  return { level, msg, ...fields }
+}
+
+const withText = (lines: readonly LogLine[], text: string): LogLine[] => lines.filter(({ msg }) => msg.includes(text))
+
+t.test('context.log names the delivery', async t => {
+  const log = capturedLog()
+  const app = await build(t, {}, { logger: log.logger })
+  app.openaiWebhook.on('batch.failed', (_event, { log }) => { log.info('in a handler') })
+  await post(app, valid())
+  const [line] = withText(log.lines, 'in a handler')
+  t.same(said(line!), { level: 30, msg: 'in a handler', ...NAMED })
+  t.equal(line!['reqId'], log.lines[0]!['reqId'], 'a child of the request\'s log')
+})
+
+t.test('context.log has the attempt where a runner counts them', async t => {
+  const log = capturedLog()
+  const app = await build(t, { runner: durable(new Database(':memory:'), { backoff: 1 }) }, { logger: log.logger })
+  const ended = deferred()
+  let starts = 0
+  app.openaiWebhook.on('batch.failed', (_event, { log }) => {
+    log.info('in a handler')
+    if (++starts === 1) throw new Error('the handler failed')
+    ended.resolve()
+  })
+  await app.listen({ port: 0, host: '127.0.0.1' }) // keeps the process waiting for the second attempt
+  await post(app, valid())
+  await ended.promise
+  await app.close()
+  t.same(withText(log.lines, 'in a handler').map(said), [1, 2].map(attempt => ({ level: 30, msg: 'in a handler', ...NAMED, attempt })))
+  const [processed] = withText(log.lines, 'processed')
+  t.match(said(processed!), { level: 30, ...NAMED, attempt: 2, handlers: 1 })
+})
+
+t.test('a delivery that is processed is one line, with how long its handlers took', async t => {
+  const log = capturedLog()
+  const app = await build(t, {}, { logger: log.logger, disableRequestLogging: true })
+  let took = 0
+  app.openaiWebhook.on('batch.failed', () => {}).on('batch.failed', async () => {
+    const start = performance.now()
+    await new Promise(resolve => setTimeout(resolve, 20))
+    took = performance.now() - start
+  })
+  await app.ready()
+  const sentAt = performance.now()
+  await post(app, valid())
+  const answeredAfter = performance.now() - sentAt
+  const [line, ...others] = log.lines
+  t.same(others, [])
+  const { ms, ...fields } = said(line!) as { ms: number }
+  t.same(fields, { level: 30, msg: 'webhook delivery processed', ...NAMED, handlers: 2 })
+  t.ok(ms >= Math.floor(took) && ms <= Math.ceil(answeredAfter), `${ms} ms, of which the handler ${took}`)
+})
+
+t.test('above its level the line is not made', async t => {
+  const log = capturedLog()
+  const app = await build(t, {}, { logger: { ...log.logger as object, level: 'error' } })
+  const delivery = valid()
+  for (const sent of [delivery, redelivered(delivery), forged()]) await post(app, sent)
+  t.same(log.lines, [])
+})
+
+t.test('a logger of the user\'s that cannot say its level is written to', async t => {
+  const lines: Array<[level: string, message: string]> = []
+  const logger = {
+    ...Object.fromEntries(['fatal', 'error', 'warn', 'info', 'debug', 'trace', 'silent'].map(level => [level, (_fields: object, message: string) => { lines.push([level, message]) }])),
+    level: 'info',
+    child () { return this }
+  }
+  const app = Fastify({ loggerInstance: logger as never, disableRequestLogging: true }) as unknown as FastifyInstance
+  t.teardown(() => app.close())
+  await app.register(openaiWebhook, { secret: SECRET })
+  await post(app, valid())
+  await post(app, forged())
+  t.same(lines, [['info', 'webhook delivery processed'], ['warn', REFUSED]])
+})
+
+t.test('a delivery that comes out of a queue is on the app\'s log', async t => {
+  const log = capturedLog()
+  const app = await build(t, { runner: background() }, { logger: log.logger, disableRequestLogging: true })
+  app.openaiWebhook.on('batch.failed', () => {})
+  await post(app, valid())
+  await app.close()
+  const [line] = log.lines
+  t.match(said(line!), { level: 30, msg: 'webhook delivery processed', ...NAMED, handlers: 1, ms: Number })
+  t.notOk('reqId' in line!)
+})
+
+t.test('a duplicate is one line, with where it had been seen', async t => {
+  const log = capturedLog()
+  const app = await build(t, {}, { logger: log.logger, disableRequestLogging: true })
+  const delivery = valid()
+  await post(app, delivery)
+  await post(app, redelivered(delivery))
+  t.same(said(log.lines[1]!), { level: 30, msg: 'webhook delivery is a duplicate', ...NAMED, state: 'processed' })
+})
+
+t.test('names that no schema bounds are cut, and left out where they are no text', async t => {
+  const log = capturedLog()
+  const app = await build(t, { events: { 'acme.long': Type.Object({ type: Type.String() }) } }, { logger: log.logger, disableRequestLogging: true })
+  await post(app, sign({ type: 'acme.long', id: 7 }))
+  await post(app, sign({ type: `made.up.${'x'.repeat(1_000)}`, id: 'y'.repeat(1_000) }))
+  const [first, second] = log.lines
+  t.notOk('eventId' in first!)
+  t.equal(second!['eventId'], 'y'.repeat(256))
+  t.equal((second!['eventType'] as string).length, 256)
+})
+
+t.test('a refused delivery is a line at warn, with its code and nothing of a payload or a secret', async t => {
+  const log = capturedLog()
+  const app = await build(t, { idempotency: { store: { ...memoryStore(), begin: () => ({ state: 'running' }) } } }, { logger: { ...log.logger as object, level: 'trace' }, disableRequestLogging: true })
+  const refused = [
+    forged(),
+    { ...forged(), headers: { 'content-type': 'application/json' } },
+    sign(JSON.stringify({ type: 'batch.failed', data: { note: MARKER } })),
+    { ...valid(), headers: { ...valid().headers, 'content-type': 'text/plain' } },
+    valid()
+  ]
+  for (const delivery of refused) await post(app, delivery)
+  const line = { level: 40, msg: REFUSED, endpoint: ENDPOINT }
+  t.same(withText(log.lines, REFUSED).map(said), [
+    { ...line, code: 'FST_OPENAI_WEBHOOK_INVALID_SIGNATURE', statusCode: 401 },
+    { ...line, code: 'FST_OPENAI_WEBHOOK_MISSING_HEADER', statusCode: 401 },
+    { ...line, code: 'FST_OPENAI_WEBHOOK_INVALID_EVENT', statusCode: 400 },
+    { ...line, code: 'FST_ERR_CTP_INVALID_MEDIA_TYPE', statusCode: 415 },
+    { ...line, ...NAMED, code: 'FST_OPENAI_WEBHOOK_IN_PROGRESS', statusCode: 409 }
+  ])
+  await new Promise(resolve => setImmediate(resolve)) // the diagnosis of a signature comes after the answer
+  const text = JSON.stringify(log.lines)
+  t.match(text, /the signature does not match/)
+  for (const secret of [MARKER, SECRET.slice('whsec_'.length), 'Zm9yZ2Vk', valid().headers['webhook-signature']!]) t.notOk(text.includes(secret), secret)
+})
+
+t.test('10,000 forgeries are a few lines, and their count when the window ends', async t => {
+  const log = capturedLog()
+  const app = await build(t, {}, { logger: log.logger, disableRequestLogging: true })
+  app.openaiWebhook.route({ url: '/second' })
+  await app.ready()
+  const clock = stoppedClock(t)
+  const line = { code: 'FST_OPENAI_WEBHOOK_INVALID_SIGNATURE', endpoint: ENDPOINT }
+
+  const forgery = forged()
+  for (let sent = 0; sent < 10_000; sent++) await post(app, forgery)
+  t.same(log.lines.map(said), Array.from({ length: 5 }, () => ({ level: 40, msg: REFUSED, ...line, statusCode: 401 })))
+  await post(app, forgery, '/second')
+  await post(app, { ...forgery, headers: { 'content-type': 'application/json' } })
+  t.match(log.lines.slice(5).map(said), [{ endpoint: '/second' }, { code: 'FST_OPENAI_WEBHOOK_MISSING_HEADER' }], 'a flood hides no other refusal')
+
+  log.lines.length = 0
+  clock.advance(9_999)
+  t.same(log.lines, [])
+  clock.advance(1)
+  t.same(log.lines.map(said), [{ level: 40, msg: '9995 more webhook deliveries refused', ...line, suppressed: 9_995 }], 'nothing is told of what was written in full')
+
+  log.lines.length = 0
+  for (let sent = 0; sent < 6; sent++) await post(app, forgery)
+  t.equal(withText(log.lines, REFUSED).length, 5, 'another window')
+  await app.close()
+  t.same(said(log.lines.at(-1)!), { level: 40, msg: '1 more webhook deliveries refused', ...line, suppressed: 1 }, 'closing tells at once')
+  t.equal(log.lines.length, 6)
+})
+
+t.test('codes without end are lines with an end', async t => {
+  const log = capturedLog()
+  const verifier: Verifier = ({ headers }) => {
+    throw Object.assign(new Error('no'), { code: String(headers['x-code']), statusCode: 401 })
+  }
+  const app = await build(t, { verifier }, { logger: log.logger, disableRequestLogging: true })
+  app.post('/marked', { config: { openaiWebhook: {} } }, () => {})
+  await app.ready()
+  const clock = stoppedClock(t)
+  for (let nth = 0; nth < 1_000; nth++) await post(app, { ...valid(), headers: { ...valid().headers, 'x-code': `ACME_${nth}` } }, '/marked')
+  t.equal(log.lines.length, 200 + 5)
+  log.lines.length = 0
+  clock.advance(10_000)
+  t.match(log.lines.map(said), [{ level: 40, msg: '795 more webhook deliveries refused', code: 'others', suppressed: 795 }])
+  t.equal(log.lines.length, 1)
+})
+
+t.test('a delivery that handlers failed is one line at error, with what each of them threw', async t => {
+  const log = capturedLog()
+  const app = await build(t, {}, { logger: log.logger, disableRequestLogging: true })
+  app.openaiWebhook
+    .on('batch.failed', () => { throw new TypeError('the first failed') })
+    .on('batch.failed', async () => { throw new Error('the second failed') })
+    .on('batch.failed', () => {})
+  const answer = await post(app, valid())
+  t.notMatch(answer.body, /the first failed/)
+  const [line, ...others] = log.lines
+  t.same(others, [], 'and not refused or processed on another one')
+  t.match(line, {
+    level: 50,
+    msg: 'an event handler failed',
+    ...NAMED,
+    code: 'FST_OPENAI_WEBHOOK_HANDLER_FAILED',
+    err: {
+      type: 'AggregateError',
+      message: '2 of 3 handlers failed: the first failed; the second failed',
+      aggregateErrors: [{ type: 'TypeError', message: 'the first failed', stack: /log\.test\.ts/ }, { type: 'Error', message: 'the second failed' }]
+    }
+  })
+})
+
+t.test('a store that fails is one line at error, with why', async t => {
+  const log = capturedLog()
+  const app = await build(t, { idempotency: { store: { ...memoryStore(), begin () { throw new Error('connect ECONNREFUSED') } } } }, { logger: log.logger, disableRequestLogging: true })
+  await post(app, valid())
+  t.equal(log.lines.length, 1)
+  t.match(log.lines[0], { level: 50, code: 'FST_OPENAI_WEBHOOK_UNAVAILABLE', ...NAMED, err: { type: 'Error', message: 'connect ECONNREFUSED' } })
+})
+
+t.test('what is thrown is cut where it is huge, and replaced where it cannot be read', async t => {
+  const HUGE = 'x'.repeat(1_000_000)
+  const unreadable = Object.defineProperty(new Error(), 'message', { get () { throw new Error('a getter that throws') } })
+  const named = Object.assign(new RangeError(HUGE), { name: 'AcmeError' })
+  const stackless = Object.assign(new Error('no stack'), { stack: undefined })
+  for (const [name, thrown, expected] of [
+    ['an error', named, { type: 'Error', message: 'x'.repeat(10_000) }],
+    ['an error with a huge stack', Object.assign(new Error('short'), { stack: HUGE }), { message: 'short', stack: 'x'.repeat(10_000) }],
+    ['an error without a stack', stackless, { message: 'no stack' }],
+    ['a text', HUGE, 'x'.repeat(10_000)],
+    ['an object', { reason: 'not an error' }, { reason: 'not an error' }],
+    ['an error that cannot be read', unreadable, { message: 'an error that cannot be read' }]
+  ] as const) {
+    const log = capturedLog()
+    const app = await build(t, {}, { logger: log.logger })
+    app.openaiWebhook.onAny(() => { throw new Error('the handler failed') }).onError(() => { throw thrown })
+    t.equal((await post(app, valid())).statusCode, 500)
+    const [line] = withText(log.lines, 'an onError handler failed')
+    t.match(line!.err, expected, name)
+    t.ok(JSON.stringify(line).length < 50_000, name)
+  }
+})
+
+t.test('what an app redacts stays out, and its serializers are asked', async t => {
+  const log = capturedLog()
+  const hashed = (value: unknown): string => createHash('sha256').update(String(value)).digest('hex').slice(0, 8)
+  const app = Fastify({
+    disableRequestLogging: true,
+    logger: { ...log.logger as object, redact: ['eventId', 'err.stack'], serializers: { endpoint: (value: unknown) => `at ${String(value)}` } }
+  }) as unknown as FastifyInstance
+  t.teardown(() => app.close())
+  await app.register(async scope => {
+    await scope.register(openaiWebhook, { secret: SECRET })
+    scope.openaiWebhook.on('batch.failed', (_event, { log }) => { log.info('in a handler') })
+  }, { logSerializers: { webhookId: hashed } })
+  await post(app, valid())
+  const fields = { ...NAMED, eventId: '[Redacted]', webhookId: hashed('wh_1'), endpoint: `at ${ENDPOINT}` }
+  t.same(said(log.lines[0]!), { level: 30, msg: 'in a handler', ...fields })
+  t.match(said(log.lines[1]!), { msg: 'webhook delivery processed', ...fields })
+})
+
+t.test('the logLevel of a scope cuts the lines of its routes, and those of no other', async t => {
+  const log = capturedLog()
+  const app = Fastify({ logger: log.logger }) as unknown as FastifyInstance
+  t.teardown(() => app.close())
+  await app.register(async scope => await scope.register(openaiWebhook, { secret: SECRET }), { logLevel: 'error' })
+  app.post('/other', () => ({}))
+  await post(app, valid())
+  await post(app, forged())
+  t.same(log.lines, [])
+  await post(app, valid(), '/other')
+  t.same(log.lines.map(({ msg }) => msg), ['incoming request', 'request completed'])
+})
