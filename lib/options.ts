@@ -1,10 +1,10 @@
-import { KindGuard } from '@sinclair/typebox'
 import type { TSchema } from '@sinclair/typebox'
 import { InvalidOptions } from './errors.ts'
 import type { Secret } from './keyring.ts'
 import { nearest } from './nearest.ts'
 import type { Runner } from './runners/runner.ts'
 import type { IdempotencyStore } from './stores/store.ts'
+import { KindGuard } from './typebox.ts'
 import type { RateLimit, RouteOverrides, WebhookRouteOptions } from './types.ts'
 import type { Verifier } from './verifiers/verifier.ts'
 

@@ -17,7 +17,7 @@ import { captureBody, readPayload, replayPayload, toBuffer, toHeaders } from './
 import { Claims } from './pipeline/deduplicate.ts'
 import { recordAnswer } from './pipeline/respond.ts'
 import { compileValidators } from './pipeline/validate.ts'
-import type { ParseJson } from './pipeline/validate.ts'
+import type { Compiler, ParseJson } from './pipeline/validate.ts'
 import { checkHeaders } from './pipeline/verify.ts'
 import type { Verification } from './pipeline/verify.ts'
 import { Receiver, SECRET_INDEX } from './receive.ts'
@@ -31,6 +31,7 @@ import { memoryStore } from './stores/memory.ts'
 import type { IdempotencyStore } from './stores/store.ts'
 import { OpenAIWebhookScope } from './scope.ts'
 import type { Delivery, OpenAIWebhook, RouteOverrides, WebhookRouteOptions } from './types.ts'
+import { TypeCompiler } from './typebox.ts'
 import { Verifications } from './verifications.ts'
 import { standardWebhooks } from './verifiers/standard-webhooks.ts'
 
@@ -63,7 +64,8 @@ const forgetful: IdempotencyStore = {
 async function openaiWebhook (instance: FastifyInstance, options: OpenAIWebhookOptions): Promise<void> {
   assertOptions(options)
   if (instance.hasDecorator('openaiWebhook')) throw new AlreadyRegistered()
-  const plugin = new Plugin(instance, options)
+  const compiler = options.events === undefined ? TypeCompiler : await usersCompiler()
+  const plugin = new Plugin(instance, options, compiler)
 
   instance.decorate('openaiWebhook', { getter (this: FastifyInstance): OpenAIWebhook { return plugin.scope(this) } })
   instance.decorateRequest('openaiWebhook', null as unknown as Delivery)
@@ -79,6 +81,14 @@ async function openaiWebhook (instance: FastifyInstance, options: OpenAIWebhookO
     const { prefix, rateLimit } = options
     plugin.receiveAt(instance, { url: plugin.path, ...(prefix !== undefined && { prefix }), ...(rateLimit !== undefined && { rateLimit }) })
   }
+}
+
+/** The user's copy of TypeBox compiles the user's schemas: it has the formats and kinds that were registered with it. */
+async function usersCompiler (): Promise<Compiler> {
+  // A name that the build cannot see: it would put a copy in our own file.
+  const name: string = '@sinclair/typebox/compiler'
+  const module = await import(name) as typeof import('@sinclair/typebox/compiler')
+  return module.TypeCompiler
 }
 
 /** One registration. The only file that holds a Fastify instance. */
@@ -102,7 +112,7 @@ export class Plugin {
   /** For a route that replies by dispatching, on a marked route. */
   readonly handler: RouteHandlerMethod
 
-  constructor (instance: FastifyInstance, options: OpenAIWebhookOptions) {
+  constructor (instance: FastifyInstance, options: OpenAIWebhookOptions, compiler: Compiler) {
     const schemas = { ...officialEvents, ...options.events }
     const { lease = DEFAULTS.lease, retention = DEFAULTS.retention, store } = options.idempotency || {}
     this.path = options.path ?? DEFAULTS.path
@@ -116,7 +126,7 @@ export class Plugin {
     this.#closeTimeout = options.closeTimeout ?? DEFAULTS.closeTimeout
     this.#receiver = new Receiver({
       parse: jsonParser(instance),
-      validators: compileValidators(schemas),
+      validators: compileValidators(schemas, compiler),
       claims: new Claims({
         store: options.idempotency === false ? forgetful : store ?? memoryStore(),
         lease,

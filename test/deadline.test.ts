@@ -10,7 +10,7 @@ const DUPLICATE = '{"received":true,"duplicate":true}'
 /** Starts a wait; what it returns calls it off. */
 function starter (deadline: Deadline): (expired: () => void) => () => void {
   return expired => {
-    const waiting = { expiresAt: 0, expired }
+    const waiting = { expiresAt: 0, earlier: undefined, later: undefined, expired }
     deadline.start(waiting)
     return () => { deadline.stop(waiting) }
   }

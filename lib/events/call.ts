@@ -1,4 +1,4 @@
-import { Type } from '@sinclair/typebox'
+import { Type } from '../typebox.ts'
 import { family, known } from './schema.ts'
 
 const sip = {

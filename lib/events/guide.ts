@@ -1,4 +1,4 @@
-import { Type } from '@sinclair/typebox'
+import { Type } from '../typebox.ts'
 import { guideFamily } from './schema.ts'
 
 const id = Type.String()

@@ -1,4 +1,4 @@
-import { Type } from '@sinclair/typebox'
+import { Type } from '../typebox.ts'
 import { family, markedFamily, Thin } from './schema.ts'
 
 const nullableString = Type.Optional(Type.Union([Type.String(), Type.Null()]))

@@ -1,4 +1,4 @@
-import { Type } from '@sinclair/typebox'
+import { Type } from '../typebox.ts'
 import type { Static, TLiteral, TObject, TSchema, TUnsafe } from '@sinclair/typebox'
 
 type Envelope = { id: TSchema, created_at: TSchema, object: TSchema }

@@ -1,7 +1,6 @@
 import { isUtf8 } from 'node:buffer'
 import type { TSchema } from '@sinclair/typebox'
-import { TypeCompiler } from '@sinclair/typebox/compiler'
-import type { TypeCheck } from '@sinclair/typebox/compiler'
+import type { TypeCheck, TypeCompiler } from '@sinclair/typebox/compiler'
 import { InvalidBody, InvalidEvent } from '../errors.ts'
 
 export type Validators = ReadonlyMap<string, TypeCheck<TSchema>>
@@ -9,8 +8,11 @@ export type Validators = ReadonlyMap<string, TypeCheck<TSchema>>
 /** Parses JSON text or throws; refuses `__proto__` and `constructor.prototype` keys. */
 export type ParseJson = (text: string) => unknown
 
-export function compileValidators (schemas: Readonly<Record<string, TSchema>>): Validators {
-  return new Map(Object.entries(schemas).map(([type, schema]) => [type, TypeCompiler.Compile(schema)]))
+/** The compiler of one copy of TypeBox: it knows the formats and kinds that were registered with that copy. */
+export type Compiler = Pick<typeof TypeCompiler, 'Compile'>
+
+export function compileValidators (schemas: Readonly<Record<string, TSchema>>, compiler: Compiler): Validators {
+  return new Map(Object.entries(schemas).map(([type, schema]) => [type, compiler.Compile(schema)]))
 }
 
 /**
