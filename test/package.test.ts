@@ -23,6 +23,7 @@ t.test('the packed tarball', async t => {
         files: ['app.ts']
       }),
       'app.ts': `
+import { FormatRegistry, Type } from '@sinclair/typebox'
 import Fastify from 'fastify'
 import openaiWebhook, { guideEvents, inline, memoryStore, standardWebhooks, xOpenAISignature } from 'fastify-openai-webhook'
 import type { GuideEvents, WebhookEvent } from 'fastify-openai-webhook'
@@ -52,6 +53,16 @@ try { app.openaiWebhook.on('batch.complete', () => {}) } catch (error) { console
 const response = await app.inject({ method: 'POST', url: '/webhooks/openai', headers: vector.headers, payload: vector.body })
 console.log(response.statusCode, response.body)
 await app.close()
+
+FormatRegistry.Set('response-id', value => value.startsWith('resp_'))
+for (const format of ['response-id', 'never-registered']) {
+  const strict = Fastify()
+  const events = { 'response.completed': Type.Object({ type: Type.Literal('response.completed'), data: Type.Object({ id: Type.String({ format }) }) }) }
+  await strict.register(openaiWebhook, { secret: vector.secret, events })
+  const { statusCode } = await strict.inject({ method: 'POST', url: '/webhooks/openai', headers: vector.headers, payload: vector.body })
+  console.log(format, statusCode)
+  await strict.close()
+}
 `,
       'required.cjs': `
 const openaiWebhook = require('fastify-openai-webhook')
@@ -88,7 +99,9 @@ app.ready().then(() => console.log(typeof app.openaiWebhook.on, typeof openaiWeb
       'on(): unknown event type "batch.complete", did you mean "batch.completed"?; a type of your own needs a schema in the `events` option',
       'response.completed',
       'response.completed resp_123 true',
-      '200 {"received":true}'
+      '200 {"received":true}',
+      'response-id 200',
+      'never-registered 400'
     ])
     const required = await run(process.execPath, ['required.cjs'], { cwd, env })
     t.equal(required.stdout.trim(), 'function function')
