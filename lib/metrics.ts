@@ -1,0 +1,100 @@
+import type { FastifyPluginAsync } from 'fastify'
+import { register as globalRegister } from 'prom-client'
+import { InvalidOptions } from './errors.ts'
+import { Collector } from './metrics/collector.ts'
+import type { MetricsRegistry } from './metrics/collector.ts'
+import { nearest } from './nearest.ts'
+
+export type { MetricsRegistry }
+
+export interface WebhookMetricsOptions {
+  /**
+   * A registry of prom-client's, or prom-client itself, whose global registry is then used.
+   *
+   * @default prom-client's global registry
+   */
+  register?: MetricsRegistry | { readonly register: MetricsRegistry }
+  /** The types of your `events` option. A type that is neither OpenAI's nor listed here is counted as `other`. */
+  eventTypes?: readonly string[]
+  /**
+   * Upper bounds of `webhook_processing_duration_seconds`, in seconds.
+   *
+   * @default [0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 300]
+   */
+  buckets?: readonly number[]
+}
+
+export interface MetricsRouteOptions {
+  /**
+   * Within the `prefix` of `register`.
+   *
+   * @default '/metrics'
+   */
+  path?: string
+}
+
+/** A Fastify plugin with one route, for those who want it: the metrics are collected without it. */
+export interface WebhookMetrics extends FastifyPluginAsync<MetricsRouteOptions> {
+  /** Collects no more, and takes the metrics out of the registry. */
+  close (): void
+}
+
+const BUCKETS = [0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 300]
+
+/**
+ * Collects metrics about the deliveries of every app in this process, from now on.
+ *
+ * `await app.register(webhookMetrics({ register }))` serves all of the registry's metrics at `GET /metrics`.
+ *
+ * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS, also where the registry has metrics of these names already
+ */
+export function webhookMetrics (options: WebhookMetricsOptions = {}): WebhookMetrics {
+  assertObject(options)
+  assertNames(options, ['register', 'eventTypes', 'buckets'])
+  const { register = globalRegister, eventTypes = [], buckets = BUCKETS } = options
+  if (!isList(eventTypes, type => typeof type === 'string')) throw new InvalidOptions('webhookMetrics(): expected eventTypes to be an array of event types')
+  if (!isList(buckets, (bound, index) => Number.isFinite(bound) && (index === 0 || (bound as number) > (buckets[index - 1] as number)))) {
+    throw new InvalidOptions('webhookMetrics(): expected buckets to be an array of numbers of seconds in ascending order')
+  }
+  const registry = registryOf(register)
+  const collector = new Collector({ register: registry, eventTypes, buckets })
+
+  const plugin: FastifyPluginAsync<MetricsRouteOptions> = async (app, routeOptions) => {
+    // Those of Fastify's `register` itself are beside it.
+    assertNames(routeOptions, ['path', 'prefix', 'logLevel', 'logSerializers'])
+    const { path = '/metrics' } = routeOptions
+    if (typeof path !== 'string' || !path.startsWith('/')) throw new InvalidOptions('webhookMetrics(): expected path to begin with "/"')
+    const schema: object = { hide: true } // for @fastify/swagger
+    app.get(path, { schema }, async (_request, reply) => {
+      reply.type(registry.contentType)
+      return await registry.metrics()
+    })
+  }
+  return Object.assign(plugin, { close: () => { collector.close() } })
+}
+
+function assertObject (options: unknown): void {
+  if (typeof options !== 'object' || options === null) throw new InvalidOptions('webhookMetrics(): expected options to be an object, such as { register }')
+}
+
+function assertNames (options: object, names: readonly string[]): void {
+  for (const name of Object.keys(options)) {
+    if (!names.includes(name)) throw new InvalidOptions(`webhookMetrics(): unknown option "${name}"${nearest(name, names)}`)
+  }
+}
+
+function isList (value: unknown, accepts: (item: unknown, index: number) => boolean): boolean {
+  return Array.isArray(value) && value.every(accepts)
+}
+
+function registryOf (register: unknown): MetricsRegistry {
+  if (isRegistry(register)) return register
+  const inner = (register as { register?: unknown } | null)?.register
+  if (isRegistry(inner)) return inner
+  throw new InvalidOptions('webhookMetrics(): expected register to be a Registry of prom-client\'s, or prom-client itself')
+}
+
+function isRegistry (value: unknown): value is MetricsRegistry {
+  return ['metrics', 'registerMetric', 'getSingleMetric', 'removeSingleMetric']
+    .every(method => typeof (value as Record<string, unknown> | null | undefined)?.[method] === 'function')
+}

@@ -1,0 +1,276 @@
+import type { Channel } from 'node:diagnostics_channel'
+import { Counter, Gauge, Histogram } from 'prom-client'
+import type { CounterConfiguration, GaugeConfiguration, HistogramConfiguration, Metric, OpenMetricsContentType, PrometheusContentType, Registry } from 'prom-client'
+import { channels } from '../channels.ts'
+import type { DeliveryInfo, MessageChannel } from '../channels.ts'
+import { InvalidOptions } from '../errors.ts'
+import { OTHER, OVERLOADED, UNAVAILABLE, codeLabel, knownTypes, refusalCodes, secretLabel } from './labels.ts'
+import { queueDepth } from './queue-depth.ts'
+
+export type MetricsRegistry = Registry<PrometheusContentType> | Registry<OpenMetricsContentType>
+
+export interface CollectorOptions {
+  readonly register: MetricsRegistry
+  readonly eventTypes: readonly string[]
+  readonly buckets: readonly number[]
+}
+
+const STATUSES = ['processed', 'failed', 'duplicate', 'queued', 'refused'] as const
+
+/**
+ * What became of the deliveries of one event type since the last scrape. `Counter.inc()` makes a text of its labels at
+ * every call: plain numbers, added at the scrape, cost a delivery half a microsecond less.
+ */
+type Tally = Record<typeof STATUSES[number], number> & { readonly labels: { readonly event_type: string } }
+
+/** Seconds: up to the 72 hours for which OpenAI retries. */
+const AGE_BUCKETS = [1, 2, 5, 10, 30, 60, 300, 900, 3_600, 21_600, 86_400, 259_200]
+/** Seconds by which the clock that set `created_at` may be ahead: the default tolerance of signed timestamps. */
+const MAX_LEAD = 300
+
+/** A part of a tracing channel: of its messages Node's types say nothing. */
+const part = <Message>(channel: Channel<unknown, Message>): MessageChannel<Message> => channel as unknown as MessageChannel<Message>
+
+/** The metrics in one registry, fed by the channels of this process until it is closed. */
+export class Collector {
+  readonly #register: MetricsRegistry
+  readonly #known: ReadonlySet<string>
+  readonly #metrics = new Map<string, Metric>()
+  readonly #unsubscribe: Array<() => void> = []
+  readonly #tallies = new Map<string, Tally>()
+
+  /** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS when the registry has a metric of one of the names */
+  constructor ({ register, eventTypes, buckets }: CollectorOptions) {
+    this.#register = register
+    this.#known = knownTypes(eventTypes)
+    try {
+      this.#observeOutcomes()
+      this.#observeHandlers([...buckets])
+      this.#observeRefusals()
+      this.#observeSecrets()
+      this.#observeTheRest()
+    } catch (error) {
+      this.close()
+      throw error
+    }
+  }
+
+  /** Ends the subscriptions and takes the metrics out of the registry. */
+  close (): void {
+    for (const unsubscribe of this.#unsubscribe.splice(0)) unsubscribe()
+    for (const [name, metric] of this.#metrics) {
+      // After the user's `register.clear()` there may be another one of this name.
+      if (this.#register.getSingleMetric(name) === metric) this.#register.removeSingleMetric(name)
+    }
+  }
+
+  #observeOutcomes (): void {
+    const tallies = this.#tallies
+    this.#counter({
+      name: 'webhook_events_total',
+      help: 'Verified deliveries by what became of them: processed, failed, duplicate, queued or refused',
+      labelNames: ['event_type', 'status'],
+      collect () {
+        for (const tally of tallies.values()) {
+          for (const status of STATUSES) {
+            this.inc({ ...tally.labels, status }, tally[status])
+            tally[status] = 0
+          }
+        }
+      }
+    })
+    this.#subscribe(part(channels.enqueue.asyncEnd), message => {
+      if (message.error === undefined) this.#tally(message).queued++
+    })
+
+    const duplicates = this.#counter({
+      name: 'webhook_duplicates_total',
+      help: 'Deliveries of a webhook-id that had been seen: processed before, joined to one that was running here, or running elsewhere',
+      labelNames: ['state']
+    })
+    // From 0, as below: what appears with its first increment has not increased for Prometheus.
+    for (const state of ['processed', 'joined', 'elsewhere']) duplicates.inc({ state }, 0)
+    this.#subscribe(channels.duplicate, message => {
+      this.#tally(message).duplicate++
+      duplicates.inc({ state: message.state })
+    })
+
+    const unhandled = this.#counter({
+      name: 'webhook_unhandled_total',
+      help: 'Deliveries of a type that no handler of on() takes',
+      labelNames: ['event_type']
+    })
+    this.#subscribe(channels.unhandled, delivery => { unhandled.inc(this.#tally(delivery).labels) })
+  }
+
+  #observeHandlers (buckets: number[]): void {
+    const duration = this.#histogram({
+      name: 'webhook_processing_duration_seconds',
+      help: 'Time from the start of the handlers of a delivery until their end is on record',
+      labelNames: ['event_type'],
+      buckets
+    })
+    const deliveryAge = this.#histogram({
+      name: 'webhook_delivery_age_seconds',
+      help: 'Time from the signing of a delivery to the start of its handlers',
+      buckets: AGE_BUCKETS
+    })
+    const eventAge = this.#histogram({
+      name: 'webhook_event_age_seconds',
+      help: 'Time from created_at of an event to the start of its handlers',
+      buckets: AGE_BUCKETS
+    })
+    const failures = this.#counter({
+      name: 'webhook_handler_failures_total',
+      help: 'Handlers that threw or rejected',
+      labelNames: ['event_type', 'handler']
+    })
+    let inFlight = 0
+    this.#gauge({
+      name: 'webhook_deliveries_in_flight',
+      help: 'Deliveries whose handlers are running',
+      collect () { this.set(inFlight) }
+    })
+
+    // Kept on the message, which is one object from the first to the last; another collector has its own.
+    const startedAt = Symbol('webhook-metrics.startedAt')
+    const handlerFailed = Symbol('webhook-metrics.handlerFailed')
+    this.#subscribe(part(channels.delivery.start), message => {
+      inFlight++
+      note(message, startedAt, performance.now())
+      const now = Date.now() / 1_000
+      const { timestamp, event: { created_at: createdAt } } = message
+      // What comes out of a queue has been in other hands.
+      if (Number.isFinite(timestamp)) deliveryAge.observe(Math.max(0, now - timestamp))
+      if (isPlausible(createdAt, now)) eventAge.observe(Math.max(0, now - createdAt))
+    })
+    this.#subscribe(part(channels.handler.error), ({ delivery, handler }) => {
+      failures.inc({ ...this.#tally(delivery).labels, handler })
+      note(delivery, handlerFailed, true)
+    })
+    this.#subscribe(part(channels.delivery.asyncEnd), message => {
+      const started = noted(message, startedAt)
+      if (started === undefined) return // before this collector was there
+      inFlight--
+      const tally = this.#tally(message)
+      duration.observe(tally.labels, (performance.now() - (started as number)) / 1_000)
+      if (message.error === undefined) {
+        tally.processed++
+        return
+      }
+      tally.failed++
+      // No event handler has failed: it was the route's own, the `handler` that replies.
+      if (noted(message, handlerFailed) === undefined) failures.inc({ ...tally.labels, handler: 'handler' })
+    })
+  }
+
+  #observeRefusals (): void {
+    const refusals = this.#counter({
+      name: 'webhook_refusals_total',
+      help: 'Deliveries that were not answered 200, by the code of the answer',
+      labelNames: ['code']
+    })
+    for (const code of refusalCodes) refusals.inc({ code }, 0)
+    this.#subscribe(channels.refused, ({ code, event }) => {
+      refusals.inc({ code: codeLabel(code) })
+      // The other refusals of a verified delivery are counted as what they are about: a duplicate, or the end of its handlers.
+      if (event !== undefined && (code === OVERLOADED || code === UNAVAILABLE)) this.#tally({ event }).refused++
+    })
+  }
+
+  #observeSecrets (): void {
+    const matches = new Map<string, Map<string, number>>()
+    this.#counter({
+      name: 'webhook_secret_matches_total',
+      help: 'Verified deliveries by the secret that matched: its index in the secret option',
+      labelNames: ['endpoint', 'secret_index'],
+      collect () {
+        for (const [endpoint, bySecret] of matches) {
+          for (const [index, count] of bySecret) {
+            this.inc({ endpoint, secret_index: index }, count)
+            bySecret.set(index, 0)
+          }
+        }
+      }
+    })
+    this.#subscribe(channels.verified, ({ endpoint, secretIndex }) => {
+      let bySecret = matches.get(endpoint)
+      if (bySecret === undefined) matches.set(endpoint, bySecret = new Map())
+      const index = secretLabel(secretIndex)
+      bySecret.set(index, (bySecret.get(index) ?? 0) + 1)
+    })
+  }
+
+  #observeTheRest (): void {
+    const trouble = this.#counter({
+      name: 'webhook_trouble_total',
+      help: 'Failures that no sender is told of: of a store, a queue or a secret function, or of a queued delivery'
+    })
+    this.#subscribe(channels.trouble, () => { trouble.inc() })
+    this.#gauge({
+      name: 'webhook_queue_depth',
+      help: 'Deliveries that wait in the queue of a runner',
+      // Of the processes of a cluster that share a queue, each tells the depth of the whole.
+      aggregator: 'max',
+      async collect () {
+        const depth = await queueDepth()
+        // No sample rather than an old one.
+        if (depth === undefined) this.remove()
+        else this.set(depth)
+      }
+    })
+  }
+
+  #tally ({ event: { type } }: Pick<DeliveryInfo, 'event'>): Tally {
+    return this.#tallies.get(type) ?? this.#tallyOf(this.#known.has(type) ? type : OTHER)
+  }
+
+  #tallyOf (label: string): Tally {
+    let tally = this.#tallies.get(label)
+    if (tally === undefined) {
+      tally = { labels: { event_type: label }, processed: 0, failed: 0, duplicate: 0, queued: 0, refused: 0 }
+      this.#tallies.set(label, tally)
+    }
+    return tally
+  }
+
+  #subscribe<Message> (channel: MessageChannel<Message>, listener: (message: Message) => void): void {
+    channel.subscribe(listener)
+    this.#unsubscribe.push(() => { channel.unsubscribe(listener) })
+  }
+
+  #counter (configuration: CounterConfiguration<string>): Counter {
+    return this.#own(configuration.name, () => new Counter({ ...configuration, registers: [this.#register] }))
+  }
+
+  #gauge (configuration: GaugeConfiguration<string>): Gauge {
+    return this.#own(configuration.name, () => new Gauge({ ...configuration, registers: [this.#register] }))
+  }
+
+  #histogram (configuration: HistogramConfiguration<string>): Histogram {
+    return this.#own(configuration.name, () => new Histogram({ ...configuration, registers: [this.#register] }))
+  }
+
+  #own<T extends Metric> (name: string, make: () => T): T {
+    if (this.#register.getSingleMetric(name) !== undefined) {
+      throw new InvalidOptions(`webhookMetrics(): the registry has a metric "${name}" already. One webhookMetrics() observes every app of the process: ` +
+        'call it once for a registry, register what it returns in each app that shall serve the metrics, or close() it before it is called again')
+    }
+    const metric = make()
+    this.#metrics.set(name, metric)
+    return metric
+  }
+}
+
+function note (message: object, key: symbol, value: unknown): void {
+  (message as Record<symbol, unknown>)[key] = value
+}
+
+function noted (message: object, key: symbol): unknown {
+  return (message as Record<symbol, unknown>)[key]
+}
+
+/** Unix seconds, as OpenAI has them: not milliseconds, nor a time to come. */
+function isPlausible (createdAt: unknown, now: number): createdAt is number {
+  return typeof createdAt === 'number' && createdAt > 0 && createdAt <= now + MAX_LEAD
+}

@@ -1,0 +1,40 @@
+import fastify from 'fastify'
+import {
+  DeadlineExceeded, HandlerFailed, InProgress, InvalidBody, InvalidEvent, InvalidId, InvalidSignature, InvalidTimestamp, MissingHeader, Overloaded,
+  TimestampOutOfTolerance, Unavailable, UnprotectedRoute
+} from '../errors.ts'
+import { guideEntries, officialEntries } from '../events/index.ts'
+
+/** In place of a value that comes from outside: each value of a label is a time series, which nothing deletes. */
+export const OTHER = 'other'
+
+/** The event types that have a label of their own. */
+export function knownTypes (own: readonly string[]): ReadonlySet<string> {
+  return new Set([...Object.keys(officialEntries), ...Object.keys(guideEntries), ...own])
+}
+
+const codeOf = (CodedError: typeof HandlerFailed): string => new CodedError().code
+
+export const OVERLOADED = codeOf(Overloaded)
+export const UNAVAILABLE = codeOf(Unavailable)
+
+/** Our answers other than 200. */
+export const refusalCodes: readonly string[] = [
+  UnprotectedRoute, MissingHeader, InvalidId, InvalidTimestamp, TimestampOutOfTolerance, InvalidSignature, InvalidBody, InvalidEvent, InProgress,
+  HandlerFailed, DeadlineExceeded
+].map(codeOf).concat(OVERLOADED, UNAVAILABLE)
+
+const knownCodes = new Set([...refusalCodes, ...Object.keys(fastify.errorCodes).filter(code => code.startsWith('FST_ERR_CTP_'))])
+
+/** A verifier, an error handler's plugin or a rate limit of the user's may refuse with any code. */
+export function codeLabel (code: string): string {
+  return knownCodes.has(code) ? code : OTHER
+}
+
+/** More than one rotation needs, and a bound for what a verifier of the user's calls an index. */
+const MAX_SECRETS = 20
+
+export function secretLabel (index: number | undefined): string {
+  if (index === undefined) return 'unknown'
+  return Number.isInteger(index) && index >= 0 && index < MAX_SECRETS ? String(index) : OTHER
+}
