@@ -48,7 +48,7 @@ function renderMachine ({ date, commit, cpu, cores, memory, load, os, node, open
 export function renderChart ({ results, labels }) {
   const drawn = results.filter(({ size }) => size < 10_000)
   return barChart({
-    title: 'CPU time of the server a delivery, µs (medians, least to greatest round)',
+    title: 'CPU µs of the server a delivery: median, least and greatest of the rounds',
     series: drawn.map(({ label }) => label),
     rows: Object.entries(labels).map(([name, label]) => ({
       label,

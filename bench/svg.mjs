@@ -1,7 +1,7 @@
 // Horizontal bars with whiskers. The chart has a background of its own, so that it can be read on any page.
 const WIDTH = 800
-const LABELS = 270
-const VALUES = 60
+const LABELS = 300
+const VALUES = 56
 const BAR = 11
 const ROW = 36
 const TOP = 66

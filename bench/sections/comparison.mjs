@@ -1,3 +1,4 @@
+import { fileURLToPath } from 'node:url'
 import { contenders } from '../contenders/index.mjs'
 import { eventOf } from '../deliveries.mjs'
 import { figures, ratio, table, whole } from '../markdown.mjs'
@@ -13,12 +14,12 @@ export const SIZES = [
 
 /**
  * @param {import('../bench.mjs').Bench} bench
- * @param {{ names?: string[], sizes?: number[], baseline?: string }} [choice] what to leave out, and another build to compare with
+ * @param {{ names?: string[], sizes?: number[], baseline?: string }} [choice] what to leave out, and the URL of another build to compare with
  */
 export async function run (bench, { names = Object.keys(contenders), sizes, baseline } = {}) {
   const all = { ...contenders }
   if (baseline !== undefined) {
-    all.baseline = { ...contenders['ours-sync'], label: `the plugin at ${baseline}`, options: { handler: 'sync', from: baseline } }
+    all.baseline = { ...contenders['ours-sync'], label: `the plugin at ${fileURLToPath(new URL('..', baseline))}`, options: { handler: 'sync', from: baseline } }
     names = [...names, 'baseline']
   }
   const chosen = Object.fromEntries(names.filter(name => bench.has(all[name])).map(name => [name, all[name]]))

@@ -1,0 +1,197 @@
+import { readFileSync } from 'node:fs'
+import t from 'tap'
+import { tableRows } from './support/docs.ts'
+import { redisMissing } from './support/redis.ts'
+
+interface Contender { label: string, module: string, options?: object, needs?: string, checksNothing?: boolean }
+
+interface Server { stop: () => Promise<void> }
+
+interface Bench {
+  has: (contender: Contender) => boolean
+  serve: (contender: Contender) => Promise<Server>
+  check: (name: string, server: Server, contender: Contender, templates: string[][]) => Promise<string>
+  send: (server: Server, plan: object) => Promise<{ answer: string, cpu: number, rate: number, p50: number, p99: number }>
+  close: () => Promise<void>
+}
+
+interface Spread { median: number, min: number, max: number }
+
+const load = async (file: string): Promise<any> => await import(new URL(`../bench/${file}`, import.meta.url).href)
+
+const { Bench } = await load('bench.mjs') as { Bench: { start: () => Promise<Bench> } }
+const { contenders } = await load('contenders/index.mjs') as { contenders: Record<string, Contender> }
+const { eventOf } = await load('deliveries.mjs') as { eventOf: (size: number) => string[] }
+const { renderChart, renderReport, renderTargets, targetsOf } = await load('report.mjs')
+const { templatesOf, types } = await load('event-types.mjs') as { templatesOf: (types: string[], size: number) => string[][], types: string[] }
+
+t.test('contenders', async t => {
+  const bench = await Bench.start()
+  t.teardown(() => bench.close())
+  const templates = [200, 2_048, 65_536].map(eventOf)
+
+  for (const [name, contender] of Object.entries(contenders)) {
+    const skip = contender.needs === 'redis' ? redisMissing : false
+    t.test(`${name} answers a correct delivery 200${contender.checksNothing === true ? '' : ' and refuses a forged one'}`, { skip }, async t => {
+      t.ok(bench.has(contender), 'what it needs is there')
+      const server = await bench.serve(contender)
+      t.teardown(() => server.stop())
+      t.match(await bench.check(name, server, contender, templates), /^200 /)
+    })
+  }
+
+  t.test('one that accepts what is forged does not pass', async t => {
+    const bare = contenders['bare']!
+    const server = await bench.serve(bare)
+    t.teardown(() => server.stop())
+    await t.rejects(bench.check('bare', server, { ...bare, checksNothing: false }, templates), { message: /^bare answers a delivery that is forged 200 / })
+  })
+
+  t.test('one that refuses a correct delivery does not pass, nor one whose answers differ', async t => {
+    const ours = { ...contenders['ours-sync']!, options: { secretCount: 2, types: ['response.completed'] } }
+    const server = await bench.serve(ours)
+    t.teardown(() => server.stop())
+    const unknown = [['{"id":"', '","type":1}']]
+    await t.rejects(bench.check('ours', server, ours, unknown), { message: /^ours answers a correct delivery 400 / })
+    await t.rejects(bench.send(server, { templates: [...templates, ...unknown], count: 8 }), { message: /^expected all answers to be the same, got \{"200 .*"400 / })
+  })
+
+  t.test('no two deliveries are the same, of whatever type they are', async t => {
+    t.equal(types.length, 40)
+    const ours = { ...contenders['ours-sync']!, options: { types: [types[0]], ownTypes: types.filter(type => type.startsWith('own.')) } }
+    const server = await bench.serve(ours)
+    t.teardown(() => server.stop())
+    const sent = await bench.send(server, { templates: templatesOf(types, 512), count: 200 })
+    t.equal(sent.answer, '200 {"received":true}', 'a duplicate would be answered differently')
+    t.ok(sent.cpu > 0 && sent.rate > 0 && sent.p50 > 0 && sent.p99 >= sent.p50)
+  })
+})
+
+// Measurements that no machine has made: `cpu` µs, and 10 % less and more.
+const spread = (cpu: number): Spread => ({ median: cpu, min: cpu * 0.9, max: cpu * 1.1 })
+const measured = (cpu: number): object => ({ cpu: spread(cpu), rate: 1_000_000 / cpu, p50: cpu / 50, p99: cpu / 10 })
+const each = (figures: Record<string, number>): Record<string, object> => Object.fromEntries(Object.entries(figures).map(([name, cpu]) => [name, measured(cpu)]))
+const plan = { rounds: 2, generations: 3, count: 8_000 }
+
+const small = { bare: 10, hmac: 20, 'ours-sync': 21.4, ours: 22, octokit: 30, standardwebhooks: 40, 'raw-body-openai': 80, 'hono-openai': 60, 'express-openai': 160 }
+const refused = {
+  bare: 10,
+  'ours-sync unsigned': 7,
+  'ours-sync stale': 8,
+  'ours-sync forged': 12,
+  'standardwebhooks unsigned': 20,
+  'standardwebhooks stale': 21,
+  'standardwebhooks forged': 100
+}
+
+const results = {
+  comparison: {
+    results: [
+      { size: 200, label: '200 B', what: 'a thin event', count: 8_000, rounds: 6, contenders: each(small) },
+      { size: 2_048, label: '2 KB', what: 'a call', count: 8_000, rounds: 6, contenders: each({ ...small, 'ours-sync': 40 }) },
+      { size: 65_536, label: '64 KB', what: 'the largest', count: 800, rounds: 6, contenders: each(small) }
+    ],
+    leftOut: ['ours with Redis: there is no redis-server'],
+    labels: Object.fromEntries(Object.keys(small).map(name => [name, `<${name}> & co`]))
+  },
+  refusals: [
+    { label: '200 B', count: 8_000, rounds: 6, contenders: each(refused) },
+    { label: '64 KB', count: 800, rounds: 6, contenders: each(refused) }
+  ],
+  handlers: { plan, variants: each({ '1 for 1 type': 20, '200 for 40 types': 20.4 }) },
+  secrets: { plan, variants: each({ 1: 20, 5: 30 }) },
+  types: { plan, size: 512, variants: each({ 1: 20, 40: 21 }) },
+  'cold-start': {
+    starts: 3,
+    contenders: {
+      bare: { bootCpu: 100, bootWall: 120, processCpu: 130, processWall: 150 },
+      'ours-sync': { bootCpu: 131, bootWall: 150, processCpu: 160, processWall: 180 }
+    }
+  },
+  memory: {
+    count: 100_000,
+    remembered: { before: { live: 10e6, rss: 50e6 }, after: { live: 36.5e6, rss: 90e6 } },
+    forgotten: { before: { live: 9e6, rss: 50e6 }, after: { live: 12e6, rss: 80e6 } }
+  },
+  runners: { rounds: 2, results: [{ runner: 'inline', store: 'memory', count: 100, ...measured(50) }], leftOut: [] },
+  redis: { count: 1_000, commands: { evalsha: 2_000 } }
+}
+
+const machine = {
+  date: '2026-01-02',
+  commit: 'abc1234',
+  cpu: 'Model <9>',
+  cores: 2,
+  memory: 8 * 2 ** 30,
+  load: 0.25,
+  os: 'Linux 6.1 x64',
+  node: 'v20.20.2',
+  openssl: '3.0.0',
+  redis: undefined,
+  packages: { fastify: '5.12.0', hono: '4.13.19' }
+}
+
+t.test('targets are told as met or missed, by the medians', async t => {
+  const rows = tableRows({ path: '', text: renderTargets(targetsOf(results)) })
+  const verdict = (what: RegExp): unknown => rows.find(([target]) => what.test(target!))?.slice(1)
+  t.same(verdict(/<hmac> & co, 200 B/), ['1.08', '1.07 (1.10 with an async handler)', 'met'])
+  t.same(verdict(/<hmac> & co, 2 KB/), ['1.08', '2.00 (1.10 with an async handler)', '**missed**'])
+  t.same(verdict(/<express-openai> & co, 200 B/), ['0.16', '0.13 (0.14 with an async handler)', 'met'])
+  t.same(verdict(/header missing.*bare.*64 KB/), ['0.75', '0.70', 'met'])
+  t.same(verdict(/an hour old.*bare.*64 KB/), ['0.75', '0.80', '**missed**'])
+  t.same(verdict(/signature wrong.*standardwebhooks, 64 KB/), ['0.15', '0.12', 'met'])
+  t.same(verdict(/200 handlers/), ['1.020', '1.020', 'met'])
+  t.same(verdict(/import to ready/), ['1.30', '1.31 (1.25 by wall clock)', '**missed**'])
+  t.same(verdict(/100,000 ids/), ['25.0', '24.5', 'met'])
+  t.same(verdict(/round trips/), ['2.00', '2.00', 'met'])
+  t.equal(rows.filter(([, , , outcome]) => outcome === 'met' || outcome === '**missed**').length, rows.length - 2, 'all but the header')
+
+  const without = tableRows({ path: '', text: renderTargets(targetsOf({ redis: { leftOut: 'there is no redis-server' } })) })
+  t.same(without.at(-1)!.slice(1), ['2.00', 'not measured (there is no redis-server)', ''])
+})
+
+t.test('docs/performance.md is made of a template and of measurements alone', async t => {
+  const template = readFileSync(new URL('../bench/performance.template.md', import.meta.url), 'utf8')
+  const text = renderReport(template, machine, results) as string
+  t.notMatch(text, /\{\{|undefined|NaN/)
+
+  const rows = tableRows({ path: '', text })
+  const row = (first: RegExp): string[] | undefined => rows.find(cells => first.test(cells[0]!))
+  t.same(row(/^<hmac>/), ['<hmac> & co', '20.0', '18.0–22.0', '50,000', '0.40', '2.00', '1.00'])
+  t.same(row(/^\*\*<ours-sync>/), ['**<ours-sync> & co**', '21.4', '19.3–23.5', '46,729', '0.43', '2.14', '1.07'])
+  t.same(row(/^Machine/), ['Machine', 'Model <9>, 2 cores, 8 GiB, Linux 6.1 x64; load average before the run 0.25'])
+  t.same(row(/^Measured/), ['Measured', '2026-01-02, commit abc1234'])
+  t.same(row(/^Redis$/), ['Redis', 'not installed'])
+  t.same(row(/^`EVALSHA`/), ['`EVALSHA`', '2,000', '2.00'])
+  t.match(text, 'Left out: ours with Redis: there is no redis-server.')
+  t.match(text, 'To remember 100,000 ids takes 24.5 MB.')
+
+  const { redis, ...withoutOne } = results
+  t.throws(() => renderReport(template, machine, withoutOne), { message: 'there is nothing for {{redis}}' })
+  t.throws(() => renderReport('{{machine}} {{targets}}', machine, { redis }), { message: 'the template has no place for redis' })
+})
+
+t.test('the chart draws each contender to scale, with its least and greatest round', async t => {
+  const svg = renderChart(results.comparison) as string
+  const bars = [...svg.matchAll(/<rect class="(ours )?s([01])" x="300" y="[\d.]+" width="([\d.]+)"/g)].map(([, ours, series, width]) => ({ ours: ours !== undefined, series, width: Number(width) }))
+  t.equal(bars.length, 2 * Object.keys(small).length, 'two sizes; 64 KB is out of scale')
+  t.equal(bars.filter(({ ours }) => ours).length, 4)
+  const [bare, , hmac] = bars as [{ width: number }, unknown, { width: number }]
+  t.ok(Math.abs(hmac.width / bare.width - 2) < 0.02, 'twice the CPU, twice the length')
+
+  const whiskers = [...svg.matchAll(/d="M([\d.]+) [\d.]+H([\d.]+)M/g)].map(([, min, max]) => [Number(min), Number(max)] as const)
+  t.equal(whiskers.length, bars.length)
+  for (const [index, [min, max]] of whiskers.entries()) {
+    const end = 300 + bars[index]!.width
+    t.ok(min < end && end < max && max < 800, `${min} < ${end} < ${max}`)
+  }
+
+  t.match(svg, '&lt;hmac> &amp; co')
+  t.match(svg, 'prefers-color-scheme: dark')
+  const open: string[] = []
+  for (const [, close, name, empty] of svg.matchAll(/<(\/?)(\w+)[^<]*?(\/?)>/g)) {
+    if (close === '/') t.equal(open.pop(), name)
+    else if (empty === '') open.push(name!)
+  }
+  t.same(open, [], 'every element is closed')
+})
