@@ -1,0 +1,206 @@
+import type { TracingChannel } from 'node:diagnostics_channel'
+import { ROOT_CONTEXT, SpanKind, SpanStatusCode, context, diag, propagation, trace } from '@opentelemetry/api'
+import type { Attributes, Context, Span, Tracer, TracerProvider } from '@opentelemetry/api'
+import type { FastifyRequest } from 'fastify'
+import { channels } from './channels.ts'
+import type { DeliveryInfo, DeliveryMessage, EnqueueMessage, HandlerMessage, TracedMessage } from './channels.ts'
+import { InvalidOptions } from './errors.ts'
+
+export interface WebhookTracingOptions {
+  /** @default the global one, which may be registered later */
+  tracerProvider?: TracerProvider
+}
+
+export interface WebhookTracing {
+  /** Makes no more spans. Those of what is running end now. */
+  close (): void
+}
+
+const NAME = 'fastify-openai-webhook'
+
+/**
+ * Makes OpenTelemetry spans of all deliveries in this process: `process <endpoint>` with a span for each handler below
+ * it, under the request's span; and where a runner has a queue, `send <endpoint>` in the request, which the `process`
+ * span of whoever runs the handlers links to. To be called once.
+ *
+ * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS
+ */
+export function webhookTracing ({ tracerProvider = trace.getTracerProvider() }: WebhookTracingOptions = {}): WebhookTracing {
+  if (typeof (tracerProvider as TracerProvider | null)?.getTracer !== 'function') {
+    throw new InvalidOptions(`webhookTracing: expected tracerProvider to have the method getTracer, got ${tracerProvider === null ? 'null' : `a value of type ${typeof tracerProvider}`}`)
+  }
+  const spans = new Spans(tracerProvider.getTracer(NAME))
+  return { close: () => { spans.close() } }
+}
+
+class Spans {
+  readonly #tracer: Tracer
+  /** The span of each message whose work has not ended, within the context that it runs in. */
+  readonly #open = new Map<object, Context>()
+  readonly #unsubscribe: Array<() => void>
+
+  constructor (tracer: Tracer) {
+    this.#tracer = tracer
+    this.#unsubscribe = [
+      this.#observe(channels.enqueue, message => this.#send(message)),
+      this.#observe(channels.delivery, message => this.#process(message)),
+      this.#observe(channels.handler, message => this.#handle(message))
+    ]
+  }
+
+  close (): void {
+    for (const unsubscribe of this.#unsubscribe) unsubscribe()
+    for (const message of this.#open.keys()) this.#end(message)
+  }
+
+  /** @param begin starts the span, and returns the context that has it */
+  #observe<Message extends TracedMessage> (channel: TracingChannel<unknown, Message>, begin: (message: Message) => Context): () => void {
+    const subscribers = {
+      start: (message: Message) => {
+        harmless(() => {
+          const active = begin(message)
+          this.#open.set(message, active)
+          const { around: inner } = message
+          message.around = work => within(active, inner === undefined ? work : () => inner(work))
+        })
+      },
+      end () {},
+      asyncStart () {},
+      asyncEnd: (message: Message) => { this.#end(message) },
+      error: (message: Message) => { harmless(() => { recordFailure(this.#spanOf(message), message.error) }) }
+    }
+    channel.subscribe(subscribers)
+    return () => { channel.unsubscribe(subscribers) }
+  }
+
+  #end (message: object): void {
+    harmless(() => { this.#spanOf(message)?.end() })
+    this.#open.delete(message)
+  }
+
+  #spanOf (message: object): Span | undefined {
+    const active = this.#open.get(message)
+    return active && trace.getSpan(active)
+  }
+
+  #send (message: EnqueueMessage): Context {
+    const parent = contextOf(message.request)
+    const active = trace.setSpan(parent, this.#tracer.startSpan(`send ${message.endpoint}`, {
+      kind: SpanKind.PRODUCER,
+      attributes: { ...operation('send'), ...describe(message), ...bodySize(message.request) }
+    }, parent))
+    // Baggage may be out of the request's headers, which nobody has signed: it has no business in a queue.
+    harmless(() => { propagation.inject(propagation.deleteBaggage(active), message.carrier) })
+    return active
+  }
+
+  #process (message: DeliveryMessage): Context {
+    const { request, carrier, queued, attempt } = message
+    // A worker of this process may take a job while its request still waits for the queue: the carrier tells that too.
+    const fromQueue = queued || carrier !== undefined
+    // The context in which a queue starts a job is that of another delivery, or of none.
+    const parent = fromQueue ? propagation.extract(ROOT_CONTEXT, carrier ?? {}) : contextOf(request!)
+    const accepted = fromQueue ? trace.getSpanContext(parent) : undefined
+    return trace.setSpan(parent, this.#tracer.startSpan(`process ${message.endpoint}`, {
+      kind: SpanKind.CONSUMER,
+      root: fromQueue,
+      links: accepted === undefined ? [] : [{ context: accepted }],
+      attributes: {
+        ...operation('process'),
+        ...describe(message),
+        ...bodySize(request),
+        ...(attempt !== undefined && { 'openai.webhook.attempt': attempt })
+      }
+    }, parent))
+  }
+
+  #handle ({ handler, delivery }: HandlerMessage): Context {
+    // Not the active context: where no context manager is registered, there is none.
+    const parent = this.#open.get(delivery) ?? context.active()
+    return trace.setSpan(parent, this.#tracer.startSpan(`handler ${handler}`, {
+      attributes: { ...operation('process'), ...describe(delivery), 'openai.webhook.handler': handler }
+    }, parent))
+  }
+}
+
+/** The conventions renamed `messaging.system`, which backends still look for. */
+const SYSTEM = { 'messaging.system': 'openai_webhook', 'messaging.system.name': 'openai_webhook' }
+
+function operation (name: 'send' | 'process'): Attributes {
+  return { ...SYSTEM, 'messaging.operation.name': name, 'messaging.operation.type': name }
+}
+
+/** The conventions have attributes for messages and for CloudEvents, which OpenAI's events are not; none for webhooks. */
+function describe ({ endpoint, webhookId, event: { type, id } }: DeliveryInfo): Attributes {
+  return {
+    'messaging.destination.name': endpoint,
+    'messaging.message.id': webhookId,
+    'openai.webhook.event.type': type,
+    ...(typeof id === 'string' && { 'openai.webhook.event.id': id })
+  }
+}
+
+function bodySize (request: FastifyRequest | undefined): Attributes | undefined {
+  return request && { 'messaging.message.body.size': request.openaiWebhook.rawBody.length }
+}
+
+/** The active context; or the one that @fastify/otel keeps, where a hook that waited for an event has lost it. */
+function contextOf (request: FastifyRequest): Context {
+  const active = context.active()
+  if (trace.getSpan(active) !== undefined) return active
+  const { opentelemetry } = request as { opentelemetry?: () => { context?: Context | null } | undefined }
+  return opentelemetry?.call(request)?.context ?? active
+}
+
+/** Whatever a tracer does, `work` runs, and once. */
+function within<T> (active: Context, work: () => T): T {
+  let outcome: (() => T) | undefined
+  const run = (): () => T => {
+    try {
+      const value = work()
+      return () => value
+    } catch (error) {
+      return () => { throw error }
+    }
+  }
+  harmless(() => { context.with(active, () => { outcome = run() }) })
+  return (outcome ?? run())()
+}
+
+function recordFailure (span: Span | undefined, error: unknown): void {
+  if (span === undefined) return
+  const { name } = readable(error)
+  // An error of ours says what the sender is told; its cause is what happened.
+  const cause = name.startsWith('FST_OPENAI_WEBHOOK_') ? (error as Error).cause ?? error : error
+  const thrown: readonly unknown[] = cause !== error && cause instanceof AggregateError ? cause.errors : [cause]
+  span.setAttribute('error.type', name)
+  span.setStatus({ code: SpanStatusCode.ERROR, message: readable(cause).message })
+  for (const each of thrown) span.recordException(readable(each))
+}
+
+/** What a span can take of whatever was thrown. The `name` is the one that the SDK would choose as the exception's type. */
+function readable (thrown: unknown): { name: string, message: string, stack?: string } {
+  try {
+    if (thrown instanceof Error) {
+      const { code, name, message, stack } = thrown as NodeJS.ErrnoException
+      return { name: String(code ?? name), message: String(message), ...(stack !== undefined && { stack }) }
+    }
+  } catch {
+    return { name: OTHER, message: 'an error that cannot be read' }
+  }
+  return { name: OTHER, message: typeof thrown === 'string' ? thrown : `threw ${thrown === null ? 'null' : typeof thrown}` }
+}
+
+/** The conventions' `error.type` where there is no better one. */
+const OTHER = '_OTHER'
+
+const log = diag.createComponentLogger({ namespace: NAME })
+
+/** A subscriber that throws would end the process, and a tracer is no reason to lose a delivery. */
+function harmless (work: () => void): void {
+  try {
+    work()
+  } catch (error) {
+    log.error('a delivery could not be traced', error)
+  }
+}
