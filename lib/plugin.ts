@@ -1,3 +1,4 @@
+import { AsyncResource } from 'node:async_hooks'
 import fastify from 'fastify'
 import type { FastifyContextConfig, FastifyInstance, FastifyReply, FastifyRequest, RequestPayload, RouteHandlerMethod, RouteOptions } from 'fastify'
 import fp from 'fastify-plugin'
@@ -139,8 +140,9 @@ export class Plugin {
       handlersOf: endpoint => this.#table(endpoint),
       report: (error, job) => this.trouble(error, job ?? {})
     })
-    this.handler = function (request) {
-      throw new UnprotectedRoute(`${request.method} ${String(request.routeOptions.url)}`)
+    this.handler = function ({ method, routeOptions: { config, url } }) {
+      if (!(PROTECTED in config)) throw new UnprotectedRoute(`${method} ${String(url)}`)
+      throw new InvalidRoute(method, url, 'app.openaiWebhook.handler cannot be told where another plugin has wrapped it, as @fastify/otel does: declare the route with app.openaiWebhook.route(), or with `otel: { instrumentHandler: false }` in its config')
     }
     this.#verifications = new Verifications(options, {
       patience: this.#deadline.ms,
@@ -405,7 +407,9 @@ export class Plugin {
       if (contentType === undefined ? !isEmpty : !/^application\/json\s*(?:;|$)/i.test(contentType)) {
         return refuse(new fastify.errorCodes.FST_ERR_CTP_INVALID_MEDIA_TYPE())
       }
-      readPayload(request, payload, limit, (error, rawBody = Buffer.alloc(0)) => {
+      // The socket's events come in no request's async context, which tracers and request contexts go by. Fastify does the
+      // same for content type parsers.
+      readPayload(request, payload, limit, AsyncResource.bind((error: Error | null, rawBody: Buffer = Buffer.alloc(0)) => {
         if (error !== null) {
           // The sender may go on sending what nobody reads.
           reply.header('connection', 'close')
@@ -415,7 +419,7 @@ export class Plugin {
           if (error === undefined) done(null, replayPayload(rawBody, payload.receivedEncodedLength))
           else done(error)
         })
-      })
+      }))
     }
   }
 

@@ -198,12 +198,46 @@ t.test('with @fastify/otel alone', async t => {
     t.same(recorder.tree(), ['request', '  request-handler', '    run 1', 'request', '  request-handler', '    run 2'])
   })
 
-  t.test('a marked route that dispatches needs its handler left alone', async t => {
+  t.test('a marked route\'s `on` handlers hang under the request too, whenever the body comes', async t => {
+    const app = await traced(t, { tracing: false })
+    app.post('/marked', { config: { openaiWebhook: { on: { 'batch.failed': () => { work('on') } } } } }, async () => { work('own') })
+    t.equal(await postInTwo(t, app, delivery(), '/marked'), 200)
+    t.same(recorder.tree(), ['request', '  on', '  request-handler', '    own'])
+  })
+
+  t.test('background(): a delivery that waited for another one hangs under its own request', async t => {
+    const app = await traced(t, { tracing: false, runner: background({ concurrency: 1 }) })
+    const accepted = deferred()
+    app.openaiWebhook.on('batch.failed', async (_event, { webhookId }) => {
+      await accepted.promise
+      work(webhookId)
+    })
+    const ids = ['wh_1', 'wh_2', 'wh_3']
+    for (const id of ids) await post(app, delivery(id))
+    accepted.resolve()
+    await recorder.ended('wh_3')
+    t.same(recorder.tree(), ids.flatMap(id => ['request', '  request-handler', `    ${id}`]))
+  })
+
+  t.test('durable(): a delivery out of the file hangs under no other one\'s request', async t => {
+    const db = new Database(join(t.testdir(), 'jobs.db')) as unknown as SqliteDatabase & { close: () => void }
+    const app = await traced(t, { tracing: false, runner: durable(db, { concurrency: 1 }) })
+    app.openaiWebhook.on('batch.failed', async () => { work() })
+    for (const id of ['wh_1', 'wh_2']) await post(app, delivery(id))
+    await recorder.ended('work', 2)
+    await app.close()
+    db.close()
+    t.same(recorder.all('work').map(({ parentSpanContext }) => parentSpanContext), [undefined, undefined])
+  })
+
+  t.test('a marked route that dispatches needs its handler left alone, and says so', async t => {
     const app = await traced(t, { tracing: false })
     app.openaiWebhook.on('batch.failed', () => { work() })
     app.post('/marked', { config: { openaiWebhook: {}, otel: { instrumentHandler: false } } }, app.openaiWebhook.handler)
+    app.post('/wrapped', { config: { openaiWebhook: {} } }, app.openaiWebhook.handler)
     t.equal((await post(app, delivery(), '/marked')).statusCode, 200)
     t.equal(recorder.all('work').length, 1)
+    t.match((await post(app, delivery(), '/wrapped')).json(), { statusCode: 500, code: 'FST_OPENAI_WEBHOOK_INVALID_ROUTE', message: /@fastify\/otel/ })
   })
 })
 

@@ -1,3 +1,4 @@
+import { AsyncResource } from 'node:async_hooks'
 import { InvalidOptions, Overloaded } from '../errors.ts'
 import type { Job, Runner, RunnerHost } from './runner.ts'
 
@@ -29,16 +30,16 @@ export function background ({ concurrency = 10, maxQueue = 1_000 }: BackgroundOp
   assertCount('background', 'concurrency', concurrency, 1)
   assertCount('background', 'maxQueue', maxQueue, 0)
   // In order of arrival; a delivery that comes again while it is here is not queued twice.
-  const waiting = new Map<string, Job>()
+  const waiting = new Map<string, () => Promise<void>>()
   const running = new Map<string, Promise<void>>()
   let host: RunnerHost
   let closing = false
 
   function startNext (): void {
-    for (const [key, job] of waiting) {
+    for (const [key, run] of waiting) {
       if (running.size >= concurrency) return
       waiting.delete(key)
-      running.set(key, runOne(key, job))
+      running.set(key, run())
     }
   }
 
@@ -60,7 +61,8 @@ export function background ({ concurrency = 10, maxQueue = 1_000 }: BackgroundOp
       const key = `${job.endpoint} ${job.webhookId}`
       if (waiting.has(key) || running.has(key)) return
       if (closing || (running.size >= concurrency && waiting.size >= maxQueue)) throw new Overloaded()
-      waiting.set(key, job)
+      // One that waits is started by the end of another, whose request's async context it has nothing to do with.
+      waiting.set(key, AsyncResource.bind(() => runOne(key, job)))
       startNext()
     },
     async close () {

@@ -1,3 +1,4 @@
+import { AsyncResource } from 'node:async_hooks'
 import { Overloaded } from '../errors.ts'
 import { Database } from '../sqlite/database.ts'
 import type { SqliteDatabase } from '../sqlite/database.ts'
@@ -121,6 +122,8 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
   let renewal: NodeJS.Timeout | undefined
   let prunedAt = 0
   let scheduled = false
+  // What is in the file is of many requests: none of theirs is the async context that handlers run in.
+  const pumpOutside = AsyncResource.bind(pump)
 
   /** Starts what is due and there is room for; looks again when something else will be. */
   function pump (): void {
@@ -148,7 +151,7 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
     if (scheduled) return
     scheduled = true
     // Acknowledgements leave before a handler can hold up the event loop.
-    setImmediate(pump)
+    setImmediate(pumpOutside)
   }
 
   function start ({ key, job, attempts: before, due: seen }: Row, host: RunnerHost): void {
