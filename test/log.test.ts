@@ -1,7 +1,7 @@
 import { createHash } from 'node:crypto'
 import { Type } from '@sinclair/typebox'
 import type { FastifyInstance } from 'fastify'
-import Fastify from 'fastify'
+import Fastify, { LogController } from 'fastify'
 import Database from 'libsql'
 import t from 'tap'
 import openaiWebhook, { background, memoryStore } from '../lib/index.ts'
@@ -13,6 +13,8 @@ import { capturedLog, deferred, redelivered } from './support/observe.ts'
 import type { LogLine } from './support/observe.ts'
 
 const ENDPOINT = '/webhooks/openai'
+/** Without the lines of Fastify's own about each request. */
+const quiet = { logController: new LogController({ disableRequestLogging: true }) }
 const REFUSED = 'webhook delivery refused'
 const MARKER = 'what only the payload says'
 
@@ -60,7 +62,7 @@ t.test('context.log has the attempt where a runner counts them', async t => {
 
 t.test('a delivery that is processed is one line, with how long its handlers took', async t => {
   const log = capturedLog()
-  const app = await build(t, {}, { logger: log.logger, disableRequestLogging: true })
+  const app = await build(t, {}, { logger: log.logger, ...quiet })
   let took = 0
   app.openaiWebhook.on('batch.failed', () => {}).on('batch.failed', async () => {
     const start = performance.now()
@@ -93,7 +95,7 @@ t.test('a logger of the user\'s that cannot say its level is written to', async 
     level: 'info',
     child () { return this }
   }
-  const app = Fastify({ loggerInstance: logger as never, disableRequestLogging: true }) as unknown as FastifyInstance
+  const app = Fastify({ loggerInstance: logger as never, ...quiet }) as unknown as FastifyInstance
   t.teardown(() => app.close())
   await app.register(openaiWebhook, { secret: SECRET })
   await post(app, valid())
@@ -103,7 +105,7 @@ t.test('a logger of the user\'s that cannot say its level is written to', async 
 
 t.test('a delivery that comes out of a queue is on the app\'s log', async t => {
   const log = capturedLog()
-  const app = await build(t, { runner: background() }, { logger: log.logger, disableRequestLogging: true })
+  const app = await build(t, { runner: background() }, { logger: log.logger, ...quiet })
   app.openaiWebhook.on('batch.failed', () => {})
   await post(app, valid())
   await app.close()
@@ -114,7 +116,7 @@ t.test('a delivery that comes out of a queue is on the app\'s log', async t => {
 
 t.test('a duplicate is one line, with where it had been seen', async t => {
   const log = capturedLog()
-  const app = await build(t, {}, { logger: log.logger, disableRequestLogging: true })
+  const app = await build(t, {}, { logger: log.logger, ...quiet })
   const delivery = valid()
   await post(app, delivery)
   await post(app, redelivered(delivery))
@@ -123,7 +125,7 @@ t.test('a duplicate is one line, with where it had been seen', async t => {
 
 t.test('names that no schema bounds are cut, and left out where they are no text', async t => {
   const log = capturedLog()
-  const app = await build(t, { events: { 'acme.long': Type.Object({ type: Type.String() }) } }, { logger: log.logger, disableRequestLogging: true })
+  const app = await build(t, { events: { 'acme.long': Type.Object({ type: Type.String() }) } }, { logger: log.logger, ...quiet })
   await post(app, sign({ type: 'acme.long', id: 7 }))
   await post(app, sign({ type: `made.up.${'x'.repeat(1_000)}`, id: 'y'.repeat(1_000) }))
   const [first, second] = log.lines
@@ -134,7 +136,7 @@ t.test('names that no schema bounds are cut, and left out where they are no text
 
 t.test('a refused delivery is a line at warn, with its code and nothing of a payload or a secret', async t => {
   const log = capturedLog()
-  const app = await build(t, { idempotency: { store: { ...memoryStore(), begin: () => ({ state: 'running' }) } } }, { logger: { ...log.logger as object, level: 'trace' }, disableRequestLogging: true })
+  const app = await build(t, { idempotency: { store: { ...memoryStore(), begin: () => ({ state: 'running' }) } } }, { logger: { ...log.logger as object, level: 'trace' }, ...quiet })
   const refused = [
     forged(),
     { ...forged(), headers: { 'content-type': 'application/json' } },
@@ -159,7 +161,7 @@ t.test('a refused delivery is a line at warn, with its code and nothing of a pay
 
 t.test('10,000 forgeries are a few lines, and their count when the window ends', async t => {
   const log = capturedLog()
-  const app = await build(t, {}, { logger: log.logger, disableRequestLogging: true })
+  const app = await build(t, {}, { logger: log.logger, ...quiet })
   app.openaiWebhook.route({ url: '/second' })
   await app.ready()
   const clock = stoppedClock(t)
@@ -191,7 +193,7 @@ t.test('codes without end are lines with an end', async t => {
   const verifier: Verifier = ({ headers }) => {
     throw Object.assign(new Error('no'), { code: String(headers['x-code']), statusCode: 401 })
   }
-  const app = await build(t, { verifier }, { logger: log.logger, disableRequestLogging: true })
+  const app = await build(t, { verifier }, { logger: log.logger, ...quiet })
   app.post('/marked', { config: { openaiWebhook: {} } }, () => {})
   await app.ready()
   const clock = stoppedClock(t)
@@ -205,7 +207,7 @@ t.test('codes without end are lines with an end', async t => {
 
 t.test('a delivery that handlers failed is one line at error, with what each of them threw', async t => {
   const log = capturedLog()
-  const app = await build(t, {}, { logger: log.logger, disableRequestLogging: true })
+  const app = await build(t, {}, { logger: log.logger, ...quiet })
   app.openaiWebhook
     .on('batch.failed', () => { throw new TypeError('the first failed') })
     .on('batch.failed', async () => { throw new Error('the second failed') })
@@ -229,7 +231,7 @@ t.test('a delivery that handlers failed is one line at error, with what each of 
 
 t.test('a store that fails is one line at error, with why', async t => {
   const log = capturedLog()
-  const app = await build(t, { idempotency: { store: { ...memoryStore(), begin () { throw new Error('connect ECONNREFUSED') } } } }, { logger: log.logger, disableRequestLogging: true })
+  const app = await build(t, { idempotency: { store: { ...memoryStore(), begin () { throw new Error('connect ECONNREFUSED') } } } }, { logger: log.logger, ...quiet })
   await post(app, valid())
   t.equal(log.lines.length, 1)
   t.match(log.lines[0], { level: 50, code: 'FST_OPENAI_WEBHOOK_UNAVAILABLE', ...NAMED, err: { type: 'Error', message: 'connect ECONNREFUSED' } })
@@ -262,7 +264,7 @@ t.test('what an app redacts stays out, and its serializers are asked', async t =
   const log = capturedLog()
   const hashed = (value: unknown): string => createHash('sha256').update(String(value)).digest('hex').slice(0, 8)
   const app = Fastify({
-    disableRequestLogging: true,
+    ...quiet,
     logger: { ...log.logger as object, redact: ['eventId', 'err.stack'], serializers: { endpoint: (value: unknown) => `at ${String(value)}` } }
   }) as unknown as FastifyInstance
   t.teardown(() => app.close())
