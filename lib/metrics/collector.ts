@@ -16,6 +16,8 @@ export interface CollectorOptions {
 }
 
 const STATUSES = ['processed', 'failed', 'duplicate', 'queued', 'refused'] as const
+/** Told as soon as a type has been seen; the others once there are any. */
+const FROM_ZERO: ReadonlySet<string> = new Set(['processed', 'failed'])
 
 /**
  * What became of the deliveries of one event type since the last scrape. `Counter.inc()` makes a text of its labels at
@@ -73,6 +75,8 @@ export class Collector {
       collect () {
         for (const tally of tallies.values()) {
           for (const status of STATUSES) {
+            // What appears with its first increment has not increased for Prometheus, and a rate of failures would miss it.
+            if (tally[status] === 0 && !FROM_ZERO.has(status)) continue
             this.inc({ ...tally.labels, status }, tally[status])
             tally[status] = 0
           }
@@ -88,7 +92,6 @@ export class Collector {
       help: 'Deliveries of a webhook-id that had been seen: processed before, joined to one that was running here, or running elsewhere',
       labelNames: ['state']
     })
-    // From 0, as below: what appears with its first increment has not increased for Prometheus.
     for (const state of ['processed', 'joined', 'elsewhere']) duplicates.inc({ state }, 0)
     this.#subscribe(channels.duplicate, message => {
       this.#tally(message).duplicate++
