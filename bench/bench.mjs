@@ -51,8 +51,10 @@ export class Bench {
 
   get redisPort () { return this.#redis?.port }
 
-  /** Rounds in each generation of processes, and how many there are of these: fewer where it has to be quick. */
-  rounds (rounds, generations) { return this.quick ? { rounds: 3, generations: 1 } : { rounds, generations } }
+  /** How much is sent: `rounds` in each generation of processes, of `count` requests, after `warmUp` requests. */
+  scaled (plan) {
+    return this.quick ? { count: plan.count / 2, warmUp: plan.warmUp / 4, rounds: 3, generations: 1 } : plan
+  }
 
   /** Whether what a contender needs is there. */
   has ({ needs }) { return needs === undefined || this.missing[needs] === undefined }

@@ -15,3 +15,7 @@ export const cpuFigures = ({ cpu }) => [decimals(cpu.median, 1), `${decimals(cpu
 
 /** CPU, its least and greatest, requests a second, p50 and p99. */
 export const figures = measured => [...cpuFigures(measured), whole(measured.rate), decimals(measured.p50, 2), decimals(measured.p99, 2)]
+
+/** What a table rests on. */
+export const extent = ({ rounds, generations, count }, what) =>
+  `${rounds * generations} rounds of ${whole(count)} ${what} each, by ${generations === 1 ? 'one process' : `${generations} processes`} of each contender.`

@@ -4,19 +4,21 @@ import { resolve } from 'node:path'
 import { pathToFileURL } from 'node:url'
 import { parseArgs } from 'node:util'
 import { Bench } from './bench.mjs'
+import { contenders } from './contenders/index.mjs'
 import { describeMachine } from './machine.mjs'
 import { renderChart, renderReport, renderTargets, targetsOf } from './report.mjs'
+import { SIZES } from './sections/comparison.mjs'
 import { sections } from './sections/index.mjs'
 
 const HELP = `npm run bench [-- options]
 
-  --quick                 fewer rounds; writes nothing
-  --only SECTION          ${Object.keys(sections).join(', ')}; may be repeated; writes nothing
-  --contenders NAME,…     of the comparison, see bench/contenders/index.mjs; writes nothing
-  --sizes BYTES,…         of the comparison: 200, 2048, 65536; writes nothing
-  --baseline DIRECTORY    one contender more: the plugin as built in another checkout; writes nothing
-  --profile DIRECTORY     writes a CPU profile of each server there, and nothing else
-  --no-write              prints only
+  --quick                 fewer rounds of fewer requests
+  --only SECTION          may be repeated: ${Object.keys(sections).join(', ')}
+  --contenders NAME,…     of the comparison: ${Object.keys(contenders).join(', ')}
+  --sizes BYTES,…         of the comparison: ${SIZES.map(({ size }) => size).join(', ')}
+  --baseline DIRECTORY    in the comparison, the plugin as built in another checkout
+  --profile DIRECTORY     where a CPU profile of each server goes
+  --no-write              leaves docs/performance.md as it is; so does each of the above
 `
 
 const { values: flags } = parseArgs({
@@ -36,15 +38,20 @@ if (flags.help) {
   process.exit()
 }
 
-const chosen = flags.only ?? Object.keys(sections)
-for (const name of chosen) {
-  if (!Object.hasOwn(sections, name)) throw new Error(`there is no section ${name}: ${Object.keys(sections).join(', ')}`)
-}
+const chosen = assertKnown('section', flags.only ?? Object.keys(sections), Object.keys(sections))
 const choice = {
-  ...(flags.contenders !== undefined && { names: flags.contenders.split(',') }),
-  ...(flags.sizes !== undefined && { sizes: flags.sizes.split(',').map(Number) }),
+  ...(flags.contenders !== undefined && { names: assertKnown('contender', flags.contenders.split(','), Object.keys(contenders)) }),
+  ...(flags.sizes !== undefined && { sizes: assertKnown('size', flags.sizes.split(','), SIZES.map(({ size }) => String(size))).map(Number) }),
   ...(flags.baseline !== undefined && { baseline: pathToFileURL(resolve(flags.baseline, 'dist/index.js')).href })
 }
+
+function assertKnown (kind, wanted, known) {
+  const unknown = wanted.find(name => !known.includes(name))
+  if (unknown === undefined) return wanted
+  console.error(`There is no ${kind} ${unknown}. There are ${known.join(', ')}.`)
+  process.exit(1)
+}
+
 for (const signal of ['SIGINT', 'SIGTERM']) process.once(signal, () => process.exit(1)) // cleans up at the exit
 
 const start = performance.now()
@@ -60,7 +67,8 @@ try {
 } finally {
   await bench.close()
 }
-console.log(renderTargets(targetsOf(results)))
+const targets = targetsOf(results)
+if (targets.length > 0) console.log(renderTargets(targets))
 
 const isComplete = !flags.quick && flags.only === undefined && flags.profile === undefined && Object.keys(choice).length === 0
 if (isComplete && !flags['no-write']) {

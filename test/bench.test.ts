@@ -87,16 +87,16 @@ const refused = {
 const results = {
   comparison: {
     results: [
-      { size: 200, label: '200 B', what: 'a thin event', count: 8_000, rounds: 6, contenders: each(small) },
-      { size: 2_048, label: '2 KB', what: 'a call', count: 8_000, rounds: 6, contenders: each({ ...small, 'ours-sync': 40 }) },
-      { size: 65_536, label: '64 KB', what: 'the largest', count: 800, rounds: 6, contenders: each(small) }
+      { size: 200, label: '200 B', what: 'a thin event', plan, contenders: each(small) },
+      { size: 2_048, label: '2 KB', what: 'a call', plan, contenders: each({ ...small, 'ours-sync': 40 }) },
+      { size: 65_536, label: '64 KB', what: 'the largest', plan, contenders: each(small) }
     ],
     leftOut: ['ours with Redis: there is no redis-server'],
     labels: Object.fromEntries(Object.keys(small).map(name => [name, `<${name}> & co`]))
   },
   refusals: [
-    { label: '200 B', count: 8_000, rounds: 6, contenders: each(refused) },
-    { label: '64 KB', count: 800, rounds: 6, contenders: each(refused) }
+    { label: '200 B', plan, contenders: each(refused) },
+    { label: '64 KB', plan, contenders: each(refused) }
   ],
   handlers: { plan, variants: each({ '1 for 1 type': 20, '200 for 40 types': 20.4 }) },
   secrets: { plan, variants: each({ 1: 20, 5: 30 }) },
@@ -163,6 +163,7 @@ t.test('docs/performance.md is made of a template and of measurements alone', as
   t.same(row(/^Measured/), ['Measured', '2026-01-02, commit abc1234'])
   t.same(row(/^Redis$/), ['Redis', 'not installed'])
   t.same(row(/^`EVALSHA`/), ['`EVALSHA`', '2,000', '2.00'])
+  t.match(text, '6 rounds of 8,000 deliveries each, by 3 processes of each contender.')
   t.match(text, 'Left out: ours with Redis: there is no redis-server.')
   t.match(text, 'To remember 100,000 ids takes 24.5 MB.')
 

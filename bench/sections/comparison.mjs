@@ -1,15 +1,15 @@
 import { fileURLToPath } from 'node:url'
 import { contenders } from '../contenders/index.mjs'
 import { eventOf } from '../deliveries.mjs'
-import { figures, ratio, table, whole } from '../markdown.mjs'
+import { extent, figures, ratio, table } from '../markdown.mjs'
 
 export const name = 'comparison'
 
 /** Bytes of a body, and how many deliveries make a round; 65,536 is the default `bodyLimit`. */
 export const SIZES = [
-  { size: 200, label: '200 B', what: 'a thin event', count: 8_000, warmUp: 20_000 },
-  { size: 2_048, label: '2 KB', what: 'an incoming SIP call', count: 8_000, warmUp: 16_000 },
-  { size: 65_536, label: '64 KB', what: 'as large as the default `bodyLimit` lets through', count: 800, warmUp: 1_500 }
+  { size: 200, label: '200 B', what: 'a thin event', count: 8_000, warmUp: 16_000 },
+  { size: 2_048, label: '2 KB', what: 'an incoming SIP call', count: 8_000, warmUp: 12_000 },
+  { size: 65_536, label: '64 KB', what: 'as large as the default `bodyLimit` lets through', count: 800, warmUp: 1_200 }
 ]
 
 /**
@@ -28,14 +28,14 @@ export async function run (bench, { names = Object.keys(contenders), sizes, base
   for (const { size, label, what, count, warmUp } of SIZES) {
     if (sizes !== undefined && !sizes.includes(size)) continue
     bench.log(`${label}: ${Object.keys(chosen).join(', ')}`)
-    const plan = { templates: [eventOf(size)], count, warmUp, ...bench.rounds(4, 3) }
-    results.push({ size, label, what, count, rounds: plan.rounds * plan.generations, contenders: await bench.compare(chosen, plan) })
+    const plan = bench.scaled({ count, warmUp, rounds: 3, generations: 3 })
+    results.push({ size, label, what, plan, contenders: await bench.compare(chosen, { ...plan, templates: [eventOf(size)] }) })
   }
   return { results, leftOut, labels: Object.fromEntries(Object.entries(chosen).map(([name, { label }]) => [name, label])) }
 }
 
 export function render ({ results, leftOut, labels }) {
-  const parts = results.map(({ label, what, count, rounds, contenders }) => {
+  const parts = results.map(({ label, what, plan, contenders }) => {
     const against = Object.keys(contenders).includes('hmac') ? 'hmac' : Object.keys(contenders)[0]
     const rows = Object.entries(contenders).map(([name, measured]) => [
       name.startsWith('ours') ? `**${labels[name]}**` : labels[name],
@@ -43,7 +43,7 @@ export function render ({ results, leftOut, labels }) {
       ratio(measured.cpu.median / contenders[against].cpu.median)
     ])
     const header = ['', 'CPU ms per 1,000', 'min–max', 'requests/s', 'p50 ms', 'p99 ms', `CPU ÷ ${against === 'hmac' ? 'inline HMAC' : labels[against]}`]
-    return `### ${label}: ${what}\n\n${table(header, rows)}\n\n${rounds} rounds of ${whole(count)} deliveries.`
+    return `### ${label}: ${what}\n\n${table(header, rows)}\n\n${extent(plan, 'deliveries')}`
   })
   if (leftOut.length > 0) parts.push(`Left out: ${leftOut.join('; ')}.`)
   return parts.join('\n\n')

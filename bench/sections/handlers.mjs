@@ -12,8 +12,8 @@ export async function run (bench) {
     const otherHandlers = Array.from({ length: count - 1 }, (_, index) => others[index % others.length])
     candidates[`${count}, for ${Math.min(count, types.length)} types`] = variant({ types: [delivered], otherHandlers, ownTypes })
   }
-  const plan = { templates: [eventOf(200)], count: 8_000, warmUp: 16_000, ...bench.rounds(6, 4) }
-  return { plan, variants: await bench.compare(candidates, plan) }
+  const plan = bench.scaled({ count: 8_000, warmUp: 12_000, rounds: 6, generations: 4 })
+  return { plan, variants: await bench.compare(candidates, { ...plan, templates: [eventOf(200)] }) }
 }
 
 export const render = ({ plan, variants }) => renderVariants('handlers registered', plan, variants)

@@ -1,6 +1,6 @@
 import { contenders } from '../contenders/index.mjs'
 import { eventOf } from '../deliveries.mjs'
-import { cpuFigures, ratio, table, whole } from '../markdown.mjs'
+import { cpuFigures, extent, ratio, table, whole } from '../markdown.mjs'
 import { SIZES } from './comparison.mjs'
 
 export const name = 'refusals'
@@ -16,21 +16,21 @@ export async function run (bench) {
   const results = []
   for (const { size, label, count, warmUp } of SIZES) {
     bench.log(`refusals, ${label}`)
-    const plan = { templates: [eventOf(size)], count, warmUp: warmUp / 2, ...bench.rounds(4, 2) }
-    results.push({ label, count, rounds: plan.rounds * plan.generations, contenders: await bench.compare(candidates, plan) })
+    const plan = bench.scaled({ count, warmUp, rounds: 3, generations: 2 })
+    results.push({ label, plan, contenders: await bench.compare(candidates, { ...plan, templates: [eventOf(size)] }) })
   }
   return results
 }
 
 export function render (results) {
-  const parts = results.map(({ label, count, rounds, contenders: measured }) => {
+  const parts = results.map(({ label, plan, contenders: measured }) => {
     const bare = measured.bare.cpu.median
     const row = (who, what, { cpu, rate }) => [who, what, ...cpuFigures({ cpu }), whole(rate), ratio(cpu.median / bare)]
     const rows = [row(contenders.bare.label, 'accepts it', measured.bare)]
     for (const name of REFUSING) {
       for (const [kind, what] of Object.entries(KINDS)) rows.push(row(name === 'ours-sync' ? `**${contenders[name].label}**` : contenders[name].label, what, measured[`${name} ${kind}`]))
     }
-    return `### ${label}, refused\n\n${table(['', 'what is wrong', 'CPU ms per 1,000', 'min–max', 'requests/s', 'CPU ÷ bare route'], rows, 2)}\n\n${rounds} rounds of ${whole(count)} requests.`
+    return `### ${label}, refused\n\n${table(['', 'what is wrong', 'CPU ms per 1,000', 'min–max', 'requests/s', 'CPU ÷ bare route'], rows, 2)}\n\n${extent(plan, 'requests')}`
   })
   return parts.join('\n\n')
 }

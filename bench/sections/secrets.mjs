@@ -6,8 +6,8 @@ export const name = 'secrets'
 export async function run (bench) {
   bench.log('secrets')
   const candidates = Object.fromEntries([1, 2, 3, 4, 5].map(secretCount => [secretCount, variant({ secretCount })]))
-  const plan = { templates: [eventOf(200)], count: 8_000, warmUp: 16_000, ...bench.rounds(4, 2) }
-  return { plan, variants: await bench.compare(candidates, plan) }
+  const plan = bench.scaled({ count: 8_000, warmUp: 12_000, rounds: 3, generations: 2 })
+  return { plan, variants: await bench.compare(candidates, { ...plan, templates: [eventOf(200)] }) }
 }
 
 export const render = ({ plan, variants }) => renderVariants('secrets', plan, variants)
