@@ -1,0 +1,45 @@
+import { execFile, spawn, spawnSync } from 'node:child_process'
+import { once } from 'node:events'
+import { promisify } from 'node:util'
+import { freePort } from './redis.ts'
+
+type Teardown = { teardown: (fn: () => unknown) => void }
+
+/** Named where it is missing, so that a skipped test says why; CI must have it. */
+export const prometheusMissing: string | false = ['promtool', 'prometheus'].every(tool => spawnSync(tool, ['--version']).error === undefined) || process.env['CI'] !== undefined
+  ? false
+  : 'needs promtool and prometheus (both in Debian\'s package prometheus)'
+
+/** Resolves to what it wrote, rejects with it when it finds a fault. */
+export async function promtool (args: readonly string[], input = ''): Promise<string> {
+  const running = promisify(execFile)('promtool', args)
+  running.child.stdin!.end(input)
+  const { stdout, stderr } = await running
+  return stdout + stderr
+}
+
+/** A real Prometheus on a port of its own, with its data in `directory`. @returns asks its HTTP API for a path */
+export async function startPrometheus (t: Teardown, configuration: string, directory: string): Promise<(path: string) => Promise<unknown>> {
+  const origin = `127.0.0.1:${await freePort()}`
+  const child = spawn('prometheus', [
+    `--config.file=${configuration}`, `--storage.tsdb.path=${directory}`, `--web.listen-address=${origin}`, '--web.enable-lifecycle'
+  ], { stdio: ['ignore', 'ignore', 'pipe'] })
+  t.teardown(async () => {
+    child.kill('SIGKILL')
+    if (child.exitCode === null && child.signalCode === null) await once(child, 'exit')
+  })
+  await new Promise<void>((resolve, reject) => {
+    let log = ''
+    // Listened to until the end: a Go program dies of a stderr that nobody reads.
+    child.stderr.setEncoding('utf8').on('data', (text: string) => {
+      log += text
+      if (log.includes('Server is ready to receive web requests')) resolve()
+    })
+    child.on('error', reject).on('exit', () => reject(new Error(`prometheus ended: ${log}`)))
+  })
+  return async path => {
+    const { status, data, error } = await (await fetch(`http://${origin}/api/v1/${path}`)).json() as { status: string, data: unknown, error?: string }
+    if (status !== 'success') throw new Error(`${path}: ${error}`)
+    return data
+  }
+}
