@@ -196,8 +196,8 @@ export class Plugin {
           })
         },
         onError: (request, _reply, error, done) => {
-          // Fastify's own refusals: over the limit, not JSON. All others are told where they come up.
-          if (request.openaiWebhook === null && !error.code?.startsWith('FST_OPENAI_WEBHOOK_')) this.refuse(error, { endpoint: endpoint.name }, request)
+          // Fastify's own refusals: over the limit, not JSON; and those of other plugins. Ours are told where they come up.
+          if (request.openaiWebhook === null && !this.#told.has(error)) this.refuse(error, { endpoint: endpoint.name }, request)
           done()
         },
         ...(own === undefined ? undefined : { onSend: recordAnswer }),
@@ -334,11 +334,15 @@ export class Plugin {
     return this.#tables.get(endpoint)?.table ?? (this.#appTable ??= new HandlerTable([this.registry.app], this.registry.known))
   }
 
+  /** What has been refused here: a verifier of the user's may throw any code. */
+  readonly #told = new WeakSet<object>()
+
   #admit (endpoint: Endpoint) {
     return (request: FastifyRequest, _reply: FastifyReply, done: (error?: Error) => void): void => {
       try {
         checkHeaders(endpoint, request.headers)
       } catch (error) {
+        this.#told.add(error as Error)
         this.refuse(error, { endpoint: endpoint.name }, request)
         return done(error as Error)
       }
@@ -372,6 +376,7 @@ export class Plugin {
   }
 
   #unauthentic (endpoint: Endpoint, request: FastifyRequest, rawBody: Buffer, error: unknown): Error {
+    this.#told.add(error as Error)
     this.refuse(error, { endpoint: endpoint.name }, request)
     if (error instanceof InvalidSignature && DETAILED.has(request.log.level)) this.#explain(endpoint, request, rawBody)
     return error as Error

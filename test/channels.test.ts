@@ -136,6 +136,20 @@ for (const { name, code, status, verified = false, options, prepare, send = asyn
   })
 }
 
+t.test('refused: once, with whatever code a verifier has', async t => {
+  const told = record(t, 'refused')
+  const errors: unknown[] = []
+  const no = (): never => { throw Object.assign(new Error('no'), { code: 'ACME_NO', statusCode: 403 }) }
+  const app = await build(t, { verifier: no })
+  app.openaiWebhook.route({ url: '/by-header', verifier: Object.assign(() => no(), { checkHeaders: no }) }).onError(error => { errors.push(error) })
+  for (const url of [ENDPOINT, '/by-header']) t.equal((await post(app, valid(), url)).statusCode, 403)
+  t.same(messagesOf(told, 'refused').map(({ code, statusCode, endpoint }) => ({ code, statusCode, endpoint })), [
+    { code: 'ACME_NO', statusCode: 403, endpoint: ENDPOINT },
+    { code: 'ACME_NO', statusCode: 403, endpoint: '/by-header' }
+  ])
+  t.equal(errors.length, 2)
+})
+
 t.test('refused: on a marked route as on the plugin\'s own', async t => {
   const told = record(t, 'refused')
   const app = await build(t, { path: false })
