@@ -1,6 +1,6 @@
 import { AsyncResource } from 'node:async_hooks'
 import fastify from 'fastify'
-import type { FastifyContextConfig, FastifyInstance, FastifyReply, FastifyRequest, RequestPayload, RouteHandlerMethod, RouteOptions } from 'fastify'
+import type { FastifyContextConfig, FastifyInstance, FastifyReply, FastifyRequest, RegisterOptions, RequestPayload, RouteHandlerMethod, RouteOptions } from 'fastify'
 import fp from 'fastify-plugin'
 import { channels } from './channels.ts'
 import { Deadline } from './deadline.ts'
@@ -79,8 +79,10 @@ async function openaiWebhook (instance: FastifyInstance, options: OpenAIWebhookO
   instance.addHook('onClose', () => plugin.close())
 
   if (plugin.path !== false) {
-    const { prefix, rateLimit } = options
-    plugin.receiveAt(instance, { url: plugin.path, ...(prefix !== undefined && { prefix }), ...(rateLimit !== undefined && { rateLimit }) })
+    const { rateLimit, prefix = '', logLevel, logSerializers } = options as OpenAIWebhookOptions & RegisterOptions
+    // Fastify gives these to what has a scope of its own, which a plugin of fastify-plugin's has not.
+    const scope = { prefix, ...(logLevel !== undefined && { logLevel }), ...(logSerializers !== undefined && { logSerializers }) }
+    plugin.receiveAt(instance, { url: plugin.path, ...(rateLimit !== undefined && { rateLimit }) }, scope)
   }
 }
 
@@ -163,7 +165,7 @@ export class Plugin {
   }
 
   /** Adds a receiving route in a scope of its own, so that no other route's parsing changes. */
-  receiveAt (scope: FastifyInstance, { url, on, handler, prefix, rateLimit, ...overrides }: WebhookRouteOptions & { prefix?: string }): void {
+  receiveAt (scope: FastifyInstance, { url, on, handler, rateLimit, ...overrides }: WebhookRouteOptions, options: RegisterOptions = {}): void {
     // Left alone, it would limit nothing, and nobody would be told.
     if (typeof rateLimit === 'object' && !scope.hasDecorator('rateLimit')) {
       throw new InvalidOptions('rateLimit: expected @fastify/rate-limit to be registered before, got none')
@@ -177,6 +179,7 @@ export class Plugin {
       child.decorateRequest(OWN as never, true as never)
       const endpoint = this.#endpoint(child.prefix + url, verification, [this.registry.app, list])
       const admit = this.#admit(endpoint)
+      const { errorHandler: inherited } = child
       child.route({
         method: 'POST',
         url,
@@ -202,10 +205,14 @@ export class Plugin {
         },
         ...(own === undefined ? undefined : { onSend: recordAnswer }),
         // A child scope keeps the error handler that was set when it was made; the app's may be set later.
-        errorHandler: (error, request, reply) => scope.errorHandler(error, request, reply),
+        errorHandler: (error, request, reply) => {
+          // That one comes next: called here too, Fastify's default would log the error twice.
+          if (scope.errorHandler === inherited) reply.send(error)
+          else scope.errorHandler(error, request, reply)
+        },
         handler: this.#deliver(endpoint, own)
       })
-    }, prefix === undefined ? {} : { prefix })
+    }, options)
   }
 
   /** onRoute: puts the pipeline on a route that asks for it by `config.openaiWebhook`. */

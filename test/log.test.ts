@@ -290,3 +290,32 @@ t.test('the logLevel of a scope cuts the lines of its routes, and those of no ot
   await post(app, valid(), '/other')
   t.same(log.lines.map(({ msg }) => msg), ['incoming request', 'request completed'])
 })
+
+t.test('logLevel and logSerializers of the registration are for the plugin\'s own route', async t => {
+  const log = capturedLog()
+  const app = Fastify({ logger: log.logger }) as unknown as FastifyInstance
+  t.teardown(() => app.close())
+  await app.register(openaiWebhook, { secret: SECRET, prefix: '/v1', logLevel: 'warn', logSerializers: { endpoint: () => 'serialized' } })
+  await post(app, forged(), '/v1/webhooks/openai')
+  t.same(log.lines.map(said), [{ level: 40, msg: REFUSED, endpoint: 'serialized', code: 'FST_OPENAI_WEBHOOK_INVALID_SIGNATURE', statusCode: 401 }])
+})
+
+t.test('Fastify\'s own line about an error is there once, whatever error handler there is', async t => {
+  const OWN = 'an error handler of the app\'s'
+  for (const [when, handled] of [['none', []], ['before', [OWN]], ['after', [OWN]]] as const) {
+    const log = capturedLog()
+    const app = Fastify({ logger: log.logger }) as unknown as FastifyInstance
+    t.teardown(() => app.close())
+    const setErrorHandler = (): void => {
+      app.setErrorHandler((error, request, reply) => {
+        request.log.info(OWN)
+        reply.send(error)
+      })
+    }
+    if (when === 'before') setErrorHandler()
+    await app.register(openaiWebhook, { secret: SECRET })
+    if (when === 'after') setErrorHandler()
+    await post(app, forged())
+    t.same(log.lines.map(({ msg }) => msg), ['incoming request', REFUSED, ...handled, 'no signature matches the body and the signing secret', 'request completed'], when)
+  }
+})
