@@ -2,6 +2,8 @@ import type { FastifyBaseLogger } from 'fastify'
 
 /** Characters of an error's message, and of its stack, that are logged. */
 const MAX_TEXT = 10_000
+/** Causes of an error, and of its causes, that are logged. */
+const MAX_CAUSES = 5
 
 /**
  * Logs what a user's code threw: clipped where it is huge, and in place of one that cannot be read (a getter that
@@ -15,13 +17,14 @@ export function logError (log: FastifyBaseLogger, error: unknown, fields: object
   }
 }
 
-function clipped (error: unknown): unknown {
+function clipped (error: unknown, causes = MAX_CAUSES): unknown {
   if (typeof error === 'string') return error.slice(0, MAX_TEXT)
-  if (error instanceof AggregateError) return new AggregateError(error.errors.map(clipped), error.message.slice(0, MAX_TEXT))
+  if (error instanceof AggregateError) return new AggregateError(error.errors.map(each => clipped(each, causes)), error.message.slice(0, MAX_TEXT))
   if (!(error instanceof Error)) return error
-  const { message, stack = '' } = error
-  if (message.length <= MAX_TEXT && stack.length <= MAX_TEXT) return error
-  const copy = new Error(message.slice(0, MAX_TEXT))
+  const { message, stack = '', cause } = error
+  const clippedCause = causes === 0 ? undefined : clipped(cause, causes - 1)
+  if (message.length <= MAX_TEXT && stack.length <= MAX_TEXT && clippedCause === cause) return error
+  const copy = new Error(message.slice(0, MAX_TEXT), clippedCause === undefined ? undefined : { cause: clippedCause })
   copy.name = error.name
   copy.stack = stack.slice(0, MAX_TEXT)
   return copy
@@ -63,7 +66,7 @@ interface Window {
   suppressed: number
   readonly timer: NodeJS.Timeout
   readonly code: string
-  readonly endpoint: string
+  readonly endpoint: string | undefined
 }
 
 /** Refused deliveries, at `warn`: bounded, so that a flood of forgeries cannot fill a disk. Nothing of a payload is in it. */
@@ -79,11 +82,12 @@ export class RefusalLog {
   write (log: FastifyBaseLogger, code: string, statusCode: number, delivery: Described & { endpoint: string }): void {
     if (!logs(log, 'warn')) return
     const { endpoint } = delivery
-    const isFull = this.#windows.size >= MAX_WINDOWS
-    const key = isFull ? OTHERS : `${code} ${endpoint}`
+    const own = `${code} ${endpoint}`
+    const isOther = this.#windows.size >= MAX_WINDOWS && !this.#windows.has(own)
+    const key = isOther ? OTHERS : own
     let window = this.#windows.get(key)
     if (window === undefined) {
-      window = { written: 0, suppressed: 0, code: isFull ? OTHERS : code, endpoint, timer: setTimeout(() => this.#end(key), WINDOW).unref() }
+      window = { written: 0, suppressed: 0, code: isOther ? OTHERS : code, endpoint: isOther ? undefined : endpoint, timer: setTimeout(() => this.#end(key), WINDOW).unref() }
       this.#windows.set(key, window)
     }
     if (window.written < MAX_LINES) {

@@ -197,12 +197,14 @@ t.test('codes without end are lines with an end', async t => {
   app.post('/marked', { config: { openaiWebhook: {} } }, () => {})
   await app.ready()
   const clock = stoppedClock(t)
-  for (let nth = 0; nth < 1_000; nth++) await post(app, { ...valid(), headers: { ...valid().headers, 'x-code': `ACME_${nth}` } }, '/marked')
+  const refuse = async (code: string): Promise<unknown> => await post(app, { ...valid(), headers: { ...valid().headers, 'x-code': code } }, '/marked')
+  for (let nth = 0; nth < 1_000; nth++) await refuse(`ACME_${nth}`)
   t.equal(log.lines.length, 200 + 5)
+  await refuse('ACME_0')
+  t.match(log.lines[205], { code: 'ACME_0' }, 'a code that has a window keeps it')
   log.lines.length = 0
   clock.advance(10_000)
-  t.match(log.lines.map(said), [{ level: 40, msg: '795 more webhook deliveries refused', code: 'others', suppressed: 795 }])
-  t.equal(log.lines.length, 1)
+  t.same(log.lines.map(said), [{ level: 40, msg: '795 more webhook deliveries refused', code: 'others', suppressed: 795 }])
 })
 
 t.test('a delivery that handlers failed is one line at error, with what each of them threw', async t => {
@@ -241,10 +243,15 @@ t.test('what is thrown is cut where it is huge, and replaced where it cannot be 
   const HUGE = 'x'.repeat(1_000_000)
   const unreadable = Object.defineProperty(new Error(), 'message', { get () { throw new Error('a getter that throws') } })
   const named = Object.assign(new RangeError(HUGE), { name: 'AcmeError' })
+  const circular = new Error('round')
+  const chain = (length: number): Error => new Error('deep', length === 0 ? {} : { cause: chain(length - 1) })
   const stackless = Object.assign(new Error('no stack'), { stack: undefined })
   for (const [name, thrown, expected] of [
     ['an error', named, { type: 'Error', message: 'x'.repeat(10_000) }],
     ['an error with a huge stack', Object.assign(new Error('short'), { stack: HUGE }), { message: 'short', stack: 'x'.repeat(10_000) }],
+    ['an error with a huge cause', new Error('short', { cause: new Error(HUGE, { cause: 'small' }) }), { message: `short: ${'x'.repeat(10_000)}` }],
+    ['an error with causes without end', chain(1_000), { message: /^(?:deep: ){5}deep$/ }],
+    ['an error that is its own cause', Object.assign(circular, { cause: circular }), { message: /^round/ }],
     ['an error without a stack', stackless, { message: 'no stack' }],
     ['a text', HUGE, 'x'.repeat(10_000)],
     ['an object', { reason: 'not an error' }, { reason: 'not an error' }],
