@@ -147,10 +147,15 @@ function isThenable (value: unknown): value is PromiseLike<unknown> {
 export class HandlerTable {
   readonly #lists: readonly HandlerList[]
   readonly #byType = new Map<string, readonly Handler[]>()
+  /** Known types that a handler of `on` matches. */
+  readonly #handled = new Set<string>()
 
   constructor (lists: readonly HandlerList[], known: ReadonlySet<string>) {
     this.#lists = lists
-    for (const type of known) this.#byType.set(type, this.#collect(type))
+    for (const type of known) {
+      this.#byType.set(type, this.#collect(type))
+      if (this.#hasHandler(type)) this.#handled.add(type)
+    }
   }
 
   for (type: string): readonly Handler[] {
@@ -160,6 +165,10 @@ export class HandlerTable {
 
   /** Whether a handler of `on` matches. */
   matches (type: string): boolean {
+    return this.#byType.has(type) ? this.#handled.has(type) : this.#hasHandler(type)
+  }
+
+  #hasHandler (type: string): boolean {
     return this.#lists.some(list => list.matching(type).length > 0)
   }
 
