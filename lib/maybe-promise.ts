@@ -12,10 +12,13 @@ export function then<T, U> (value: MaybePromise<T>, next: (value: T) => MaybePro
 /** `try { work() } catch { recover() }` for work that may be asynchronous. */
 export function attempt<T> (work: () => MaybePromise<T>, recover: (error: unknown) => MaybePromise<T>): MaybePromise<T> {
   let result
+  let pending
   try {
     result = work()
+    pending = isPromise<T>(result) // reads its `then`, which may be a getter
   } catch (error) {
     return recover(error)
   }
-  return isPromise<T>(result) ? result.then(undefined, recover) : result
+  // What is no promise but has a `then` may throw as it is called, or return nothing.
+  return pending ? Promise.resolve(result).then(undefined, recover) : result
 }

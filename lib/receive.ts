@@ -134,13 +134,15 @@ export class Receiver implements RunnerHost {
 
   #accept (run: Run, finished: readonly string[]): void {
     let accepted
+    let pending
     try {
       // The route's own handler replies once the others have succeeded: they run here, whatever the runner.
       accepted = run.sender!.respond !== undefined ? this.#process(run, finished) : this.#enqueue(run)
+      pending = isPromise<void>(accepted) // reads its `then`, which may be a getter
     } catch (error) {
       return this.#refused(run, error)
     }
-    if (isPromise<void>(accepted)) accepted.then(() => this.#accepted(run), error => this.#refused(run, error))
+    if (pending) Promise.resolve(accepted).then(() => this.#accepted(run), error => this.#refused(run, error))
     else this.#accepted(run)
   }
 

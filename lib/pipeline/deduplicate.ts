@@ -52,7 +52,7 @@ export class Claims {
     this.#timer ??= setInterval(() => this.#renewAll(), this.#lease / 3).unref()
     try {
       const claim = this.#store.begin(key, this.#lease)
-      return isPromise<Claim>(claim) ? claim.then(checked).then(undefined, unavailable) : checked(claim)
+      return isPromise<Claim>(claim) ? Promise.resolve(claim).then(checked).then(undefined, unavailable) : checked(claim)
     } catch (error) {
       return unavailable(error)
     }
@@ -66,7 +66,7 @@ export class Claims {
     holder.settled = true
     try {
       const completed = this.#store.complete(holder.key, holder.claim!.token, this.#retention)
-      return isPromise<void>(completed) ? completed.then(undefined, this.#onTrouble) : undefined
+      return isPromise<void>(completed) ? Promise.resolve(completed).then(undefined, this.#onTrouble) : undefined
     } catch (error) {
       this.#onTrouble(error)
     }

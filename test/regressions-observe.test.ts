@@ -1,0 +1,77 @@
+import { AsyncLocalStorage } from 'node:async_hooks'
+import { Readable } from 'node:stream'
+import { Kind, Type } from '@sinclair/typebox'
+import type { TSchema } from '@sinclair/typebox'
+import Fastify from 'fastify'
+import type { FastifyBaseLogger, FastifyInstance, RequestPayload } from 'fastify'
+import t from 'tap'
+import openaiWebhook, { background, memoryStore } from '../lib/index.ts'
+import type { Job, RunnerHost } from '../lib/index.ts'
+import { channels } from '../lib/channels.ts'
+import { RefusalLog } from '../lib/log.ts'
+import { build, post, SECRET, sign, thin } from './support/deliveries.ts'
+import type { Signed } from './support/deliveries.ts'
+import { capturedLog, codeOf, deferred, handled, redelivered } from './support/observe.ts'
+
+// What was found by attacking the pipeline where it is fast, and where it is observed.
+
+const RECEIVED = '200 {"received":true}'
+const DUPLICATE = '200 {"received":true,"duplicate":true}'
+const marked = { config: { openaiWebhook: {} } }
+
+type Tap = typeof t
+
+/** The status, with the code of a refusal or else the body. */
+async function answer (app: FastifyInstance, delivery = sign(thin('batch.failed')), url = '/webhooks/openai'): Promise<string> {
+  const { statusCode, body } = await post(app, delivery, url)
+  const code = /"code":"(?:FST_OPENAI_WEBHOOK_)?(\w+)"/.exec(body)?.[1]
+  return `${statusCode} ${code ?? body}`
+}
+
+// An injected request keeps no socket open, and the timer of a deadline alone keeps no process alive.
+const alive = setInterval(() => {}, 1_000)
+t.teardown(() => clearInterval(alive))
+
+const closeTimeout = 2_000
+
+/** Closes the app, which has nothing left to wait for. */
+async function drain (t: Pick<Tap, 'ok'>, app: FastifyInstance): Promise<void> {
+  const startedAt = performance.now()
+  await app.close()
+  t.ok(performance.now() - startedAt < closeTimeout / 2, 'drained')
+}
+
+t.test('what has a `then` and is no promise', async t => {
+  const thenables: Record<string, () => unknown> = {
+    'a getter that throws': () => ({ get then () { throw new Error('no') } }),
+    'a method that throws': () => ({ then () { throw new Error('no') } }),
+    'a method that returns nothing': () => ({ then (_resolve: unknown, reject: (error: Error) => void) { setImmediate(reject, new Error('no')) } })
+  }
+  for (const [name, make] of Object.entries(thenables)) {
+    for (const begin of ['sync', 'async']) {
+      t.test(`${name}: a runner that answers with it after an ${begin} begin() has failed, and the retry does not hang`, async t => {
+        const store = memoryStore()
+        const app = await build(t, {
+          idempotency: { store: { ...store, begin: (...args) => begin === 'sync' ? store.begin(...args) : Promise.resolve(store.begin(...args)) } },
+          runner: { run: () => make() as Promise<void> },
+          deadline: 100,
+          closeTimeout
+        })
+        const delivery = sign(thin('batch.failed'))
+        t.equal(await answer(app, delivery), '503 UNAVAILABLE')
+        t.equal(await answer(app, redelivered(delivery)), '503 UNAVAILABLE')
+        await drain(t, app)
+      })
+    }
+
+    for (const method of ['checkpoint', 'complete', 'release'] as const) {
+      t.test(`${name}: a store whose ${method}() answers with it loses no answer`, async t => {
+        const app = await build(t, { idempotency: { store: { ...memoryStore(), [method]: make } }, deadline: 100, closeTimeout })
+        app.openaiWebhook.on('batch.failed', () => { if (method === 'release') throw new Error('disk full') })
+        app.openaiWebhook.onAny(() => {})
+        t.equal(await answer(app), method === 'release' ? '500 HANDLER_FAILED' : RECEIVED)
+        await drain(t, app)
+      })
+    }
+  }
+})
