@@ -13,8 +13,15 @@ export function logError (log: FastifyBaseLogger, error: unknown, fields: object
   try {
     log.error({ err: clipped(error), ...fields }, message)
   } catch {
-    log.error({ err: new Error('an error that cannot be read'), ...fields }, message)
+    write(log, 'error', { err: new Error('an error that cannot be read'), ...fields }, message)
   }
+}
+
+/** A line that cannot be written, because a disk is full or a user's `mixin` throws, fails no delivery. */
+export function write (log: FastifyBaseLogger, level: 'info' | 'warn' | 'error', fields: object, message: string): void {
+  try {
+    log[level](fields, message)
+  } catch {}
 }
 
 function clipped (error: unknown, causes = MAX_CAUSES): unknown {
@@ -92,7 +99,7 @@ export class RefusalLog {
     }
     if (window.written < MAX_LINES) {
       window.written++
-      log.warn({ code, statusCode, ...logFields(delivery) }, 'webhook delivery refused')
+      write(log, 'warn', { code, statusCode, ...logFields(delivery) }, 'webhook delivery refused')
     } else {
       window.suppressed++
     }
@@ -107,6 +114,6 @@ export class RefusalLog {
     const { timer, code, endpoint, suppressed } = this.#windows.get(key)!
     clearTimeout(timer)
     this.#windows.delete(key)
-    if (suppressed > 0) this.#log.warn({ code, endpoint, suppressed }, `${suppressed} more webhook deliveries refused`)
+    if (suppressed > 0) write(this.#log, 'warn', { code, endpoint, suppressed }, `${suppressed} more webhook deliveries refused`)
   }
 }

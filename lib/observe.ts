@@ -1,7 +1,7 @@
 import type { FastifyBaseLogger } from 'fastify'
 import { channels, trace } from './channels.ts'
 import type { DeliveryMessage, DuplicateMessage } from './channels.ts'
-import { logFields, logs } from './log.ts'
+import { logFields, logs, write } from './log.ts'
 import { then } from './maybe-promise.ts'
 import type { Handler } from './pipeline/dispatch.ts'
 import type { Run, Sender } from './run.ts'
@@ -25,7 +25,7 @@ export function observeDelivery (
   const startedAt = performance.now()
   return then(tracedDelivery(run, handlers, work), () => {
     const ms = Math.round((performance.now() - startedAt) * 1_000) / 1_000
-    to.info({ ...logFields(run.job, run.attempt), handlers: handlers.length, ms }, 'webhook delivery processed')
+    write(to, 'info', { ...logFields(run.job, run.attempt), handlers: handlers.length, ms }, 'webhook delivery processed')
   })
 }
 
@@ -48,6 +48,6 @@ function tracedDelivery (run: Run, handlers: readonly Handler[], work: (handlers
 export function observeDuplicate ({ endpoint }: Job, { request }: Sender, state: DuplicateMessage['state']): void {
   // Of the duplicate itself, which was signed later than the one it joins.
   const { webhookId, timestamp, event } = request.openaiWebhook
-  if (logs(request.log, 'info')) request.log.info({ ...logFields({ endpoint, webhookId, event }), state }, 'webhook delivery is a duplicate')
+  if (logs(request.log, 'info')) write(request.log, 'info', { ...logFields({ endpoint, webhookId, event }), state }, 'webhook delivery is a duplicate')
   if (channels.duplicate.hasSubscribers) channels.duplicate.publish({ endpoint, webhookId, timestamp, event, state, request })
 }

@@ -75,3 +75,33 @@ t.test('what has a `then` and is no promise', async t => {
     }
   }
 })
+
+t.test('a line that cannot be written fails no delivery', async t => {
+  for (const kind of ['sync', 'async']) {
+    t.test(`${kind} store`, async t => {
+      const { logger } = capturedLog()
+      const hooks = {
+        logMethod (this: object, args: unknown[], method: (...args: unknown[]) => void): void {
+          if (args.some(arg => typeof arg === 'string' && arg.startsWith('webhook delivery'))) throw new Error('ENOSPC')
+          method.apply(this, args)
+        }
+      }
+      const store = memoryStore()
+      const begin: typeof store.begin = (...args) => kind === 'sync' ? store.begin(...args) : Promise.resolve(store.begin(...args))
+      const app = await build(t, { idempotency: { store: { ...store, begin } }, deadline: 100, closeTimeout }, { logger: { ...(logger as object), hooks } as never })
+      app.openaiWebhook.on('batch.failed', () => {})
+      const delivery = sign(thin('batch.failed'))
+      t.equal(await answer(app, delivery), RECEIVED)
+      t.equal(await answer(app, redelivered(delivery)), DUPLICATE)
+      t.equal(await answer(app, { ...delivery, body: Buffer.from('{}') }), '401 INVALID_SIGNATURE')
+      await drain(t, app)
+    })
+  }
+
+  t.test('nor the process, at the end of a window of refusals', async t => {
+    const log = { isLevelEnabled: () => true, warn () { throw new Error('ENOSPC') } } as unknown as FastifyBaseLogger
+    const refusals = new RefusalLog(log)
+    for (let i = 0; i < 6; i++) refusals.write(log, 'CODE', 401, { endpoint: '/' })
+    t.doesNotThrow(() => refusals.flush())
+  })
+})
