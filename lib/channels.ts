@@ -147,7 +147,7 @@ export function trace<Message extends TracedMessage, T> (
     let result
     let pending = false
     try {
-      result = message.around === undefined ? work() : message.around(work)
+      result = message.around === undefined ? work() : within(message.around, work)
       pending = isPromise<T>(result)
     } catch (error) {
       threw(error)
@@ -169,4 +169,24 @@ export function trace<Message extends TracedMessage, T> (
       throw error
     })
   })
+}
+
+/** Whatever a subscriber makes of it, `work` runs, and once: a delivery of which nothing ran would be acknowledged. */
+function within<T> (around: NonNullable<TracedMessage['around']>, work: () => T): T {
+  let outcome: (() => T) | undefined
+  const once = (): T => {
+    if (outcome === undefined) {
+      try {
+        const value = work()
+        outcome = () => value
+      } catch (error) {
+        outcome = () => { throw error }
+      }
+    }
+    return outcome()
+  }
+  try {
+    around(once)
+  } catch {} // what `work` threw is thrown again below
+  return once()
 }

@@ -105,3 +105,41 @@ t.test('a line that cannot be written fails no delivery', async t => {
     t.doesNotThrow(() => refusals.flush())
   })
 })
+
+t.test('whatever `around` does, the traced work runs, once, and its end is the answer', async t => {
+  const arounds: Record<string, (work: () => unknown) => unknown> = {
+    'calls nothing': () => {},
+    'throws before': () => { throw new Error('tracer') },
+    'throws after': work => {
+      work()
+      throw new Error('tracer')
+    },
+    'calls twice': work => {
+      work()
+      return work()
+    },
+    'returns nothing': work => { work() }
+  }
+  for (const [name, around] of Object.entries(arounds)) {
+    for (const channel of ['enqueue', 'delivery', 'handler'] as const) {
+      t.test(`${name}: ${channel}`, async t => {
+        const nothing = (): void => {}
+        const subscribers = { start (message: object) { Object.assign(message, { around }) }, end: nothing, asyncStart: nothing, asyncEnd: nothing, error: nothing }
+        const traced = channels[channel] as typeof channels.handler
+        traced.subscribe(subscribers)
+        t.teardown(() => { traced.unsubscribe(subscribers) })
+        const app = await build(t, { deadline: 100, closeTimeout, ...(channel === 'enqueue' && { runner: background() }) })
+        let runs = 0
+        app.openaiWebhook.on('batch.failed', async () => {
+          await null
+          if (++runs === 1 && channel !== 'enqueue') throw new Error('disk full')
+        })
+        const delivery = sign(thin('batch.failed'))
+        if (channel !== 'enqueue') t.equal(await answer(app, delivery), '500 HANDLER_FAILED')
+        t.equal(await answer(app, redelivered(delivery)), RECEIVED)
+        await drain(t, app)
+        t.equal(runs, channel === 'enqueue' ? 1 : 2)
+      })
+    }
+  }
+})
