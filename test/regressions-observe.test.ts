@@ -143,3 +143,36 @@ t.test('whatever `around` does, the traced work runs, once, and its end is the a
     }
   }
 })
+
+t.test('a body that an earlier preParsing hook has put in place of the request\'s', async t => {
+  /** An app whose bodies come in the chunks that `rechunk` makes of them, of a length that nobody declares. */
+  async function rechunked (t: Parameters<typeof build>[0], rechunk: (body: Buffer) => unknown[]): Promise<FastifyInstance> {
+    const app = Fastify()
+    t.teardown(() => app.close())
+    app.addHook('preParsing', async (request, _reply, payload) => {
+      const chunks: Buffer[] = []
+      for await (const chunk of payload) chunks.push(chunk as Buffer)
+      delete request.headers['content-length']
+      request.headers['transfer-encoding'] = 'chunked'
+      return Readable.from(rechunk(Buffer.concat(chunks))) as RequestPayload
+    })
+    await app.register(openaiWebhook, { secret: SECRET })
+    app.post('/own', marked, async () => ({ received: true }))
+    return app
+  }
+  for (const url of ['/webhooks/openai', '/own']) {
+    t.test(`${url}: is taken as Uint8Arrays, in one piece and in several`, async t => {
+      const one = await rechunked(t, body => [new Uint8Array(body)])
+      t.equal(await answer(one, undefined, url), RECEIVED)
+      const two = await rechunked(t, body => [new Uint8Array(body.subarray(0, 9)), new Uint8Array(body.subarray(9))])
+      t.equal(await answer(two, undefined, url), RECEIVED)
+    })
+
+    t.test(`${url}: is refused where its chunks are something else, and does not end the process`, async t => {
+      for (const chunks of [[{ a: 1 }, { b: 2 }], [[1], [2]], [5]]) {
+        const app = await rechunked(t, () => chunks)
+        t.match(await answer(app, undefined, url), /^500 /)
+      }
+    })
+  }
+})

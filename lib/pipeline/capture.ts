@@ -36,9 +36,13 @@ export function readPayload (request: FastifyRequest, payload: RequestPayload, l
   if (isReplaced) payload.on('close', onClose)
   payload.resume() // @fastify/compress hands on a paused one
 
-  function onData (data: Buffer | string): void {
+  function onData (data: unknown): void {
     if (settled) return
-    const chunk = typeof data === 'string' ? Buffer.from(data) : data // an earlier preParsing hook may decode
+    const chunk = toChunk(data)
+    if (chunk === undefined) {
+      payload.pause()
+      return settle(Object.assign(new TypeError('expected a body of bytes or text, got other chunks from a preParsing hook'), { statusCode: 500 }))
+    }
     length += chunk.length
     if (length > limit || (payload.receivedEncodedLength ?? 0) > limit) {
       // A few bytes may unpack to gigabytes, and would, though nobody reads them.
@@ -73,6 +77,13 @@ export function readPayload (request: FastifyRequest, payload: RequestPayload, l
     payload.off('data', onData) // node:http removes one that is left, for 0.7 µs
     captured(error, bytes)
   }
+}
+
+/** An earlier preParsing hook may decode, or put a stream of any chunks in place of the request's. */
+function toChunk (data: unknown): Buffer | undefined {
+  if (Buffer.isBuffer(data)) return data
+  if (typeof data === 'string') return Buffer.from(data)
+  return data instanceof Uint8Array ? Buffer.from(data.buffer, data.byteOffset, data.byteLength) : undefined
 }
 
 const tooLarge = (): Error => new fastify.errorCodes.FST_ERR_CTP_BODY_TOO_LARGE()
