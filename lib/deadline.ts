@@ -1,3 +1,5 @@
+import { AsyncResource } from 'node:async_hooks'
+
 /** Something that waits, and is told when it has waited for too long. */
 export interface Expirable {
   /** ms on the monotonic clock; set by the deadline, 0 while it does not wait */
@@ -16,6 +18,8 @@ export class Deadline {
   #first: Expirable | undefined
   #last: Expirable | undefined
   #timer: NodeJS.Timeout | undefined
+  // What expires is of many requests: the async context of whichever armed the timer is not theirs.
+  readonly #expireOutside = AsyncResource.bind(() => this.#expire())
 
   /** @param ms how long each waits */
   constructor (readonly ms: number) {}
@@ -44,7 +48,7 @@ export class Deadline {
 
   #arm (ms: number): NodeJS.Timeout {
     // Unref'd: whoever waits here holds a socket open; the timer alone must not keep a process alive.
-    return setTimeout(() => this.#expire(), Math.ceil(ms)).unref()
+    return setTimeout(this.#expireOutside, Math.ceil(ms)).unref()
   }
 
   #expire (): void {

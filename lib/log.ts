@@ -1,3 +1,4 @@
+import { AsyncResource } from 'node:async_hooks'
 import type { FastifyBaseLogger } from 'fastify'
 
 /** Characters of an error's message, and of its stack, that are logged. */
@@ -80,6 +81,8 @@ interface Window {
 export class RefusalLog {
   readonly #log: FastifyBaseLogger
   readonly #windows = new Map<string, Window>()
+  // What is told as a window ends is of many requests, whose async contexts a logger may read.
+  readonly #endOutside = AsyncResource.bind((key: string) => this.#end(key))
 
   /** @param log for what is told when a window ends */
   constructor (log: FastifyBaseLogger) {
@@ -94,7 +97,7 @@ export class RefusalLog {
     const key = isOther ? OTHERS : own
     let window = this.#windows.get(key)
     if (window === undefined) {
-      window = { written: 0, suppressed: 0, code: isOther ? OTHERS : code, endpoint: isOther ? undefined : endpoint, timer: setTimeout(() => this.#end(key), WINDOW).unref() }
+      window = { written: 0, suppressed: 0, code: isOther ? OTHERS : code, endpoint: isOther ? undefined : endpoint, timer: setTimeout(this.#endOutside, WINDOW, key).unref() }
       this.#windows.set(key, window)
     }
     if (window.written < MAX_LINES) {

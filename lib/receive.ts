@@ -1,3 +1,4 @@
+import { AsyncResource } from 'node:async_hooks'
 import type { IncomingHttpHeaders } from 'node:http'
 import type { FastifyBaseLogger } from 'fastify'
 import { channels, trace } from './channels.ts'
@@ -114,7 +115,8 @@ export class Receiver implements RunnerHost {
     observeDuplicate(run.job, sender, 'joined')
     if (run.answer !== undefined) tell(sender, run.answer)
     else if (run.sender === undefined) tell(sender, ACCEPTED)
-    else (run.joined ??= []).push(sender)
+    // Answered in the async context of its own request, not of the one that it joins.
+    else (run.joined ??= []).push(AsyncResource.bind((answer: Answer) => tell(sender, answer)))
   }
 
   #begun (run: Run, claim: Claim): void {
@@ -242,7 +244,7 @@ export class Receiver implements RunnerHost {
     // A runner may acknowledge while the handlers still run: the run lasts as long as they do.
     if (!run.started || run.ended) this.#forget(this.#received, run)
     tell(run.sender!, run.answer)
-    if (run.joined !== undefined) for (const sender of run.joined) tell(sender, run.answer)
+    if (run.joined !== undefined) for (const tellJoined of run.joined) tellJoined(run.answer)
   }
 
   #forget (runs: Map<string, Run>, { key }: Run): void {

@@ -44,7 +44,7 @@ export class Run {
   /** What the sender was told. */
   answer: Answer | undefined = undefined
   /** Others that delivered the same webhook-id meanwhile. */
-  joined: Sender[] | undefined = undefined
+  joined: Array<(answer: Answer) => void> | undefined = undefined
   /** How often a runner has started its handlers, this time included. */
   attempt: number | undefined = undefined
 

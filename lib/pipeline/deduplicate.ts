@@ -1,3 +1,4 @@
+import { AsyncResource } from 'node:async_hooks'
 import { Unavailable } from '../errors.ts'
 import { attempt, isPromise } from '../maybe-promise.ts'
 import type { Claim, IdempotencyStore, MaybePromise } from '../stores/store.ts'
@@ -33,6 +34,8 @@ export class Claims {
   readonly #onTrouble: (error: unknown) => void
   #holders: ReadonlyArray<ReadonlyMap<string, Holder>> = []
   #timer: NodeJS.Timeout | undefined
+  // The claims are of many requests: the async context of whichever set the timer is not theirs.
+  readonly #renewOutside = AsyncResource.bind(() => this.#renewAll())
 
   constructor ({ store, lease, retention, onTrouble }: ClaimsOptions) {
     this.#store = store
@@ -49,7 +52,7 @@ export class Claims {
   /** @throws FST_OPENAI_WEBHOOK_UNAVAILABLE */
   begin (key: string): MaybePromise<Claim> {
     // One timer for all claims, which stops when it finds none: a delivery that is quick never meets it.
-    this.#timer ??= setInterval(() => this.#renewAll(), this.#lease / 3).unref()
+    this.#timer ??= setInterval(this.#renewOutside, this.#lease / 3).unref()
     try {
       const claim = this.#store.begin(key, this.#lease)
       return isPromise<Claim>(claim) ? Promise.resolve(claim).then(checked).then(undefined, unavailable) : checked(claim)
