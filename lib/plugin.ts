@@ -302,7 +302,9 @@ export class Plugin {
 
   /** A delivery is not answered 200: it is logged with the errors behind that, or else by its code. */
   refuse (error: unknown, delivery: Refused, request: FastifyRequest): void {
-    const { code = 'UNKNOWN', statusCode = 500, cause, message } = error as { code?: string, statusCode?: number, cause?: unknown, message: string }
+    const { code: given, statusCode = 500, cause, message } = error as { code?: unknown, statusCode?: number, cause?: unknown, message: string }
+    // That of a database or gRPC client, in an app's hook, may be a number.
+    const code = typeof given === 'string' || typeof given === 'number' ? String(given) : 'UNKNOWN'
     if (statusCode >= 500 && cause !== undefined) logError(request.log, cause, { code, ...logFields(delivery) }, message)
     else this.#refusals.write(request.log, code, statusCode, delivery)
     if (channels.refused.hasSubscribers) {
@@ -476,6 +478,8 @@ function isProtected ({ config, onRequest, preParsing }: RouteOptions): boolean 
   const mark = (config as { [PROTECTED]?: unknown } | undefined)?.[PROTECTED]
   return mark !== undefined && [...toArray<unknown>(onRequest), ...toArray<unknown>(preParsing)].includes(mark)
 }
+
+const isOurs = ({ code }: { code?: unknown }): boolean => typeof code === 'string' && code.startsWith('FST_OPENAI_WEBHOOK_')
 
 function toArray<T> (value: T | readonly T[] | undefined): T[] {
   if (value === undefined) return []

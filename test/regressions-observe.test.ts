@@ -231,3 +231,14 @@ t.test('a delivery is not told or answered in the async context of another', asy
     t.equal(await renewed.promise, undefined)
   })
 })
+
+t.test('a refusal by an app\'s hook is told, though its code is a number', async t => {
+  const { lines, logger } = capturedLog()
+  const app = await build(t, {}, { logger })
+  app.addHook('preValidation', async () => { throw Object.assign(new Error('duplicate key'), { code: 11000 }) })
+  const told: unknown[] = []
+  app.openaiWebhook.onError((error: Error & { code?: unknown }) => { told.push(error.code) })
+  t.equal(await answer(app), '500 11000')
+  t.same(told, [11000])
+  t.equal(lines.find(({ msg }) => msg === 'webhook delivery refused')?.['code'], '11000')
+})
