@@ -97,7 +97,7 @@ export class RefusalLog {
     const key = isOther ? OTHERS : own
     let window = this.#windows.get(key)
     if (window === undefined) {
-      window = { written: 0, suppressed: 0, code: isOther ? OTHERS : code, endpoint: isOther ? undefined : endpoint, timer: setTimeout(this.#endOutside, WINDOW, key).unref() }
+      window = { written: 0, suppressed: 0, ...(isOther ? { code: OTHERS, endpoint: undefined } : { code, endpoint }), timer: setTimeout(this.#endOutside, WINDOW, key).unref() }
       this.#windows.set(key, window)
     }
     if (window.written < MAX_LINES) {

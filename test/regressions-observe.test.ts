@@ -242,3 +242,17 @@ t.test('a refusal by an app\'s hook is told, though its code is a number', async
   t.same(told, [11000])
   t.equal(lines.find(({ msg }) => msg === 'webhook delivery refused')?.['code'], '11000')
 })
+
+t.test('refusals are counted under their own code, however many others there are', async t => {
+  const lines: Array<{ code: string, endpoint?: string, suppressed?: number }> = []
+  const log = { isLevelEnabled: () => true, warn: (line: typeof lines[number]) => { lines.push(line) } } as unknown as FastifyBaseLogger
+  const refusals = new RefusalLog(log)
+  const write = (code: string, endpoint: string): void => refusals.write(log, code, 401, { endpoint })
+  for (let i = 0; i < 10; i++) write('FIRST', '/a')
+  for (let i = 0; i < 5_000; i++) write(`CODE_${i}`, `/${i}`)
+  for (let i = 0; i < 10; i++) write('FIRST', '/a')
+  refusals.flush()
+  const counted = lines.filter(({ suppressed }) => suppressed !== undefined)
+  t.match(counted, [{ code: 'FIRST', endpoint: '/a', suppressed: 15 }, { code: 'others', endpoint: undefined, suppressed: 4_796 }])
+  t.equal(counted.length, 2)
+})
