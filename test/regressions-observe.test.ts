@@ -256,3 +256,21 @@ t.test('refusals are counted under their own code, however many others there are
   t.match(counted, [{ code: 'FIRST', endpoint: '/a', suppressed: 15 }, { code: 'others', endpoint: undefined, suppressed: 4_796 }])
   t.equal(counted.length, 2)
 })
+
+t.test('what a queue adds to a job is not taken for a part of the messages about it', async t => {
+  const ended: Array<{ error?: unknown }> = []
+  const nothing = (): void => {}
+  const subscribers = { start: nothing, end: nothing, asyncStart: nothing, asyncEnd (message: { error?: unknown }) { ended.push(message) }, error: nothing }
+  channels.delivery.subscribe(subscribers)
+  t.teardown(() => { channels.delivery.unsubscribe(subscribers) })
+  let host: RunnerHost | undefined
+  const app = await build(t, { runner: { start (startedBy) { host = startedBy }, run () {} } })
+  let runs = 0
+  app.openaiWebhook.on('batch.failed', () => { runs++ })
+  await app.ready()
+  const job: Job = { webhookId: 'wh_1', timestamp: 1, endpoint: '/webhooks/openai', event: thin('batch.failed') }
+  await host?.process({ ...job, error: 'the last attempt\'s', around: 'the clock' } as Job)
+  t.equal(runs, 1)
+  t.equal(ended.length, 1)
+  t.equal(ended[0]?.error, undefined)
+})
