@@ -274,3 +274,23 @@ t.test('what a queue adds to a job is not taken for a part of the messages about
   t.equal(ended.length, 1)
   t.equal(ended[0]?.error, undefined)
 })
+
+t.test('a schema that TypeBox cannot compile is a coded error at boot, with its event type', async t => {
+  const schemas: Record<string, TSchema> = {
+    'an unknown kind': Type.Object({ data: { [Kind]: 'Nope' } as unknown as TSchema }),
+    'a reference to nothing': Type.Ref('nope')
+  }
+  for (const [name, schema] of Object.entries(schemas)) {
+    const app = Fastify()
+    app.register(openaiWebhook, { secret: SECRET, events: { 'own.event': schema } })
+    let message = ''
+    t.equal(await codeOf(async () => {
+      await app.ready().then(undefined, (error: Error) => {
+        message = error.message
+        throw error
+      })
+    }), 'INVALID_OPTIONS', name)
+    t.match(message, 'events["own.event"]')
+    await app.close()
+  }
+})

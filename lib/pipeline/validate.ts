@@ -1,7 +1,7 @@
 import { isUtf8 } from 'node:buffer'
 import type { TSchema } from '@sinclair/typebox'
 import type { TypeCheck, TypeCompiler } from '@sinclair/typebox/compiler'
-import { InvalidBody, InvalidEvent } from '../errors.ts'
+import { InvalidBody, InvalidEvent, InvalidOptions } from '../errors.ts'
 
 export type Validators = ReadonlyMap<string, TypeCheck<TSchema>>
 
@@ -11,8 +11,16 @@ export type ParseJson = (text: string) => unknown
 /** The compiler of one copy of TypeBox: it knows the formats and kinds that were registered with that copy. */
 export type Compiler = Pick<typeof TypeCompiler, 'Compile'>
 
+/** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
 export function compileValidators (schemas: Readonly<Record<string, TSchema>>, compiler: Compiler): Validators {
-  return new Map(Object.entries(schemas).map(([type, schema]) => [type, compiler.Compile(schema)]))
+  return new Map(Object.entries(schemas).map(([type, schema]) => {
+    try {
+      return [type, compiler.Compile(schema)]
+    } catch (cause) {
+      // A kind or a reference that this copy of TypeBox has not been told of.
+      throw new InvalidOptions(`expected events["${type}"] to be a schema that TypeBox can compile, got: ${(cause as Error).message}`, { cause })
+    }
+  }))
 }
 
 /**
