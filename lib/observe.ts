@@ -1,6 +1,6 @@
 import type { FastifyBaseLogger } from 'fastify'
 import { channels, trace } from './channels.ts'
-import type { DeliveryInfo, DeliveryMessage, DuplicateMessage } from './channels.ts'
+import type { DeliveryMessage, DuplicateMessage } from './channels.ts'
 import { logFields, logs, write } from './log.ts'
 import { then } from './maybe-promise.ts'
 import type { Handler } from './pipeline/dispatch.ts'

@@ -479,8 +479,6 @@ function isProtected ({ config, onRequest, preParsing }: RouteOptions): boolean 
   return mark !== undefined && [...toArray<unknown>(onRequest), ...toArray<unknown>(preParsing)].includes(mark)
 }
 
-const isOurs = ({ code }: { code?: unknown }): boolean => typeof code === 'string' && code.startsWith('FST_OPENAI_WEBHOOK_')
-
 function toArray<T> (value: T | readonly T[] | undefined): T[] {
   if (value === undefined) return []
   return Array.isArray(value) ? [...value] : [value as T]

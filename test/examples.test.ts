@@ -192,7 +192,7 @@ t.test('with Redis', { skip: redisMissing }, async t => {
 })
 
 t.test('recipes show the examples as they are, and all of them', async t => {
-  const examples = readdirSync(join(ROOT, 'docs/examples'))
+  const examples = readdirSync(join(ROOT, 'docs/examples')).filter(name => name.endsWith('.mjs'))
     .map(name => ({ name, text: readFileSync(join(ROOT, 'docs/examples', name), 'utf8') }))
   const shown = readDocuments().filter(({ path }) => path.startsWith('docs/recipes/'))
     .flatMap(codeBlocks)
