@@ -216,11 +216,15 @@ t.test('the document lists every alert, and no other', async t => {
 
 /** Level and text of what a file of lib writes to a log; of a text that is put together, its longest part. */
 function logged (file: string): Array<{ level: string, text: string }> {
-  const calls = readFileSync(join(ROOT, 'lib', file), 'utf8')
-    .matchAll(/(?<!\.)\b(?:logError|(?:\w+\.)*?(?:log|to)\.(info|warn|debug|error)|(warn))\((?:[^()'`]|\([^()]*\))*(['`])((?:\\.|(?!\3).)*)\3\)/g)
-  return [...calls].map(([, level, warn, , text]) => ({
-    level: level ?? warn ?? 'error',
-    text: text!.replaceAll('\\', '').split(/\$\{[^}]*\}/).sort((a, b) => b.length - a.length)[0]!.trim()
+  const source = readFileSync(join(ROOT, 'lib', file), 'utf8')
+  const calls = source.matchAll(/(?<!\.)\b(?:logError|(?:\w+\.)*?(?:log|to)\.(info|warn|debug|error)|(warn))\((?:[^()'`]|\([^()]*\))*(['`])((?:\\.|(?!\3).)*)\3\)/g)
+  const writes = source.matchAll(/\bwrite\([\w.#]+, '(info|warn|error)', (?:[^()'`]|\([^()]*\))*(['`])((?:\\.|(?!\2).)*)\2\)/g)
+  return [
+    ...[...calls].map(([, level, warn, , text]) => ({ level: level ?? warn ?? 'error', text: text! })),
+    ...[...writes].map(([, level, , text]) => ({ level: level!, text: text! }))
+  ].map(({ level, text }) => ({
+    level,
+    text: text.replaceAll('\\', '').split(/\$\{[^}]*\}/).sort((a, b) => b.length - a.length)[0]!.trim()
   }))
 }
 
