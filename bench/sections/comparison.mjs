@@ -28,7 +28,7 @@ export async function run (bench, { names = Object.keys(contenders), sizes, base
   for (const { size, label, what, count, warmUp } of SIZES) {
     if (sizes !== undefined && !sizes.includes(size)) continue
     bench.log(`${label}: ${Object.keys(chosen).join(', ')}`)
-    const plan = bench.scaled({ count, warmUp, rounds: 3, generations: 3 })
+    const plan = bench.scaled({ count, warmUp, rounds: 3, generations: 2 })
     results.push({ size, label, what, plan, contenders: await bench.compare(chosen, { ...plan, templates: [eventOf(size)] }) })
   }
   return { results, leftOut, labels: Object.fromEntries(Object.entries(chosen).map(([name, { label }]) => [name, label])) }
