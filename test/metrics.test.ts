@@ -333,6 +333,7 @@ t.test('the depth of the queues of this process', async t => {
   const { register } = observe(t)
   const depth = async (): Promise<number | undefined> => (await scrape(register))['webhook_queue_depth']
   t.equal(await depth(), 0, 'without a queue')
+  t.equal(await bullmq({ connection: {} }).depth!(), 0, 'before its app is ready')
 
   const [started, held] = [deferred(), deferred()]
   const inMemory = await build(t, { runner: background({ concurrency: 1 }) })

@@ -464,3 +464,19 @@ t.test('a handler that still runs at the deadline', async t => {
     t.equal(runs(), 1)
   })
 })
+
+t.test('an event handler\'s success is on record before the route\'s own handler runs, however long that takes', async t => {
+  const { store, calls } = watchedStore()
+  const recording = deferred()
+  const slow = {
+    ...store,
+    async checkpoint (key: string, token: string, handler: string) {
+      await recording.promise
+      await store.checkpoint(key, token, handler)
+    }
+  }
+  const app = await build(t, { path: false, idempotency: { store: slow } })
+  app.post('/own', { config: { openaiWebhook: { on: { 'batch.failed': () => { recording.resolve() } } } } }, async () => { calls.push('own handler') })
+  t.equal(await answer(app), RECEIVED)
+  t.same(calls, ['begin', 'checkpoint route#0', 'own handler', 'complete'])
+})

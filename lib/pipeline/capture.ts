@@ -37,7 +37,6 @@ export function readPayload (request: FastifyRequest, payload: RequestPayload, l
   payload.resume() // @fastify/compress hands on a paused one
 
   function onData (data: unknown): void {
-    if (settled) return
     const chunk = toChunk(data)
     if (chunk === undefined) {
       payload.pause()
