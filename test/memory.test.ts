@@ -93,6 +93,49 @@ t.test('`max`', async t => {
     t.same(claim(store, 'a').finished, ['#0'])
   })
 
+  t.test('forgets in the order in which deliveries were last seen, however that came about', async t => {
+    const clock = stoppedClock(t, 500) // between two seconds
+    const max = 20
+    const store = memoryStore({ max })
+    let model: Array<{ key: string, done: boolean, until: number }> = [] // the least recently seen comes first
+    let now = 0
+    const keep = (key: string, done: boolean, ms: number): void => {
+      model.push({ key, done, until: now + ms + 1_000 }) // to the next second of the clock
+      if (model.length > max) model.shift()
+    }
+    let random = 1
+    const counts = { done: 0, finished: 0, forgotten: 0 }
+    for (let step = 0; step < 20_000; step++) {
+      random = (random * 1_103_515_245 + 12_345) % 2 ** 31
+      const key = `key ${(random >> 8) % 40}`
+      const seen = model.find(entry => entry.key === key)
+      model = model.filter(entry => entry !== seen)
+      const isFresh = seen !== undefined && seen.until > now
+      const answer = store.begin(key, LEASE) as Claim
+      if (seen !== undefined) counts[!isFresh ? 'forgotten' : seen.done ? 'done' : 'finished']++
+      if (isFresh && seen.done) {
+        model.push(seen)
+        if (answer.state !== 'done') return t.fail(`step ${step}: ${key} is ${answer.state}, and was processed`)
+      } else {
+        if (answer.state !== 'claimed') return t.fail(`step ${step}: ${key} is ${answer.state}, and was not processed`)
+        if (answer.finished.length !== (isFresh ? 1 : 0)) return t.fail(`step ${step}: ${answer.finished.length} handlers of ${key} had finished`)
+        if (step % 5 === 0) {
+          if (!isFresh) store.checkpoint(key, answer.token, '#0')
+          store.release(key, answer.token)
+          keep(key, false, 75 * HOUR)
+        } else {
+          const retention = step % 7 === 0 ? 30_000 : RETENTION
+          store.complete(key, answer.token, retention)
+          keep(key, true, retention)
+        }
+      }
+      clock.advance(1_000)
+      now += 1_000
+    }
+    t.ok(Object.values(counts).every(count => count > 100), JSON.stringify(counts))
+    t.same(states(store, model.filter(({ until }) => until > now).map(({ key }) => key)), model.filter(({ until }) => until > now).map(({ done }) => done ? 'done' : 'claimed'))
+  })
+
   t.test('is 100,000 by default', async t => {
     const store = memoryStore()
     for (let n = 0; n <= 100_000; n++) complete(store, String(n))
