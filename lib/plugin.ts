@@ -17,9 +17,9 @@ import type { EndpointOptions, OpenAIWebhookOptions } from './options.ts'
 import { captureBody, readPayload, replayPayload, toBuffer, toHeaders } from './pipeline/capture.ts'
 import { Claims } from './pipeline/deduplicate.ts'
 import { recordAnswer } from './pipeline/respond.ts'
-import { compileValidators } from './pipeline/validate.ts'
+import { Validators } from './pipeline/validate.ts'
 import type { Compiler, ParseJson } from './pipeline/validate.ts'
-import { checkHeaders } from './pipeline/verify.ts'
+import { headerFault } from './pipeline/verify.ts'
 import type { Verification } from './pipeline/verify.ts'
 import { Receiver, SECRET_INDEX } from './receive.ts'
 import type { Authentic } from './receive.ts'
@@ -129,7 +129,7 @@ export class Plugin {
     this.#closeTimeout = options.closeTimeout ?? DEFAULTS.closeTimeout
     this.#receiver = new Receiver({
       parse: jsonParser(instance),
-      validators: compileValidators(schemas, compiler),
+      validators: new Validators(officialEvents, options.events ?? {}, compiler),
       claims: new Claims({
         store: options.idempotency === false ? forgetful : store ?? memoryStore(),
         lease,
@@ -290,9 +290,11 @@ export class Plugin {
     const verification = this.#verifications.of(overrides, false)
     const body = toBuffer(rawBody)
     const plain = toHeaders(headers)
-    checkHeaders(verification, plain)
-    const { event } = await this.#receiver.authenticate(verification, plain, body)
-    return event
+    const fault = headerFault(verification, plain)
+    if (fault !== undefined) throw fault
+    const authentic = await this.#receiver.authenticate(verification, plain, body)
+    if (authentic instanceof Error) throw authentic
+    return authentic.event
   }
 
   /** Tells the `onError` handlers. */
@@ -348,33 +350,28 @@ export class Plugin {
 
   #admit (endpoint: Endpoint) {
     return (request: FastifyRequest, _reply: FastifyReply, done: (error?: Error) => void): void => {
-      try {
-        checkHeaders(endpoint, request.headers)
-      } catch (error) {
-        this.#told.add(error as Error)
-        this.refuse(error, { endpoint: endpoint.name }, request)
-        return done(error as Error)
-      }
-      done()
+      const fault = headerFault(endpoint, request.headers)
+      if (fault === undefined) return done()
+      this.#told.add(fault)
+      this.refuse(fault, { endpoint: endpoint.name }, request)
+      done(fault)
     }
   }
 
   #authenticate (endpoint: Endpoint, request: FastifyRequest, rawBody: Buffer, done: (error?: Error) => void): void {
+    const settle = (authentic: Authentic | Error): void => {
+      if (authentic instanceof Error) return done(this.#unauthentic(endpoint, request, rawBody, authentic))
+      this.#authentic(endpoint, request, authentic)
+      done()
+    }
     let authentic
     try {
       authentic = this.#receiver.authenticate(endpoint, request.headers, rawBody)
     } catch (error) {
-      return done(this.#unauthentic(endpoint, request, rawBody, error))
+      authentic = error as Error // of a schema of the user's
     }
-    if (isPromise<Authentic>(authentic)) {
-      authentic.then(authentic => {
-        this.#authentic(endpoint, request, authentic)
-        done()
-      }, error => done(this.#unauthentic(endpoint, request, rawBody, error)))
-    } else {
-      this.#authentic(endpoint, request, authentic)
-      done()
-    }
+    if (isPromise<Authentic | Error>(authentic)) authentic.then(settle, settle)
+    else settle(authentic)
   }
 
   #authentic ({ name }: Endpoint, request: FastifyRequest, authentic: Authentic): void {
@@ -384,11 +381,11 @@ export class Plugin {
     channels.verified.publish({ endpoint: name, webhookId, timestamp, event, secretIndex, bodySize: rawBody.length, request })
   }
 
-  #unauthentic (endpoint: Endpoint, request: FastifyRequest, rawBody: Buffer, error: unknown): Error {
-    this.#told.add(error as Error)
+  #unauthentic (endpoint: Endpoint, request: FastifyRequest, rawBody: Buffer, error: Error): Error {
+    this.#told.add(error)
     this.refuse(error, { endpoint: endpoint.name }, request)
     if (error instanceof InvalidSignature && DETAILED.has(request.log.level)) this.#explain(endpoint, request, rawBody)
-    return error as Error
+    return error
   }
 
   readonly #diagnosedAt = new Map<string, number>()

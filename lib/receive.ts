@@ -53,14 +53,18 @@ export class Receiver implements RunnerHost {
   }
 
   /** verify → validate: the captured bytes become an event that can be trusted. */
-  authenticate (endpoint: Verification, headers: IncomingHttpHeaders, rawBody: Buffer): MaybePromise<Authentic> {
+  authenticate (endpoint: Verification, headers: IncomingHttpHeaders, rawBody: Buffer): MaybePromise<Authentic | Error> {
     const verified = verify(endpoint, { rawBody, headers })
-    return isPromise<Verified>(verified) ? verified.then(verified => this.#authentic(verified, rawBody)) : this.#authentic(verified, rawBody)
+    return then(verified, verified => this.#authentic(verified, rawBody))
   }
 
-  #authentic ({ webhookId, timestamp, keyIndex }: Verified, rawBody: Buffer): Authentic {
+  #authentic (verified: Verified | Error, rawBody: Buffer): Authentic | Error {
+    if (verified instanceof Error) return verified
+    const { webhookId, timestamp, keyIndex } = verified
     const { parse, validators } = this.#options
-    return { webhookId, timestamp, rawBody, event: validate(rawBody, parse, validators) as WebhookEvent, [SECRET_INDEX]: keyIndex }
+    const event = validate(rawBody, parse, validators)
+    if (event instanceof Error) return event
+    return { webhookId, timestamp, rawBody, event: event as WebhookEvent, [SECRET_INDEX]: keyIndex }
   }
 
   /** deduplicate → dispatch: the event is handled once, however often it is delivered, and the sender told. */

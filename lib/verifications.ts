@@ -2,6 +2,7 @@ import { InvalidSecret } from './errors.ts'
 import { Keyring } from './keyring.ts'
 import type { KeyringOptions, Secret } from './keyring.ts'
 import type { EndpointOptions } from './options.ts'
+import { verificationBy } from './pipeline/verify.ts'
 import type { Verification } from './pipeline/verify.ts'
 import { standardWebhooks } from './verifiers/standard-webhooks.ts'
 import type { Verifier } from './verifiers/verifier.ts'
@@ -41,7 +42,7 @@ export class Verifications {
     const keyring = secret === undefined
       ? this.#ownKeyring(verifier.keyBytes, atBoot)
       : this.#keyring(secret, verifier.keyBytes, atBoot)
-    return { verifier, keyring, tolerance }
+    return verificationBy(verifier, keyring, tolerance)
   }
 
   /** Calls the secret functions for the first time. @throws FST_OPENAI_WEBHOOK_INVALID_SECRET */

@@ -1,6 +1,6 @@
 import { AsyncLocalStorage } from 'node:async_hooks'
 import { Readable } from 'node:stream'
-import { Kind, Type } from '@sinclair/typebox'
+import { Kind, Type, TypeRegistry } from '@sinclair/typebox'
 import type { TSchema } from '@sinclair/typebox'
 import Fastify from 'fastify'
 import type { FastifyBaseLogger, FastifyInstance, RequestPayload } from 'fastify'
@@ -273,6 +273,19 @@ t.test('what a queue adds to a job is not taken for a part of the messages about
   t.equal(runs, 1)
   t.equal(ended.length, 1)
   t.equal(ended[0]?.error, undefined)
+})
+
+t.test('a schema that throws as it is checked fails the delivery, and no other', async t => {
+  TypeRegistry.Set('Throwing', () => { throw new Error('no way to tell') })
+  t.teardown(() => { TypeRegistry.Delete('Throwing') })
+  const schema = Type.Object({ type: Type.Literal('own.event'), data: { [Kind]: 'Throwing' } as unknown as TSchema })
+  const app = await build(t, { events: { 'own.event': schema } })
+  app.post('/own', { config: { openaiWebhook: {} } }, async () => ({}))
+  for (const url of ['/webhooks/openai', '/own']) {
+    const deliver = async (event: object): Promise<number> => (await app.inject({ method: 'POST', url, headers: sign(event).headers, payload: sign(event).body })).statusCode
+    t.equal(await deliver({ ...thin('batch.failed'), type: 'own.event' }), 500, url)
+    t.equal(await deliver(thin('batch.failed')), 200, url)
+  }
 })
 
 t.test('a schema that TypeBox cannot compile is a coded error at boot, with its event type', async t => {

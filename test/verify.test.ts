@@ -508,7 +508,8 @@ t.test('a verifier of the user\'s own', async t => {
   t.test('throws anything else', async t => {
     for (const thrown of [
       new Error('secret detail'), new TypeError('x is not a function'), coded('MY_FAILURE', 500), coded('MY_SUCCESS', 200), coded('MY_REDIRECT', 302),
-      Object.assign(new Error('no code'), { statusCode: 403 }), Object.assign(new Error('no status'), { code: 'MY_CODE' }), undefined, null, 'text', 401
+      Object.assign(new Error('no code'), { statusCode: 403 }), Object.assign(new Error('no status'), { code: 'MY_CODE' }), undefined, null, 'text', 401,
+      { code: 'NO_ERROR', statusCode: 403 }, Object.defineProperty(new Error('unreadable'), 'code', { get () { throw new Error('no') } })
     ]) {
       const all = await withVerifier(t, () => { throw thrown })
       const told: unknown[] = []
@@ -519,6 +520,32 @@ t.test('a verifier of the user\'s own', async t => {
       t.notMatch(body, /secret detail|not a function|told by/)
       t.same(told, [thrown], 'onError is told why')
     }
+  })
+
+  t.test('returns an error: it is as good as thrown', async t => {
+    await refuses(t, await withVerifier(t, () => coded('MY_REFUSAL', 403)), delivery, { statusCode: 403, code: 'MY_REFUSAL' })
+    for (const returned of [new Error('secret detail'), coded('MY_FAILURE', 500)]) {
+      await refuses(t, await withVerifier(t, () => returned), delivery, 'INVALID_SIGNATURE', String(returned))
+    }
+  })
+
+  t.test('answers with what cannot be read', async t => {
+    const unreadable = { get webhookId () { throw new Error('no') }, timestamp: seconds() }
+    await refuses(t, await withVerifier(t, () => unreadable), delivery, 'INVALID_SIGNATURE')
+    const once = { ...good(), reads: 0, get webhookId () { if (this.reads++ > 0) throw new Error('no'); return `wh_${randomBytes(8).toString('hex')}` } }
+    await accepts(t, await withVerifier(t, () => Object.assign(Object.create(once), { reads: 0 })), delivery, 'read once')
+  })
+
+  t.test('has taken over all that is on one of ours, and is asked all the same', async t => {
+    const ours = standardWebhooks()
+    const stricter = Object.assign((...[delivered, keys]: Parameters<Verifier>) => {
+      if (delivered.headers['x-mine'] !== 'yes') throw coded('MY_REFUSAL', 403)
+      return ours(delivered, keys)
+    }, ours)
+    const all = await withVerifier(t, stricter)
+    await refuses(t, all, sign(thin('batch.failed')), { statusCode: 403, code: 'MY_REFUSAL' })
+    const { headers, body } = sign(thin('batch.failed'))
+    await accepts(t, all, { headers: { ...headers, 'x-mine': 'yes' }, body })
   })
 
   t.test('forgets to throw, or to answer', async t => {
@@ -546,6 +573,12 @@ t.test('a verifier of the user\'s own', async t => {
     for (const thrown of [new Error('secret detail'), coded('MY_FAILURE', 500), undefined]) {
       await refuses(t, await withVerifier(t, Object.assign(() => good(), { checkHeaders: () => { throw thrown } })), delivery, 'INVALID_SIGNATURE', String(thrown))
     }
+  })
+
+  t.test('returns an error out of checkHeaders', async t => {
+    const returning = (error: Error) => withVerifier(t, Object.assign(() => good(), { checkHeaders: () => error }))
+    await refuses(t, await returning(coded('MY_REFUSAL', 403)), delivery, { statusCode: 403, code: 'MY_REFUSAL' })
+    await refuses(t, await returning(coded('MY_FAILURE', 500)), delivery, 'INVALID_SIGNATURE')
   })
 
   t.test('checkHeaders gives no timestamp', async t => {

@@ -3,85 +3,87 @@ import { InvalidId, InvalidSignature, InvalidTimestamp, TimestampOutOfTolerance 
 import type { Keyring } from '../keyring.ts'
 import { isPromise } from '../maybe-promise.ts'
 import type { MaybePromise } from '../stores/store.ts'
-import type { SignedDelivery, Verified, Verifier } from '../verifiers/verifier.ts'
+import { judgeOf } from '../verifiers/verifier.ts'
+import type { Judge, SignedDelivery, Verified, Verifier } from '../verifiers/verifier.ts'
 
 export interface Verification {
   readonly verifier: Verifier
+  readonly judge: Judge
   readonly keyring: Keyring
   /** Seconds, past and future. */
   readonly tolerance: number
 }
 
-/** What the headers alone condemn; runs before the body is read, so that anonymous and stale floods cost no hashing. */
-export function checkHeaders ({ verifier, tolerance }: Verification, headers: IncomingHttpHeaders): void {
-  if (verifier.checkHeaders === undefined) return
-  let timestamp
-  try {
-    timestamp = verifier.checkHeaders(headers)
-  } catch (error) {
-    throw toRefusal(error)
-  }
-  assertNoPromise(timestamp)
-  if (typeof timestamp !== 'number' || Number.isNaN(timestamp)) throw new InvalidTimestamp('the timestamp')
-  assertFresh(timestamp, tolerance)
+export function verificationBy (verifier: Verifier, keyring: Keyring, tolerance: number): Verification {
+  const judge = judgeOf(verifier) ?? ((delivery, keys) => answerOf(() => verifier(delivery, keys), toVerified))
+  return { verifier, judge, keyring, tolerance }
 }
 
 /**
- * @returns who signed it and when
- * @throws FST_OPENAI_WEBHOOK_INVALID_SIGNATURE and the verifier's other coded errors
+ * What the headers alone condemn; asked before the body is read, so that anonymous and stale floods cost no hashing.
+ *
+ * @returns the coded error to refuse with: to throw it would cost more than all else that is done about it
  */
-export function verify (verification: Verification, delivery: SignedDelivery): MaybePromise<Verified> {
-  try {
-    return verifyNow(verification, delivery)
-  } catch (error) {
-    // The secret may have been rotated: ask for it again, if there is somebody to ask.
-    const refreshed = error instanceof InvalidSignature ? verification.keyring.refresh() : undefined
-    if (refreshed === undefined) throw error
-    return refreshed.then(changed => {
-      if (!changed) throw error
-      return verifyNow(verification, delivery)
-    })
-  }
+export function headerFault ({ verifier, tolerance }: Verification, headers: IncomingHttpHeaders): Error | undefined {
+  if (verifier.checkHeaders === undefined) return undefined
+  const timestamp = answerOf(() => verifier.checkHeaders!(headers), toSeconds)
+  return timestamp instanceof Error ? timestamp : staleness(timestamp, tolerance)
 }
 
-function verifyNow ({ verifier, keyring, tolerance }: Verification, delivery: SignedDelivery): Verified {
-  let verified
+/** @returns who signed it and when, or FST_OPENAI_WEBHOOK_INVALID_SIGNATURE or another coded error of the verifier's */
+export function verify (verification: Verification, delivery: SignedDelivery): MaybePromise<Verified | Error> {
+  const verified = verifyNow(verification, delivery)
+  if (!(verified instanceof InvalidSignature)) return verified
+  // The secret may have been rotated: ask for it again, if there is somebody to ask.
+  const refreshed = verification.keyring.refresh()
+  return refreshed === undefined ? verified : refreshed.then(changed => changed ? verifyNow(verification, delivery) : verified)
+}
+
+function verifyNow ({ judge, keyring, tolerance }: Verification, delivery: SignedDelivery): Verified | Error {
+  const verified = judge(delivery, keyring.keys)
+  return verified instanceof Error ? verified : staleness(verified.timestamp, tolerance) ?? verified
+}
+
+/** What a verifier of the user's returns or throws, as an answer. */
+function answerOf<T> (ask: () => T | Error, checked: (answer: T) => T | Error): T | Error {
   try {
-    verified = verifier(delivery, keyring.keys)
+    const answer = ask()
+    if (!isPromise(answer)) return answer instanceof Error ? toRefusal(answer) : checked(answer)
+    // It has verified nothing yet; left alone, its rejection would end the process.
+    answer.then(undefined, () => {})
+    return new InvalidSignature()
   } catch (error) {
-    throw toRefusal(error)
+    return toRefusal(error)
   }
-  assertNoPromise(verified)
-  assertVerified(verified)
-  assertFresh(verified.timestamp, tolerance)
-  return verified
 }
 
 /** What a verifier of the user's throws must be an answer. */
-function toRefusal (error: unknown): unknown {
+function toRefusal (error: unknown): Error {
   return isCoded(error) ? error : new InvalidSignature({ cause: error })
 }
 
-/** An asynchronous verifier has verified nothing yet; left alone, its rejection would end the process. */
-function assertNoPromise (answer: unknown): void {
-  if (!isPromise(answer)) return
-  answer.then(undefined, () => {})
-  throw new InvalidSignature()
+function isCoded (error: unknown): error is Error {
+  try {
+    const { code, statusCode } = error as { code?: unknown, statusCode?: unknown }
+    return error instanceof Error && typeof code === 'string' && typeof statusCode === 'number' && statusCode >= 400 && statusCode < 500
+  } catch {
+    return false // null, or a getter that throws
+  }
 }
 
-function assertFresh (timestamp: number, tolerance: number): void {
-  if (Math.abs(Date.now() / 1000 - timestamp) > tolerance) throw new TimestampOutOfTolerance('the timestamp', tolerance)
+function toSeconds (timestamp: unknown): number | Error {
+  return typeof timestamp === 'number' && !Number.isNaN(timestamp) ? timestamp : new InvalidTimestamp('the timestamp')
 }
 
 /** A verifier of the user's that forgets to throw must not let anything through. */
-function assertVerified (verified: unknown): asserts verified is Verified {
-  if (typeof verified !== 'object' || verified === null) throw new InvalidSignature()
-  const { webhookId, timestamp } = verified as Partial<Verified>
-  if (typeof webhookId !== 'string' || webhookId === '') throw new InvalidId()
-  if (!Number.isFinite(timestamp)) throw new InvalidTimestamp('the timestamp')
+function toVerified (verified: Verified): Verified | Error {
+  if (typeof verified !== 'object' || verified === null) return new InvalidSignature()
+  const { webhookId, timestamp, keyIndex } = verified as Partial<Verified>
+  if (typeof webhookId !== 'string' || webhookId === '') return new InvalidId()
+  if (timestamp === undefined || !Number.isFinite(timestamp)) return new InvalidTimestamp('the timestamp')
+  return { webhookId, timestamp, ...(keyIndex !== undefined && { keyIndex }) }
 }
 
-function isCoded (error: unknown): boolean {
-  const { code, statusCode } = (error ?? {}) as { code?: unknown, statusCode?: unknown }
-  return typeof code === 'string' && typeof statusCode === 'number' && statusCode >= 400 && statusCode < 500
+function staleness (timestamp: number, tolerance: number): Error | undefined {
+  return Math.abs(Date.now() / 1000 - timestamp) > tolerance ? new TimestampOutOfTolerance('the timestamp', tolerance) : undefined
 }

@@ -1,8 +1,8 @@
 import { createHash, createHmac, hash, timingSafeEqual } from 'node:crypto'
 import type { KeyObject } from 'node:crypto'
 import type { IncomingHttpHeaders } from 'node:http'
-import { InvalidId, InvalidSignature } from '../errors.ts'
-import { parseTimestamp, requireHeader } from './verifier.ts'
+import { InvalidId, InvalidSignature, InvalidTimestamp, MissingHeader } from '../errors.ts'
+import { isMissing, secondsOf, verifierOf } from './verifier.ts'
 import type { SignedDelivery, Verified, Verifier } from './verifier.ts'
 
 /**
@@ -13,8 +13,10 @@ import type { SignedDelivery, Verified, Verifier } from './verifier.ts'
  * Coded errors: MISSING_HEADER, INVALID_ID, INVALID_TIMESTAMP, INVALID_SIGNATURE (all 401).
  */
 export function standardWebhooks (): Verifier {
-  return Object.assign(verify, { checkHeaders })
+  return verifier
 }
+
+const verifier = verifierOf(judge, { checkHeaders })
 
 // Visible ASCII without "," and ".". A "." would let the signed text `id.timestamp.body` be split at another place, so
 // that an old delivery passes as a fresh one; a "," is how node:http joins a doubled header.
@@ -23,35 +25,35 @@ const WEBHOOK_ID = /^[\x21-\x2b\x2d\x2f-\x7e]{1,256}$/
 /** The id that was last found valid: it comes twice, with the headers and with the body. */
 let validId: string | undefined
 
-function parseId (headers: IncomingHttpHeaders): string {
-  const id = requireHeader(headers, 'webhook-id')
-  if (id === validId) return validId
-  if (typeof id !== 'string' || !WEBHOOK_ID.test(id)) throw new InvalidId()
+function isId (id: string | string[]): id is string {
+  if (id === validId) return true
+  if (typeof id !== 'string' || !WEBHOOK_ID.test(id)) return false
   validId = id
-  return id
+  return true
 }
 
-function checkHeaders (headers: IncomingHttpHeaders): number {
-  const timestamp = requireHeader(headers, 'webhook-timestamp')
-  requireHeader(headers, 'webhook-signature')
-  parseId(headers)
-  return parseTimestamp(timestamp, 'webhook-timestamp')
+function checkHeaders ({ 'webhook-id': id, 'webhook-timestamp': timestamp, 'webhook-signature': signature }: IncomingHttpHeaders): number | Error {
+  if (isMissing(timestamp)) return new MissingHeader('webhook-timestamp')
+  if (isMissing(signature)) return new MissingHeader('webhook-signature')
+  if (isMissing(id)) return new MissingHeader('webhook-id')
+  if (!isId(id)) return new InvalidId()
+  return secondsOf(timestamp) ?? new InvalidTimestamp('webhook-timestamp')
 }
 
-function verify ({ rawBody, headers }: SignedDelivery, keys: readonly KeyObject[]): Verified {
-  const webhookId = parseId(headers)
-  const timestampText = requireHeader(headers, 'webhook-timestamp') as string
-  const timestamp = parseTimestamp(timestampText, 'webhook-timestamp')
-  const signatures = requireHeader(headers, 'webhook-signature')
+function judge ({ rawBody, headers }: SignedDelivery, keys: readonly KeyObject[]): Verified | Error {
+  const timestamp = checkHeaders(headers)
+  if (typeof timestamp !== 'number') return timestamp
+  const webhookId = headers['webhook-id'] as string
+  const signatures = headers['webhook-signature']
   // A list never holds ", ": that is two headers, joined by node:http.
-  if (typeof signatures !== 'string' || signatures.includes(', ')) throw new InvalidSignature()
+  if (typeof signatures !== 'string' || signatures.includes(', ')) return new InvalidSignature()
 
-  const signedHead = `${webhookId}.${timestampText}.`
+  const signedHead = `${webhookId}.${headers['webhook-timestamp'] as string}.`
   for (let keyIndex = 0; keyIndex < keys.length; keyIndex++) {
     const expected = macOf(keys[keyIndex]!, signedHead, rawBody)
     if (listHolds(signatures, expected)) return { webhookId, timestamp, keyIndex }
   }
-  throw new InvalidSignature()
+  return new InvalidSignature()
 }
 
 /** Bytes. */

@@ -1,8 +1,8 @@
 import { createHash, createHmac, timingSafeEqual } from 'node:crypto'
 import type { KeyObject } from 'node:crypto'
 import type { IncomingHttpHeaders } from 'node:http'
-import { InvalidSignature } from '../errors.ts'
-import { parseTimestamp, requireHeader } from './verifier.ts'
+import { InvalidSignature, InvalidTimestamp, MissingHeader } from '../errors.ts'
+import { isMissing, secondsOf, verifierOf } from './verifier.ts'
 import type { SignedDelivery, Verified, Verifier } from './verifier.ts'
 
 const SIGNATURE = 'x-openai-signature'
@@ -17,35 +17,38 @@ const TIMESTAMP = 'x-openai-timestamp'
  * Coded errors: MISSING_HEADER, INVALID_TIMESTAMP, INVALID_SIGNATURE (all 401).
  */
 export function xOpenAISignature (): Verifier {
-  return Object.assign(verify, { checkHeaders, keyBytes })
+  return verifier
 }
+
+const verifier = verifierOf(judge, { checkHeaders, keyBytes })
 
 function keyBytes (secret: string): Buffer {
   return Buffer.from(secret)
 }
 
-function checkHeaders (headers: IncomingHttpHeaders): number {
-  requireHeader(headers, SIGNATURE)
-  return parseTimestamp(requireHeader(headers, TIMESTAMP), TIMESTAMP)
+function checkHeaders ({ [SIGNATURE]: signature, [TIMESTAMP]: timestamp }: IncomingHttpHeaders): number | Error {
+  if (isMissing(signature)) return new MissingHeader(SIGNATURE)
+  if (isMissing(timestamp)) return new MissingHeader(TIMESTAMP)
+  return secondsOf(timestamp) ?? new InvalidTimestamp(TIMESTAMP)
 }
 
 const HEX_SHA256 = /^[0-9a-f]{64}$/i
 
-function verify ({ rawBody, headers }: SignedDelivery, keys: readonly KeyObject[]): Verified {
-  const signature = requireHeader(headers, SIGNATURE)
-  const timestampText = requireHeader(headers, TIMESTAMP) as string
-  const timestamp = parseTimestamp(timestampText, TIMESTAMP)
-  if (typeof signature !== 'string' || !HEX_SHA256.test(signature)) throw new InvalidSignature()
+function judge ({ rawBody, headers }: SignedDelivery, keys: readonly KeyObject[]): Verified | Error {
+  const timestamp = checkHeaders(headers)
+  if (typeof timestamp !== 'number') return timestamp
+  const signature = headers[SIGNATURE]
+  if (typeof signature !== 'string' || !HEX_SHA256.test(signature)) return new InvalidSignature()
 
   const candidate = Buffer.from(signature, 'hex')
-  const signedHead = `${timestampText}.`
+  const signedHead = `${headers[TIMESTAMP] as string}.`
   for (let keyIndex = 0; keyIndex < keys.length; keyIndex++) {
     const expected = createHmac('sha256', keys[keyIndex]!).update(signedHead).update(rawBody).digest()
     if (timingSafeEqual(expected, candidate)) {
       return { webhookId: eventId(rawBody) ?? digest(signedHead, rawBody), timestamp, keyIndex }
     }
   }
-  throw new InvalidSignature()
+  return new InvalidSignature()
 }
 
 const EVENT_ID = /^[\x21-\x7e]{1,256}$/
