@@ -184,7 +184,7 @@ t.test('what is not an Error fails a route\'s own handler, even with a status', 
   let runs = 0
   app.post('/own', marked, async () => {
     runs++
-    // eslint-disable-next-line no-throw-literal
+    // eslint-disable-next-line no-throw-literal -- a user's handler may throw what is no Error
     throw { statusCode: 503, message: 'later' }
   })
   const delivery = sign(thin('batch.failed'))
@@ -372,7 +372,7 @@ t.test('a runner that asks again for the handlers of a delivery that it is accep
 })
 
 t.test('what a runner rejects with is answered as an error, even if it is none', async t => {
-  const app = await build(t, { runner: { run: async () => await Promise.reject({ code: 'FST_OPENAI_WEBHOOK_OVERLOADED', statusCode: 503 }) } }) // eslint-disable-line prefer-promise-reject-errors
+  const app = await build(t, { runner: { run: async () => await Promise.reject({ code: 'FST_OPENAI_WEBHOOK_OVERLOADED', statusCode: 503 }) } }) // eslint-disable-line prefer-promise-reject-errors -- a user's runner may reject with what is no Error
   t.equal(await answer(app), '503 UNAVAILABLE')
 })
 
