@@ -53,7 +53,7 @@ export class Bench {
 
   /** How much is sent: `rounds` in each generation of processes, of `count` requests, after `warmUp` requests. */
   scaled (plan) {
-    return this.quick ? { count: plan.count / 2, warmUp: plan.warmUp / 4, rounds: 3, generations: 1 } : plan
+    return this.quick ? { ...plan, warmUp: plan.warmUp / 4, rounds: 6, generations: 1 } : plan
   }
 
   /** Whether what a contender needs is there. */
@@ -155,8 +155,9 @@ function only (answers) {
 
 export function summary (samples) {
   const of = name => samples.map(sample => sample[name])
+  const cpu = of('cpu')
   return {
-    cpu: { median: median(of('cpu')), min: min(of('cpu')), max: max(of('cpu')) },
+    cpu: { rounds: cpu, median: median(cpu), min: min(cpu), max: max(cpu) },
     rate: median(of('rate')),
     p50: median(of('p50')),
     p99: median(of('p99'))

@@ -10,6 +10,9 @@ export const whole = value => decimals(value, 0)
 
 export const ratio = value => decimals(value, value < 10 ? 2 : 1)
 
+/** See `compared`. */
+export const ratioFigures = ({ median, low, high }) => [ratio(median), `${ratio(low)}–${ratio(high)}`]
+
 /** CPU µs a request are CPU ms per 1,000. */
 export const cpuFigures = ({ cpu }) => [decimals(cpu.median, 1), `${decimals(cpu.min, 1)}–${decimals(cpu.max, 1)}`]
 

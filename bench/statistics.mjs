@@ -1,8 +1,23 @@
-export function median (values) {
+/** The share of the values that lies below, 0 to 1. */
+export function quantile (values, share) {
   const sorted = values.toSorted((a, b) => a - b)
-  const middle = sorted.length >> 1
-  return sorted.length % 2 === 1 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2
+  const at = (sorted.length - 1) * share
+  const below = sorted[Math.floor(at)]
+  return below + (sorted[Math.ceil(at)] - below) * (at % 1)
 }
 
+export const median = values => quantile(values, 0.5)
 export const min = values => Math.min(...values)
 export const max = values => Math.max(...values)
+
+/**
+ * How one contender compares with another, round by round: what slows a machine for seconds slows both.
+ *
+ * @param {{ cpu: { rounds: number[] } }} measured
+ * @param {{ cpu: { rounds: number[] } }} other
+ * @returns the median of the rounds' ratios, and between what the middle half of them lies
+ */
+export function compared (measured, other) {
+  const ratios = measured.cpu.rounds.map((cpu, round) => cpu / other.cpu.rounds[round])
+  return { median: median(ratios), low: quantile(ratios, 0.25), high: quantile(ratios, 0.75) }
+}

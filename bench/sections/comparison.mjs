@@ -1,15 +1,16 @@
 import { fileURLToPath } from 'node:url'
 import { contenders } from '../contenders/index.mjs'
 import { eventOf } from '../deliveries.mjs'
-import { extent, figures, ratio, table } from '../markdown.mjs'
+import { extent, figures, ratio, ratioFigures, table } from '../markdown.mjs'
+import { compared } from '../statistics.mjs'
 
 export const name = 'comparison'
 
 /** Bytes of a body, and how many deliveries make a round; 65,536 is the default `bodyLimit`. */
 export const SIZES = [
-  { size: 200, label: '200 B', what: 'a thin event', count: 8_000, warmUp: 16_000 },
-  { size: 2_048, label: '2 KB', what: 'an incoming SIP call', count: 8_000, warmUp: 12_000 },
-  { size: 65_536, label: '64 KB', what: 'as large as the default `bodyLimit` lets through', count: 800, warmUp: 1_200 }
+  { size: 200, label: '200 B', what: 'a thin event', count: 2_000, warmUp: 16_000 },
+  { size: 2_048, label: '2 KB', what: 'an incoming SIP call', count: 2_000, warmUp: 12_000 },
+  { size: 65_536, label: '64 KB', what: 'as large as the default `bodyLimit` lets through', count: 300, warmUp: 1_500 }
 ]
 
 /**
@@ -28,21 +29,21 @@ export async function run (bench, { names = Object.keys(contenders), sizes, base
   for (const { size, label, what, count, warmUp } of SIZES) {
     if (sizes !== undefined && !sizes.includes(size)) continue
     bench.log(`${label}: ${Object.keys(chosen).join(', ')}`)
-    const plan = bench.scaled({ count, warmUp, rounds: 3, generations: 2 })
+    const plan = bench.scaled({ count, warmUp, rounds: 12, generations: 3 })
     results.push({ size, label, what, plan, contenders: await bench.compare(chosen, { ...plan, templates: [eventOf(size)] }) })
   }
   return { results, leftOut, labels: Object.fromEntries(Object.entries(chosen).map(([name, { label }]) => [name, label])) }
 }
 
 export function render ({ results, leftOut, labels }) {
+  const references = Object.entries({ hmac: 'inline HMAC', bare: 'bare route' }).filter(([name]) => labels[name] !== undefined)
   const parts = results.map(({ label, what, plan, contenders }) => {
-    const against = Object.keys(contenders).includes('hmac') ? 'hmac' : Object.keys(contenders)[0]
     const rows = Object.entries(contenders).map(([name, measured]) => [
       name.startsWith('ours') ? `**${labels[name]}**` : labels[name],
       ...figures(measured),
-      ratio(measured.cpu.median / contenders[against].cpu.median)
+      ...references.flatMap(([reference]) => ratioFigures(compared(measured, contenders[reference])))
     ])
-    const header = ['', 'CPU ms per 1,000', 'min–max', 'requests/s', 'p50 ms', 'p99 ms', `CPU ÷ ${against === 'hmac' ? 'inline HMAC' : labels[against]}`]
+    const header = ['', 'CPU ms per 1,000', 'min–max', 'requests/s', 'p50 ms', 'p99 ms', ...references.flatMap(([, what]) => [`CPU ÷ ${what}`, 'middle half'])]
     return `### ${label}: ${what}\n\n${table(header, rows)}\n\n${extent(plan, 'deliveries')}`
   })
   if (leftOut.length > 0) parts.push(`Left out: ${leftOut.join('; ')}.`)
@@ -62,12 +63,15 @@ export function targets ({ results, labels }) {
   return AGAINST.flatMap(([name, limits]) => Object.entries(limits).flatMap(([label, limit]) => {
     const contenders = results.find(result => result.label === label)?.contenders
     if (contenders?.[name] === undefined || contenders['ours-sync'] === undefined) return []
-    const against = contenders[name].cpu.median
+    const against = candidate => compared(contenders[candidate], contenders[name]).median
+    const notes = []
+    if (contenders.ours !== undefined) notes.push(`${ratio(against('ours'))} with an async handler`)
+    if (contenders.bare !== undefined && against('bare') > limit) notes.push(`${ratio(against('bare'))} for ${labels.bare}`)
     return [{
       what: `CPU a delivery ÷ ${labels[name]}, ${label}`,
       limit,
-      measured: contenders['ours-sync'].cpu.median / against,
-      ...(contenders.ours !== undefined && { note: `${ratio(contenders.ours.cpu.median / against)} with an async handler` })
+      measured: against('ours-sync'),
+      ...(notes.length > 0 && { note: notes.join('; ') })
     }]
   }))
 }

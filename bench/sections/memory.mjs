@@ -12,7 +12,7 @@ export async function run (bench) {
   bench.log(`memory for ${COUNT} remembered ids`)
   const results = {}
   for (const [name, candidate] of Object.entries({ remembered: variant({}), forgotten: variant({ idempotency: false }) })) {
-    const server = await bench.serve(candidate, ['--expose-gc'])
+    const server = await bench.serve(candidate)
     try {
       const templates = [eventOf(200)]
       const before = await server.ask('memory')

@@ -1,6 +1,7 @@
 import { contenders } from '../contenders/index.mjs'
 import { eventOf } from '../deliveries.mjs'
-import { cpuFigures, extent, ratio, table, whole } from '../markdown.mjs'
+import { cpuFigures, extent, ratioFigures, table, whole } from '../markdown.mjs'
+import { compared } from '../statistics.mjs'
 import { SIZES } from './comparison.mjs'
 
 export const name = 'refusals'
@@ -16,7 +17,7 @@ export async function run (bench) {
   const results = []
   for (const { size, label, count, warmUp } of SIZES) {
     bench.log(`refusals, ${label}`)
-    const plan = bench.scaled({ count, warmUp, rounds: 3, generations: 2 })
+    const plan = bench.scaled({ count, warmUp, rounds: 12, generations: 3 })
     results.push({ label, plan, contenders: await bench.compare(candidates, { ...plan, templates: [eventOf(size)] }) })
   }
   return results
@@ -24,20 +25,19 @@ export async function run (bench) {
 
 export function render (results) {
   const parts = results.map(({ label, plan, contenders: measured }) => {
-    const bare = measured.bare.cpu.median
-    const row = (who, what, { cpu, rate }) => [who, what, ...cpuFigures({ cpu }), whole(rate), ratio(cpu.median / bare)]
+    const row = (who, what, figures) => [who, what, ...cpuFigures(figures), whole(figures.rate), ...ratioFigures(compared(figures, measured.bare))]
     const rows = [row(contenders.bare.label, 'accepts it', measured.bare)]
     for (const name of REFUSING) {
       for (const [kind, what] of Object.entries(KINDS)) rows.push(row(name === 'ours-sync' ? `**${contenders[name].label}**` : contenders[name].label, what, measured[`${name} ${kind}`]))
     }
-    return `### ${label}, refused\n\n${table(['', 'what is wrong', 'CPU ms per 1,000', 'min–max', 'requests/s', 'CPU ÷ bare route'], rows, 2)}\n\n${extent(plan, 'requests')}`
+    return `### ${label}, refused\n\n${table(['', 'what is wrong', 'CPU ms per 1,000', 'min–max', 'requests/s', 'CPU ÷ bare route', 'middle half'], rows, 2)}\n\n${extent(plan, 'requests')}`
   })
   return parts.join('\n\n')
 }
 
 export function targets (results) {
   return results.flatMap(({ label, contenders: measured }) => {
-    const against = (name, other) => measured[name].cpu.median / measured[other].cpu.median
+    const against = (name, other) => compared(measured[name], measured[other]).median
     const early = ['unsigned', 'stale'].map(kind => ({
       what: `CPU a refusal (${KINDS[kind]}) ÷ ${contenders.bare.label}, ${label}`,
       limit: 0.75,

@@ -13,7 +13,7 @@ export async function run (bench) {
     const inPlay = types.slice(0, count)
     return [count, variant({ types: inPlay, ownTypes }, { plan: { templates: templatesOf(inPlay, SIZE) } })]
   }))
-  const plan = bench.scaled({ count: 8_000, warmUp: 12_000, rounds: 3, generations: 2 })
+  const plan = bench.scaled({ count: 2_000, warmUp: 12_000, rounds: 12, generations: 3 })
   return { plan, size: SIZE, variants: await bench.compare(candidates, plan) }
 }
 
