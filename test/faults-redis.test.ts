@@ -34,6 +34,17 @@ async function receiver (t: Teardown, client: Redis, { idempotency, ...options }
   return state
 }
 
+/** A delivery whose handler runs until `finish` is called. */
+async function handling (state: Awaited<ReturnType<typeof receiver>>) {
+  const { promise, resolve: finish } = deferred()
+  state.work = async () => await promise
+  await listen(state.app)
+  const delivery = batchFailed()
+  const answered = answer(state.app, delivery)
+  await state.started.promise
+  return { delivery, answered, finish }
+}
+
 const skip = redisMissing
 
 t.test('redisStore: Redis is down when a delivery comes', { skip }, async t => {
@@ -88,14 +99,9 @@ t.test('redisStore: Redis stops while a handler runs', { skip }, async t => {
   t.test('the sender is told of the success; what Redis forgot with its restart runs again', async t => {
     const server = await RedisServer.start(t)
     const state = await receiver(t, redisClient(t, server.port, IMPATIENT))
-    const { promise, resolve } = deferred()
-    state.work = async () => await promise
-    await listen(state.app)
-    const delivery = batchFailed()
-    const answered = answer(state.app, delivery)
-    await state.started.promise
+    const { delivery, answered, finish } = await handling(state)
     await server.stop()
-    resolve()
+    finish()
     t.equal(await answered, '200', 'processed, though it could not be recorded')
     t.equal(state.told.length, 1, 'which is told to onError')
     await server.start()
@@ -106,14 +112,9 @@ t.test('redisStore: Redis stops while a handler runs', { skip }, async t => {
   t.test('with persistence, a success that is recorded after the restart does not run again', async t => {
     const server = await RedisServer.start(t, ...persistent(t.testdir()))
     const state = await receiver(t, redisClient(t, server.port), { deadline: LONG })
-    const { promise, resolve } = deferred()
-    state.work = async () => await promise
-    await listen(state.app)
-    const delivery = batchFailed()
-    const answered = answer(state.app, delivery)
-    await state.started.promise
+    const { delivery, answered, finish } = await handling(state)
     await server.stop()
-    resolve()
+    finish()
     await server.start()
     t.equal(await answered, '200')
     t.equal(await answer(state.app, redelivered(delivery)), '200 duplicate')
@@ -125,14 +126,9 @@ t.test('redisStore: Redis stops while a handler runs', { skip }, async t => {
     const server = await RedisServer.start(t, ...persistent(t.testdir()))
     const client = redisClient(t, server.port, IMPATIENT)
     const state = await receiver(t, client)
-    const { promise, resolve } = deferred()
-    state.work = async () => await promise
-    await listen(state.app)
-    const delivery = batchFailed()
-    const answered = answer(state.app, delivery)
-    await state.started.promise
+    const { delivery, answered, finish } = await handling(state)
     await server.stop()
-    resolve()
+    finish()
     t.equal(await answered, '200')
     await server.start()
     await until('Redis to be reached', async () => await client.ping().then(() => true, () => false))
