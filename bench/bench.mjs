@@ -110,7 +110,7 @@ export class Bench {
   }
 
   /**
-   * Measures contenders in interleaved rounds: a, b, c, then b, c, a, … Each generation has new processes, since two
+   * Measures contenders in interleaved rounds, in another order each. Each generation has new processes, since two
    * processes of the same program differ by some percent.
    *
    * @param {Record<string, import('./contenders/index.mjs').Contender & { plan?: { templates?: string[][], kind?: string } }>} candidates
@@ -132,8 +132,7 @@ export class Bench {
           await this.send(servers[name], { ...plan, count: warmUp })
         }
         for (let round = 0; round < rounds; round++) {
-          for (let turn = 0; turn < names.length; turn++) {
-            const name = names[(generation * rounds + round + turn) % names.length]
+          for (const name of shuffled(names)) {
             const sample = await this.send(servers[name], { ...plans[name], count })
             if (sample.answer !== expected[name]) throw new Error(`${name}: expected ${expected[name]}, got ${sample.answer}`)
             samples[name].push(sample)
@@ -145,6 +144,10 @@ export class Bench {
     }
     return Object.fromEntries(names.map(name => [name, summary(samples[name])]))
   }
+}
+
+function shuffled (values) {
+  return values.map(value => ({ value, at: Math.random() })).sort((a, b) => a.at - b.at).map(({ value }) => value)
 }
 
 function only (answers) {

@@ -1,17 +1,30 @@
-// `cold-start.mjs "<contender's module>"`: from nothing to an app that is ready, in ms.
+// `cold-start.mjs "<contender's module>"`: from nothing to an app that is ready, and its first delivery, in ms.
 const [module] = process.argv.slice(2).map(arg => JSON.parse(arg))
 const cpuMs = () => {
   const { user, system } = process.cpuUsage()
   return (user + system) / 1000
 }
 
-const before = { wall: performance.now(), cpu: cpuMs() }
+const now = () => ({ wall: performance.now(), cpu: cpuMs() })
+const since = (start, end) => ({ wall: end.wall - start.wall, cpu: end.cpu - start.cpu })
+
+const before = now()
 const { build } = await import(`./contenders/${module}.mjs`)
 const app = await build()
 await app.ready()
-const after = { wall: performance.now(), cpu: cpuMs() }
+const ready = now()
 
-process.send({ result: { boot: { wall: after.wall - before.wall, cpu: after.cpu - before.cpu }, process: after } })
+const { buildRequests, eventOf, PATH } = await import('./deliveries.mjs')
+const [[request]] = buildRequests({ templates: [eventOf(200)], count: 1 })
+const [head, payload] = request.toString().split('\r\n\r\n')
+const headers = Object.fromEntries(head.split('\r\n').slice(1).map(line => line.split(': ')))
+await app.inject('/not-there') // loads what injects
+const start = now()
+const { statusCode, body } = await app.inject({ method: 'POST', url: PATH, headers, payload })
+const end = now()
+if (statusCode !== 200) throw new Error(`expected 200, got ${statusCode} ${body}`)
+
+process.send({ result: { boot: since(before, ready), process: ready, delivery: since(start, end) } })
 process.disconnect()
 await app.close()
 process.exit()

@@ -24,12 +24,12 @@ export function renderReport (template, machine, results) {
 
 export const targetsOf = results => Object.entries(results).flatMap(([name, data]) => sections[name].targets(data))
 
-/** @param {Array<{ what: string, limit: number, measured?: number, note?: string, digits?: number }>} targets */
+/** @param {Array<{ what: string, limit: number, measured?: number, half?: string, note?: string, digits?: number }>} targets */
 export function renderTargets (targets) {
-  return table(['Target', 'at most', 'measured', ''], targets.map(({ what, limit, measured, note, digits = 2 }) => {
+  return table(['Target', 'at most', 'measured', 'middle half', ''], targets.map(({ what, limit, measured, half = '', note, digits = 2 }) => {
     const notes = note === undefined ? '' : ` (${note})`
-    if (measured === undefined) return [what, decimals(limit, digits), `not measured${notes}`, '']
-    return [what, decimals(limit, digits), `${decimals(measured, digits)}${notes}`, measured <= limit ? 'met' : '**missed**']
+    if (measured === undefined) return [what, decimals(limit, digits), `not measured${notes}`, half, '']
+    return [what, decimals(limit, digits), `${decimals(measured, digits)}${notes}`, half, measured <= limit ? 'met' : '**missed**']
   }))
 }
 

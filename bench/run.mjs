@@ -12,7 +12,7 @@ import { sections } from './sections/index.mjs'
 
 const HELP = `npm run bench [-- options]
 
-  --quick                 fewer rounds of fewer requests
+  --quick                 fewer rounds, after a shorter warm-up, by one process of each contender: no verdict
   --only SECTION          may be repeated: ${Object.keys(sections).join(', ')}
   --contenders NAME,…     of the comparison: ${Object.keys(contenders).join(', ')}
   --sizes BYTES,…         of the comparison: ${SIZES.map(({ size }) => size).join(', ')}

@@ -1,5 +1,5 @@
 import { contenders } from '../contenders/index.mjs'
-import { decimals, ratio, ratioFigures, table } from '../markdown.mjs'
+import { decimals, half, ratio, ratioFigures, table } from '../markdown.mjs'
 import { Child } from '../processes.mjs'
 import { compared, median } from '../statistics.mjs'
 
@@ -28,21 +28,23 @@ export async function run (bench) {
       bootCpu: of(name, ({ boot }) => boot.cpu),
       bootWall: of(name, ({ boot }) => boot.wall),
       processCpu: of(name, ({ process }) => process.cpu),
-      processWall: of(name, ({ process }) => process.wall)
+      processWall: of(name, ({ process }) => process.wall),
+      deliveryWall: of(name, ({ delivery }) => delivery.wall)
     }]))
   }
 }
 
 export function render ({ starts, contenders: measured }) {
-  const rows = Object.entries(measured).map(([name, { againstBare, bootCpu, bootWall, processCpu, processWall }]) => [
+  const rows = Object.entries(measured).map(([name, { againstBare, bootCpu, bootWall, processCpu, processWall, deliveryWall }]) => [
     name.startsWith('ours') ? `**${contenders[name].label}**` : contenders[name].label,
     ...[bootCpu, bootWall, processCpu, processWall].map(ms => decimals(ms, 0)),
-    ...ratioFigures(againstBare)
+    ...ratioFigures(againstBare),
+    decimals(deliveryWall, 1)
   ])
-  const header = ['ms', 'CPU, import to ready', 'wall, import to ready', 'CPU, process to ready', 'wall, process to ready', 'CPU, import to ready ÷ bare app', 'middle half']
-  return `${table(header, rows)}\n\nMedians of ${starts} starts each, taking turns.`
+  const header = ['ms', 'CPU, import to ready', 'wall, import to ready', 'CPU, process to ready', 'wall, process to ready', 'CPU, import to ready ÷ bare app', 'middle half', 'wall, first delivery']
+  return `${table(header, rows)}\n\nMedians of ${starts} starts each, taking turns. The first delivery is injected: it compiles what is compiled on first use.`
 }
 
 export function targets ({ contenders: { 'ours-sync': { againstBare, wallAgainstBare } } }) {
-  return [{ what: 'CPU from import to ready ÷ bare app', limit: 1.3, measured: againstBare.median, note: `${ratio(wallAgainstBare.median)} by wall clock` }]
+  return [{ what: 'CPU from import to ready ÷ bare app', limit: 1.3, measured: againstBare.median, half: half(againstBare), note: `${ratio(wallAgainstBare.median)} by wall clock` }]
 }

@@ -1,6 +1,6 @@
 import { contenders } from '../contenders/index.mjs'
 import { eventOf } from '../deliveries.mjs'
-import { cpuFigures, extent, ratioFigures, table, whole } from '../markdown.mjs'
+import { cpuFigures, extent, half, ratioFigures, table, whole } from '../markdown.mjs'
 import { compared } from '../statistics.mjs'
 import { SIZES } from './comparison.mjs'
 
@@ -37,17 +37,20 @@ export function render (results) {
 
 export function targets (results) {
   return results.flatMap(({ label, contenders: measured }) => {
-    const against = (name, other) => compared(measured[name], measured[other]).median
+    const against = (name, other) => {
+      const ratio = compared(measured[name], measured[other])
+      return { measured: ratio.median, half: half(ratio) }
+    }
     const early = ['unsigned', 'stale'].map(kind => ({
       what: `CPU a refusal (${KINDS[kind]}) ÷ ${contenders.bare.label}, ${label}`,
       limit: 0.75,
-      measured: against(`ours-sync ${kind}`, 'bare')
+      ...against(`ours-sync ${kind}`, 'bare')
     }))
     if (label !== '64 KB') return early
     return [...early, {
       what: `CPU a refusal (${KINDS.forged}) ÷ ${contenders.standardwebhooks.label}, ${label}`,
       limit: 0.15,
-      measured: against('ours-sync forged', 'standardwebhooks forged')
+      ...against('ours-sync forged', 'standardwebhooks forged')
     }]
   })
 }

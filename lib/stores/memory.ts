@@ -24,7 +24,7 @@ const NONE: readonly string[] = []
  * Remembers deliveries in this process only: at most `max` that have been processed or given up, the least recently
  * seen forgotten first, and besides them those being processed. Never fails; forgets everything when the process ends.
  *
- * @param options.max deliveries; default 100,000, about 15 MB
+ * @param options.max deliveries; default 100,000, about 16 MB
  */
 export function memoryStore ({ max = 100_000 }: { max?: number } = {}): IdempotencyStore {
   if (!Number.isSafeInteger(max) || max < 1) throw new InvalidOptions(`expected memoryStore's max to be a whole number of deliveries, 1 or more, got ${String(max)}`)

@@ -27,8 +27,8 @@ export interface Verifier {
   (delivery: SignedDelivery, keys: readonly KeyObject[]): Verified
   /**
    * What the headers alone condemn, checked before the body is read.
-   * Returns the timestamp in Unix seconds or a coded error, or throws one as the verifier does. Under a flood, what is
-   * returned costs the server a third less than what is thrown.
+   * Returns the timestamp in Unix seconds or a coded error, or throws one as the verifier does: to return it costs less
+   * under a flood.
    */
   readonly checkHeaders?: (headers: IncomingHttpHeaders) => number | Error
   /**
