@@ -1,12 +1,11 @@
 import { AsyncResource } from 'node:async_hooks'
+import { LinkedList } from './linked-list.ts'
+import type { Linked } from './linked-list.ts'
 
 /** Something that waits, and is told when it has waited for too long. */
-export interface Expirable {
+export interface Expirable extends Linked<Expirable> {
   /** ms on the monotonic clock; set by the deadline, 0 while it does not wait */
   expiresAt: number
-  /** Its neighbours among those that wait; kept by the deadline. */
-  earlier: Expirable | undefined
-  later: Expirable | undefined
   expired: () => void
 }
 
@@ -15,8 +14,7 @@ export interface Expirable {
  * timed. A request pays for two links in a list instead of a timer of its own.
  */
 export class Deadline {
-  #first: Expirable | undefined
-  #last: Expirable | undefined
+  readonly #waiting = new LinkedList<Expirable>()
   #timer: NodeJS.Timeout | undefined
   // What expires is of many requests: the async context of whichever armed the timer is not theirs.
   readonly #expireOutside = AsyncResource.bind(() => this.#expire())
@@ -27,23 +25,15 @@ export class Deadline {
   /** Calls `expired` after `ms`, unless it is stopped before. */
   start (waiting: Expirable): void {
     waiting.expiresAt = performance.now() + this.ms
-    waiting.earlier = this.#last
-    if (this.#last === undefined) this.#first = waiting
-    else this.#last.later = waiting
-    this.#last = waiting
+    this.#waiting.append(waiting)
     this.#timer ??= this.#arm(this.ms)
   }
 
   /** Does nothing where it does not wait. */
   stop (waiting: Expirable): void {
     if (waiting.expiresAt === 0) return
-    const { earlier, later } = waiting
-    if (earlier === undefined) this.#first = later
-    else earlier.later = later
-    if (later === undefined) this.#last = earlier
-    else later.earlier = earlier
     waiting.expiresAt = 0
-    waiting.earlier = waiting.later = undefined
+    this.#waiting.remove(waiting)
   }
 
   #arm (ms: number): NodeJS.Timeout {
@@ -54,7 +44,7 @@ export class Deadline {
   #expire (): void {
     this.#timer = undefined
     const now = performance.now()
-    for (let waiting = this.#first; waiting !== undefined; waiting = this.#first) {
+    for (let waiting = this.#waiting.first; waiting !== undefined; waiting = this.#waiting.first) {
       if (waiting.expiresAt > now) {
         this.#timer = this.#arm(waiting.expiresAt - now)
         return

@@ -368,9 +368,9 @@ export class Plugin {
     try {
       authentic = this.#receiver.authenticate(endpoint, request.headers, rawBody)
     } catch (error) {
-      authentic = error as Error // of a schema of the user's
+      authentic = thrownBySchema(error)
     }
-    if (isPromise<Authentic | Error>(authentic)) authentic.then(settle, settle)
+    if (isPromise<Authentic | Error>(authentic)) authentic.then(settle, error => settle(thrownBySchema(error)))
     else settle(authentic)
   }
 
@@ -468,6 +468,11 @@ export class Plugin {
     runnersInUse.delete(this.#runner)
     this.#refusals.flush()
   }
+}
+
+/** The one thing that may throw in there is a schema of the user's, and anything. */
+function thrownBySchema (cause: unknown): Error {
+  return cause instanceof Error ? cause : new Error('a schema threw what is no Error, as the event was checked', { cause })
 }
 
 /** A route that was given the config of a protected one has the mark, but not the hook. */

@@ -276,15 +276,28 @@ t.test('what a queue adds to a job is not taken for a part of the messages about
 })
 
 t.test('a schema that throws as it is checked fails the delivery, and no other', async t => {
-  TypeRegistry.Set('Throwing', () => { throw new Error('no way to tell') })
+  let thrown: unknown
+  TypeRegistry.Set('Throwing', () => { throw thrown })
   t.teardown(() => { TypeRegistry.Delete('Throwing') })
   const schema = Type.Object({ type: Type.Literal('own.event'), data: { [Kind]: 'Throwing' } as unknown as TSchema })
   const app = await build(t, { events: { 'own.event': schema } })
   app.post('/own', { config: { openaiWebhook: {} } }, async () => ({}))
+  const told: unknown[] = []
+  let runs = 0
+  app.openaiWebhook.onAny(() => { runs++ }).onError(error => { told.push('cause' in error ? error.cause : error) })
+  const delivered: object = { webhookId: 'wh_1', timestamp: 1, event: thin('batch.failed') }
   for (const url of ['/webhooks/openai', '/own']) {
-    const deliver = async (event: object): Promise<number> => (await app.inject({ method: 'POST', url, headers: sign(event).headers, payload: sign(event).body })).statusCode
-    t.equal(await deliver({ ...thin('batch.failed'), type: 'own.event' }), 500, url)
+    const deliver = async (event: object): Promise<number> => {
+      const { headers, body } = sign(event)
+      return (await app.inject({ method: 'POST', url, headers, payload: body })).statusCode
+    }
+    for (thrown of [new Error('no way to tell'), 'a text', null, delivered]) {
+      t.equal(await deliver({ ...thin('batch.failed'), type: 'own.event' }), 500, `${url} ${String(thrown)}`)
+      t.equal(told.pop(), thrown)
+    }
+    t.equal(runs, 0)
     t.equal(await deliver(thin('batch.failed')), 200, url)
+    runs = 0
   }
 })
 

@@ -509,7 +509,8 @@ t.test('a verifier of the user\'s own', async t => {
     for (const thrown of [
       new Error('secret detail'), new TypeError('x is not a function'), coded('MY_FAILURE', 500), coded('MY_SUCCESS', 200), coded('MY_REDIRECT', 302),
       Object.assign(new Error('no code'), { statusCode: 403 }), Object.assign(new Error('no status'), { code: 'MY_CODE' }), undefined, null, 'text', 401,
-      { code: 'NO_ERROR', statusCode: 403 }, Object.defineProperty(new Error('unreadable'), 'code', { get () { throw new Error('no') } })
+      { code: 'NO_ERROR', statusCode: 403 }, Object.defineProperty(new Error('unreadable'), 'code', { get () { throw new Error('no') } }),
+      Object.assign(coded('MY_REFUSAL', 403), { then () {} })
     ]) {
       const all = await withVerifier(t, () => { throw thrown })
       const told: unknown[] = []
@@ -534,6 +535,12 @@ t.test('a verifier of the user\'s own', async t => {
     await refuses(t, await withVerifier(t, () => unreadable), delivery, 'INVALID_SIGNATURE')
     const once = { ...good(), reads: 0, get webhookId () { if (this.reads++ > 0) throw new Error('no'); return `wh_${randomBytes(8).toString('hex')}` } }
     await accepts(t, await withVerifier(t, () => Object.assign(Object.create(once), { reads: 0 })), delivery, 'read once')
+    // Is an Error when it is first looked at, and no longer then.
+    const turncoat = () => {
+      let looks = 0
+      return new Proxy(coded('MY_REFUSAL', 403), { getPrototypeOf: () => looks++ < 1 ? Error.prototype : null })
+    }
+    await refuses(t, await withVerifier(t, () => { throw turncoat() }), delivery, 'TIMESTAMP_OUT_OF_TOLERANCE')
   })
 
   t.test('has taken over all that is on one of ours, and is asked all the same', async t => {
@@ -575,7 +582,7 @@ t.test('a verifier of the user\'s own', async t => {
     }
   })
 
-  t.test('returns an error out of checkHeaders', async t => {
+  t.test('returns an error out of checkHeaders: it is as good as thrown', async t => {
     const returning = (error: Error) => withVerifier(t, Object.assign(() => good(), { checkHeaders: () => error }))
     await refuses(t, await returning(coded('MY_REFUSAL', 403)), delivery, { statusCode: 403, code: 'MY_REFUSAL' })
     await refuses(t, await returning(coded('MY_FAILURE', 500)), delivery, 'INVALID_SIGNATURE')

@@ -8,25 +8,35 @@ import type { Judge, SignedDelivery, Verified, Verifier } from '../verifiers/ver
 
 export interface Verification {
   readonly verifier: Verifier
-  readonly judge: Judge
+  readonly judge: Judge['judge']
+  /** Absent where a verifier of the user's does not check the headers first. */
+  readonly judgeHeaders: Judge['judgeHeaders'] | undefined
   readonly keyring: Keyring
   /** Seconds, past and future. */
   readonly tolerance: number
 }
 
 export function verificationBy (verifier: Verifier, keyring: Keyring, tolerance: number): Verification {
-  const judge = judgeOf(verifier) ?? ((delivery, keys) => answerOf(() => verifier(delivery, keys), toVerified))
-  return { verifier, judge, keyring, tolerance }
+  const { judge, judgeHeaders } = judgeOf(verifier) ?? usersJudge(verifier)
+  return { verifier, judge, judgeHeaders, keyring, tolerance }
+}
+
+function usersJudge (verifier: Verifier): Pick<Verification, 'judge' | 'judgeHeaders'> {
+  const { checkHeaders } = verifier
+  return {
+    judge: (delivery, keys) => answerOf(() => verifier(delivery, keys), toVerified),
+    judgeHeaders: checkHeaders && (headers => answerOf(() => checkHeaders(headers), toSeconds))
+  }
 }
 
 /**
  * What the headers alone condemn; asked before the body is read, so that anonymous and stale floods cost no hashing.
  *
- * @returns the coded error to refuse with: to throw it would cost more than all else that is done about it
+ * @returns the coded error to refuse with
  */
-export function headerFault ({ verifier, tolerance }: Verification, headers: IncomingHttpHeaders): Error | undefined {
-  if (verifier.checkHeaders === undefined) return undefined
-  const timestamp = answerOf(() => verifier.checkHeaders!(headers), toSeconds)
+export function headerFault ({ judgeHeaders, tolerance }: Verification, headers: IncomingHttpHeaders): Error | undefined {
+  if (judgeHeaders === undefined) return undefined
+  const timestamp = judgeHeaders(headers)
   return timestamp instanceof Error ? timestamp : staleness(timestamp, tolerance)
 }
 
@@ -44,7 +54,7 @@ function verifyNow ({ judge, keyring, tolerance }: Verification, delivery: Signe
   return verified instanceof Error ? verified : staleness(verified.timestamp, tolerance) ?? verified
 }
 
-/** What a verifier of the user's returns or throws, as an answer. */
+/** What a verifier of the user's returns or throws, as an answer. An error is as good returned as thrown. */
 function answerOf<T> (ask: () => T | Error, checked: (answer: T) => T | Error): T | Error {
   try {
     const answer = ask()
@@ -65,7 +75,8 @@ function toRefusal (error: unknown): Error {
 function isCoded (error: unknown): error is Error {
   try {
     const { code, statusCode } = error as { code?: unknown, statusCode?: unknown }
-    return error instanceof Error && typeof code === 'string' && typeof statusCode === 'number' && statusCode >= 400 && statusCode < 500
+    // What has a `then` would be waited for.
+    return error instanceof Error && !isPromise(error) && typeof code === 'string' && typeof statusCode === 'number' && statusCode >= 400 && statusCode < 500
   } catch {
     return false // null, or a getter that throws
   }
@@ -85,5 +96,6 @@ function toVerified (verified: Verified): Verified | Error {
 }
 
 function staleness (timestamp: number, tolerance: number): Error | undefined {
-  return Math.abs(Date.now() / 1000 - timestamp) > tolerance ? new TimestampOutOfTolerance('the timestamp', tolerance) : undefined
+  // Fails closed where one of them is no number.
+  return Math.abs(Date.now() / 1000 - timestamp) <= tolerance ? undefined : new TimestampOutOfTolerance('the timestamp', tolerance)
 }

@@ -1,4 +1,6 @@
 import { InvalidOptions } from '../errors.ts'
+import { LinkedList } from '../linked-list.ts'
+import type { Linked } from '../linked-list.ts'
 import { UNFINISHED_RETENTION } from './store.ts'
 import type { Claim, IdempotencyStore } from './store.ts'
 
@@ -9,13 +11,13 @@ interface Running {
   finished: string[]
 }
 
-/** The second of the monotonic clock at which a processed delivery is forgotten: a number takes no room beside its key. */
-type Done = number
-
-/** Given up, with the handlers that had finished. */
-interface Released {
-  readonly finished: readonly string[]
-  readonly forgottenAt: number
+/** Processed, or given up. */
+interface Settled extends Linked<Settled> {
+  readonly key: string
+  /** The handlers that had finished when it was given up; undefined once it has been processed. */
+  finished: readonly string[] | undefined
+  /** The second of the monotonic clock at which it is forgotten: a whole number, which takes no room of its own. */
+  forgottenAt: number
 }
 
 const NONE: readonly string[] = []
@@ -29,9 +31,10 @@ const NONE: readonly string[] = []
 export function memoryStore ({ max = 100_000 }: { max?: number } = {}): IdempotencyStore {
   if (!Number.isSafeInteger(max) || max < 1) throw new InvalidOptions(`expected memoryStore's max to be a whole number of deliveries, 1 or more, got ${String(max)}`)
   const running = new Map<string, Running>()
-  /** The least recently seen comes first. No key is in both. */
-  const settled = new Map<string, Done | Released>()
-  let oldest: Iterator<string> | undefined
+  const settled = new Map<string, Settled>()
+  // Not the order of the Map: to delete a key and set it again, each time it is seen, leaves a chain of holes in V8's table,
+  // and a duplicate soon takes 40 µs or more.
+  const bySight = new LinkedList<Settled>()
   let claims = 0
 
   function held (key: string, token: string): Running | undefined {
@@ -39,22 +42,39 @@ export function memoryStore ({ max = 100_000 }: { max?: number } = {}): Idempote
     return claim?.token === token ? claim : undefined
   }
 
-  function settle (key: string, as: Done | Released): void {
+  /** @param ms for which it is remembered */
+  function settle (key: string, finished: readonly string[] | undefined, ms: number): void {
     running.delete(key)
-    settled.set(key, as)
-    if (settled.size <= max) return
-    // One iterator for good: a new one would step over all that has been deleted before it, some µs of a delivery's 30. It
-    // cannot come to the end, since what it has given is deleted at once and what is new comes last.
-    oldest ??= settled.keys()
-    settled.delete(oldest.next().value)
+    const forgottenAt = Math.ceil((performance.now() + ms) / 1_000)
+    const before = settled.get(key)
+    if (before === undefined) {
+      const entry = { key, finished, forgottenAt, earlier: undefined, later: undefined }
+      settled.set(key, entry)
+      bySight.append(entry)
+      if (settled.size > max) forget(bySight.first!)
+    } else {
+      before.finished = finished
+      before.forgottenAt = forgottenAt
+      seen(before)
+    }
+  }
+
+  function seen (entry: Settled): void {
+    bySight.remove(entry)
+    bySight.append(entry)
+  }
+
+  function forget (entry: Settled): void {
+    bySight.remove(entry)
+    settled.delete(entry.key)
   }
 
   /** What is remembered of a delivery that is not running. */
-  function recall (key: string, now: number): Done | Released | undefined {
-    const as = settled.get(key)
-    if (as === undefined) return undefined
-    settled.delete(key)
-    return (typeof as === 'number' ? as : as.forgottenAt) > now / 1_000 ? as : undefined
+  function recall (key: string, now: number): Settled | undefined {
+    const entry = settled.get(key)
+    if (entry === undefined || entry.forgottenAt > now / 1_000) return entry
+    forget(entry)
+    return undefined
   }
 
   return {
@@ -62,21 +82,21 @@ export function memoryStore ({ max = 100_000 }: { max?: number } = {}): Idempote
       const now = performance.now()
       const current = running.get(key)
       if (current !== undefined && current.leaseEnds > now) return { state: 'running' }
-      const before = current ?? recall(key, now)
-      if (typeof before === 'number') {
-        settled.set(key, before) // it has been seen
-        return { state: 'done' }
+      const before = current === undefined ? recall(key, now) : undefined
+      if (before !== undefined) {
+        seen(before)
+        if (before.finished === undefined) return { state: 'done' }
       }
       const token = String(++claims)
-      const finished = before === undefined ? [] : [...before.finished]
-      running.set(key, { token, leaseEnds: now + lease, finished })
-      return { state: 'claimed', token, finished: before === undefined ? NONE : [...finished] }
+      const finished = current?.finished ?? before?.finished
+      running.set(key, { token, leaseEnds: now + lease, finished: finished === undefined ? [] : [...finished] })
+      return { state: 'claimed', token, finished: finished === undefined ? NONE : [...finished] }
     },
     checkpoint (key, token, handler) {
       held(key, token)?.finished.push(handler)
     },
     complete (key, token, retention) {
-      if (held(key, token) !== undefined) settle(key, secondAfter(retention))
+      if (held(key, token) !== undefined) settle(key, undefined, retention)
     },
     extend (key, token, lease) {
       const claim = held(key, token)
@@ -87,12 +107,7 @@ export function memoryStore ({ max = 100_000 }: { max?: number } = {}): Idempote
     release (key, token) {
       const claim = held(key, token)
       // The array, without the room that it takes to grow.
-      if (claim !== undefined) settle(key, { finished: claim.finished.slice(), forgottenAt: secondAfter(UNFINISHED_RETENTION) })
+      if (claim !== undefined) settle(key, claim.finished.slice(), UNFINISHED_RETENTION)
     }
   }
-}
-
-/** @param ms from now */
-function secondAfter (ms: number): number {
-  return Math.ceil((performance.now() + ms) / 1_000)
 }

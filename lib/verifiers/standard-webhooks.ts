@@ -16,7 +16,7 @@ export function standardWebhooks (): Verifier {
   return verifier
 }
 
-const verifier = verifierOf(judge, { checkHeaders })
+const verifier = verifierOf({ judge, judgeHeaders })
 
 // Visible ASCII without "," and ".". A "." would let the signed text `id.timestamp.body` be split at another place, so
 // that an old delivery passes as a fresh one; a "," is how node:http joins a doubled header.
@@ -32,7 +32,7 @@ function isId (id: string | string[]): id is string {
   return true
 }
 
-function checkHeaders ({ 'webhook-id': id, 'webhook-timestamp': timestamp, 'webhook-signature': signature }: IncomingHttpHeaders): number | Error {
+function judgeHeaders ({ 'webhook-id': id, 'webhook-timestamp': timestamp, 'webhook-signature': signature }: IncomingHttpHeaders): number | Error {
   if (isMissing(timestamp)) return new MissingHeader('webhook-timestamp')
   if (isMissing(signature)) return new MissingHeader('webhook-signature')
   if (isMissing(id)) return new MissingHeader('webhook-id')
@@ -41,7 +41,7 @@ function checkHeaders ({ 'webhook-id': id, 'webhook-timestamp': timestamp, 'webh
 }
 
 function judge ({ rawBody, headers }: SignedDelivery, keys: readonly KeyObject[]): Verified | Error {
-  const timestamp = checkHeaders(headers)
+  const timestamp = judgeHeaders(headers)
   if (typeof timestamp !== 'number') return timestamp
   const webhookId = headers['webhook-id'] as string
   const signatures = headers['webhook-signature']

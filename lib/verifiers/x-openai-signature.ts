@@ -20,13 +20,13 @@ export function xOpenAISignature (): Verifier {
   return verifier
 }
 
-const verifier = verifierOf(judge, { checkHeaders, keyBytes })
+const verifier = verifierOf({ judge, judgeHeaders }, { keyBytes })
 
 function keyBytes (secret: string): Buffer {
   return Buffer.from(secret)
 }
 
-function checkHeaders ({ [SIGNATURE]: signature, [TIMESTAMP]: timestamp }: IncomingHttpHeaders): number | Error {
+function judgeHeaders ({ [SIGNATURE]: signature, [TIMESTAMP]: timestamp }: IncomingHttpHeaders): number | Error {
   if (isMissing(signature)) return new MissingHeader(SIGNATURE)
   if (isMissing(timestamp)) return new MissingHeader(TIMESTAMP)
   return secondsOf(timestamp) ?? new InvalidTimestamp(TIMESTAMP)
@@ -35,7 +35,7 @@ function checkHeaders ({ [SIGNATURE]: signature, [TIMESTAMP]: timestamp }: Incom
 const HEX_SHA256 = /^[0-9a-f]{64}$/i
 
 function judge ({ rawBody, headers }: SignedDelivery, keys: readonly KeyObject[]): Verified | Error {
-  const timestamp = checkHeaders(headers)
+  const timestamp = judgeHeaders(headers)
   if (typeof timestamp !== 'number') return timestamp
   const signature = headers[SIGNATURE]
   if (typeof signature !== 'string' || !HEX_SHA256.test(signature)) return new InvalidSignature()
