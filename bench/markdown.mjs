@@ -11,8 +11,10 @@ export const whole = value => decimals(value, 0)
 export const ratio = value => decimals(value, value < 10 ? 2 : 1)
 
 /** See `compared`. */
-export const half = ({ low, high }) => `${ratio(low)}–${ratio(high)}`
+const half = ({ low, high }) => `${ratio(low)}–${ratio(high)}`
 export const ratioFigures = compared => [ratio(compared.median), half(compared)]
+/** What a target says of it. */
+export const ratioMeasured = compared => ({ measured: compared.median, half: half(compared) })
 
 /** CPU µs a request are CPU ms per 1,000. */
 export const cpuFigures = ({ cpu }) => [decimals(cpu.median, 1), `${decimals(cpu.min, 1)}–${decimals(cpu.max, 1)}`]

@@ -348,12 +348,17 @@ export class Plugin {
   /** What has been refused here: a verifier of the user's may throw any code. */
   readonly #told = new WeakSet<object>()
 
+  /** Before there is an event to name. */
+  #refuseUnread (error: Error, { name }: Endpoint, request: FastifyRequest): void {
+    this.#told.add(error)
+    this.refuse(error, { endpoint: name }, request)
+  }
+
   #admit (endpoint: Endpoint) {
     return (request: FastifyRequest, _reply: FastifyReply, done: (error?: Error) => void): void => {
       const fault = headerFault(endpoint, request.headers)
       if (fault === undefined) return done()
-      this.#told.add(fault)
-      this.refuse(fault, { endpoint: endpoint.name }, request)
+      this.#refuseUnread(fault, endpoint, request)
       done(fault)
     }
   }
@@ -382,8 +387,7 @@ export class Plugin {
   }
 
   #unauthentic (endpoint: Endpoint, request: FastifyRequest, rawBody: Buffer, error: Error): Error {
-    this.#told.add(error)
-    this.refuse(error, { endpoint: endpoint.name }, request)
+    this.#refuseUnread(error, endpoint, request)
     if (error instanceof InvalidSignature && DETAILED.has(request.log.level)) this.#explain(endpoint, request, rawBody)
     return error
   }

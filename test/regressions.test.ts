@@ -182,10 +182,10 @@ t.test('a route\'s own handler whose reply turns out to be a failure as it is wr
 t.test('what is not an Error fails a route\'s own handler, even with a status', async t => {
   const app = await build(t)
   let runs = 0
+  const noError: unknown = { statusCode: 503, message: 'later' }
   app.post('/own', marked, async () => {
     runs++
-    // eslint-disable-next-line no-throw-literal -- a user's handler may throw what is no Error
-    throw { statusCode: 503, message: 'later' }
+    throw noError
   })
   const delivery = sign(thin('batch.failed'))
   t.equal(await answer(app, delivery, '/own'), '500 HANDLER_FAILED')
@@ -372,7 +372,8 @@ t.test('a runner that asks again for the handlers of a delivery that it is accep
 })
 
 t.test('what a runner rejects with is answered as an error, even if it is none', async t => {
-  const app = await build(t, { runner: { run: async () => await Promise.reject({ code: 'FST_OPENAI_WEBHOOK_OVERLOADED', statusCode: 503 }) } }) // eslint-disable-line prefer-promise-reject-errors -- a user's runner may reject with what is no Error
+  const noError: unknown = { code: 'FST_OPENAI_WEBHOOK_OVERLOADED', statusCode: 503 }
+  const app = await build(t, { runner: { run: async () => { throw noError } } })
   t.equal(await answer(app), '503 UNAVAILABLE')
 })
 

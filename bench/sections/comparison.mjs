@@ -1,7 +1,7 @@
 import { fileURLToPath } from 'node:url'
 import { contenders } from '../contenders/index.mjs'
 import { eventOf } from '../deliveries.mjs'
-import { extent, figures, half, ratio, ratioFigures, table } from '../markdown.mjs'
+import { extent, figures, ratio, ratioFigures, ratioMeasured, table } from '../markdown.mjs'
 import { compared } from '../statistics.mjs'
 
 export const name = 'comparison'
@@ -64,15 +64,13 @@ export function targets ({ results, labels }) {
     const contenders = results.find(result => result.label === label)?.contenders
     if (contenders?.[name] === undefined || contenders['ours-sync'] === undefined) return []
     const against = candidate => compared(contenders[candidate], contenders[name]).median
-    const ours = compared(contenders['ours-sync'], contenders[name])
     const notes = []
     if (contenders.ours !== undefined) notes.push(`${ratio(against('ours'))} with an async handler`)
     if (contenders.bare !== undefined && against('bare') > limit) notes.push(`${ratio(against('bare'))} for ${labels.bare}`)
     return [{
       what: `CPU a delivery ÷ ${labels[name]}, ${label}`,
       limit,
-      measured: ours.median,
-      half: half(ours),
+      ...ratioMeasured(compared(contenders['ours-sync'], contenders[name])),
       ...(notes.length > 0 && { note: notes.join('; ') })
     }]
   }))

@@ -1,6 +1,6 @@
 import { contenders } from '../contenders/index.mjs'
 import { eventOf } from '../deliveries.mjs'
-import { cpuFigures, extent, half, ratioFigures, table, whole } from '../markdown.mjs'
+import { cpuFigures, extent, ratioFigures, ratioMeasured, table, whole } from '../markdown.mjs'
 import { compared } from '../statistics.mjs'
 import { SIZES } from './comparison.mjs'
 
@@ -37,10 +37,7 @@ export function render (results) {
 
 export function targets (results) {
   return results.flatMap(({ label, contenders: measured }) => {
-    const against = (name, other) => {
-      const ratio = compared(measured[name], measured[other])
-      return { measured: ratio.median, half: half(ratio) }
-    }
+    const against = (name, other) => ratioMeasured(compared(measured[name], measured[other]))
     const early = ['unsigned', 'stale'].map(kind => ({
       what: `CPU a refusal (${KINDS[kind]}) ÷ ${contenders.bare.label}, ${label}`,
       limit: 0.75,
