@@ -58,6 +58,46 @@ t.test('the same webhook-id at two endpoints is two deliveries', async t => {
   t.same(seen, ['/webhooks/openai', '/second'])
 })
 
+t.test('a delivery replayed to another endpoint', async t => {
+  await t.test('runs the handlers there too, where that has the same secret', async t => {
+    const app = await build(t)
+    const seen: string[] = []
+    app.openaiWebhook
+      .route({ url: '/second', on: { 'batch.failed': () => { seen.push('of the route') } } })
+      .on('batch.failed', (_event, { endpoint }) => { seen.push(endpoint) })
+    app.post('/marked', { config: { openaiWebhook: {} } }, async () => { seen.push('marked') })
+    const delivery = sign(thin('batch.failed'))
+    for (const url of ['/webhooks/openai', '/second', '/marked']) {
+      t.same((await post(app, delivery, url)).json(), { received: true }, `${url} has not processed it`)
+      t.same((await post(app, delivery, url)).json(), { received: true, duplicate: true }, `${url} has`)
+    }
+    t.same(seen, ['/webhooks/openai', '/second', 'of the route', 'marked'])
+  })
+
+  await t.test('is refused, where that has a secret of its own', async t => {
+    const app = await build(t)
+    app.openaiWebhook.route({ url: '/second', secret: OTHER }).on('batch.failed', () => {})
+    const delivery = sign(thin('batch.failed'))
+    t.equal((await post(app, delivery)).statusCode, 200)
+    t.equal((await post(app, delivery, '/second')).statusCode, 401)
+  })
+})
+
+t.test('a route is one endpoint, at however many URLs it is reached', async t => {
+  const app = Fastify({ routerOptions: { caseSensitive: false, ignoreTrailingSlash: true } })
+  t.teardown(() => app.close())
+  await app.register(openaiWebhook, { secret: SECRET, path: '/hooks/:project' })
+  const seen: string[] = []
+  app.openaiWebhook.route({ url: '/any/*' }).on('batch.failed', (_event, { endpoint }) => { seen.push(endpoint) })
+  app.post('/marked/:project', { config: { openaiWebhook: {} } }, async () => { seen.push('marked') })
+  for (const urls of [['/hooks/one', '/hooks/two', '/hooks/one?a=1', '/HOOKS/one/'], ['/any/one', '/any/two/three'], ['/marked/one', '/marked/two']]) {
+    const delivery = sign(thin('batch.failed'))
+    const answers = await Promise.all(urls.map(async url => (await post(app, delivery, url)).json<object>()))
+    t.same(answers, urls.map((_url, i) => i === 0 ? { received: true } : { received: true, duplicate: true }), urls.join(' '))
+  }
+  t.same(seen, ['/hooks/:project', '/any/*', 'marked'])
+})
+
 t.test('`prefix` goes before the path', async t => {
   const app = await build(t, { prefix: '/v1' })
   const seen: string[] = []
