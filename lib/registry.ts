@@ -145,36 +145,32 @@ function isThenable (value: unknown): value is PromiseLike<unknown> {
 
 /** Who handles what on one endpoint: worked out per known type when the app is ready, so that a request looks it up. */
 export class HandlerTable {
-  readonly #lists: readonly HandlerList[]
   readonly #byType = new Map<string, readonly Handler[]>()
   /** Known types that a handler of `on` matches. */
   readonly #handled = new Set<string>()
+  /**
+   * Those of every type that is not known. A family does not take them: its handlers are typed by the known types, and
+   * nothing has checked the shape.
+   */
+  readonly #unknown: readonly Handler[]
 
   constructor (lists: readonly HandlerList[], known: ReadonlySet<string>) {
-    this.#lists = lists
+    const any = lists.flatMap(list => list.any)
+    const unhandled = lists.flatMap(list => list.unhandled)
+    this.#unknown = [...any, ...unhandled]
     for (const type of known) {
-      this.#byType.set(type, this.#collect(type))
-      if (this.#hasHandler(type)) this.#handled.add(type)
+      const matching = lists.flatMap(list => list.matching(type))
+      this.#byType.set(type, matching.length > 0 ? [...any, ...matching] : this.#unknown)
+      if (matching.length > 0) this.#handled.add(type)
     }
   }
 
   for (type: string): readonly Handler[] {
-    // An unknown type is not remembered: it comes from outside, and the map would grow with it.
-    return this.#byType.get(type) ?? this.#collect(type)
+    return this.#byType.get(type) ?? this.#unknown
   }
 
   /** Whether a handler of `on` matches. */
   matches (type: string): boolean {
-    return this.#byType.has(type) ? this.#handled.has(type) : this.#hasHandler(type)
-  }
-
-  #hasHandler (type: string): boolean {
-    return this.#lists.some(list => list.matching(type).length > 0)
-  }
-
-  #collect (type: string): Handler[] {
-    const matching = this.#lists.flatMap(list => list.matching(type))
-    const last = matching.length > 0 ? [] : this.#lists.flatMap(list => list.unhandled)
-    return [...this.#lists.flatMap(list => list.any), ...matching, ...last]
+    return this.#handled.has(type)
   }
 }

@@ -76,7 +76,7 @@ export type WebhookHeaders = Headers | Readonly<Record<string, string | readonly
 /** `app.openaiWebhook`, bound to the scope it is read from. */
 export interface OpenAIWebhook {
   /**
-   * Runs the handler for events of a type, of several, or of a family (`batch.*`).
+   * Runs the handler for events of a type, of several, or of a family of known types (`batch.*`).
    *
    * Throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS for an unknown type or a taken `name`, FST_OPENAI_WEBHOOK_ALREADY_STARTED
    * once the app is ready.

@@ -1,7 +1,7 @@
 import Fastify from 'fastify'
 import type { FastifyInstance } from 'fastify'
 import t from 'tap'
-import openaiWebhook, { memoryStore } from '../lib/index.ts'
+import openaiWebhook, { channels, memoryStore } from '../lib/index.ts'
 import type { EventType, FailureInfo, OpenAIWebhook } from '../lib/index.ts'
 import { build, post, sign, SECRET, thin } from './support/deliveries.ts'
 import { capturedLog, codeOf, messageOf, redelivered } from './support/observe.ts'
@@ -9,11 +9,11 @@ import { capturedLog, codeOf, messageOf, redelivered } from './support/observe.t
 const session = { id: 'session_1', environment_type: 'none' }
 
 /** Delivers one event of each type; for each, what its handlers left in `seen`. */
-async function deliverAll (app: FastifyInstance, seen: string[], types: string[]): Promise<Record<string, string[]>> {
+async function deliverAll (app: FastifyInstance, seen: string[], types: string[], url?: string): Promise<Record<string, string[]>> {
   const result: Record<string, string[]> = {}
   for (const type of types) {
     seen.length = 0
-    const { statusCode, body } = await post(app, sign(thin(type, session)))
+    const { statusCode, body } = await post(app, sign(thin(type, session)), url)
     result[type] = statusCode === 200 && body === '{"received":true}' ? [...seen] : [`answered ${statusCode} ${body}`]
   }
   return result
@@ -41,18 +41,31 @@ t.test('handlers by name, by several names and by family', async t => {
   })
 })
 
-t.test('a family takes the types that OpenAI adds to it later, and no others', async t => {
+t.test('a type that has no schema goes to onAny and onUnhandled alone, whatever family it is of', async t => {
   const app = await build(t)
   const seen: string[] = []
-  app.openaiWebhook.on('batch.*', ({ type }) => { seen.push(type) })
+  const to = (name: string) => () => { seen.push(name) }
+  app.openaiWebhook.on('batch.*', to('family')).onAny(to('onAny')).onUnhandled(to('onUnhandled'))
+  app.openaiWebhook.route({ url: '/own', on: { 'batch.*': to('of the route') } })
+  app.post('/marked', { config: { openaiWebhook: { on: { 'batch.*': to('of the marked route') } } }, handler: app.openaiWebhook.handler })
 
-  t.same(await deliverAll(app, seen, ['batch.paused', 'batch.item.failed', 'batch', 'batches.failed', 'constructor']), {
-    'batch.paused': ['batch.paused'],
-    'batch.item.failed': ['batch.item.failed'],
-    batch: [],
-    'batches.failed': [],
-    constructor: []
-  })
+  const unknown = ['batch.new_thing', 'batch.item.failed', 'batch.*', 'batch', 'batches.failed', 'constructor']
+  const everywhere = ['onAny', 'onUnhandled']
+  for (const url of ['/webhooks/openai', '/own', '/marked']) {
+    t.same(await deliverAll(app, seen, unknown, url), Object.fromEntries(unknown.map(type => [type, everywhere])), url)
+  }
+  t.match(await deliverAll(app, seen, ['batch.failed']), { 'batch.failed': ['onAny', 'family'] }, 'one that has a schema does not')
+})
+
+t.test('and tells no handler that it is handled', async t => {
+  const app = await build(t)
+  const unhandled: string[] = []
+  const hear = (message: unknown): void => { unhandled.push((message as { event: { type: string } }).event.type) }
+  channels.unhandled.subscribe(hear)
+  t.teardown(() => { channels.unhandled.unsubscribe(hear) })
+  app.openaiWebhook.on('batch.*', () => { t.fail('a family took it') })
+  await deliverAll(app, [], ['batch.new_thing'])
+  t.same(unhandled, ['batch.new_thing'])
 })
 
 t.test('a handler that several of its patterns match runs once', async t => {
