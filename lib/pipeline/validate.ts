@@ -66,7 +66,39 @@ function toEvent (rawBody: Buffer, parse: ParseJson): { type: string } | Error {
   if (typeof body !== 'object' || body === null || typeof (body as { type?: unknown }).type !== 'string') {
     return new InvalidBody('an object with a string `type`')
   }
-  return body as { type: string }
+  const fault = cannotBeQueued(body, MAX_DEPTH)
+  return fault === undefined ? body as { type: string } : new InvalidBody(fault)
+}
+
+/**
+ * Levels of objects and lists. OpenAI's events are three deep. Whatever writes JSON gives up at some depth, each at another:
+ * JSON.stringify at a few thousand, databases at 1,000, loggers and other languages at 100.
+ */
+const MAX_DEPTH = 100
+
+/**
+ * Whether a queue would hand on something else, or nothing: every runner answers alike, and has the same event handled.
+ *
+ * @returns what was expected
+ */
+function cannotBeQueued (value: unknown, levels: number): string | undefined {
+  // JSON text may hold 1e999, which is Infinity once it is parsed, and null when that is written.
+  if (typeof value === 'number') return Number.isFinite(value) ? undefined : 'numbers below 1.8e308'
+  if (typeof value !== 'object' || value === null) return undefined
+  if (levels === 0) return `at most ${MAX_DEPTH} levels of objects and lists`
+  if (Array.isArray(value)) {
+    for (const item of value) {
+      const fault = cannotBeQueued(item, levels - 1)
+      if (fault !== undefined) return fault
+    }
+    return undefined
+  }
+  // Half the time of Object.values.
+  for (const key in value) {
+    const fault = cannotBeQueued((value as Record<string, unknown>)[key], levels - 1)
+    if (fault !== undefined) return fault
+  }
+  return undefined
 }
 
 const MAX_FAULTS = 5
