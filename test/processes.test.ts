@@ -13,6 +13,7 @@ import { IN_PROGRESS, Member, answer, batchFailed, effectsIn, redisClient, until
 import type { MemberOptions } from './support/faults.ts'
 import { deferred, listen, redelivered } from './support/observe.ts'
 import { RedisServer, redisMissing } from './support/redis.ts'
+import { sized } from './support/size.ts'
 import { Wire, request } from './support/wire.ts'
 
 type Teardown = { teardown: (fn: () => unknown) => void }
@@ -20,7 +21,7 @@ type Teardown = { teardown: (fn: () => unknown) => void }
 const ENDPOINT = '/webhooks/openai'
 /** ms; does not run out while a test lasts. */
 const LONG = 600_000
-const IDS = 10_000
+const IDS = sized(500, 10_000)
 /** Deliveries under way at once. */
 const LANES = 24
 

@@ -1,14 +1,15 @@
 import t from 'tap'
 import { RedisServer, redisMissing } from './support/redis.ts'
+import { sized } from './support/size.ts'
 // @ts-expect-error plain JavaScript, which `npm run torture` runs as it is
 import { PAIRS, torture } from './support/torture/torture.mjs'
 
 interface Result { kills: number, acknowledged: number, lost: string[], rerun: string[], repeated: number }
 
 /** For each store and runner; `npm run torture` does it hundreds of times each. */
-const KILLS = 15
+const KILLS = sized(3, 25)
 
-t.test('a receiver killed with SIGKILL at random instants, under load', { timeout: 600_000 }, async t => {
+t.test('a receiver killed with SIGKILL at random instants, under load', { timeout: sized(300_000, 1_800_000) }, async t => {
   const seed = Number(process.env['SEED'] ?? Date.now() % 1_000_000)
   t.comment(`SEED=${seed}`)
   const redis = redisMissing === false ? await RedisServer.start(t) : undefined

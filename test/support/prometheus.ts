@@ -1,14 +1,11 @@
-import { execFile, spawn, spawnSync } from 'node:child_process'
+import { execFile, spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { promisify } from 'node:util'
 import { freePort } from './redis.ts'
 
-type Teardown = { teardown: (fn: () => unknown) => void }
+export { prometheusMissing } from './missing.ts'
 
-/** Named where it is missing, so that a skipped test says why; CI must have it. */
-export const prometheusMissing: string | false = ['promtool', 'prometheus'].every(tool => spawnSync(tool, ['--version']).error === undefined) || process.env['CI'] !== undefined
-  ? false
-  : 'needs promtool and prometheus (both in Debian\'s package prometheus)'
+type Teardown = { teardown: (fn: () => unknown) => void }
 
 /** Resolves to what it wrote, rejects with it when it finds a fault. */
 export async function promtool (args: readonly string[], input = ''): Promise<string> {

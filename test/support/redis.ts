@@ -1,14 +1,11 @@
-import { spawn, spawnSync } from 'node:child_process'
+import { spawn } from 'node:child_process'
 import type { ChildProcess } from 'node:child_process'
 import { once } from 'node:events'
 import { createServer } from 'node:net'
 import { tmpdir } from 'node:os'
 import type { AddressInfo } from 'node:net'
 
-/** Named where it is missing, so that a skipped test says why; CI must have it. */
-export const redisMissing: string | false = spawnSync('redis-server', ['--version']).error === undefined || process.env['CI'] !== undefined
-  ? false
-  : 'needs redis-server (apt-get install redis-server)'
+export { redisMissing } from './missing.ts'
 
 export async function freePort (): Promise<number> {
   const server = createServer().listen(0, '127.0.0.1')

@@ -1,15 +1,18 @@
 import { Transform } from 'node:stream'
 
-/** Passes the TAP through and closes with the one line that people and CI read. */
+/** Shows each file by a line, what failed in full, and closes with the one line that people and CI read. */
 export default class ClosingLine extends Transform {
   #rest = ''
   #counts = { pass: 0, fail: 0, skip: 0 }
+  /** What a file has printed; shown when it fails. */
+  #details = []
+  /** Why a file failed comes after its line. */
+  #isFailure = false
 
   _transform (chunk, _encoding, done) {
     const lines = (this.#rest + chunk).split('\n')
     this.#rest = lines.pop()
     for (const line of lines) this.#read(line)
-    this.push(chunk)
     done()
   }
 
@@ -20,9 +23,18 @@ export default class ClosingLine extends Transform {
     done()
   }
 
-  /** `# { total: 12, pass: 12 }`: the last such line counts the whole run. */
   #read (line) {
-    if (!line.startsWith('# { total:')) return
+    // `# { total: 12, pass: 12 }`: the last such line counts the whole run.
+    if (line.startsWith('# { total:')) return this.#count(line)
+    const isResult = /^(?:ok|not ok|Bail out!)\b/.test(line)
+    if (isResult || line.startsWith('# Subtest:')) this.#isFailure = false
+    if (!isResult && !this.#isFailure) return this.#details.push(line)
+    if (line.startsWith('ok')) this.#details = this.#details.filter(detail => detail.includes('# SKIP'))
+    else this.#isFailure = true
+    this.push([...this.#details.splice(0), line, ''].join('\n'))
+  }
+
+  #count (line) {
     const count = name => Number(new RegExp(`\\b${name}: (\\d+)`).exec(line)?.[1] ?? 0)
     this.#counts = { pass: count('pass'), fail: count('fail'), skip: count('skip') + count('todo') }
   }

@@ -118,8 +118,8 @@ const SECOND = 1_000
 const HOUR = 3_600_000
 /** OpenAI gives up then. */
 const LAST_RETRY = 72 * HOUR
-/** First deliveries come within it. */
-const ARRIVALS = 12 * HOUR
+/** ms between two first deliveries, on average: the same rate however many there are. */
+const INTERVAL = 12 * HOUR / 100_000
 const FIRST_BACKOFF = 5 * SECOND
 const LONGEST_BACKOFF = 8 * HOUR
 /** What comes within it may be under way at once. */
@@ -247,7 +247,7 @@ export class Simulation {
     await app.ready()
 
     for (const delivery of this.#deliveries) {
-      delivery.firstAt = began + this.#chance(Chance.Arrival, delivery.index) * ARRIVALS
+      delivery.firstAt = began + this.#chance(Chance.Arrival, delivery.index) * this.#deliveries.length * INTERVAL
       this.#agenda.add(delivery.firstAt, { delivery, retries: true })
     }
     for (let group = 0; this.#agenda.size > 0 || this.#unanswered > 0; group++) {

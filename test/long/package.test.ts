@@ -4,11 +4,11 @@ import { join, resolve } from 'node:path'
 import { promisify } from 'node:util'
 import Fastify from 'fastify'
 import t from 'tap'
-import openaiWebhook, { guideEvents } from '../lib/index.ts'
-import { VECTOR } from './support/deliveries.ts'
+import openaiWebhook, { guideEvents } from '../../lib/index.ts'
+import { VECTOR } from '../support/deliveries.ts'
 
 const run = promisify(execFile)
-const root = resolve(import.meta.dirname, '..')
+const root = resolve(import.meta.dirname, '../..')
 const bin = (name: string): string => join(root, 'node_modules', '.bin', name)
 
 // What a user would run has nothing of the test runner's loaders in its environment.

@@ -1,0 +1,29 @@
+// npm test, npm run test:long: tap, with the coverage that what is here allows. Arguments are files or options of tap's.
+import { spawnSync } from 'node:child_process'
+import { readdirSync } from 'node:fs'
+import { prometheusMissing, redisMissing } from './missing.ts'
+
+const args = process.argv.slice(2)
+const isLong = args[0] === '--long'
+if (isLong) args.shift()
+const files = args.filter(arg => !arg.startsWith('-'))
+
+// What takes longest comes first, so that no core waits for it at the end.
+const SIZED = ['simulation', 'torture', 'processes'].map(name => `test/${name}.test.ts`)
+const LONG = readdirSync('test/long').filter(file => file.endsWith('.test.ts')).map(file => `test/long/${file}`)
+const ALL = readdirSync('test').filter(file => file.endsWith('.test.ts')).map(file => `test/${file}`)
+
+const missing = [redisMissing, prometheusMissing].filter(reason => reason !== false)
+const isWhole = files.length === 0 && !isLong
+const tap = ['run', ...args]
+if (files.length === 0) tap.push(...isLong ? [...SIZED, ...LONG] : new Set([...SIZED, ...ALL]))
+// Every line of lib is covered by npm test, where nothing is skipped.
+if (!isWhole || missing.length > 0) tap.push('--disable-coverage', '--allow-empty-coverage')
+if (isLong) tap.push('--timeout=3600')
+
+const { status } = spawnSync(process.execPath, ['node_modules/tap/dist/esm/run.mjs', ...tap], {
+  stdio: 'inherit',
+  env: { ...process.env, ...(isLong && { TEST_LONG: '1' }) }
+})
+for (const reason of missing) console.log(`skipped, and with it the check of coverage: what ${reason}`)
+process.exit(status ?? 1)
