@@ -16,6 +16,7 @@ import { causes } from '../lib/diagnose/causes.ts'
 import { sampleEvent, sampleTypes, sign } from '../lib/testing/index.ts'
 import { launch, start } from './support/command.ts'
 import { post, stoppedClock, VECTOR } from './support/deliveries.ts'
+import { sized } from './support/size.ts'
 
 // With "+" and "/" in its base64, and 32 bytes as OpenAI's have.
 const KEY = Buffer.from('fbff6e1d0a42c97b35e88c11d7064fa92be370b85d9e16f3a4c8027d61eb9fbe', 'hex')
@@ -530,9 +531,11 @@ function healthy (seed: number): Healthy {
   return { delivery: { headers, rawBody: Buffer.from(body), secret: secrets, now: NOW }, signer, cut, random }
 }
 
-t.test('1,000 healthy deliveries verify, and nothing is found', async t => {
+const SEEDS = sized(200, 1_000)
+
+t.test('healthy deliveries verify, and nothing is found', async t => {
   const found: unknown[] = []
-  for (let seed = 0; seed < 1000; seed++) {
+  for (let seed = 0; seed < SEEDS; seed++) {
     const { delivery, signer, random } = healthy(seed)
     const { headers } = delivery
     const cased = Object.fromEntries(Object.entries(headers).map(([name, value]) => [random.pick([name, name.toUpperCase()]), value]))
@@ -545,9 +548,9 @@ t.test('1,000 healthy deliveries verify, and nothing is found', async t => {
   t.same(found, [])
 })
 
-t.test('1,000 deliveries signed with another secret: no cause is claimed', async t => {
+t.test('deliveries signed with another secret: no cause is claimed', async t => {
   const found: unknown[] = []
-  for (let seed = 1000; seed < 2000; seed++) {
+  for (let seed = 1_000; seed < 1_000 + SEEDS; seed++) {
     const { delivery, cut, random } = healthy(seed)
     const { verified, finding, ruledOut, likely } = judge({ ...delivery, secret: random.pick([random.secret(), [random.secret(), random.secret()], Buffer.from(random.secret())]) })
     // Two facts explain a refusal by themselves, whatever the secret: no body, and one that ends within its JSON.
@@ -575,7 +578,7 @@ t.test('verifies what the plugin verifies, and nothing else', async t => {
   const keyOf = (secret: string | Uint8Array): Buffer => typeof secret === 'string' && secret.startsWith('whsec_') ? Buffer.from(secret.slice(6), 'base64') : Buffer.from(secret)
   const differing: unknown[] = []
   let accepted = 0
-  for (let seed = 2000; seed < 3000; seed++) {
+  for (let seed = 2_000; seed < 2_000 + SEEDS; seed++) {
     const { delivery, random } = healthy(seed)
     const name = random.pick(['webhook-id', 'webhook-timestamp', 'webhook-signature'])
     const value = delivery.headers[name]!
@@ -596,7 +599,7 @@ t.test('verifies what the plugin verifies, and nothing else', async t => {
     if (judge(delivery).verified !== verified) differing.push({ seed, name, verified })
   }
   t.same(differing, [])
-  t.ok(accepted > 100 && accepted < 900, `${accepted} of 1,000 verify`)
+  t.ok(accepted > 0.1 * SEEDS && accepted < 0.9 * SEEDS, `${accepted} of ${SEEDS} verify`)
 })
 
 t.test('headers in every form', async t => {

@@ -10,6 +10,7 @@ import t from 'tap'
 import type { Test } from 'tap'
 import { officialEntries } from '../lib/events/index.ts'
 import { build } from './support/deliveries.ts'
+import { sized } from './support/size.ts'
 
 /** A delivery under way, taken apart so that every part can be changed. */
 interface Draft {
@@ -439,7 +440,7 @@ t.test('beside standardwebhooks and the openai SDK', async t => {
 
   t.test('accepts what a real sender sends, and gives back the event that was sent', async t => {
     for (const [name, change] of Object.entries(HONEST)) {
-      await holds(t, name, 300, change, ({ body }, { ours, event, accepting }) => {
+      await holds(t, name, sized(60, 300), change, ({ body }, { ours, event, accepting }) => {
         assert.equal(ours, 'accepted')
         assert.deepEqual(event, JSON.parse(body.toString()))
         assert.ok(accepting.includes('openai'), 'the generated delivery is one that the SDK accepts')
@@ -449,7 +450,7 @@ t.test('beside standardwebhooks and the openai SDK', async t => {
 
   t.test('is stricter for these reasons', async t => {
     for (const { reason, than, code, change, after } of STRICTER) {
-      await holds(t, reason, 60, change, (_draft, { ours, accepting }) => {
+      await holds(t, reason, sized(20, 60), change, (_draft, { ours, accepting }) => {
         assert.deepEqual({ ours, accepting }, { ours: code, accepting: than })
       }, after === undefined ? prompt : fc.tuple(prompt, after).map(([arrival, after]) => ({ ...arrival, after })))
     }
@@ -457,7 +458,7 @@ t.test('beside standardwebhooks and the openai SDK', async t => {
 
   t.test('accepts no forgery, as they do not', async t => {
     for (const [name, change] of Object.entries(FORGED)) {
-      await holds(t, name, 60, change, (_draft, { ours, accepting }) => {
+      await holds(t, name, sized(20, 60), change, (_draft, { ours, accepting }) => {
         assert.notEqual(ours, 'accepted')
         assert.deepEqual(accepting, [])
       })
@@ -472,7 +473,7 @@ t.test('beside standardwebhooks and the openai SDK', async t => {
       ...STRICTER.map(({ change }) => change)
     ), { minLength: 1, maxLength: 4 })
     let accepted = 0
-    await holds(t, 'up to four changes', 2000, changes.map(list => draft => list.reduce((changed, change) => change(changed), draft)), ({ body }, { ours, event, accepting }) => {
+    await holds(t, 'up to four changes', sized(400, 2_000), changes.map(list => draft => list.reduce((changed, change) => change(changed), draft)), ({ body }, { ours, event, accepting }) => {
       if (ours !== 'accepted') return
       accepted++
       assert.notDeepEqual(accepting, [])

@@ -356,7 +356,7 @@ t.test('a runner of the user\'s', async t => {
       seen.push(endpoint)
     })
     await app.ready()
-    for (const type of ['batch.failed', 'batch.paused']) {
+    for (const type of ['batch.failed', 'batch.expired']) {
       await runner.host.process({ webhookId: type, timestamp: 1, endpoint: '/elsewhere', event: thin(type) })
     }
     t.same(seen, ['/elsewhere', '/elsewhere'])

@@ -9,7 +9,7 @@ if (isLong) args.shift()
 const files = args.filter(arg => !arg.startsWith('-'))
 
 // What takes longest comes first, so that no core waits for it at the end.
-const SIZED = ['simulation', 'torture', 'processes'].map(name => `test/${name}.test.ts`)
+const SIZED = ['simulation', 'torture', 'processes', 'diagnose', 'differential'].map(name => `test/${name}.test.ts`)
 const LONG = readdirSync('test/long').filter(file => file.endsWith('.test.ts')).map(file => `test/long/${file}`)
 const ALL = readdirSync('test').filter(file => file.endsWith('.test.ts')).map(file => `test/${file}`)
 
