@@ -32,6 +32,7 @@ const OFFICIAL: Record<string, string[]> = {
   'fine_tuning.job.failed': ['id'],
   'fine_tuning.job.succeeded': ['id'],
   'live.call.incoming': ['session_id', ...SIP],
+  'live.transport.connected': ['session_id', 'type'],
   'live.transport.incoming': ['session_id', 'type', ...SIP],
   'realtime.call.incoming': ['call_id', ...SIP],
   'response.cancelled': ['id'],
@@ -57,7 +58,7 @@ const GUIDE: Record<string, string[]> = {
   'fine_tune.failed': ['id', 'status?', 'error?']
 }
 
-const MARKED = /^(?:agent|safety)\./
+const MARKED = /^(?:agent\.|safety\.|live\.transport\.connected$)/
 
 const propertiesOf = (schema: TSchema): TProperties => (schema as TObject).properties
 
@@ -68,9 +69,9 @@ function keysOf (schema: TSchema): string[] {
 
 const eventOf = (type: string, data: object) => ({ id: 'evt_1', object: 'event', created_at: 1750861210, type, data })
 
-t.test('OpenAI\'s 33 event types', async t => {
+t.test('OpenAI\'s 34 event types', async t => {
   t.same(Object.keys(officialEntries).sort(), Object.keys(OFFICIAL))
-  t.equal(Object.keys(OFFICIAL).length, 33)
+  t.equal(Object.keys(OFFICIAL).length, 34)
   for (const [type, { schema }] of Object.entries(officialEntries)) {
     t.same(keysOf(schema), ['created_at', 'data', 'id', MARKED.test(type) ? 'object' : 'object?', 'type'], type)
     t.same(keysOf(propertiesOf(schema)['data']!), OFFICIAL[type]!.toSorted(), `${type}: data`)
@@ -102,6 +103,40 @@ t.test('every entry describes itself and has a valid, full sample', async t => {
   const guide = all.slice(Object.keys(officialEntries).length)
   for (const [type, { schema, sample }] of guide) {
     t.ok(Value.Check(schema, { type, data: sample }), `${type}: of the guide, needs no more than type and data`)
+  }
+})
+
+// As OpenAI's reference, guides and answers have them. The part after `C-` is documented by one example alone.
+const ID: Record<string, RegExp> = {
+  'agent.environment': /^env_[0-9a-f]{32}$/,
+  'agent.session': /^sess_[0-9a-f]{32}$/,
+  batch: /^batch_[0-9a-f]{32}$/,
+  call_id: /^rtc_[0-9a-f]{32}$/,
+  environment_id: /^env_[0-9a-f]{32}$/,
+  'eval.run': /^evalrun_[0-9a-f]{32}$/,
+  file: /^file-[0-9A-Za-z]{22}$/,
+  fine_tune: /^ft-[0-9A-Za-z]{24}$/,
+  'fine_tuning.job': /^ftjob-[0-9A-Za-z]{24}$/,
+  output_file_id: /^file-[0-9A-Za-z]{22}$/,
+  project_id: /^proj_[0-9A-Za-z]{24}$/,
+  request_id: /^req_[0-9a-f]{32}$/,
+  response: /^resp_[0-9a-f]{48}$/,
+  'safety.alert': /^alert_[0-9a-f]{32}$/,
+  'safety.deactivation_issued': /^C-[0-9a-z]+$/,
+  'safety.org_alert': /^alert_[0-9a-f]{32}$/,
+  'safety.warning_issued': /^C-[0-9a-z]+$/,
+  session_id: /^live_[0-9a-f]{32}$/,
+  video: /^video_[0-9a-f]{48}$/
+}
+
+t.test('the ids in samples are shaped like OpenAI\'s own', async t => {
+  for (const [type, { sample }] of all) {
+    const ids = Object.entries(sample).filter(([key]) => /(?:^|_)id$/.test(key))
+    t.ok(ids.length > 0, type)
+    for (const [key, id] of ids) {
+      const name = key === 'id' ? Object.keys(ID).find(start => type === start || type.startsWith(`${start}.`))! : key
+      t.match(id, ID[name]!, `${type}: ${key}`)
+    }
   }
 })
 

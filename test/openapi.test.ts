@@ -219,7 +219,7 @@ t.test('the body is the union of the event schemas', async t => {
   t.test('known values of an open enum are told: all of them, or one where the version has no more', async t => {
     const action = (app: FastifyInstance): Schema => bodyOf(app).oneOf!
       .find(({ title }) => title === 'agent.session.action_required')!.properties!['data']!.properties!['required_action']!.properties!['type']!
-    const values = ['computer_use_approval_request', 'function_call', 'environment_connection']
+    const values = ['computer_use_approval_request', 'mcp_approval_request', 'function_call', 'environment_connection']
     t.same(action(await build(t, { swagger: openapi('3.1.0') })), { type: 'string', examples: values })
     t.same(action(await build(t, { swagger: openapi('3.0.3') })), { type: 'string', example: values[0] })
   })

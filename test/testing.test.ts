@@ -23,7 +23,7 @@ t.test('the kit is plain functions, for any test framework', async t => {
 t.test('sampleEvent', async t => {
   t.test('knows every type, and makes what the receiver takes', async t => {
     t.same([...sampleTypes].sort(), [...new Set([...Object.keys(officialEntries), ...Object.keys(guideEntries)])].sort())
-    t.equal(sampleTypes.length, 38)
+    t.equal(sampleTypes.length, 39)
     const app = await build(t, { secret: testSecret, events: guideEvents })
     const got: string[] = []
     app.openaiWebhook.onAny(event => { got.push(event.type) })

@@ -7,42 +7,43 @@ const session = {
   environment_id: Type.Optional(Type.String())
 }
 
+const environment = { id: 'env_685c059a96f48190a05d7b3ce1824f69' }
 const sample = {
-  id: 'session_685c059ae39c8190',
+  id: 'sess_685c059aa4d08190b7c38e15f0296da4',
   environment_type: 'openai_hosted',
-  environment_id: 'env_685c059ae39c8190'
+  environment_id: environment.id
 }
 
 export const agent = markedFamily({
   'agent.environment.expired': {
     description: 'Sent when an agent environment expires. data.id is the environment id.',
     data: Thin,
-    sample: { id: 'env_685c059ae39c8190' }
+    sample: environment
   },
   'agent.environment.failed': {
     description: 'Sent when setup of a prewarmed environment fails. data.id is the environment id.',
     data: Thin,
-    sample: { id: 'env_685c059ae39c8190' }
+    sample: environment
   },
   'agent.environment.ready': {
     description: 'Sent when a prewarmed environment is ready. data.id is the environment id.',
     data: Thin,
-    sample: { id: 'env_685c059ae39c8190' }
+    sample: environment
   },
   'agent.environment.suspended': {
     description: 'Sent when an agent environment is suspended. data.id is the environment id.',
     data: Thin,
-    sample: { id: 'env_685c059ae39c8190' }
+    sample: environment
   },
   'agent.session.action_required': {
     description: 'Sent when an agent session requires an action.',
     data: Type.Object({
       id: Type.String(),
       required_action: Type.Object({
-        type: known('computer_use_approval_request', 'function_call', 'environment_connection')
+        type: known('computer_use_approval_request', 'mcp_approval_request', 'function_call', 'environment_connection')
       })
     }),
-    sample: { id: 'session_685c059ae39c8190', required_action: { type: 'function_call' } }
+    sample: { id: sample.id, required_action: { type: 'function_call' } }
   },
   'agent.session.created': {
     description: 'Sent when an agent session is created.',

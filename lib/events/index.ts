@@ -1,7 +1,7 @@
 import type { Static, TSchema } from '@sinclair/typebox'
 import { agent } from './agent.ts'
 import { batch } from './batch.ts'
-import { call } from './call.ts'
+import { call, connection } from './call.ts'
 import { evals } from './eval.ts'
 import { fineTuning } from './fine-tuning.ts'
 import { guideEntries } from './guide.ts'
@@ -11,7 +11,7 @@ import type { EventEntry } from './schema.ts'
 import { video } from './video.ts'
 
 /**
- * Every event type that OpenAI documents or accepts (openai-node 7.55 `UnwrapWebhookEvent` and
+ * Every event type that OpenAI documents or accepts (openai-node 7.57 `UnwrapWebhookEvent` and
  * `WebhookCreateParams.event_types`, openai-python `types/webhooks`). The one list: schemas, TypeScript types,
  * names, docs/events.md and samples derive from it.
  */
@@ -19,6 +19,7 @@ export const officialEntries = {
   ...agent,
   ...batch,
   ...call,
+  ...connection,
   ...evals,
   ...fineTuning,
   ...response,

@@ -1,24 +1,26 @@
 import { family, Thin } from './schema.ts'
 
+const sample = { id: 'resp_685c059ad29c819095b60e7fa1c3d8420b7f4e91c6a2d35e' }
+
 export const response = family({
   'response.cancelled': {
     description: 'Sent when a background response has been cancelled. data.id is the model response id.',
     data: Thin,
-    sample: { id: 'resp_685c059ae39c8190' }
+    sample
   },
   'response.completed': {
     description: 'Sent when a background response has been completed. data.id is the model response id.',
     data: Thin,
-    sample: { id: 'resp_685c059ae39c8190' }
+    sample
   },
   'response.failed': {
     description: 'Sent when a background response has failed. data.id is the model response id.',
     data: Thin,
-    sample: { id: 'resp_685c059ae39c8190' }
+    sample
   },
   'response.incomplete': {
     description: 'Sent when a background response has been interrupted. data.id is the model response id.',
     data: Thin,
-    sample: { id: 'resp_685c059ae39c8190' }
+    sample
   }
 })
