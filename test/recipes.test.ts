@@ -1,7 +1,7 @@
 import { once } from 'node:events'
 import { join } from 'node:path'
 import { pathToFileURL } from 'node:url'
-import type { FastifyInstance } from 'fastify'
+import type { FastifyInstance, FastifyReply } from 'fastify'
 import t from 'tap'
 import type { Test } from 'tap'
 import ts from 'typescript'
@@ -162,4 +162,52 @@ t.test('realtime: a call is accepted or rejected while it rings', async t => {
   server.answers.push(BUSY)
   t.equal((await deliver(app, call('rtc_1', 'sip:+14255550100@sip.example.com'))).statusCode, 500)
   t.equal(server.requests.length, 4, 'no second attempt while the sender waits')
+})
+
+t.test('realtime: no request is given up within 10 s', async t => {
+  const timeouts = [...readDocument(REALTIME).text.matchAll(/timeout: ([\d_]+)/g)].map(([, ms]) => Number(ms!.replaceAll('_', '')))
+  t.ok(timeouts.length > 0)
+  for (const ms of timeouts) t.ok(ms >= 10_000, `${ms} ms`)
+})
+
+t.test('realtime: an accept that outlasts the deadline runs on, and the retry joins it', async t => {
+  const { app, server } = await run(t, REALTIME, 'Answering calls', { isCustomer: async () => true }, { deadline: 20 })
+  const accepting = new Promise<FastifyReply['raw']>(resolve => {
+    server.resources.set('POST /v1/realtime/calls/rtc_1/accept', reply => {
+      reply.hijack()
+      resolve(reply.raw)
+    })
+  })
+  const late = await deliver(app, sampleEvent('realtime.call.incoming', { data: { call_id: 'rtc_1' } }))
+  t.match(late.json(), { statusCode: 503, code: 'FST_OPENAI_WEBHOOK_DEADLINE' })
+  const answer = await accepting
+  t.equal((await redeliver(app, late)).statusCode, 503, 'so is a retry while it goes on')
+
+  answer.writeHead(200).end()
+  let retried = late
+  while (retried.statusCode === 503) retried = await redeliver(app, late)
+  t.same([retried.statusCode, retried.json().received], [200, true])
+  t.equal(server.requests.length, 1, 'accepted once')
+})
+
+t.test('realtime: a Live session is accepted, unless it waits no longer', async t => {
+  const { app, server } = await run(t, REALTIME, 'Live sessions', {})
+  const SESSION = 'POST /v1/live/sessions/live_1/accept'
+  server.resources.set(SESSION, reply => reply.code(200).send())
+  const incoming = sampleEvent('live.transport.incoming', { data: { session_id: 'live_1' } })
+  t.equal((await deliver(app, incoming)).statusCode, 200)
+  t.same(server.requests.map(({ call, body }) => ({ call, body })), [
+    { call: SESSION, body: { session: { type: 'live', model: 'gpt-live-1', instructions: 'You answer the phone of a bicycle shop.' } } }
+  ])
+
+  const CONFLICT = { status: 409, body: { error: { message: 'accepted', type: 'invalid_request_error', param: null, code: null } } }
+  server.answers.push(CONFLICT)
+  t.equal((await deliver(app, sampleEvent('live.call.incoming', { data: { session_id: 'live_1' } }))).statusCode, 200, 'the Realtime API was first')
+  server.answers.push(BUSY)
+  t.equal((await deliver(app, incoming)).statusCode, 500)
+  t.equal(server.requests.length, 3)
+
+  t.equal((await deliver(app, { ...incoming, created_at: incoming.created_at - 60 })).statusCode, 200, 'nobody rings that long')
+  t.equal((await deliver(app, sampleEvent('live.transport.connected'))).statusCode, 200)
+  t.equal(server.requests.length, 3)
 })
