@@ -8,8 +8,7 @@ export type Secret = string | readonly string[] | (() => string | readonly strin
 /** A secret function is asked again at most this often, so that a flood of forgeries does not reach a secret manager. */
 const REFRESH_INTERVAL = 60_000
 
-export interface KeyringOptions {
-  keyBytes?: ((secret: string) => Uint8Array) | undefined
+export interface SecretOptions {
   /** Told once, at boot, when a secret is not of the `whsec_` form. */
   warn: (message: string) => void
   /** Told when a secret function fails after boot; the keys known so far stay in use. */
@@ -18,74 +17,138 @@ export interface KeyringOptions {
   patience: number
 }
 
-/** The verification keys of one endpoint: parsed at boot, asked for again when no key matches. */
-export class Keyring {
-  keys: readonly KeyObject[] = []
-  #source: Secret
-  #options: KeyringOptions
-  #loadedAt = 0
-  #refreshing: Promise<boolean> | undefined
+type KeyBytes = ((secret: string) => Uint8Array) | undefined
 
-  constructor (source: Secret, options: KeyringOptions) {
-    this.#source = source
+/** Stands for the usual way of making a key of a secret's text. */
+const WHSEC = {}
+
+/** Where the secrets of endpoints come from: one for each secret function, however many endpoints have it. */
+export class SecretSource {
+  readonly #secret: Secret
+  readonly #options: SecretOptions
+  readonly #keyrings = new WeakMap<object, Keyring>()
+  /** What a secret function has answered last. */
+  answer: { readonly secrets: string | readonly string[] } | undefined
+  #askedAt = 0
+  #loading: Promise<void> | undefined
+  #asking: Promise<boolean> | undefined
+
+  constructor (secret: Secret, options: SecretOptions) {
+    this.#secret = secret
     this.#options = options
-    if (typeof source !== 'function') this.#adopt(source)
+    if (typeof secret !== 'function') this.answer = { secrets: secret }
   }
 
-  /** Calls a secret function for the first time. @throws FST_OPENAI_WEBHOOK_INVALID_SECRET */
+  /** The keys that are made in one way. @throws FST_OPENAI_WEBHOOK_INVALID_SECRET */
+  keyring (keyBytes: KeyBytes): Keyring {
+    let keyring = this.#keyrings.get(keyBytes ?? WHSEC)
+    if (keyring === undefined) {
+      keyring = new Keyring(this, keyBytes, this.#options)
+      // A secret that is unusable is told at once; that of a function by its load().
+      if (typeof this.#secret !== 'function') keyring.adopt()
+      this.#keyrings.set(keyBytes ?? WHSEC, keyring)
+    }
+    return keyring
+  }
+
+  /** Calls a secret function for the first time, unless somebody had to before. @throws FST_OPENAI_WEBHOOK_INVALID_SECRET */
   async load (): Promise<void> {
-    if (typeof this.#source !== 'function') return
-    let secrets
+    await this.#asking
+    if (typeof this.#secret !== 'function' || this.answer !== undefined) return
+    this.#loading ??= this.#load(this.#secret)
+    await this.#loading
+  }
+
+  async #load (secret: Extract<Secret, Function>): Promise<void> {
     try {
-      secrets = await this.#source()
+      this.answer = { secrets: await secret() }
     } catch (cause) {
       throw new InvalidSecret('the `secret` function failed at boot: expected it to return the signing secret', { cause })
     }
-    this.#adopt(secrets)
-    this.#loadedAt = Date.now()
+    this.#askedAt = Date.now()
   }
 
   /**
    * Asks the secret function again, at most once a minute, joined by whoever comes meanwhile.
-   * Resolves to whether the keys were replaced; `undefined` when there is nothing to ask.
+   * Resolves to whether it answered; `undefined` when there is nothing to ask.
    */
   refresh (): Promise<boolean> | undefined {
-    if (typeof this.#source !== 'function') return undefined
-    if (this.#refreshing !== undefined) return this.#refreshing
+    if (typeof this.#secret !== 'function') return undefined
+    if (this.#asking !== undefined) return this.#asking
     // A clock set back must not silence refreshes until it has caught up.
-    if (Math.abs(Date.now() - this.#loadedAt) < REFRESH_INTERVAL) return undefined
-    this.#loadedAt = Date.now()
-    this.#refreshing = this.#ask(this.#source).finally(() => { this.#refreshing = undefined })
-    return this.#refreshing
+    if (Math.abs(Date.now() - this.#askedAt) < REFRESH_INTERVAL) return undefined
+    this.#askedAt = Date.now()
+    this.#asking = this.#ask(this.#secret).finally(() => { this.#asking = undefined })
+    return this.#asking
   }
 
-  async #ask (source: Extract<Secret, Function>): Promise<boolean> {
+  async #ask (secret: Extract<Secret, Function>): Promise<boolean> {
     let timer: NodeJS.Timeout | undefined
     const tooLate = new Promise<never>((_resolve, reject) => {
       timer = setTimeout(() => reject(new InvalidSecret(`the \`secret\` function took more than ${this.#options.patience} ms`)), this.#options.patience)
     })
-    let changed = true
     try {
-      this.#adopt(await Promise.race([source(), tooLate]))
+      this.answer = { secrets: await Promise.race([secret(), tooLate]) }
+      return true
     } catch (error) {
-      changed = false
       this.#options.onTrouble(error)
+      return false
+    } finally {
+      clearTimeout(timer)
     }
-    clearTimeout(timer)
-    return changed
+  }
+}
+
+/** Verification keys: made at boot, and anew when their source has answered again. */
+export class Keyring {
+  readonly #source: SecretSource
+  readonly #keyBytes: KeyBytes
+  readonly #options: SecretOptions
+  #keys: readonly KeyObject[] = []
+  #madeOf: SecretSource['answer']
+
+  constructor (source: SecretSource, keyBytes: KeyBytes, options: SecretOptions) {
+    this.#source = source
+    this.#keyBytes = keyBytes
+    this.#options = options
   }
 
-  #adopt (secrets: string | readonly string[]): void {
+  get keys (): readonly KeyObject[] {
+    if (this.#madeOf !== this.#source.answer) {
+      try {
+        this.adopt()
+      } catch (error) {
+        this.#options.onTrouble(error)
+      }
+    }
+    return this.#keys
+  }
+
+  /** Calls a secret function for the first time. @throws FST_OPENAI_WEBHOOK_INVALID_SECRET */
+  async load (): Promise<void> {
+    await this.#source.load()
+    this.adopt()
+  }
+
+  /** See SecretSource. */
+  refresh (): Promise<boolean> | undefined {
+    return this.#source.refresh()
+  }
+
+  /** Makes the keys of what the source has answered, which stay as they are when that is unusable. @throws FST_OPENAI_WEBHOOK_INVALID_SECRET */
+  adopt (): void {
+    this.#madeOf = this.#source.answer
+    const secrets = this.#madeOf?.secrets
     const list = typeof secrets === 'string' ? [secrets] : secrets
     if (!Array.isArray(list) || list.length === 0) {
       throw new InvalidSecret(`expected a signing secret or a non-empty array of them, got ${describe(secrets)}`)
     }
-    this.keys = list.map(secret => createSecretKey(this.#bytes(secret)))
+    this.#keys = list.map(secret => createSecretKey(this.#bytes(secret)))
   }
 
   #bytes (secret: unknown): Uint8Array {
     assertSecret(secret)
-    return this.#options.keyBytes?.(secret) ?? secretBytes(secret, this.#options.warn)
+    return this.#keyBytes?.(secret) ?? secretBytes(secret, this.#options.warn)
   }
 }
 

@@ -1,6 +1,6 @@
 import { InvalidSecret } from './errors.ts'
-import { Keyring } from './keyring.ts'
-import type { KeyringOptions, Secret } from './keyring.ts'
+import { SecretSource } from './keyring.ts'
+import type { Keyring, Secret, SecretOptions } from './keyring.ts'
 import type { EndpointOptions } from './options.ts'
 import { verificationBy } from './pipeline/verify.ts'
 import type { Verification } from './pipeline/verify.ts'
@@ -9,23 +9,21 @@ import type { Verifier } from './verifiers/verifier.ts'
 
 const TOLERANCE = 300
 
-/** Stands for the usual way of making a key of a secret's text. */
-const WHSEC = {}
-
 /** How each endpoint of one registration verifies: the plugin's own options, with what a route overrides. */
 export class Verifications {
   readonly #own: EndpointOptions
   readonly #verifier: Verifier
-  readonly #keyringOptions: Omit<KeyringOptions, 'keyBytes'>
-  /** Of the plugin's own secret: one for each way of making keys, so that a secret function is not asked for each route. */
-  readonly #ownKeyrings = new WeakMap<object, Keyring>()
-  readonly #loading: Keyring[] = []
+  readonly #secretOptions: SecretOptions
+  #ownSource: SecretSource | undefined
+  /** By secret function, so that one is asked once, however many endpoints have it. */
+  readonly #sources = new WeakMap<Function, SecretSource>()
+  readonly #loading = new Set<Keyring>()
   #warned = false
 
-  constructor (own: EndpointOptions, options: Omit<KeyringOptions, 'keyBytes'>) {
+  constructor (own: EndpointOptions, options: SecretOptions) {
     this.#own = own
     this.#verifier = own.verifier ?? standardWebhooks()
-    this.#keyringOptions = {
+    this.#secretOptions = {
       ...options,
       warn: message => {
         if (!this.#warned) options.warn(message)
@@ -39,31 +37,34 @@ export class Verifications {
    * @throws FST_OPENAI_WEBHOOK_INVALID_SECRET
    */
   of ({ secret, verifier = this.#verifier, tolerance = this.#own.tolerance ?? TOLERANCE }: EndpointOptions, atBoot: boolean): Verification {
-    const keyring = secret === undefined
-      ? this.#ownKeyring(verifier.keyBytes, atBoot)
-      : this.#keyring(secret, verifier.keyBytes, atBoot)
+    const source = secret === undefined ? this.#sourceOfOwn() : this.#source(secret)
+    const keyring = source.keyring(verifier.keyBytes)
+    if (atBoot) this.#loading.add(keyring)
     return verificationBy(verifier, keyring, tolerance)
   }
 
   /** Calls the secret functions for the first time. @throws FST_OPENAI_WEBHOOK_INVALID_SECRET */
   async load (): Promise<void> {
-    await Promise.all(this.#loading.map(async keyring => await keyring.load()))
+    await Promise.all([...this.#loading].map(async keyring => await keyring.load()))
   }
 
-  #ownKeyring (keyBytes: Verifier['keyBytes'], atBoot: boolean): Keyring {
-    let keyring = this.#ownKeyrings.get(keyBytes ?? WHSEC)
-    if (keyring === undefined) {
+  #sourceOfOwn (): SecretSource {
+    if (this.#ownSource === undefined) {
+      // Not `??`: null is refused, not taken for the environment's.
       const { secret = secretFromEnvironment() } = this.#own
-      keyring = this.#keyring(secret, keyBytes, atBoot)
-      this.#ownKeyrings.set(keyBytes ?? WHSEC, keyring)
+      this.#ownSource = this.#source(secret)
     }
-    return keyring
+    return this.#ownSource
   }
 
-  #keyring (secret: Secret, keyBytes: Verifier['keyBytes'], atBoot: boolean): Keyring {
-    const keyring = new Keyring(secret, { ...this.#keyringOptions, keyBytes })
-    if (atBoot) this.#loading.push(keyring)
-    return keyring
+  #source (secret: Secret): SecretSource {
+    if (typeof secret !== 'function') return new SecretSource(secret, this.#secretOptions)
+    let source = this.#sources.get(secret)
+    if (source === undefined) {
+      source = new SecretSource(secret, this.#secretOptions)
+      this.#sources.set(secret, source)
+    }
+    return source
   }
 }
 

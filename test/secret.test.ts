@@ -1,4 +1,4 @@
-import { randomBytes } from 'node:crypto'
+import { createHmac, randomBytes } from 'node:crypto'
 import { Writable } from 'node:stream'
 import Fastify from 'fastify'
 import type { FastifyInstance } from 'fastify'
@@ -51,6 +51,14 @@ function signAsText (text: string): Signed {
   const date = new Date(Number(signed.headers['webhook-timestamp']) * 1000)
   signed.headers['webhook-signature'] = new Webhook(Buffer.from(text), { format: 'raw' }).sign(signed.headers['webhook-id']!, date, signed.body)
   return signed
+}
+
+/** Signed as the older guide says, under the secret's text. */
+function signedByGuide (secret: string): Signed {
+  const body = Buffer.from(JSON.stringify(thin('response.completed')))
+  const timestamp = String(Math.floor(Date.now() / 1000))
+  const signature = createHmac('sha256', secret).update(`${timestamp}.`).update(body).digest('hex')
+  return { headers: { 'content-type': 'application/json', 'x-openai-timestamp': timestamp, 'x-openai-signature': signature }, body }
 }
 
 const signed = (secret = SECRET): Signed => sign(thin('response.completed'), { secret })
@@ -474,4 +482,113 @@ t.test('a route with the plugin\'s secret shares its keys', async t => {
   t.same(await statuses(app, [signed(OTHER)], '/wide'), [200])
   t.same(await statuses(app, [signed(OTHER)]), [200], 'one call heals both')
   t.equal(source.calls, 2)
+})
+
+t.test('a secret function is one, however many ask it', async t => {
+  const wrong = { code: 'FST_OPENAI_WEBHOOK_INVALID_SIGNATURE' }
+
+  t.test('twenty routes and the plugin itself, at boot and in a rotation', async t => {
+    const source = vault()
+    const app = await register(t, { secret: source.secret })
+    const urls = [URL, ...Array.from({ length: 20 }, (_, i) => `/${i}`)]
+    for (const url of urls.slice(1, 11)) app.openaiWebhook.route({ url, secret: source.secret, tolerance: 60 })
+    for (const url of urls.slice(11)) app.post(url, { config: { openaiWebhook: { secret: source.secret } } }, async () => {})
+    await app.ready()
+    t.equal(source.calls, 1)
+
+    const clock = stoppedClock(t)
+    clock.advance(MINUTE)
+    source.answer = async () => OTHER
+    const answers = await Promise.all(urls.map(async url => await statuses(app, [signed(OTHER)], url)))
+    t.same(answers.flat(), urls.map(() => 200))
+    t.equal(source.calls, 2, 'one call heals all')
+    t.same(await statuses(app, [signed()], '/7'), [401], 'the old secret is gone everywhere')
+  })
+
+  t.test('endpoints that make keys in different ways', async t => {
+    const source = vault()
+    const app = await register(t, { secret: source.secret })
+    app.openaiWebhook.route({ url: '/guide', secret: source.secret, verifier: xOpenAISignature() })
+    app.openaiWebhook.route({ url: '/own-guide', verifier: xOpenAISignature() })
+    await app.ready()
+    t.equal(source.calls, 1)
+    const clock = stoppedClock(t)
+    clock.advance(MINUTE)
+    source.answer = () => OTHER
+    t.same(await statuses(app, [signedByGuide(OTHER)], '/guide'), [200])
+    t.same(await statuses(app, [signed(OTHER)]), [200])
+    t.same(await statuses(app, [signedByGuide(OTHER)], '/own-guide'), [200])
+    t.equal(source.calls, 2)
+  })
+
+  t.test('what one of them cannot use leaves its keys as they were, and is told', async t => {
+    const { app, source, clock, errors } = await rotating(t)
+    source.answer = () => 'whsec_not base64'
+    clock.advance(MINUTE)
+    t.same(await statuses(app, [signed(OTHER), signed()]), [401, 200])
+    t.match(await app.openaiWebhook.unwrap(...unwrappable(signedByGuide('whsec_not base64')), { verifier: xOpenAISignature() }), { type: 'response.completed' })
+    t.equal(source.calls, 2)
+    t.match(errors, [{ code: 'FST_OPENAI_WEBHOOK_INVALID_SECRET' }, wrong], 'once')
+  })
+
+  t.test('unwrap(), with the function of its own', async t => {
+    const app = await register(t, { secret: SECRET })
+    await app.ready()
+    const source = vault(OTHER)
+    const clock = stoppedClock(t)
+    const unwrap = async (delivery: Signed, verifier = standardWebhooks()) => await app.openaiWebhook.unwrap(...unwrappable(delivery), { secret: source.secret, verifier })
+    const right = { type: 'response.completed' }
+    t.match(await Promise.all([1, 2, 3].map(async () => await unwrap(signed(OTHER)))), [right, right, right])
+    t.equal(source.calls, 1, 'who comes at once shares the first call')
+    for (let i = 0; i < 5; i++) {
+      t.match(await unwrap(signed(OTHER)), right)
+      t.match(await unwrap(signedByGuide(OTHER), xOpenAISignature()), right)
+      await t.rejects(unwrap(signed()), wrong)
+    }
+    clock.advance(MINUTE - 1)
+    await t.rejects(unwrap(signed()), wrong)
+    t.equal(source.calls, 1, 'at most once a minute')
+
+    source.answer = () => SECRET
+    clock.advance(1)
+    t.match(await unwrap(signed()), right)
+    t.equal(source.calls, 2)
+  })
+
+  t.test('a function that fails when unwrap() first asks it is not asked for a minute either', async t => {
+    const app = await register(t, { secret: SECRET })
+    await app.ready()
+    const source = vault(OTHER)
+    source.answer = () => { throw new Error('vault is sealed') }
+    const clock = stoppedClock(t)
+    const unwrap = async () => await app.openaiWebhook.unwrap(...unwrappable(signed(OTHER)), { secret: source.secret })
+    for (let i = 0; i < 3; i++) await t.rejects(unwrap(), wrong)
+    t.equal(source.calls, 1)
+    source.answer = () => OTHER
+    clock.advance(MINUTE)
+    t.match(await unwrap(), { type: 'response.completed' })
+  })
+
+  t.test('unwrap() before the boot has called for it', async t => {
+    const source = vault()
+    const app = await register(t, { secret: source.secret })
+    const answer = deferred<string>()
+    source.answer = () => answer.promise
+    const unwrapped = app.openaiWebhook.unwrap(...unwrappable(signed()))
+    const ready = app.ready()
+    answer.resolve(SECRET)
+    t.match(await unwrapped, { type: 'response.completed' })
+    await ready
+    t.equal(source.calls, 1)
+    t.same(await statuses(app, [signed()]), [200])
+  })
+
+  t.test('two functions are two', async t => {
+    const [one, two] = [vault(), vault(OTHER)]
+    const app = await register(t, { secret: one.secret })
+    app.openaiWebhook.route({ url: '/two', secret: two.secret })
+    await app.ready()
+    t.same([one.calls, two.calls], [1, 1])
+    t.same([await statuses(app, [signed(), signed(OTHER)]), await statuses(app, [signed(), signed(OTHER)], '/two')], [[200, 401], [401, 200]])
+  })
 })

@@ -5,7 +5,7 @@ import * as https from 'node:https'
 import { CommandError, count, text, usageError } from './command.ts'
 import type { Arguments, Terminal } from './command.ts'
 import { readSecret } from './secret.ts'
-import { Keyring } from '../keyring.ts'
+import { SecretSource } from '../keyring.ts'
 
 /** For a command that delivers. */
 export const sendOptions = {
@@ -168,10 +168,10 @@ export async function readSigningSecret (args: Arguments, terminal: Terminal): P
 }
 
 /** Refused as the plugin refuses it. @throws CommandError */
-export function checkSecret (secret: string, { err }: Terminal): Keyring {
+export function checkSecret (secret: string, { err }: Terminal): void {
   const warn = (message: unknown): void => { err(`openai-webhook: ${String(message)}\n`) }
   try {
-    return new Keyring(secret, { warn, onTrouble: warn, patience: 0 })
+    new SecretSource(secret, { warn, onTrouble: warn, patience: 0 }).keyring(undefined)
   } catch (error) {
     throw new CommandError((error as Error).message)
   }
