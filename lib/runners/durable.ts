@@ -2,6 +2,7 @@ import { AsyncResource } from 'node:async_hooks'
 import { Overloaded } from '../errors.ts'
 import { Database } from '../sqlite/database.ts'
 import type { SqliteDatabase } from '../sqlite/database.ts'
+import { pruning } from '../sqlite/pruning.ts'
 import { assertCount } from './background.ts'
 import type { Job, Runner, RunnerHost } from './runner.ts'
 
@@ -52,9 +53,6 @@ export interface DurableRunner extends Runner {
 const MAX_BACKOFF = 3_600_000
 /** ms for which a processed delivery is remembered, so that one that comes again is not queued again. */
 const RETENTION = 75 * 3_600_000
-/** ms */
-const PRUNE_INTERVAL = 60_000
-const PRUNE_LIMIT = 1_000
 /** ms after which the file is looked at again: for trouble to be over, or for what another process has queued. */
 const POLL_INTERVAL = 1_000
 const MAX_ERROR_LENGTH = 2_000
@@ -99,7 +97,8 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
   assertCount('durable', 'backoff', backoff, 0)
   assertCount('durable', 'lease', lease, 1)
   const database = new Database(db, SCHEMA)
-  const insert = database.prepareWrite('INSERT INTO openai_webhook_jobs (key, job, due) VALUES (?, ?, ?) ON CONFLICT (key) DO NOTHING')
+  const prune = pruning(database, 'openai_webhook_jobs', "state = 'done' AND ended <= ?")
+  const insert = database.prepareWrite('INSERT INTO openai_webhook_jobs (key, job, due) VALUES (?, ?, ?) ON CONFLICT (key) DO NOTHING', () => prune(Date.now() - RETENTION))
   const due = database.prepare("SELECT key, job, attempts, due FROM openai_webhook_jobs WHERE state = 'pending' AND due <= ? ORDER BY due LIMIT ?")
   const next = database.prepare("SELECT min(due) AS due FROM openai_webhook_jobs WHERE state = 'pending'")
   // Counted before it runs, so that a delivery that kills the process comes to an end; `due` is who saw it first.
@@ -108,9 +107,6 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
   const end = database.prepareWrite("UPDATE openai_webhook_jobs SET state = ?, error = ?, ended = ? WHERE key = ? AND state = 'pending' AND due = ?")
   const postpone = database.prepareWrite("UPDATE openai_webhook_jobs SET due = ?, error = ? WHERE key = ? AND state = 'pending' AND due = ?")
   const pending = database.prepare("SELECT count(*) AS count FROM openai_webhook_jobs WHERE state = 'pending'")
-  const prune = database.prepareWrite(`
-    DELETE FROM openai_webhook_jobs
-    WHERE key IN (SELECT key FROM openai_webhook_jobs WHERE state = 'done' AND ended <= ? LIMIT ${PRUNE_LIMIT})`)
   const listDead = database.prepare("SELECT key, job, attempts, error, ended FROM openai_webhook_jobs WHERE state = 'dead' ORDER BY ended LIMIT ?")
   const revive = database.prepareWrite("UPDATE openai_webhook_jobs SET state = 'pending', attempts = 0, due = ?, error = NULL, ended = NULL WHERE key = ? AND state = 'dead'")
 
@@ -120,7 +116,6 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
   let closing = false
   let timer: NodeJS.Timeout | undefined
   let renewal: NodeJS.Timeout | undefined
-  let prunedAt = 0
   let scheduled = false
   // What is in the file is of many requests: none of theirs is the async context that handlers run in.
   const pumpOutside = AsyncResource.bind(pump)
@@ -133,10 +128,6 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
     let wait = POLL_INTERVAL
     try {
       const now = Date.now()
-      if (now - prunedAt >= PRUNE_INTERVAL) {
-        prunedAt = now
-        prune(now - RETENTION)
-      }
       const rows = due.all(now, concurrency - active.size) as Row[]
       for (const row of rows) start(row, host)
       const [soonest] = next.all() as [{ due: number | null }]

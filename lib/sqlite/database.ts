@@ -72,10 +72,18 @@ export class Database {
     return this.#db.prepare(sql)
   }
 
-  /** A statement that writes: each run of it is a commit. @returns how many rows it changed */
-  prepareWrite (sql: string): (...parameters: Parameters<SqliteStatement['run']>) => number {
+  /**
+   * A statement that writes: each run of it is a commit.
+   *
+   * @param before is part of it
+   * @returns how many rows the statement changed
+   */
+  prepareWrite (sql: string, before?: () => void): (...parameters: Parameters<SqliteStatement['run']>) => number {
     const statement = this.#db.prepare(sql)
-    return (...parameters) => this.transaction(() => Number(statement.run(...parameters).changes))
+    return (...parameters) => this.transaction(() => {
+      before?.()
+      return Number(statement.run(...parameters).changes)
+    })
   }
 
   /**

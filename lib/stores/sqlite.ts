@@ -1,6 +1,7 @@
 import { randomUUID } from 'node:crypto'
 import { Database } from '../sqlite/database.ts'
 import type { SqliteDatabase } from '../sqlite/database.ts'
+import { pruning } from '../sqlite/pruning.ts'
 import { UNFINISHED_RETENTION } from './store.ts'
 import type { Claim, IdempotencyStore } from './store.ts'
 
@@ -21,10 +22,6 @@ interface Row {
   done: number
   finished: string
 }
-
-/** ms between two looks for rows to forget, and how many go at once, so that a request never pays for many. */
-const PRUNE_INTERVAL = 60_000
-const PRUNE_LIMIT = 1_000
 
 /**
  * Remembers deliveries in the user's SQLite file, so that one machine keeps its memory over restarts; several processes
@@ -52,10 +49,7 @@ export function sqliteStore (db: SqliteDatabase): IdempotencyStore {
     UPDATE openai_webhook_deliveries SET token = NULL, done = 1, finished = '[]', forget = ? WHERE key = ? AND token = ?`)
   const extend = database.prepareWrite('UPDATE openai_webhook_deliveries SET ends = ? WHERE key = ? AND token = ?')
   const release = database.prepareWrite('UPDATE openai_webhook_deliveries SET token = NULL WHERE key = ? AND token = ?')
-  const prune = database.prepare(`
-    DELETE FROM openai_webhook_deliveries
-    WHERE key IN (SELECT key FROM openai_webhook_deliveries WHERE forget <= ? LIMIT ${PRUNE_LIMIT})`)
-  let prunedAt = 0
+  const prune = pruning(database, 'openai_webhook_deliveries', 'forget <= ?')
 
   return {
     begin (key, lease): Claim {
@@ -68,10 +62,7 @@ export function sqliteStore (db: SqliteDatabase): IdempotencyStore {
       const token = randomUUID()
       return database.transaction(() => {
         const now = Date.now()
-        if (now - prunedAt >= PRUNE_INTERVAL) {
-          prune.run(now)
-          prunedAt = now
-        }
+        prune(now)
         const { changes } = claim.run(key, token, now + lease, now + UNFINISHED_RETENTION, now, now)
         const [row] = read.all(key) as [Row]
         if (Number(changes) === 1) return { state: 'claimed', token, finished: JSON.parse(row.finished) as string[] }
