@@ -1,6 +1,5 @@
 import { join } from 'node:path'
 import { Redis } from 'ioredis'
-import Database from 'libsql'
 import t from 'tap'
 import { bullmq } from '../lib/runners/bullmq.ts'
 import { background, inline, memoryStore } from '../lib/index.ts'
@@ -10,6 +9,8 @@ import { durable, sqliteStore } from '../lib/sqlite/index.ts'
 import { runnerContract, storeContract } from '../lib/testing/index.ts'
 import type { ContractCase } from '../lib/testing/index.ts'
 import { RedisServer, redisMissing } from './support/redis.ts'
+import { HANDLES, READING, closeSqlite, missing, openSqlite } from './support/sqlite.mjs'
+import type { Handle, HandleName } from './support/sqlite.mjs'
 
 type Test = typeof t
 
@@ -17,24 +18,34 @@ async function keeps (t: Pick<Test, 'test'>, cases: ContractCase[]): Promise<voi
   for (const { name, run } of cases) await t.test(name, run)
 }
 
-function open (t: Pick<Test, 'teardown'>, file: string): InstanceType<typeof Database> {
-  const db = new Database(file)
-  t.teardown(() => db.close())
+function open (t: Pick<Test, 'teardown'>, file: string, name?: HandleName): Handle {
+  const db = openSqlite(file, name)
+  t.teardown(() => closeSqlite(db))
   return db
 }
 
 t.test('stores', async t => {
   await t.test('memoryStore', async t => await keeps(t, storeContract(() => memoryStore())))
 
-  await t.test('sqliteStore, in a file', async t => {
-    const store = sqliteStore(open(t, join(t.testdir(), 'webhooks.db')))
-    await keeps(t, storeContract(() => store))
-  })
+  for (const handle of HANDLES) {
+    await t.test(`sqliteStore, in a file, ${handle}`, { skip: missing[handle] }, async t => {
+      const store = sqliteStore(open(t, join(t.testdir(), 'webhooks.db'), handle))
+      await keeps(t, storeContract(() => store))
+    })
 
-  await t.test('sqliteStore, two handles on one file', async t => {
-    const file = join(t.testdir(), 'webhooks.db')
-    await keeps(t, storeContract(() => alternating(sqliteStore(open(t, file)), sqliteStore(open(t, file)))))
-  })
+    await t.test(`sqliteStore, two handles on one file, ${handle}`, { skip: missing[handle] }, async t => {
+      const file = join(t.testdir(), 'webhooks.db')
+      await keeps(t, storeContract(() => alternating(sqliteStore(open(t, file, handle)), sqliteStore(open(t, file, handle)))))
+    })
+  }
+
+  for (const { name, skip, open } of READING) {
+    await t.test(`sqliteStore, ${name}`, { skip }, async t => {
+      const db = open(join(t.testdir(), 'webhooks.db'))
+      t.teardown(() => db.close())
+      await keeps(t, storeContract(() => sqliteStore(db)))
+    })
+  }
 
   await t.test('redisStore', { skip: redisMissing }, async t => {
     const { port } = await RedisServer.start(t)
@@ -62,12 +73,19 @@ t.test('runners', async t => {
   await t.test('background', async t => await keeps(t, runnerContract(() => background())))
   await t.test('background, one at a time', async t => await keeps(t, runnerContract(() => background({ concurrency: 1 }))))
 
-  await t.test('durable', async t => {
-    let files = 0
-    const dir = t.testdir()
-    const fresh = (): Runner => durable(open(t, join(dir, `${++files}.db`)), { backoff: 5 })
-    await keeps(t, runnerContract(fresh))
-  })
+  const handles = HANDLES.map(name => ({ name, skip: missing[name], open: (file: string) => openSqlite(file, name) }))
+  for (const { name, skip, open } of [...handles, ...READING]) {
+    await t.test(`durable, ${name}`, { skip }, async t => {
+      let files = 0
+      const dir = t.testdir()
+      const fresh = (): Runner => {
+        const db = open(join(dir, `${++files}.db`))
+        t.teardown(() => db.close())
+        return durable(db, { backoff: 5 })
+      }
+      await keeps(t, runnerContract(fresh))
+    })
+  }
 
   await t.test('bullmq', { skip: redisMissing }, async t => {
     const { port } = await RedisServer.start(t)
@@ -85,6 +103,12 @@ t.test('what cannot serve is told when it is given', async t => {
   t.throws(() => redisStore({ eval () {}, evalsha () {} } as never, { prefix: 1 as never }), { code, message: 'redisStore: expected prefix to be a string, got number' })
   t.throws(() => sqliteStore({ exec () {} } as never), { code, message: /^expected an open SQLite handle/ })
   t.throws(() => durable(undefined as never), { code, message: /^expected an open SQLite handle/ })
+  for (const [row, got] of [[[0], 'arrays'], [{ timeout: 0n }, 'objects with bigint']] as const) {
+    const wrapped = { exec () {}, prepare: () => ({ run: () => ({ changes: 0 }), get: () => row, all: () => [row] }) }
+    for (const create of [sqliteStore, durable]) {
+      t.throws(() => create(wrapped), { code, message: `expected a SQLite handle whose rows are objects with numbers, got ${got}: open it without returnArrays, readBigInts, safeIntegers or what else changes how rows are read` })
+    }
+  }
   t.throws(() => durable(handle, { attempts: 0 }), { code, message: 'durable: expected attempts to be a whole number, 1 or more, got 0' })
   t.throws(() => durable(handle, { backoff: -1 }), { code })
   t.throws(() => durable(handle, { lease: 0.5 }), { code })

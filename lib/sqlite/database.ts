@@ -1,11 +1,29 @@
 import { statSync } from 'node:fs'
 import { InvalidOptions } from '../errors.ts'
 
-/** What node:sqlite, better-sqlite3 and libsql share. */
+/**
+ * What node:sqlite, better-sqlite3 and libsql share. Its parameters are `any`: each library takes other values, and until
+ * TypeScript 6 what takes fewer than another is refused.
+ */
 export interface SqliteStatement {
-  run (...parameters: Array<string | number | null>): { changes: number | bigint }
-  get (...parameters: Array<string | number | null>): unknown
-  all (...parameters: Array<string | number | null>): unknown[]
+  run (...parameters: any[]): { changes: number | bigint }
+  get (...parameters: any[]): unknown
+  all (...parameters: any[]): unknown[]
+}
+
+type Value = string | number | null
+
+/** A statement of ours: its rows are objects, their integers numbers. */
+export interface Statement {
+  run (...parameters: Value[]): { changes: number | bigint }
+  all (...parameters: Value[]): unknown[]
+}
+
+/** How a statement reads rows: node:sqlite's two, and what better-sqlite3 and libsql have. */
+interface RowModes {
+  setReadBigInts? (enabled: boolean): unknown
+  setReturnArrays? (enabled: boolean): unknown
+  safeIntegers? (enabled: boolean): unknown
 }
 
 /** A synchronous SQLite handle: node:sqlite's `DatabaseSync`, better-sqlite3's or libsql's `Database`. */
@@ -35,13 +53,18 @@ export class Database {
     }
     this.#db = db
     // First: another process may be recovering the log that a crash left behind.
-    const [busy] = db.prepare('PRAGMA busy_timeout').all() as [{ timeout: number }]
+    const [busy] = this.prepare('PRAGMA busy_timeout').all() as [{ timeout: number }]
+    // What wraps a handle may hide how it reads, and every comparison with a number would be false.
+    if (typeof busy.timeout !== 'number') {
+      const got = Array.isArray(busy) ? 'arrays' : `objects with ${typeof busy.timeout}`
+      throw new InvalidOptions(`expected a SQLite handle whose rows are objects with numbers, got ${got}: open it without returnArrays, readBigInts, safeIntegers or what else changes how rows are read`)
+    }
     if (busy.timeout === 0) db.exec(`PRAGMA busy_timeout = ${BUSY_TIMEOUT}`)
     this.#useWriteAheadLog(busy.timeout || BUSY_TIMEOUT)
     db.exec('PRAGMA synchronous = FULL')
     // Takes the write lock first: a reader that turns into a writer is refused without a wait.
     this.transaction(() => db.exec(schema))
-    const [main] = db.prepare('PRAGMA database_list').all() as [{ file: string | null }]
+    const [main] = this.prepare('PRAGMA database_list').all() as [{ file: string | null }]
     this.#file = main.file as string
     // In memory it has none, told as '' or null.
     this.#inode = main.file ? statSync(main.file).ino : undefined
@@ -68,8 +91,13 @@ export class Database {
   }
 
   /** A query. */
-  prepare (sql: string): SqliteStatement {
-    return this.#db.prepare(sql)
+  prepare (sql: string): Statement {
+    const statement: SqliteStatement & RowModes = this.#db.prepare(sql)
+    // A statement begins with what the user has set on the handle.
+    statement.setReadBigInts?.(false)
+    statement.setReturnArrays?.(false)
+    statement.safeIntegers?.(false)
+    return statement
   }
 
   /**
@@ -78,8 +106,8 @@ export class Database {
    * @param before is part of it
    * @returns how many rows the statement changed
    */
-  prepareWrite (sql: string, before?: () => void): (...parameters: Parameters<SqliteStatement['run']>) => number {
-    const statement = this.#db.prepare(sql)
+  prepareWrite (sql: string, before?: () => void): (...parameters: Value[]) => number {
+    const statement = this.prepare(sql)
     return (...parameters) => this.transaction(() => {
       before?.()
       return Number(statement.run(...parameters).changes)
