@@ -354,7 +354,7 @@ t.test('trigger reads no more of an answer than it needs', async t => {
 t.test('trigger speaks https, with a certificate that it trusts', async t => {
   const port = await opened(t, createSecureServer(TLS, (_request, response) => { response.end('{}') }))
   const argv = ['trigger', 'video.failed', '--url', `https://127.0.0.1:${port}/hook`]
-  t.match(await run(t, argv), { code: 1, out: '', err: `openai-webhook: cannot deliver to https://127.0.0.1:${port}/hook: self-signed certificate\n` })
+  t.match(await run(t, argv), { code: 1, out: '', err: `openai-webhook: cannot deliver to https://127.0.0.1:${port}/hook: self-signed certificate` })
   const file = join(t.testdir({ 'cert.pem': TLS.cert }), 'cert.pem')
   const session = launch(t, argv, { env: { ...env, NODE_EXTRA_CA_CERTS: file } })
   t.equal(await session.ended, 0, session.err)

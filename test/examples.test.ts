@@ -1,16 +1,17 @@
 import { spawn } from 'node:child_process'
 import type { ChildProcess } from 'node:child_process'
 import { once } from 'node:events'
-import { readdirSync, readFileSync } from 'node:fs'
-import { join } from 'node:path'
+import { readdirSync, readFileSync, writeFileSync } from 'node:fs'
+import { basename, join } from 'node:path'
 import { createInterface } from 'node:readline'
-import Database from 'libsql'
 import t from 'tap'
 import { durable } from '../lib/sqlite/index.ts'
 import { SECRET, sign, thin } from './support/deliveries.ts'
 import { codeBlocks, interfaceProperties, readDocument, readDocuments, ROOT, tableRows } from './support/docs.ts'
 import { deferred } from './support/observe.ts'
 import { RedisServer, redisMissing } from './support/redis.ts'
+import { HANDLES, missing, openSqlite } from './support/sqlite.mjs'
+import type { HandleName } from './support/sqlite.mjs'
 
 const RECEIVED = '{"received":true}'
 const DUPLICATE = '{"received":true,"duplicate":true}'
@@ -106,50 +107,66 @@ class Program {
 
 const batchOf = (webhookId: string): string => `batch_of_${webhookId}`
 
-for (const path of ['docs/examples/sqlite.mjs', 'docs/examples/sqlite-durable.mjs']) {
-  t.test(`${path} handles a delivery once, over a restart too`, async t => {
-    const env = { SQLITE_FILE: join(t.testdir(), 'webhooks.db') }
-    const first = await Program.receiver(t, path, env)
-    t.equal(await first.deliver('wh_1'), `200 ${RECEIVED}`)
-    await first.untilHandled('wh_1')
-    t.same(await first.end('SIGTERM'), [0, null])
-
-    const second = await Program.receiver(t, path, env)
-    t.equal(await second.deliver('wh_1'), `200 ${DUPLICATE}`)
-    t.equal(await second.deliver('wh_2'), `200 ${RECEIVED}`)
-    await second.untilHandled('wh_2')
-    t.same(await second.end('SIGINT'), [0, null])
-    t.same([first.handled, second.handled], [['wh_1'], ['wh_2']])
-  })
+/** The example with the handle, as docs/recipes/sqlite.md says. @param dir within the package, so that its name leads to what is built */
+function withHandle (example: string, handle: HandleName, dir: string): string {
+  if (handle === 'libsql') return example
+  const text = readFileSync(join(ROOT, example), 'utf8')
+  const file = join(dir, basename(example))
+  writeFileSync(file, text.replace("import Database from 'libsql'", "import { DatabaseSync as Database } from 'node:sqlite'"))
+  return file.slice(ROOT.length)
 }
 
-t.test('docs/examples/sqlite-durable.mjs runs what was pending when it starts, and what sqlite-dead.mjs requeues', async t => {
-  const env = { SQLITE_FILE: join(t.testdir(), 'webhooks.db') }
-  const job = (webhookId: string) => ({
-    webhookId, timestamp: 1_750_861_210, endpoint: '/webhooks/openai', event: thin('batch.completed', { id: batchOf(webhookId) })
-  })
-  const db = new Database(env.SQLITE_FILE)
-  t.teardown(() => db.close())
-  const failing = durable(db, { attempts: 1 })
-  const died = deferred()
-  await failing.start?.({ process () { throw new Error('disk full') }, report: died.resolve })
-  await failing.run(job('wh_dead'))
-  await died.promise
-  await failing.close?.()
-  await durable(db).run(job('wh_pending'))
+for (const handle of HANDLES) {
+  for (const example of ['docs/examples/sqlite.mjs', 'docs/examples/sqlite-durable.mjs']) {
+    t.test(`${example} with ${handle} handles a delivery once, over a restart too`, { skip: missing[handle] }, async t => {
+      const dir = t.testdir()
+      const env = { SQLITE_FILE: join(dir, 'webhooks.db') }
+      const path = withHandle(example, handle, dir)
+      const first = await Program.receiver(t, path, env)
+      t.equal(await first.deliver('wh_1'), `200 ${RECEIVED}`)
+      await first.untilHandled('wh_1')
+      t.same(await first.end('SIGTERM'), [0, null])
 
-  const receiver = await Program.receiver(t, 'docs/examples/sqlite-durable.mjs', env)
-  await receiver.untilHandled('wh_pending')
-  const dead = 'wh_dead batch.completed, 1 attempts: disk full'
-  const listing = new Program(t, 'docs/examples/sqlite-dead.mjs', env, ['wh_other'])
-  t.same(await listing.end(undefined), [0, null])
-  t.same(listing.lines, [`dead ${dead}`])
-  const requeueing = new Program(t, 'docs/examples/sqlite-dead.mjs', env, ['wh_dead'])
-  t.same(await requeueing.end(undefined), [0, null])
-  t.same(requeueing.lines, [`requeued ${dead}`])
-  await receiver.untilHandled('wh_dead')
-  t.same(await receiver.end('SIGTERM'), [0, null])
-})
+      const second = await Program.receiver(t, path, env)
+      t.equal(await second.deliver('wh_1'), `200 ${DUPLICATE}`)
+      t.equal(await second.deliver('wh_2'), `200 ${RECEIVED}`)
+      await second.untilHandled('wh_2')
+      t.same(await second.end('SIGINT'), [0, null])
+      t.same([first.handled, second.handled], [['wh_1'], ['wh_2']])
+    })
+  }
+
+  t.test(`docs/examples/sqlite-durable.mjs with ${handle} runs what was pending when it starts, and what sqlite-dead.mjs requeues`, { skip: missing[handle] }, async t => {
+    const dir = t.testdir()
+    // Node tells whoever opens its SQLite that it is new.
+    const env = { SQLITE_FILE: join(dir, 'webhooks.db'), NODE_NO_WARNINGS: '1' }
+    const job = (webhookId: string) => ({
+      webhookId, timestamp: 1_750_861_210, endpoint: '/webhooks/openai', event: thin('batch.completed', { id: batchOf(webhookId) })
+    })
+    const db = openSqlite(env.SQLITE_FILE, handle)
+    t.teardown(() => db.close())
+    const failing = durable(db, { attempts: 1 })
+    const died = deferred()
+    await failing.start?.({ process () { throw new Error('disk full') }, report: died.resolve })
+    await failing.run(job('wh_dead'))
+    await died.promise
+    await failing.close?.()
+    await durable(db).run(job('wh_pending'))
+
+    const receiver = await Program.receiver(t, withHandle('docs/examples/sqlite-durable.mjs', handle, dir), env)
+    await receiver.untilHandled('wh_pending')
+    const dead = 'wh_dead batch.completed, 1 attempts: disk full'
+    const list = withHandle('docs/examples/sqlite-dead.mjs', handle, dir)
+    const listing = new Program(t, list, env, ['wh_other'])
+    t.same(await listing.end(undefined), [0, null])
+    t.same(listing.lines, [`dead ${dead}`])
+    const requeueing = new Program(t, list, env, ['wh_dead'])
+    t.same(await requeueing.end(undefined), [0, null])
+    t.same(requeueing.lines, [`requeued ${dead}`])
+    await receiver.untilHandled('wh_dead')
+    t.same(await receiver.end('SIGTERM'), [0, null])
+  })
+}
 
 t.test('with Redis', { skip: redisMissing }, async t => {
   t.test('docs/examples/redis.mjs handles a delivery once, in another process and over a restart too', async t => {
@@ -211,7 +228,8 @@ t.test('docs/reliability.md: the contracts run under the frameworks that it show
   for (const { line, code } of blocks) {
     // Within the package, so that its name leads to what is published.
     const file = join(t.testdir({ 'contract.mjs': code }), 'contract.mjs')
-    const program = new Program(t, file.slice(ROOT.length))
+    // node:test writes for people by default, since Node 23 where nobody looks too.
+    const program = new Program(t, file.slice(ROOT.length), { NODE_OPTIONS: '--test-reporter=tap' })
     t.same(await program.end(undefined), [0, null], `docs/reliability.md:${line}`)
     t.match(program.lines.join('\n'), /^ok 1 - /m)
     t.notMatch(program.lines.join('\n'), /^not ok/m)
