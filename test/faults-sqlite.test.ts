@@ -3,7 +3,6 @@ import { appendFileSync, closeSync, copyFileSync, mkdtempSync, openSync, renameS
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { setImmediate as turn } from 'node:timers/promises'
-import Database from 'libsql'
 import t from 'tap'
 import type { Claim, IdempotencyStore, OpenAIWebhookOptions } from '../lib/index.ts'
 import { durable, sqliteStore } from '../lib/sqlite/index.ts'
@@ -11,21 +10,24 @@ import type { DurableOptions, SqliteStatement } from '../lib/sqlite/index.ts'
 import { build, stoppedClock } from './support/deliveries.ts'
 import { IN_PROGRESS, Member, UNAVAILABLE, answer, batchFailed, effectsIn, until } from './support/faults.ts'
 import { deferred, listen, messageOf, redelivered } from './support/observe.ts'
+import { closeSqlite, openSqlite } from './support/sqlite.mjs'
+import type { Handle, HandleName } from './support/sqlite.mjs'
 import { Wire, request } from './support/wire.ts'
 
-type Handle = InstanceType<typeof Database>
 type Teardown = { teardown: (fn: () => unknown) => void }
 
 /** ms; does not run out while a test lasts. */
 const LONG = 600_000
 const HOUR = 3_600_000
 const ENDPOINT = '/webhooks/openai'
+/** faults-node-sqlite.test.ts has all of this with the other one. */
+const HANDLE = (process.env['SQLITE_HANDLE'] ?? 'libsql') as HandleName
 
 /** A handle whose wait for locks is short, since it blocks the event loop. */
 function open (t: Teardown, file: string): Handle {
-  const db = new Database(file)
+  const db = openSqlite(file, HANDLE)
   db.exec('PRAGMA busy_timeout = 1')
-  t.teardown(() => { if (db.open) db.close() })
+  t.teardown(() => closeSqlite(db))
   return db
 }
 
@@ -62,7 +64,7 @@ const rows = (db: Handle): Row[] => db.prepare('SELECT * FROM openai_webhook_job
 t.test('a handle is made ready', async t => {
   await t.test('it waits for locks as long as the user said, or a second where nothing was said', async t => {
     const file = join(t.testdir(), 'webhooks.db')
-    const [own, none] = [open(t, file), new Database(file)]
+    const [own, none] = [open(t, file), openSqlite(file, HANDLE)]
     t.teardown(() => none.close())
     sqliteStore(own)
     sqliteStore(none)
@@ -103,7 +105,7 @@ t.test('a handle is made ready', async t => {
   await t.test('a file that is no database is told at creation, in SQLite\'s words', async t => {
     const file = join(t.testdir({ 'webhooks.db': 'not a database, but text of some length\n'.repeat(100) }), 'webhooks.db')
     for (const create of [sqliteStore, durable]) {
-      t.match(await messageOf(() => create(new Database(file))), 'file is not a database')
+      t.match(await messageOf(() => create(openSqlite(file, HANDLE))), 'file is not a database')
     }
   })
 
@@ -415,7 +417,7 @@ t.test('a file with damaged pages: 503, and no handler runs', async t => {
   const dir = t.testdir()
   for (const [name, start] of [['store.db', withStore], ['queue.db', withDurable]] as const) {
     const file = join(dir, name)
-    const before = new Database(file)
+    const before = openSqlite(file, HANDLE)
     name === 'store.db' ? sqliteStore(before) : durable(before)
     before.exec('PRAGMA wal_checkpoint(TRUNCATE)')
     before.close()
@@ -488,7 +490,7 @@ t.test('both tables hold what is alive, whatever the rate', async t => {
     }]
   ] as const) {
     await t.test(name, async t => {
-      const db = new Database(':memory:')
+      const db = openSqlite(':memory:', HANDLE)
       let receive = create(db)
       const counted = db.prepare(`SELECT count(*) AS count FROM ${table}`)
       const countedRows = (): number => (counted.all() as [{ count: number }])[0].count
@@ -527,7 +529,7 @@ t.test('durable over a restart', async t => {
   await t.test('what was acknowledged before a crash and had not run is run', async t => {
     const file = join(t.testdir(), 'webhooks.db')
     const effects = join(t.testdirName, 'effects')
-    const crashing = await Member.start(t, { effects, runner: 'durable', file, lease: 100, hangs: true })
+    const crashing = await Member.start(t, { effects, runner: 'durable', file, handle: HANDLE, lease: 100, hangs: true })
     const wire = await Wire.open(t, crashing.port)
     const ids = Array.from({ length: 20 }, (_, i) => `wh_${String(i).padStart(2, '0')}`)
     for (const id of ids) {
@@ -567,7 +569,7 @@ t.test('durable over a restart', async t => {
     const file = join(t.testdir(), 'webhooks.db')
     const effects = join(t.testdirName, 'effects')
     for (let attempt = 1; attempt <= 2; attempt++) {
-      const crashing = await Member.start(t, { effects, runner: 'durable', file, lease: 100, hangs: true })
+      const crashing = await Member.start(t, { effects, runner: 'durable', file, handle: HANDLE, lease: 100, hangs: true })
       if (attempt === 1) {
         const { headers, body } = batchFailed('wh_1')
         const wire = await Wire.open(t, crashing.port)

@@ -2,7 +2,6 @@ import { existsSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
-import Database from 'libsql'
 import t from 'tap'
 import { durable, sqliteStore } from '../lib/sqlite/index.ts'
 import { redisStore } from '../lib/stores/redis.ts'
@@ -14,6 +13,8 @@ import type { MemberOptions } from './support/faults.ts'
 import { deferred, listen, redelivered } from './support/observe.ts'
 import { RedisServer, redisMissing } from './support/redis.ts'
 import { sized } from './support/size.ts'
+import { HANDLES, missing, openSqlite } from './support/sqlite.mjs'
+import type { HandleName } from './support/sqlite.mjs'
 import { Wire, request } from './support/wire.ts'
 
 type Teardown = { teardown: (fn: () => unknown) => void }
@@ -65,36 +66,44 @@ const SHARED_MEMORY = '/dev/shm'
 
 /** One store for several processes. */
 interface Shared {
-  options: Pick<MemberOptions, 'store' | 'file' | 'redisPort'>
+  options: Pick<MemberOptions, 'store' | 'file' | 'handle' | 'redisPort'>
   /** A further client of it, for this process. */
   open: () => IdempotencyStore
 }
 
-const shared: Record<'sqlite' | 'redis', (t: Teardown & { testdir: () => string }) => Promise<Shared>> = {
-  async sqlite (t) {
+type Share = (t: Teardown & { testdir: () => string }) => Promise<Shared>
+
+function inFile (handle: HandleName): Share {
+  return async t => {
     t.testdir()
     const dir = mkdtempSync(join(existsSync(SHARED_MEMORY) ? SHARED_MEMORY : tmpdir(), 'webhooks-'))
     t.teardown(() => rmSync(dir, { recursive: true }))
     const file = join(dir, 'webhooks.db')
     const open = (): IdempotencyStore => {
-      const db = new Database(file)
+      const db = openSqlite(file, handle)
       t.teardown(() => db.close())
       return sqliteStore(db)
     }
-    return { options: { store: 'sqlite', file }, open }
-  },
-  async redis (t) {
-    t.testdir()
-    const { port } = await RedisServer.start(t)
-    return { options: { store: 'redis', redisPort: port }, open: () => redisStore(redisClient(t, port)) }
+    return { options: { store: 'sqlite', file, handle }, open }
   }
 }
 
-for (const [name, skip] of [['sqlite', false], ['redis', redisMissing]] as const) {
+const inRedis: Share = async t => {
+  t.testdir()
+  const { port } = await RedisServer.start(t)
+  return { options: { store: 'redis', redisPort: port }, open: () => redisStore(redisClient(t, port)) }
+}
+
+const stores: Array<[name: string, skip: string | false, share: Share]> = [
+  ...HANDLES.map((handle): [string, string | false, Share] => [`sqlite, ${handle},`, missing[handle], inFile(handle)]),
+  ['redis', redisMissing, inRedis]
+]
+
+for (const [name, skip, share] of stores) {
   t.test(`${name} store`, { skip }, async t => {
     for (const processes of [2, 4]) {
       await t.test(`${processes} processes that receive the same ${IDS} deliveries at once run the handler once for each`, { timeout: 120_000 }, async t => {
-        const { options } = await shared[name](t)
+        const { options } = await share(t)
         const effects = join(t.testdirName, 'effects')
         const members = await Promise.all(Array.from({ length: processes }, async () => await Member.start(t, { ...options, effects })))
         const ids = Array.from({ length: IDS }, (_, i) => `wh_${i}`)
@@ -115,7 +124,7 @@ for (const [name, skip] of [['sqlite', false], ['redis', redisMissing]] as const
 
     for (const fails of [false, true]) {
       await t.test(`a holder whose event loop was blocked for longer than its lease cannot ${fails ? 'release' : 'complete'} any more`, async t => {
-        const { options, open } = await shared[name](t)
+        const { options, open } = await share(t)
         const effects = join(t.testdirName, 'effects')
         const blockedUntil = join(t.testdirName, 'go-on')
         const late = await Member.start(t, { ...options, effects, blockedUntil, fails, lease: 300 })
@@ -157,52 +166,54 @@ for (const [name, skip] of [['sqlite', false], ['redis', redisMissing]] as const
   })
 }
 
-t.test('durable', async t => {
-  await t.test('processes that share a file run each job once', async t => {
-    const file = join(t.testdir(), 'webhooks.db')
-    const effects = join(t.testdirName, 'effects')
-    const members = await Promise.all([0, 1].map(async () => await Member.start(t, { effects, runner: 'durable', file })))
-    const ids = Array.from({ length: 300 }, (_, i) => `wh_${i}`)
-    const deliveries = ids.map(id => bytesOf(batchFailed(id)))
-    const answers = await sendAll(t, members.map(({ port }) => port), deliveries)
-    t.same(answers.map(each => each[200]), [ids.length, ids.length])
-    await until('all to run', () => effectsIn(effects).length >= ids.length)
-    await Promise.all(members.map(async member => await member.close()))
-    t.same(effectsIn(effects).map(({ webhookId }) => webhookId).sort(), ids.sort())
-  })
-
-  for (const fails of [false, true]) {
-    await t.test(`a job whose process was blocked for longer than the lease is taken over; the late one cannot ${fails ? 'postpone' : 'end'} it`, async t => {
+for (const handle of HANDLES) {
+  t.test(`durable, ${handle}`, { skip: missing[handle] }, async t => {
+    await t.test('processes that share a file run each job once', async t => {
       const file = join(t.testdir(), 'webhooks.db')
       const effects = join(t.testdirName, 'effects')
-      const blockedUntil = join(t.testdirName, 'go-on')
-      const late = await Member.start(t, { effects, runner: 'durable', file, blockedUntil, fails, lease: 300 })
-      const db = new Database(file)
-      t.teardown(() => db.close())
-      const row = (): unknown => db.prepare('SELECT state, attempts, due, error FROM openai_webhook_jobs').all()[0]
-
-      const wire = await Wire.open(t, late.port)
-      await wire.write(bytesOf(batchFailed()))
-      t.equal((await wire.answer()).status, 200)
-      await until('the handler to block', () => effectsIn(effects).length === 1)
-
-      const app = await build(t, { runner: durable(db, { lease: LONG }) })
-      const [started, finish] = [deferred(), deferred()]
-      app.openaiWebhook.on('batch.failed', async () => {
-        started.resolve()
-        await finish.promise
-      })
-      await listen(app)
-      await started.promise
-      const held = row()
-      t.match(held, { state: 'pending', attempts: 2, error: null })
-      writeFileSync(blockedUntil, '')
-      await until('the late one to tell', () => late.told.some(message => message.startsWith('the job was taken over while it ran')))
-      await late.close()
-      t.same(row(), held, 'as the other holds it')
-      finish.resolve()
-      await until('the job to be done', () => (row() as { state: string }).state === 'done')
-      t.match(row(), { attempts: 2, error: null })
+      const members = await Promise.all([0, 1].map(async () => await Member.start(t, { effects, runner: 'durable', file, handle })))
+      const ids = Array.from({ length: 300 }, (_, i) => `wh_${i}`)
+      const deliveries = ids.map(id => bytesOf(batchFailed(id)))
+      const answers = await sendAll(t, members.map(({ port }) => port), deliveries)
+      t.same(answers.map(each => each[200]), [ids.length, ids.length])
+      await until('all to run', () => effectsIn(effects).length >= ids.length)
+      await Promise.all(members.map(async member => await member.close()))
+      t.same(effectsIn(effects).map(({ webhookId }) => webhookId).sort(), ids.sort())
     })
-  }
-})
+
+    for (const fails of [false, true]) {
+      await t.test(`a job whose process was blocked for longer than the lease is taken over; the late one cannot ${fails ? 'postpone' : 'end'} it`, async t => {
+        const file = join(t.testdir(), 'webhooks.db')
+        const effects = join(t.testdirName, 'effects')
+        const blockedUntil = join(t.testdirName, 'go-on')
+        const late = await Member.start(t, { effects, runner: 'durable', file, handle, blockedUntil, fails, lease: 300 })
+        const db = openSqlite(file, handle)
+        t.teardown(() => db.close())
+        const row = (): unknown => db.prepare('SELECT state, attempts, due, error FROM openai_webhook_jobs').all()[0]
+
+        const wire = await Wire.open(t, late.port)
+        await wire.write(bytesOf(batchFailed()))
+        t.equal((await wire.answer()).status, 200)
+        await until('the handler to block', () => effectsIn(effects).length === 1)
+
+        const app = await build(t, { runner: durable(db, { lease: LONG }) })
+        const [started, finish] = [deferred(), deferred()]
+        app.openaiWebhook.on('batch.failed', async () => {
+          started.resolve()
+          await finish.promise
+        })
+        await listen(app)
+        await started.promise
+        const held = row()
+        t.match(held, { state: 'pending', attempts: 2, error: null })
+        writeFileSync(blockedUntil, '')
+        await until('the late one to tell', () => late.told.some(message => message.startsWith('the job was taken over while it ran')))
+        await late.close()
+        t.same(row(), held, 'as the other holds it')
+        finish.resolve()
+        await until('the job to be done', () => (row() as { state: string }).state === 'done')
+        t.match(row(), { attempts: 2, error: null })
+      })
+    }
+  })
+}

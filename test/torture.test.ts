@@ -1,6 +1,8 @@
 import t from 'tap'
 import { RedisServer, redisMissing } from './support/redis.ts'
 import { sized } from './support/size.ts'
+import { missing } from './support/sqlite.mjs'
+import type { HandleName } from './support/sqlite.mjs'
 // @ts-expect-error plain JavaScript, which `npm run torture` runs as it is
 import { PAIRS, torture } from './support/torture/torture.mjs'
 
@@ -14,9 +16,9 @@ t.test('a receiver killed with SIGKILL at random instants, under load', { timeou
   t.comment(`SEED=${seed}`)
   const redis = redisMissing === false ? await RedisServer.start(t) : undefined
   const dir = t.testdir()
-  for (const { store, runner, needsRedis, losesOnCrash } of PAIRS as Array<{ store: string, runner: string, needsRedis: boolean, losesOnCrash: boolean }>) {
-    await t.test(`${store} store, ${runner} runner`, { skip: needsRedis && redisMissing }, async t => {
-      const result = await torture({ store, runner, kills: KILLS, seed, dir, redisPort: redis?.port }) as Result
+  for (const { store, runner, handle, needsRedis, losesOnCrash } of PAIRS as Array<{ store: string, runner: string, handle?: HandleName, needsRedis: boolean, losesOnCrash: boolean }>) {
+    await t.test(`${store} store, ${runner} runner${handle === undefined ? '' : `, ${handle}`}`, { skip: (needsRedis && redisMissing) || missing[handle ?? 'libsql'] }, async t => {
+      const result = await torture({ store, runner, handle, kills: KILLS, seed, dir, redisPort: redis?.port }) as Result
       t.ok(result.acknowledged > KILLS, `${result.acknowledged} deliveries were acknowledged`)
       // What background() promises over a crash is nothing, and that is documented.
       if (!losesOnCrash) t.same(result.lost, [], 'every acknowledged delivery has had its handlers run')

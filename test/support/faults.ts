@@ -11,6 +11,7 @@ import type { FastifyInstance } from 'fastify'
 import { SECRET, post, sign } from './deliveries.ts'
 import type { Signed } from './deliveries.ts'
 import { redelivered } from './observe.ts'
+import type { HandleName } from './sqlite.mjs'
 
 type Teardown = { teardown: (fn: () => unknown) => void }
 
@@ -160,6 +161,8 @@ export interface MemberOptions {
   runner?: 'inline' | 'durable' | 'bullmq'
   /** Of SQLite. */
   file?: string
+  /** Opens it. */
+  handle?: HandleName
   redisPort?: number
   lease?: number
   worker?: boolean | { concurrency?: number, lockDuration?: number, stalledInterval?: number }

@@ -2,20 +2,22 @@
 import { existsSync, openSync, writeSync } from 'node:fs'
 import Fastify from 'fastify'
 import openaiWebhook, { inline, memoryStore } from 'fastify-openai-webhook'
+import { openSqlite } from '../sqlite.mjs'
 
-const { secret, path, effects, store = 'memory', runner = 'inline', file, redisPort, lease = 30_000, worker, blockedUntil, fails, hangs } = JSON.parse(process.argv[2])
+const { secret, path, effects, store = 'memory', runner = 'inline', file, handle, redisPort, lease = 30_000, worker, blockedUntil, fails, hangs } = JSON.parse(process.argv[2])
 
 let db
-async function openFile () {
-  const { default: Database } = await import('libsql')
-  db ??= new Database(file, { timeout: 10_000 })
+function openFile () {
+  if (db !== undefined) return db
+  db = openSqlite(file, handle)
+  db.exec('PRAGMA busy_timeout = 10000')
   return db
 }
 
 let redis
 const stores = {
   memory: () => memoryStore(),
-  sqlite: async () => (await import('fastify-openai-webhook/sqlite')).sqliteStore(await openFile()),
+  sqlite: async () => (await import('fastify-openai-webhook/sqlite')).sqliteStore(openFile()),
   redis: async () => {
     const { Redis } = await import('ioredis')
     redis = new Redis(redisPort, '127.0.0.1')
@@ -25,7 +27,7 @@ const stores = {
 
 const runners = {
   inline: () => inline(),
-  durable: async () => (await import('fastify-openai-webhook/sqlite')).durable(await openFile(), { lease, backoff: 1 }),
+  durable: async () => (await import('fastify-openai-webhook/sqlite')).durable(openFile(), { lease, backoff: 1 }),
   bullmq: async () => (await import('fastify-openai-webhook/bullmq')).bullmq({ connection: { host: '127.0.0.1', port: redisPort }, worker, backoff: 1 })
 }
 

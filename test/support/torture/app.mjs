@@ -3,13 +3,13 @@ import { fsyncSync, openSync, writeSync } from 'node:fs'
 import { setTimeout as sleep } from 'node:timers/promises'
 import Fastify from 'fastify'
 import openaiWebhook, { background, inline, memoryStore } from 'fastify-openai-webhook'
+import { openSqlite } from '../sqlite.mjs'
 
-const { secret, port, effects, store, runner, file, redisPort, prefix, failureRate, fsync = true, max } = JSON.parse(process.argv[2])
+const { secret, port, effects, store, runner, file, handle, redisPort, prefix, failureRate, fsync = true, max } = JSON.parse(process.argv[2])
 
 let db
-async function openFile () {
-  const { default: Database } = await import('libsql')
-  db ??= new Database(file)
+function openFile () {
+  db ??= openSqlite(file, handle)
   return db
 }
 
@@ -20,14 +20,14 @@ async function connect () {
 
 const stores = {
   memory: () => memoryStore({ ...(max !== undefined && { max }) }),
-  sqlite: async () => (await import('fastify-openai-webhook/sqlite')).sqliteStore(await openFile()),
+  sqlite: async () => (await import('fastify-openai-webhook/sqlite')).sqliteStore(openFile()),
   redis: async () => (await import('fastify-openai-webhook/redis')).redisStore(await connect(), { prefix })
 }
 
 const runners = {
   inline: () => inline(),
   background: () => background({ maxQueue: 10_000 }),
-  durable: async () => (await import('fastify-openai-webhook/sqlite')).durable(await openFile(), { attempts: 1_000, backoff: 10, lease: 1_000 }),
+  durable: async () => (await import('fastify-openai-webhook/sqlite')).durable(openFile(), { attempts: 1_000, backoff: 10, lease: 1_000 }),
   bullmq: async () => (await import('fastify-openai-webhook/bullmq')).bullmq({
     connection: { host: '127.0.0.1', port: redisPort },
     queueName: prefix,

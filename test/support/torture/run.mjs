@@ -5,6 +5,7 @@ import { mkdtemp, rm } from 'node:fs/promises'
 import { createServer } from 'node:net'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
+import { missing as missingHandles } from '../sqlite.mjs'
 import { PAIRS, torture } from './torture.mjs'
 
 const kills = Number(process.env.KILLS ?? 100)
@@ -22,17 +23,18 @@ console.log(`SEED=${seed}, ${kills} kills for each pair\n`)
 console.log('| store | runner | kills | acknowledged | effects | repeated | lost | ran again after its success was recorded | s |')
 console.log('|---|---|---:|---:|---:|---:|---:|---:|---:|')
 let broken = 0
-for (const { store, runner, needsRedis, losesOnCrash } of PAIRS) {
+for (const { store, runner, handle = 'libsql', needsRedis, losesOnCrash } of PAIRS) {
   if (only !== undefined && only !== `${store}/${runner}`) continue
-  if (needsRedis && missing) {
-    console.log(`| ${store} | ${runner} | needs redis-server | | | | | | |`)
+  const lacks = needsRedis && missing ? 'needs redis-server' : missingHandles[handle]
+  if (lacks) {
+    console.log(`| ${store} | ${runner} | ${lacks} | | | | | | |`)
     continue
   }
   const dir = await mkdtemp(join(tmpdir(), 'torture-'))
   const started = Date.now()
-  const { acknowledged, effects, repeated, lost, rerun } = await torture({ store, runner, kills, seed, dir, redisPort })
+  const { acknowledged, effects, repeated, lost, rerun } = await torture({ store, runner, handle, kills, seed, dir, redisPort })
   const seconds = Math.round((Date.now() - started) / 1000)
-  console.log(`| ${store} | ${runner} | ${kills} | ${acknowledged} | ${effects} | ${repeated} | ${lost.length} | ${rerun.length} | ${seconds} |`)
+  console.log(`| ${store} | ${runner}${handle === 'libsql' ? '' : `, ${handle}`} | ${kills} | ${acknowledged} | ${effects} | ${repeated} | ${lost.length} | ${rerun.length} | ${seconds} |`)
   if ((lost.length > 0 && !losesOnCrash) || rerun.length > 0) {
     broken++
     console.log(JSON.stringify({ lost: lost.slice(0, 5), rerun: rerun.slice(0, 5), dir }))

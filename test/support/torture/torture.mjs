@@ -8,6 +8,7 @@ import { createServer } from 'node:net'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { fileURLToPath } from 'node:url'
+import { openSqlite } from '../sqlite.mjs'
 
 const SECRET = randomBytes(32)
 const HANDLERS = ['first', 'second']
@@ -21,6 +22,7 @@ export const PAIRS = [
   { store: 'sqlite', runner: 'background', needsRedis: false, losesOnCrash: true },
   { store: 'memory', runner: 'durable', needsRedis: false, losesOnCrash: false },
   { store: 'sqlite', runner: 'durable', needsRedis: false, losesOnCrash: false },
+  { store: 'sqlite', runner: 'durable', handle: 'node:sqlite', needsRedis: false, losesOnCrash: false },
   { store: 'memory', runner: 'bullmq', needsRedis: true, losesOnCrash: false },
   { store: 'redis', runner: 'bullmq', needsRedis: true, losesOnCrash: false }
 ]
@@ -56,13 +58,14 @@ export async function freePort () {
  * @param {number} options.seed of the instants
  * @param {string} options.dir for the files of the run
  * @param {number} [options.redisPort]
+ * @param {'libsql' | 'node:sqlite'} [options.handle] of SQLite; default libsql
  * @param {number} [options.senders] at once
  * @returns {Promise<{ kills: number, acknowledged: number, attempts: number, effects: number, repeated: number, lost: string[], rerun: string[] }>}
  * `lost`: acknowledged, and a handler has not run; `rerun`: ran again although its success had been recorded
  */
-export async function torture ({ store, runner, kills, seed, dir, redisPort, senders = 16, failureRate = 0.05 }) {
+export async function torture ({ store, runner, kills, seed, dir, redisPort, handle, senders = 16, failureRate = 0.05 }) {
   const random = randomFrom(seed)
-  const prefix = `torture-${store}-${runner}`
+  const prefix = `torture-${store}-${runner}${handle === 'node:sqlite' ? '-node' : ''}`
   const config = {
     secret: `whsec_${SECRET.toString('base64')}`,
     port: await freePort(),
@@ -70,6 +73,7 @@ export async function torture ({ store, runner, kills, seed, dir, redisPort, sen
     file: join(dir, `${prefix}.db`),
     store,
     runner,
+    handle,
     redisPort,
     prefix,
     failureRate
@@ -173,13 +177,12 @@ export async function torture ({ store, runner, kills, seed, dir, redisPort, sen
   }
 }
 
-async function recordedSuccesses ({ store, runner, file, redisPort, prefix }) {
+async function recordedSuccesses ({ store, runner, file, handle, redisPort, prefix }) {
   const all = id => HANDLERS.map(name => `${id} ${name}`)
   const idOf = key => key.slice(key.lastIndexOf(' ') + 1)
   const found = []
   if (store === 'sqlite' || runner === 'durable') {
-    const { default: Database } = await import('libsql')
-    const db = new Database(file)
+    const db = openSqlite(file, handle)
     if (store === 'sqlite') {
       for (const { key, done, finished } of db.prepare('SELECT key, done, finished FROM openai_webhook_deliveries').all()) {
         found.push(...done === 1 ? all(idOf(key)) : JSON.parse(finished).map(name => `${idOf(key)} ${name}`))
