@@ -4,9 +4,10 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { setImmediate as turn } from 'node:timers/promises'
 import t from 'tap'
-import type { Claim, IdempotencyStore, OpenAIWebhookOptions } from '../lib/index.ts'
+import type { Test } from 'tap'
+import type { Claim, IdempotencyStore, Job, OpenAIWebhookOptions } from '../lib/index.ts'
 import { durable, sqliteStore } from '../lib/sqlite/index.ts'
-import type { DurableOptions, SqliteStatement } from '../lib/sqlite/index.ts'
+import type { DurableOptions, SqliteDatabase, SqliteStatement } from '../lib/sqlite/index.ts'
 import { build, stoppedClock } from './support/deliveries.ts'
 import { IN_PROGRESS, Member, UNAVAILABLE, answer, batchFailed, effectsIn, until } from './support/faults.ts'
 import { deferred, listen, messageOf, redelivered } from './support/observe.ts'
@@ -125,6 +126,129 @@ t.test('a handle is made ready', async t => {
       t.same(ran, [])
       t.match(told, [{ message: 'attempt to write a readonly database' }])
     }
+  })
+})
+
+t.test('a locked file stalls the event loop for one wait, not for one a delivery', async t => {
+  const BUSY_TIMEOUT = 2_000
+  const LOCKED = { message: 'database is locked' }
+
+  /** A handle whose file can be locked, on a clock that only its waits and the test move. It tells how long each BEGIN could wait. */
+  function lockable (t: Test) {
+    const db = openSqlite(':memory:', HANDLE)
+    db.exec(`PRAGMA busy_timeout = ${BUSY_TIMEOUT}`)
+    const state = { locked: false, now: 1_000_000, waits: [] as number[], handle: { prepare: db.prepare.bind(db), exec }, timeout }
+    t.intercept(performance, 'now', { value: () => state.now })
+
+    function timeout (): number {
+      const [busy] = db.prepare('PRAGMA busy_timeout').all() as [{ timeout: number }]
+      return busy.timeout
+    }
+
+    function exec (sql: string): void {
+      if (sql.startsWith('BEGIN')) {
+        state.waits.push(timeout())
+        if (state.locked) {
+          state.now += timeout()
+          throw new Error(LOCKED.message)
+        }
+      }
+      db.exec(sql)
+    }
+    return state
+  }
+
+  const job = (webhookId: string): Job => ({ webhookId, timestamp: 1, endpoint: ENDPOINT, event: { type: 'batch.failed' } })
+  const users: Record<string, (handle: SqliteDatabase) => (id: string) => unknown> = {
+    sqliteStore: handle => {
+      const store = sqliteStore(handle)
+      return id => store.begin(id, LONG)
+    },
+    durable: handle => {
+      const runner = durable(handle)
+      return id => runner.run(job(id))
+    },
+    'both on one handle, by turns': handle => {
+      const [store, runner] = [sqliteStore(handle), durable(handle)]
+      let turn = 0
+      return id => turn++ % 2 === 0 ? store.begin(id, LONG) : runner.run(job(id))
+    }
+  }
+  for (const [name, use] of Object.entries(users)) {
+    await t.test(name, async t => {
+      const state = lockable(t)
+      const write = use(state.handle)
+      let id = 0
+      const waits = (times: number): number[] => {
+        state.waits.length = 0
+        for (let i = 0; i < times; i++) {
+          const key = `wh_${id++}`
+          if (state.locked) t.throws(() => write(key), LOCKED)
+          else write(key)
+          t.equal(state.timeout(), BUSY_TIMEOUT, 'the user\'s own wait is on the handle')
+        }
+        return [...state.waits]
+      }
+      t.same(waits(2), [BUSY_TIMEOUT, BUSY_TIMEOUT], 'each may wait while the file can be written')
+
+      state.locked = true
+      t.same(waits(20), [BUSY_TIMEOUT, ...Array(19).fill(0)], 'the first one waits, as long as the user has said')
+
+      state.locked = false
+      t.same(waits(3), [0, BUSY_TIMEOUT, BUSY_TIMEOUT], 'once one succeeds, each may wait again')
+
+      state.locked = true
+      t.same(waits(2), [BUSY_TIMEOUT, 0])
+      state.now += 10 * BUSY_TIMEOUT - 1
+      t.same(waits(1), [0])
+      state.now += 1
+      t.same(waits(3), [BUSY_TIMEOUT, 0, 0], 'one more may wait when ten times as long has passed: a delivery that comes much later has not failed yet')
+    })
+  }
+
+  await t.test('a failure of another kind does not stop the waiting', async t => {
+    const state = lockable(t)
+    const store = sqliteStore(state.handle)
+    state.handle.exec('BEGIN')
+    t.throws(() => store.begin('wh_1', LONG), { message: /transaction within a transaction/ })
+    state.handle.exec('COMMIT')
+    state.waits.length = 0
+    t.match(await store.begin('wh_1', LONG), { state: 'claimed' })
+    t.same(state.waits, [BUSY_TIMEOUT])
+  })
+
+  await t.test('a wait that the user changes meanwhile is the one that is left', async t => {
+    const state = lockable(t)
+    const store = sqliteStore(state.handle)
+    state.locked = true
+    t.throws(() => store.begin('wh_1', LONG), LOCKED)
+    state.handle.exec('PRAGMA busy_timeout = 300')
+    t.throws(() => store.begin('wh_1', LONG), LOCKED)
+    t.equal(state.timeout(), 300)
+    state.locked = false
+    t.match(await store.begin('wh_1', LONG), { state: 'claimed' })
+    t.equal(state.timeout(), 300)
+  })
+
+  await t.test('what SQLite itself does with a lock of another connection', async t => {
+    const file = join(t.testdir(), 'webhooks.db')
+    const [db, other] = [open(t, file), open(t, file)]
+    db.exec('PRAGMA busy_timeout = 100')
+    const begun: number[] = []
+    const store = sqliteStore({
+      prepare: sql => db.prepare(sql) as SqliteStatement,
+      exec (sql) {
+        if (sql.startsWith('BEGIN')) begun.push((db.prepare('PRAGMA busy_timeout').all() as [{ timeout: number }])[0].timeout)
+        return db.exec(sql)
+      }
+    })
+    other.exec('BEGIN IMMEDIATE')
+    begun.length = 0
+    for (let i = 0; i < 5; i++) t.throws(() => store.begin(`wh_${i}`, LONG), LOCKED)
+    t.same(begun, [100, 0, 0, 0, 0])
+    other.exec('COMMIT')
+    t.match(await store.begin('wh_1', LONG), { state: 'claimed' })
+    t.same(db.prepare('PRAGMA busy_timeout').all(), [{ timeout: 100 }])
   })
 })
 

@@ -38,6 +38,15 @@ const BUSY_TIMEOUT = 1_000
 /** ms between two tries to take a lock that SQLite does not wait for. */
 const LOCK_RETRY = 10
 
+/** How many times as long as one write has waited in vain the next ones do not wait: a locked file takes a tenth of the time at most. */
+const PATIENCE = 10
+
+/** Until when (performance.now()) writes do not wait. By handle: a store and a runner that share one are told by one wait. */
+const impatientUntil = new WeakMap<SqliteDatabase, number>()
+
+/** The drivers share SQLite's words for SQLITE_BUSY, not the code. */
+const isLocked = (error: unknown): boolean => /database is locked/.test((error as Error).message)
+
 /** Blocks the thread, as SQLite's own wait does. */
 const sleep = (ms: number): unknown => Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, ms)
 
@@ -83,8 +92,7 @@ export class Database {
         this.#db.exec('PRAGMA journal_mode = WAL')
         return
       } catch (error) {
-        // The drivers share SQLite's words for SQLITE_BUSY, not the code.
-        if (!/database is locked/.test((error as Error).message) || performance.now() >= giveUp) throw error
+        if (!isLocked(error) || performance.now() >= giveUp) throw error
         sleep(LOCK_RETRY)
       }
     }
@@ -122,7 +130,7 @@ export class Database {
    * the user has open on the handle, which could yet be rolled back.
    */
   transaction<T> (work: () => T): T {
-    this.#db.exec('BEGIN IMMEDIATE')
+    this.#begin()
     try {
       const result = work()
       this.#db.exec('COMMIT')
@@ -134,6 +142,30 @@ export class Database {
         // Such as a full disk: SQLite has rolled back by itself.
       }
       throw error
+    }
+  }
+
+  /** SQLite's wait for a lock blocks the event loop: after one that was in vain nobody waits for a while, until a lock is had. */
+  #begin (): void {
+    const startedAt = performance.now()
+    if (startedAt < (impatientUntil.get(this.#db) ?? 0)) return this.#beginAtOnce()
+    try {
+      this.#db.exec('BEGIN IMMEDIATE')
+    } catch (error) {
+      const now = performance.now()
+      if (isLocked(error)) impatientUntil.set(this.#db, now + PATIENCE * (now - startedAt))
+      throw error
+    }
+  }
+
+  #beginAtOnce (): void {
+    const [{ timeout }] = this.prepare('PRAGMA busy_timeout').all() as [{ timeout: number }]
+    this.#db.exec('PRAGMA busy_timeout = 0')
+    try {
+      this.#db.exec('BEGIN IMMEDIATE')
+      impatientUntil.delete(this.#db)
+    } finally {
+      this.#db.exec(`PRAGMA busy_timeout = ${timeout}`)
     }
   }
 
