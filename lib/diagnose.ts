@@ -1,5 +1,5 @@
 import { createHmac, createSecretKey } from 'node:crypto'
-import { bodyCandidates, bodyFacts, isEvent, MAX_BODY } from './diagnose/bodies.ts'
+import { bodyCandidates, bodyFacts, isEvent } from './diagnose/bodies.ts'
 import { causes as catalogue, found, merged, messageOf } from './diagnose/causes.ts'
 import type { Cause, Found } from './diagnose/causes.ts'
 import { matchSignature, readHeaders, toHeaderMap } from './diagnose/headers.ts'
@@ -56,23 +56,46 @@ export interface Diagnosis {
   readonly likely?: string
 }
 
-/** HMACs, and the bytes they may run over: a diagnosis is bounded work for any delivery. */
-const MAX_HMACS = 500
-const MAX_HASHED = 64 * 1_048_576
+/** A diagnosis is bounded work for any delivery. */
+interface Bounds {
+  readonly hmacs: number
+  /** Bytes that they run over. */
+  readonly hashed: number
+  /** Bytes of a body that is read and rewritten. */
+  readonly body: number
+  /** Whether what arrived is tried with every secret in any case. */
+  readonly everySecret: boolean
+  /** What is said where not all could be tried. */
+  readonly untried: string
+}
+
+/** For a person who waits: up to some seconds for a large body. */
+const THOROUGH: Bounds = { hmacs: 500, hashed: 64 * 1_048_576, body: 1_048_576, everySecret: true, untried: 'the body is too large to try every change to it' }
+/** For a server, where nothing else runs meanwhile: some ms. OpenAI's events are smaller than this. */
+const QUICK: Bounds = { hmacs: 300, hashed: 262_144, body: 4_096, everySecret: false, untried: 'not every change was tried here: save the delivery and have `openai-webhook diagnose` look at it' }
 
 /**
  * Says why a delivery does not verify, by trying what usually goes wrong. Holds no secret, no expected signature and
  * nothing of the payload. It is work: for a few deliveries, not for each request.
  */
-export function diagnose ({ headers, rawBody, secret, now = Date.now(), tolerance = 300 }: DiagnoseOptions): Diagnosis {
+export function diagnose (options: DiagnoseOptions): Diagnosis {
+  return diagnoseWithin(THOROUGH, options)
+}
+
+/** Of a delivery that was refused: takes some ms, and so leaves what is seldom and what is large untried. */
+export function diagnoseQuickly (options: DiagnoseOptions): Diagnosis {
+  return diagnoseWithin(QUICK, options)
+}
+
+function diagnoseWithin (bounds: Bounds, { headers, rawBody, secret, now = Date.now(), tolerance = 300 }: DiagnoseOptions): Diagnosis {
   const body = typeof rawBody === 'string' ? Buffer.from(rawBody) : Buffer.from(rawBody.buffer, rawBody.byteOffset, rawBody.byteLength)
   const secrets: ReadonlyArray<string | Uint8Array> = Array.isArray(secret) ? secret : [secret as string | Uint8Array]
   const map = toHeaderMap(headers)
-  const reading = readHeaders(map, isEvent(body))
+  const reading = readHeaders(map, isEvent(body, bounds.body))
   const secretReadings = secrets.map(readSecret)
   const keys = secretReadings.flatMap(({ candidates }) => candidates).sort((a, b) => a.causes.length - b.causes.length)
 
-  const { match, isComplete } = search(reading, keys, body)
+  const { match, isComplete } = search(reading, keys, body, bounds)
   if (match !== undefined) {
     const { causes, head, key: { index: keyIndex } } = match
     const late = clockCause(head.seconds, now, tolerance)
@@ -83,13 +106,13 @@ export function diagnose ({ headers, rawBody, secret, now = Date.now(), toleranc
 
   const guide = guideCause(map, secrets, body)
   if (guide !== undefined) return { verified: false, finding: toFinding([guide], messageOf(guide)), ruledOut: [] }
-  const [fact] = [...secretReadings.flatMap(({ facts }) => facts), ...reading.facts, ...bodyFacts(body, map)]
+  const [fact] = [...secretReadings.flatMap(({ facts }) => facts), ...reading.facts, ...bodyFacts(body, map, bounds.body)]
   if (fact !== undefined) {
     const wasUndone = reading.heads.length > 0 && [...keys, ...reading.heads].some(({ causes }) => causes.some(({ cause }) => cause === fact.cause))
     const message = `${messageOf(fact)}${wasUndone ? '; that is not all: with that undone the signature does not match either' : ''}`
     return { verified: false, finding: toFinding([fact], message), ruledOut: [] }
   }
-  return { verified: false, ruledOut: isComplete ? [...notTheBody, ...notItsBody] : notTheBody, likely: likely(body, secrets, isComplete) }
+  return { verified: false, ruledOut: isComplete ? [...notTheBody, ...notItsBody] : notTheBody, likely: likely(body, secrets, isComplete ? undefined : bounds.untried) }
 }
 
 const isOfSecret = ({ cause }: Found): boolean => cause.startsWith('secret-')
@@ -166,12 +189,12 @@ const notItsBody: readonly string[] = [
 /** OpenAI's signing secrets stand for this many bytes. */
 const SECRET_BYTES = 32
 
-function likely (body: Buffer, secrets: ReadonlyArray<string | Uint8Array>, isComplete: boolean): string {
+function likely (body: Buffer, secrets: ReadonlyArray<string | Uint8Array>, untried: string | undefined): string {
   const hints = ['not proved, but likeliest: the secret is that of another endpoint or project, each has its own; or the body was changed in a way that cannot be undone']
   if (secrets.some(secret => typeof secret === 'string' && !secret.startsWith('whsec_'))) hints.push('a secret of OpenAI\'s begins with whsec_, which this one does not')
   else if (secrets.some(secret => typeof secret === 'string' && Buffer.from(secret.slice('whsec_'.length), 'base64').length !== SECRET_BYTES)) hints.push(`a secret of OpenAI's stands for ${SECRET_BYTES} bytes, this one for another number: it may be cut`)
   if (body.includes('\ufffd')) hints.push('the body holds U+FFFD, which is left where bytes were decoded in the wrong charset')
-  if (!isComplete) hints.push('the body is too large to try every change to it')
+  if (untried !== undefined) hints.push(untried)
   return hints.join('. ')
 }
 
@@ -184,15 +207,16 @@ interface Match {
 type Attempt = readonly [key: KeyCandidate, head: HeadCandidate, bytes: Buffer, causes: readonly Found[]]
 
 /** @returns a match, or whether every single change was tried */
-function search ({ heads, signatures }: HeaderReading, keys: readonly KeyCandidate[], body: Buffer): { match?: Match, isComplete: boolean } {
+function search ({ heads, signatures }: HeaderReading, keys: readonly KeyCandidate[], body: Buffer, bounds: Bounds): { match?: Match, isComplete: boolean } {
   let hmacs = 0
   let hashed = 0
   for (const step of [oneChange, twoChanges]) {
-    for (const [key, head, bytes, causes] of step(keys, heads, body)) {
-      const asReceived = isOwn(key) && isOwn(head) && bytes === body // tried in any case, with every secret
-      if (!asReceived && (hmacs >= MAX_HMACS || hashed > MAX_HASHED)) return { isComplete: step === twoChanges }
+    for (const [key, head, bytes, causes] of step(keys, heads, body, bounds.body)) {
+      const isFree = bounds.everySecret && isOwn(key) && isOwn(head) && bytes === body
+      const size = head.id.length + head.timestamp.length + bytes.length
+      if (!isFree && (hmacs >= bounds.hmacs || hashed + size > bounds.hashed)) return { isComplete: step === twoChanges && body.length <= bounds.body }
       hmacs++
-      hashed += bytes.length
+      hashed += size
       const digest = createHmac('sha256', key.key).update(`${head.id}.${head.timestamp}.`).update(bytes).digest()
       const signatureCauses = matchSignature(signatures, digest)
       if (signatureCauses !== undefined) {
@@ -200,7 +224,7 @@ function search ({ heads, signatures }: HeaderReading, keys: readonly KeyCandida
       }
     }
   }
-  return { isComplete: body.length <= MAX_BODY }
+  return { isComplete: body.length <= bounds.body }
 }
 
 /** Nothing is wrong with it: the plugin would take it so. */
@@ -217,21 +241,21 @@ function nearest (keys: readonly KeyCandidate[], heads: readonly HeadCandidate[]
 }
 
 /** What arrived, then one change to it. */
-function * oneChange (keys: readonly KeyCandidate[], heads: readonly HeadCandidate[], body: Buffer): Generator<Attempt> {
+function * oneChange (keys: readonly KeyCandidate[], heads: readonly HeadCandidate[], body: Buffer, maxBody: number): Generator<Attempt> {
   const { nearKeys, nearHeads } = nearest(keys, heads)
   const arrived = { bytes: body, causes: [] }
   yield * pairs(nearKeys, nearHeads, arrived)
   yield * pairs(keys.filter(key => !nearKeys.includes(key)), nearHeads, arrived)
   yield * pairs(nearKeys, heads.filter(head => !nearHeads.includes(head)), arrived)
-  for (const changed of bodyCandidates(body)) yield * pairs(nearKeys, nearHeads, changed)
+  for (const changed of bodyCandidates(body, maxBody)) yield * pairs(nearKeys, nearHeads, changed)
 }
 
-function * twoChanges (keys: readonly KeyCandidate[], heads: readonly HeadCandidate[], body: Buffer): Generator<Attempt> {
+function * twoChanges (keys: readonly KeyCandidate[], heads: readonly HeadCandidate[], body: Buffer, maxBody: number): Generator<Attempt> {
   const { nearKeys, nearHeads } = nearest(keys, heads)
   const farKeys = keys.filter(key => !key.guess && !nearKeys.includes(key))
   const farHeads = heads.filter(head => !nearHeads.includes(head))
   yield * pairs(farKeys, farHeads, { bytes: body, causes: [] })
-  for (const changed of bodyCandidates(body)) {
+  for (const changed of bodyCandidates(body, maxBody)) {
     if (changed.guess) return
     yield * pairs(farKeys, nearHeads, changed)
     yield * pairs(nearKeys, farHeads, changed)

@@ -4,7 +4,7 @@ import type { FastifyContextConfig, FastifyInstance, FastifyReply, FastifyReques
 import fp from 'fastify-plugin'
 import { channels } from './channels.ts'
 import { Deadline } from './deadline.ts'
-import { diagnose } from './diagnose.ts'
+import { diagnoseQuickly } from './diagnose.ts'
 import { AlreadyRegistered, InvalidOptions, InvalidRoute, InvalidSignature, UnprotectedRoute } from './errors.ts'
 import { officialEvents } from './events/index.ts'
 import { Exchange } from './exchange.ts'
@@ -404,7 +404,7 @@ export class Plugin {
     setImmediate(() => {
       try {
         const secret = keyring.keys.map(key => key.export())
-        const { finding, likely } = diagnose({ headers, rawBody, secret, now, tolerance })
+        const { finding, likely } = diagnoseQuickly({ headers, rawBody, secret, now, tolerance })
         log.debug({ endpoint: name, cause: finding?.cause, fix: finding?.fix }, `the signature does not match: ${finding?.message ?? likely}`)
       } catch (error) {
         this.report(error, { endpoint: name })

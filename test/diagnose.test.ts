@@ -12,6 +12,7 @@ import t from 'tap'
 import openaiWebhook, { diagnose, standardWebhooks, xOpenAISignature } from '../lib/index.ts'
 import type { Diagnosis, DiagnoseOptions, OpenAIWebhookOptions } from '../lib/index.ts'
 import { formatSaved } from '../lib/cli/saved.ts'
+import { diagnoseQuickly } from '../lib/diagnose.ts'
 import { causes } from '../lib/diagnose/causes.ts'
 import { sampleEvent, sampleTypes, sign } from '../lib/testing/index.ts'
 import { launch, start } from './support/command.ts'
@@ -669,6 +670,62 @@ t.test('its work is bounded', async t => {
   t.match(likely, /too large to try every change/)
 })
 
+t.test('in a server its work is some ms: a small event is enough for it, and a large one is left alone', async t => {
+  const note = (bytes: number): string => JSON.stringify({ ...EVENT, note: 'ü/<'.repeat(bytes / 4) })
+  const nasty: Record<string, Fixture> = {
+    'a thin event of another secret': { secret: [OTHER, VECTOR.secret] },
+    'an event of 3 KB': arrived(note(3_000), 'x'),
+    'an event of 64 KB': arrived(note(64_000), 'x'),
+    'a megabyte of JSON': arrived(note(1_000_000), 'x'),
+    'ten megabytes': arrived(Buffer.alloc(10_000_000, 'x'), 'x'),
+    'bytes that are no JSON': arrived(Buffer.alloc(4_000, '\x93\xe4', 'latin1'), 'x'),
+    'a gzip bomb': arrived(zlib.gzipSync(Buffer.alloc(3_500_000)), 'x'),
+    'a Brotli bomb': arrived(zlib.brotliCompressSync(Buffer.alloc(50_000_000), { params: { [zlib.constants.BROTLI_PARAM_QUALITY]: 1 } }), 'x'),
+    'a lost character': arrived(`"${'ä'.repeat(1_900)}\ufffd"`, 'x'),
+    'JSON nested 2,000 deep': arrived('['.repeat(2_000) + ']'.repeat(2_000), 'x'),
+    'unclosed brackets': arrived('['.repeat(4_000), 'x'),
+    'a word, cut': arrived(`{"a":${'w'.repeat(4_000)}`, 'x'),
+    'every header': { headers: each(value => `${value}, `.repeat(200), 'webhook-id', 'webhook-timestamp', 'webhook-signature'), secret: OTHER },
+    'many signatures': { headers: { ...signed(), 'webhook-signature': Array.from({ length: 300 }, (_, i) => `v1,${mac(`${i}`).toString('base64')}`).join(' ') } }
+  }
+  const spied = ['gzipSync', 'deflateSync', 'brotliCompressSync'] as const
+  let compressed = 0
+  const originals = spied.map(name => zlib[name])
+  spied.forEach((name, i) => {
+    zlib[name] = (...args: Parameters<typeof zlib.gzipSync>) => {
+      compressed += name === 'brotliCompressSync' ? Infinity : Buffer.byteLength(args[0] as Buffer)
+      return originals[i]!(...args)
+    }
+  })
+  syncBuiltinESMExports()
+  t.teardown(() => {
+    spied.forEach((name, i) => { zlib[name] = originals[i]! })
+    syncBuiltinESMExports()
+  })
+  for (const [name, fixture] of Object.entries(nasty)) {
+    compressed = 0
+    const { diagnosis, hmacs, bytes } = counted(() => diagnoseQuickly({ headers: signed(), rawBody: BODY, secret: SECRET, now: NOW, ...fixture }))
+    t.equal(diagnosis.verified, false, name)
+    t.ok(hmacs <= 300, `${name}: ${hmacs} HMACs`)
+    t.ok(bytes <= 262_144 + 2 * hmacs, `${name}: over ${bytes} bytes`)
+    t.ok(compressed <= 10 * 4_096, `${name}: ${compressed} bytes compressed`)
+    const size = Buffer.byteLength(fixture.rawBody ?? BODY)
+    if (size > 4_096) t.ok(hmacs < 10, `${name}: not rewritten`)
+    if (size > 4_096) t.match(diagnosis.likely, /not every change was tried here: save the delivery and have `openai-webhook diagnose` look at it/)
+  }
+})
+
+t.test('it finds there what there is time for', async t => {
+  const missed: string[] = []
+  for (const [cause, cases] of Object.entries(fixtures)) {
+    for (const [name, { also, says, ...fixture }] of Object.entries(cases)) {
+      const { finding } = diagnoseQuickly({ headers: signed(), rawBody: BODY, secret: SECRET, now: NOW, ...fixture })
+      if (finding?.cause !== cause) missed.push(`${cause}: ${name}`)
+    }
+  }
+  t.same(missed, ['body-compressed: br', 'body-decompressed: br'], 'Brotli takes some ms to begin')
+})
+
 t.test('a body above a megabyte is judged as it arrived', async t => {
   const large = Buffer.alloc(1_048_577, 'x')
   t.equal(judge({ rawBody: large, headers: signed(large) }).verified, true)
@@ -727,6 +784,9 @@ t.test('at debug level the plugin logs why a signature does not match, and tells
   const lines = await told(3)
   t.equal(lines.length, 3, 'at most one in 10 s')
   t.match(lines[2], { cause: undefined, msg: /not proved, but likeliest: the secret is that of another endpoint/ })
+  clock.advance(10_000)
+  await post(app, delivered(JSON.stringify({ ...EVENT, note: 'ü'.repeat(30_000) }), signed()))
+  t.match((await told(4))[3], { cause: undefined, msg: /not every change was tried here/ }, 'a large body would hold up the server')
   const logged = JSON.stringify(lines)
   t.same(confidential.filter(text => logged.includes(text)), [])
 })

@@ -13,29 +13,30 @@ export interface BodyCandidate {
   readonly guess: boolean
 }
 
-/** Bodies above this size are not rewritten, nor decompressed to more. */
-export const MAX_BODY = 1_048_576
-
-/** Every body that the arrived bytes may have been made of, the likelier first. */
-export function * bodyCandidates (body: Buffer): Generator<BodyCandidate> {
-  if (body.length === 0 || body.length > MAX_BODY) return
+/**
+ * Every body that the arrived bytes may have been made of, the likelier first.
+ *
+ * @param max bytes of a body that is rewritten, or decompressed to
+ */
+export function * bodyCandidates (body: Buffer, max: number): Generator<BodyCandidate> {
+  if (body.length === 0 || body.length > max) return
   const text = body.toString()
-  for (const [content, ...causes] of changes(body, text)) {
+  for (const [content, ...causes] of changes(body, text, max)) {
     const bytes = typeof content === 'string' ? Buffer.from(content) : content
     if (!bytes.equals(body)) yield { bytes, causes, guess: false }
   }
-  for (const [bytes, cause] of decompressed(body)) yield { bytes, causes: [cause], guess: true }
+  for (const [bytes, cause] of decompressed(body, max)) yield { bytes, causes: [cause], guess: true }
   for (const bytes of replaced(body, text)) yield { bytes, causes: [found('body-charset', 'a character was lost to U+FFFD')], guess: true }
 }
 
 type Change = readonly [content: Buffer | string, cause: Found]
 
-function * changes (body: Buffer, text: string): Generator<Change> {
+function * changes (body: Buffer, text: string, max: number): Generator<Change> {
   const json = parseJson(text.replace(BOM, ''))
   yield * lines(body)
   yield * charsets(body, text)
   yield * wrapped(text)
-  yield * compressed(body, json)
+  yield * compressed(body, json, max)
   if (json !== undefined) yield * serializations(json)
 }
 
@@ -132,21 +133,22 @@ function unescapeHtml (text: string): string {
   return text.replaceAll(/&(?:quot|lt|gt|amp|#34|#39|#x27);/g, entity => ENTITIES[entity]!)
 }
 
+/** The best Brotli takes a second for a megabyte. Its window alone takes some ms, which are too many where bodies are bounded below this. */
+const MAX_BROTLI = 16_384
+
 /** The sender signed the plain bytes. */
-function * compressed (body: Buffer, json: Json | undefined): Generator<Change> {
+function * compressed (body: Buffer, json: Json | undefined, max: number): Generator<Change> {
   if (json !== undefined) return
-  const bound = { maxOutputLength: MAX_BODY }
+  const bound = { maxOutputLength: max }
   for (const [name, decompress] of [['gzip', zlib.gunzipSync], ['deflate', zlib.inflateSync], ['raw deflate', zlib.inflateRawSync], ['br', zlib.brotliDecompressSync]] as const) {
+    if (name === 'br' && max < MAX_BROTLI) return
     const plain = attempt(() => decompress(body, bound)) // not compressed in this way, or a bomb
     if (plain !== undefined) yield [plain, found('body-compressed', name)]
   }
 }
 
-/** The best Brotli takes a second for a megabyte. */
-const MAX_BROTLI = 16_384
-
 /** The sender signed the compressed bytes, which the usual tools make in few ways. */
-function * decompressed (body: Buffer): Generator<readonly [bytes: Buffer, cause: Found]> {
+function * decompressed (body: Buffer, max: number): Generator<readonly [bytes: Buffer, cause: Found]> {
   for (const level of [6, 9, 1]) {
     const gzipped = zlib.gzipSync(body, { level })
     for (const system of [3, 255, 0]) {
@@ -156,7 +158,7 @@ function * decompressed (body: Buffer): Generator<readonly [bytes: Buffer, cause
     }
     yield [zlib.deflateSync(body, { level }), found('body-decompressed', 'deflate')]
   }
-  if (body.length > MAX_BROTLI) return
+  if (body.length > MAX_BROTLI || max < MAX_BROTLI) return
   for (const quality of [11, 4, 6]) {
     yield [zlib.brotliCompressSync(body, { params: { [zlib.constants.BROTLI_PARAM_QUALITY]: quality } }), found('body-decompressed', 'br')]
   }
@@ -231,25 +233,25 @@ function * replaced (body: Buffer, text: string): Generator<Buffer> {
   }
 }
 
-/** What is wrong with the body in any case. */
-export function bodyFacts (body: Buffer, headers: ReadonlyMap<string, string>): Found[] {
+/** What is wrong with the body in any case. @param max bytes of a body that is read */
+export function bodyFacts (body: Buffer, headers: ReadonlyMap<string, string>, max: number): Found[] {
   const facts: Found[] = []
   if (body.length === 0) return [found('body-empty')]
-  const text = body.toString('utf8', 0, MAX_BODY)
+  const text = body.toString('utf8', 0, max)
   const coerced = /^(?:\[object \w+\]|undefined)$/.exec(text.trim())?.[0]
   if (coerced !== undefined) return [found('body-not-captured', coerced)]
   const announced = headers.get('content-length')
   // A decoded body has another length than the encoded one that was announced.
   const length = announced !== undefined && /^\d+$/.test(announced) && !headers.has('content-encoding') ? Number(announced) : body.length
-  if (body.length <= MAX_BODY && isCutJson(text)) {
+  if (body.length <= max && isCutJson(text)) {
     facts.push(found('body-cut', length > body.length ? `: ${body.length} of ${length} bytes arrived` : ` after ${body.length} bytes`))
   }
   if (length !== body.length) facts.push(found('body-length-differs', `${length} bytes, ${body.length} arrived`))
   return facts
 }
 
-/** Whether this is one of OpenAI's events, as far as that can be told of a body that nobody has verified. */
-export function isEvent (body: Buffer): boolean {
-  const value = body.length > MAX_BODY ? undefined : attempt(() => JSON.parse(body.toString()) as { object?: unknown, type?: unknown } | null)
+/** Whether this is one of OpenAI's events, as far as that can be told of a body that nobody has verified. @param max bytes of a body that is read */
+export function isEvent (body: Buffer, max: number): boolean {
+  const value = body.length > max ? undefined : attempt(() => JSON.parse(body.toString()) as { object?: unknown, type?: unknown } | null)
   return value?.object === 'event' && typeof value.type === 'string'
 }
