@@ -1,5 +1,5 @@
+import type { AsyncLocalStorage } from 'node:async_hooks'
 import { channel, tracingChannel } from 'node:diagnostics_channel'
-import type { TracingChannel } from 'node:diagnostics_channel'
 import type { FastifyRequest } from 'fastify'
 import { isPromise } from './maybe-promise.ts'
 import type { MaybePromise } from './stores/store.ts'
@@ -109,7 +109,33 @@ export interface MessageChannel<Message> {
   publish (message: Message): void
 }
 
+/** A part of a tracing channel: what is bound to it is the async context of the work. */
+export interface TracePart<Message> extends MessageChannel<Message> {
+  bindStore<Store> (store: AsyncLocalStorage<Store>, transform: (message: Message) => Store): void
+  unbindStore (store: AsyncLocalStorage<any>): boolean
+  runStores<T> (message: Message, work: () => T): T
+}
+
+export interface TraceSubscribers<Message> {
+  start (message: Message): void
+  end (message: Message): void
+  asyncStart (message: Message): void
+  asyncEnd (message: Message): void
+  error (message: Message): void
+}
+
+/**
+ * A tracing channel whose messages are typed. Not Node's own type: its parameters change places between the versions of
+ * @types/node.
+ */
+export interface TraceChannel<Message> extends Record<keyof TraceSubscribers<Message>, TracePart<Message>> {
+  readonly hasSubscribers: boolean
+  subscribe (subscribers: TraceSubscribers<Message>): void
+  unsubscribe (subscribers: TraceSubscribers<Message>): unknown
+}
+
 const named = <Message>(name: string): MessageChannel<Message> => channel(`fastify-openai-webhook.${name}`) as unknown as MessageChannel<Message>
+const traced = <Message>(name: string): TraceChannel<Message> => tracingChannel(`fastify-openai-webhook.${name}`) as unknown as TraceChannel<Message>
 
 /**
  * Everything that happens to deliveries in this process, over all registrations of the plugin. Nothing is published, and
@@ -124,14 +150,14 @@ export const channels = {
   duplicate: named<DuplicateMessage>('duplicate'),
   unhandled: named<DeliveryInfo>('unhandled'),
   trouble: named<TroubleMessage>('trouble'),
-  enqueue: tracingChannel<unknown, EnqueueMessage>('fastify-openai-webhook.enqueue'),
-  delivery: tracingChannel<unknown, DeliveryMessage>('fastify-openai-webhook.delivery'),
-  handler: tracingChannel<unknown, HandlerMessage>('fastify-openai-webhook.handler')
+  enqueue: traced<EnqueueMessage>('enqueue'),
+  delivery: traced<DeliveryMessage>('delivery'),
+  handler: traced<HandlerMessage>('handler')
 } as const
 
 /** Runs `work` between the messages of a tracing channel, in the async contexts of its subscribers. */
 export function trace<Message extends TracedMessage, T> (
-  { start, end, asyncStart, asyncEnd, error: failed }: TracingChannel<unknown, Message>,
+  { start, end, asyncStart, asyncEnd, error: failed }: TraceChannel<Message>,
   message: Message,
   work: () => MaybePromise<T>
 ): MaybePromise<T> {

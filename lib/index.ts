@@ -31,7 +31,8 @@ export type { Cause, Diagnosis, DiagnoseHeaders, DiagnoseOptions, Finding } from
 // Observation
 export { channels } from './channels.ts'
 export type {
-  DeliveryInfo, DeliveryMessage, DuplicateMessage, EnqueueMessage, HandlerMessage, MessageChannel, RefusedMessage, TroubleMessage, VerifiedMessage
+  DeliveryInfo, DeliveryMessage, DuplicateMessage, EnqueueMessage, HandlerMessage, MessageChannel, RefusedMessage, TraceChannel, TracePart, TraceSubscribers,
+  TroubleMessage, VerifiedMessage
 } from './channels.ts'
 
 // Options and contexts

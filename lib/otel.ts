@@ -1,9 +1,8 @@
-import type { TracingChannel } from 'node:diagnostics_channel'
 import { ROOT_CONTEXT, SpanKind, SpanStatusCode, context, diag, propagation, trace } from '@opentelemetry/api'
 import type { Attributes, Context, Span, Tracer, TracerProvider } from '@opentelemetry/api'
 import type { FastifyRequest } from 'fastify'
 import { channels } from './channels.ts'
-import type { DeliveryInfo, DeliveryMessage, EnqueueMessage, HandlerMessage, TracedMessage } from './channels.ts'
+import type { DeliveryInfo, DeliveryMessage, EnqueueMessage, HandlerMessage, TraceChannel, TracedMessage } from './channels.ts'
 import { InvalidOptions } from './errors.ts'
 
 export interface WebhookTracingOptions {
@@ -54,7 +53,7 @@ class Spans {
   }
 
   /** @param begin starts the span, and returns the context that has it */
-  #observe<Message extends TracedMessage> (channel: TracingChannel<unknown, Message>, begin: (message: Message) => Context): () => void {
+  #observe<Message extends TracedMessage> (channel: TraceChannel<Message>, begin: (message: Message) => Context): () => void {
     const subscribers = {
       start: (message: Message) => {
         harmless(() => {

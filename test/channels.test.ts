@@ -1,6 +1,5 @@
 import { AsyncLocalStorage } from 'node:async_hooks'
 import { execFile } from 'node:child_process'
-import type { Channel } from 'node:diagnostics_channel'
 import { join } from 'node:path'
 import { promisify } from 'node:util'
 import type { FastifyInstance, FastifyRequest } from 'fastify'
@@ -29,8 +28,7 @@ const parts = new Map<string, MessageChannel<Any>>([
   ...TRACED.flatMap(name => STAGES.map(stage => [`${name}.${stage}`, asChannel(channels[name][stage])] as const))
 ])
 
-function listen<Message> (t: Teardown, part: MessageChannel<Message> | Channel<unknown, Message>, listener: (message: Message) => void): void {
-  const channel = part as MessageChannel<Message>
+function listen<Message> (t: Teardown, channel: MessageChannel<Message>, listener: (message: Message) => void): void {
   channel.subscribe(listener)
   t.teardown(() => channel.unsubscribe(listener))
 }

@@ -1,4 +1,3 @@
-import type { Channel } from 'node:diagnostics_channel'
 import { Counter, Gauge, Histogram } from 'prom-client'
 import type { CounterConfiguration, GaugeConfiguration, HistogramConfiguration, Metric, OpenMetricsContentType, PrometheusContentType, Registry } from 'prom-client'
 import { channels } from '../channels.ts'
@@ -29,9 +28,6 @@ type Tally = Record<typeof STATUSES[number], number> & { readonly labels: { read
 const AGE_BUCKETS = [1, 2, 5, 10, 30, 60, 300, 900, 3_600, 21_600, 86_400, 259_200]
 /** Seconds by which the clock that set `created_at` may be ahead: the default tolerance of signed timestamps. */
 const MAX_LEAD = 300
-
-/** A part of a tracing channel: of its messages Node's types say nothing. */
-const part = <Message>(channel: Channel<unknown, Message>): MessageChannel<Message> => channel as unknown as MessageChannel<Message>
 
 /** The metrics in one registry, fed by the channels of this process until it is closed. */
 export class Collector {
@@ -83,7 +79,7 @@ export class Collector {
         }
       }
     })
-    this.#subscribe(part(channels.enqueue.asyncEnd), message => {
+    this.#subscribe(channels.enqueue.asyncEnd, message => {
       if (message.error === undefined) this.#tally(message).queued++
     })
 
@@ -138,7 +134,7 @@ export class Collector {
     // Kept on the message, which is one object from the first to the last; another collector has its own.
     const startedAt = Symbol('webhook-metrics.startedAt')
     const handlerFailed = Symbol('webhook-metrics.handlerFailed')
-    this.#subscribe(part(channels.delivery.start), message => {
+    this.#subscribe(channels.delivery.start, message => {
       inFlight++
       note(message, startedAt, performance.now())
       const now = Date.now() / 1_000
@@ -147,11 +143,11 @@ export class Collector {
       if (Number.isFinite(timestamp)) deliveryAge.observe(Math.max(0, now - timestamp))
       if (isPlausible(createdAt, now)) eventAge.observe(Math.max(0, now - createdAt))
     })
-    this.#subscribe(part(channels.handler.error), ({ delivery, handler }) => {
+    this.#subscribe(channels.handler.error, ({ delivery, handler }) => {
       failures.inc({ ...this.#tally(delivery).labels, handler })
       note(delivery, handlerFailed, true)
     })
-    this.#subscribe(part(channels.delivery.asyncEnd), message => {
+    this.#subscribe(channels.delivery.asyncEnd, message => {
       const started = noted(message, startedAt)
       if (started === undefined) return // before this collector was there
       inFlight--
