@@ -154,6 +154,23 @@ for (const [name, [handler, expected]] of Object.entries(failures)) {
   })
 }
 
+t.test('an answer that cannot be sent is a 500, as a plain route\'s, whether the store answers at once or later', async t => {
+  for (const later of [false, true]) {
+    const { store } = watchedStore()
+    const complete: typeof store.complete = async (...args) => {
+      await tick()
+      await store.complete(...args)
+    }
+    const app = await build(t, { idempotency: { store: later ? { ...store, complete } : store } })
+    const handler: RouteHandlerMethod = async (_request, reply) => reply.header('x-own', 'two\nlines').send('sent')
+    app.post('/own', marked, handler)
+    app.post('/plain', handler)
+    const plain = await app.inject({ method: 'POST', url: '/plain' })
+    t.equal(await answer(app), `500 ${plain.body}`)
+    t.match(plain.body, 'ERR_INVALID_CHAR')
+  }
+})
+
 t.test('a handler that throws after its answer is logged, and has been answered', async t => {
   const { app, runs, log } = await route(t, async (_request, reply) => {
     reply.send('sent')

@@ -11,13 +11,21 @@ const RECORD = Symbol('openai-webhook.record')
 type Recordable = FastifyRequest & { [RECORD]?: ((succeeded: boolean) => MaybePromise<void>) | undefined }
 
 /** onSend: the store hears of the answer before the sender does. */
-export function recordAnswer (request: FastifyRequest, reply: FastifyReply, payload: unknown, done: () => void): void | Promise<void> {
+export function recordAnswer (request: FastifyRequest, reply: FastifyReply, payload: unknown, done: (error?: Error) => void): void {
   const succeeded = isSuccess(reply.statusCode)
   // What is not text yet may still become a failure: a stream that fails, a Response with a status of its own.
   const recorded = succeeded && !isText(payload) ? undefined : (request as Recordable)[RECORD]?.(succeeded)
-  // Not done() when it has been recorded: what that throws would be nobody's to catch.
-  if (isPromise<void>(recorded)) return recorded
-  done()
+  if (!isPromise<void>(recorded)) return done()
+  // What it throws, such as a header that cannot be sent, ends the process where it is nobody's to catch: before 5.11
+  // Fastify catches nothing after a hook that was asynchronous.
+  const send = (): void => {
+    try {
+      done()
+    } catch (error) {
+      done(error as Error)
+    }
+  }
+  recorded.then(send, done)
 }
 
 const isSuccess = (statusCode: number): boolean => statusCode >= 200 && statusCode < 300
