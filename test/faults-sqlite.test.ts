@@ -5,9 +5,9 @@ import { join } from 'node:path'
 import { setImmediate as turn } from 'node:timers/promises'
 import t from 'tap'
 import type { Test } from 'tap'
-import type { Claim, IdempotencyStore, Job, OpenAIWebhookOptions } from '../lib/index.ts'
+import type { Claim, IdempotencyStore, Job, OpenAIWebhookOptions, RunnerHost } from '../lib/index.ts'
 import { durable, sqliteStore } from '../lib/sqlite/index.ts'
-import type { DurableOptions, SqliteDatabase, SqliteStatement } from '../lib/sqlite/index.ts'
+import type { DurableOptions, DurableRunner, SqliteDatabase, SqliteStatement } from '../lib/sqlite/index.ts'
 import { build, stoppedClock } from './support/deliveries.ts'
 import { IN_PROGRESS, Member, UNAVAILABLE, answer, batchFailed, effectsIn, until } from './support/faults.ts'
 import { deferred, listen, messageOf, redelivered } from './support/observe.ts'
@@ -23,6 +23,11 @@ const HOUR = 3_600_000
 const ENDPOINT = '/webhooks/openai'
 /** faults-node-sqlite.test.ts has all of this with the other one. */
 const HANDLE = (process.env['SQLITE_HANDLE'] ?? 'libsql') as HandleName
+
+/** Lets what has been scheduled run. */
+async function turns (count: number): Promise<void> {
+  for (let i = 0; i < count; i++) await turn()
+}
 
 /** A handle whose wait for locks is short, since it blocks the event loop. */
 function open (t: Teardown, file: string): Handle {
@@ -647,6 +652,114 @@ t.test('both tables hold what is alive, whatever the rate', async t => {
       t.equal(countedRows(), 1, 'and with the first of a process')
     })
   }
+})
+
+t.test('the clock is set', async t => {
+  const LEASE = 30_000
+  const token = (claim: Claim): string => claim.state === 'claimed' ? claim.token : ''
+
+  /** Two processes that share a file, and the time of day, which timers do not go by. */
+  function shared (t: Test) {
+    const file = join(t.testdir(), 'webhooks.db')
+    const clock = { now: Date.now() }
+    t.intercept(Date, 'now', { value: () => clock.now })
+    return { handles: [open(t, file), open(t, file)] as const, clock }
+  }
+
+  await t.test('forward, sqliteStore: leases have run out, unless their holders renew them first; records are fenced', async t => {
+    const { handles: [one, two], clock } = shared(t)
+    const [mine, other] = [sqliteStore(one), sqliteStore(two)]
+    const [lost, kept] = [token(await mine.begin('lost', LEASE)), token(await mine.begin('kept', LEASE))]
+    clock.now += HOUR
+    t.equal(await mine.extend('kept', kept, LEASE), true)
+    t.same(await other.begin('kept', LEASE), { state: 'running' })
+    t.match(await other.begin('lost', LEASE), { state: 'claimed' }, 'taken over, although its holder lives')
+    t.equal(await mine.extend('lost', lost, LEASE), false)
+    await mine.complete('lost', lost, LONG)
+    t.same(await other.begin('lost', LEASE), { state: 'running' }, 'the first holder cannot complete it')
+  })
+
+  await t.test('back, sqliteStore: what was left by a crash is held for as long as the clock was set back', async t => {
+    const { handles: [one, two], clock } = shared(t)
+    const [mine, other] = [sqliteStore(one), sqliteStore(two)]
+    await mine.begin('crashed', LEASE)
+    const living = token(await mine.begin('living', LEASE))
+    clock.now -= HOUR
+    t.equal(await mine.extend('living', living, LEASE), true)
+    clock.now += LEASE
+    t.match(await other.begin('living', LEASE), { state: 'claimed' }, 'a lease that was renewed is by the new time')
+    clock.now += HOUR - 1
+    t.same(await other.begin('crashed', LEASE), { state: 'running' })
+    clock.now += 1
+    t.match(await other.begin('crashed', LEASE), { state: 'claimed' })
+  })
+
+  await t.test('either way, sqliteStore: what was processed is remembered for that much less, or longer', async t => {
+    const { handles: [one], clock } = shared(t)
+    const store = sqliteStore(one)
+    await store.complete('done', token(await store.begin('done', LEASE)), 75 * HOUR)
+    clock.now += 3 * HOUR
+    clock.now += 72 * HOUR - 1
+    t.same(await store.begin('done', LEASE), { state: 'done' }, 'the retention has 3 h over')
+    clock.now -= HOUR
+    clock.now += HOUR
+    t.same(await store.begin('done', LEASE), { state: 'done' })
+    clock.now += 1
+    t.match(await store.begin('done', LEASE), { state: 'claimed' })
+  })
+
+  const job = (webhookId: string): Job => ({ webhookId, timestamp: 1, endpoint: ENDPOINT, event: { type: 'batch.failed' } })
+
+  await t.test('forward, durable: another process takes over what runs; this one does not start it beside itself', async t => {
+    const { handles, clock } = shared(t)
+    const started: string[] = []
+    const told: string[] = []
+    const finish = deferred()
+    const [one, two] = handles.map(db => durable(db, { lease: LONG })) as [DurableRunner, DurableRunner]
+    const host = (name: string): RunnerHost => ({
+      async process ({ webhookId }) {
+        started.push(`${name} ${webhookId}`)
+        if (webhookId === 'wh_1') await finish.promise
+      },
+      report: error => { told.push(`${name}: ${(error as Error).message}`) }
+    })
+    await one.start!(host('one'))
+    await one.run(job('wh_1'))
+    await turns(5)
+    clock.now += HOUR
+    await one.run(job('wh_2')) // has it look for what is due
+    await turns(5)
+    t.same(started, ['one wh_1', 'one wh_2'])
+    await two.start!(host('two'))
+    await turns(5)
+    t.same(started, ['one wh_1', 'one wh_2', 'two wh_1'])
+    finish.resolve()
+    await turns(5)
+    t.match(told, [/^one: the job was taken over while it ran/])
+    t.same(rows(handles[0]).map(({ key, state }) => [key, state]), [[`${ENDPOINT} wh_1`, 'done'], [`${ENDPOINT} wh_2`, 'done']])
+    await Promise.all([one.close!(), two.close!()])
+  })
+
+  await t.test('back, durable: what waits, waits for as long as the clock was set back, and runs', async t => {
+    const { handles: [db], clock } = shared(t)
+    const runner = durable(db)
+    await runner.run(job('wh_1'))
+    const ran: string[] = []
+    clock.now -= HOUR
+    await runner.start!({ process: ({ webhookId }) => { ran.push(webhookId) }, report: error => { throw error } })
+    await runner.run(job('wh_2'))
+    await turns(5)
+    t.same(ran, ['wh_2'], 'what comes afterwards does not wait')
+    clock.now += HOUR - 1
+    await runner.run(job('wh_3'))
+    await turns(5)
+    t.same(ran, ['wh_2', 'wh_3'])
+    clock.now += 1
+    await runner.run(job('wh_4'))
+    await turns(5)
+    t.same(ran, ['wh_2', 'wh_3', 'wh_1', 'wh_4'])
+    await runner.close!()
+  })
 })
 
 t.test('durable over a restart', async t => {
