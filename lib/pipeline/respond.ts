@@ -4,17 +4,19 @@ import { logError } from '../log.ts'
 import { isPromise } from '../maybe-promise.ts'
 import type { MaybePromise } from '../stores/store.ts'
 import { acknowledge } from './acknowledge.ts'
+import { isClosed, isOut, statusOf, traceAfterReset, watchDestroy } from './raw-response.ts'
 
 /** On a request: told by `onSend` whether the route's own handler answered 2xx. */
 const RECORD = Symbol('openai-webhook.record')
 
-type Recordable = FastifyRequest & { [RECORD]?: ((succeeded: boolean) => MaybePromise<void>) | undefined }
+/** @param isWhole whether the answer is all there: a stream that fails, or a Response with a status of its own, may still be a failure */
+type RecordAnswer = (succeeded: boolean, isWhole: boolean) => MaybePromise<void>
+
+type Recordable = FastifyRequest & { [RECORD]?: RecordAnswer | undefined }
 
 /** onSend: the store hears of the answer before the sender does. */
 export function recordAnswer (request: FastifyRequest, reply: FastifyReply, payload: unknown, done: (error?: Error) => void): void {
-  const succeeded = isSuccess(reply.statusCode)
-  // What is not text yet may still become a failure: a stream that fails, a Response with a status of its own.
-  const recorded = succeeded && !isText(payload) ? undefined : (request as Recordable)[RECORD]?.(succeeded)
+  const recorded = (request as Recordable)[RECORD]?.(isSuccess(reply.statusCode), isText(payload))
   if (!isPromise<void>(recorded)) return done()
   // What it throws, such as a header that cannot be sent, ends the process where it is nobody's to catch: before 5.11
   // Fastify catches nothing after a hook that was asynchronous.
@@ -74,6 +76,14 @@ export function respond (
   /** The status that it replies with after the deadline, when `reply` has that of the refusal. */
   let lateStatus = 200
   let endWait: (() => void) | undefined
+  const { raw } = reply
+  /** Whether its call has come to an end. */
+  let ended = false
+  let threwAfterReply = false
+  /** Whether the source of its answer has failed. */
+  let broken = false
+  /** How the answer stands that was cut off before the handler's end. */
+  let cutOff: (() => boolean) | undefined
 
   function recordOnce (succeeded: boolean): MaybePromise<void> {
     if (recorded) return
@@ -82,7 +92,8 @@ export function respond (
   }
 
   /** The answer waits until it is on record, but not beyond the deadline. */
-  function recordAnswered (succeeded: boolean): MaybePromise<void> {
+  function recordAnswered (succeeded: boolean, isWhole: boolean): MaybePromise<void> {
+    if (succeeded && !isWhole) return watchDestroy(raw, () => { broken = true })
     const recording = recordOnce(succeeded)
     if (!isPromise<void>(recording) || overdue) return
     return new Promise((resolve, reject) => {
@@ -98,13 +109,15 @@ export function respond (
   }
 
   function returned (payload: unknown): void {
+    ended = true
     if (late) {
       if (payload === undefined) recordOnce(true)
       else if (payload !== reply) recordLate(payload)
     } else if (replied) {
-      // Recorded as it is sent.
-    } else if (reply.sent || reply.raw.headersSent) {
-      recordWhenClosed() // hijacked, or written to the socket
+      // Recorded as it is sent, or has been cut off.
+      if (cutOff !== undefined) recordOnce(cutOff())
+    } else if (reply.sent || raw.headersSent) {
+      recordWhenClosed(judgeRaw) // hijacked, or written to the socket
     } else if (payload === undefined) {
       acknowledge(reply, 'processed')
     } else if (payload !== reply) {
@@ -113,30 +126,44 @@ export function respond (
   }
 
   function threw (error: unknown): void {
+    ended = true
     if (late) {
       thrown = error
       recordOnce(false)
     } else if (replied || reply.sent) {
       logError(request.log, error, {}, 'a webhook route\'s handler failed after the answer')
-      recordWhenClosed() // the answer counts, once it is out
+      threwAfterReply = true
+      recordWhenClosed(judgeRaw)
     } else {
       thrown = error
       reply.send(isMeant(error) ? error : new HandlerFailed({ cause: new AggregateError([error], 'the route\'s handler failed') }))
     }
   }
 
-  /** @param verdict where the sender went away before the answer was out */
-  function recordWhenClosed (verdict = false): void {
-    const closed = (): void => { recordOnce(reply.raw.writableFinished ? isSuccess(reply.raw.statusCode) : verdict) }
-    if (reply.raw.closed) closed()
-    else reply.raw.once('close', closed)
+  /**
+   * An answer counts once it is out, as what it is. One that the sender did not wait for is judged by what the handler did:
+   * whether it came to its end, and what it had made of the answer.
+   */
+  function recordWhenClosed (judge: () => boolean): void {
+    const closed = (): void => {
+      if (isOut(raw)) recordOnce(isSuccess(statusOf(raw)))
+      else if (ended) recordOnce(!threwAfterReply && judge())
+      else cutOff = judge
+    }
+    if (isClosed(raw)) closed()
+    else raw.once('close', closed)
+  }
+
+  /** Of what it has written by itself. */
+  function judgeRaw (): boolean {
+    return raw.writableEnded && isSuccess(statusOf(raw))
   }
 
   /** Somebody else answers, or has answered. */
   function leave (): void {
     late = true
     // A 2xx can only be the handler's own: it was faster than hooks that hold the refusal.
-    ;(request as Recordable)[RECORD] = succeeded => succeeded ? recordOnce(true) : undefined
+    ;(request as Recordable)[RECORD] = (succeeded, isWhole) => succeeded && isWhole ? recordOnce(true) : undefined
     const { code } = reply
     reply.code = reply.status = function (status: number): FastifyReply {
       if (!reply.sent) return code.call(reply, status)
@@ -159,8 +186,9 @@ export function respond (
       leave()
     } else if (isFirst) {
       replied = true
+      const succeeds = isSuccessful(payload, reply.statusCode)
       // An onSend hook that fails keeps the answer from being recorded as it is sent.
-      recordWhenClosed(isSuccessful(payload, reply.statusCode))
+      recordWhenClosed(() => succeeds && !broken && isSuccess(raw.statusCode))
     }
     try {
       return send.call(reply, payload)
@@ -171,6 +199,7 @@ export function respond (
       return reply
     }
   }
+  traceAfterReset(raw)
   if (late) leave()
   else (request as Recordable)[RECORD] = recordAnswered
 
@@ -188,7 +217,7 @@ export function respond (
   return () => {
     overdue = true
     endWait?.()
-    if (replied || late || reply.sent || reply.raw.headersSent) return false
+    if (replied || late || reply.sent || raw.headersSent) return false
     lateStatus = reply.statusCode
     leave()
     return true

@@ -1,0 +1,67 @@
+import { constants } from 'node:http2'
+import type { ServerHttp2Stream } from 'node:http2'
+import type { FastifyReply } from 'fastify'
+
+type RawResponse = FastifyReply['raw']
+
+// Over HTTP/2 a response stands for a stream, and knows less of it than one of HTTP/1.1 knows of itself.
+const streamOf = (raw: RawResponse): ServerHttp2Stream | undefined => (raw as { stream?: ServerHttp2Stream }).stream
+
+/** Whether nothing more of it leaves: its 'close' may have been emitted. */
+export function isClosed (raw: RawResponse): boolean {
+  const stream = streamOf(raw)
+  return stream === undefined ? raw.closed : stream.closed || stream.destroyed
+}
+
+/**
+ * Whether all of it had left as it closed. What is written after a reset looks finished too, and Node itself ends a stream
+ * that is reset, and may destroy one whose answer is out before it is finished.
+ */
+export function isOut (raw: RawResponse): boolean {
+  const stream = streamOf(raw)
+  return stream === undefined ? raw.writableFinished && raw.socket?.destroyed !== true : !stream.aborted && stream.writableEnded && stream.rstCode === constants.NGHTTP2_NO_ERROR
+}
+
+export function statusOf (raw: RawResponse): number {
+  return Number(streamOf(raw)?.sentHeaders?.[':status'] ?? raw.statusCode)
+}
+
+/**
+ * What is written to an HTTP/2 response after its stream was reset leaves no trace in it. With this it does as over
+ * HTTP/1.1: a status can still be told, and whether it is the end. And whoever asks only then learns that it is closed:
+ * Fastify waits for that, and an async handler that returns the reply waits for Fastify.
+ */
+export function traceAfterReset (raw: RawResponse): void {
+  const stream = streamOf(raw)
+  if (stream === undefined) return
+  if (stream.aborted) trace()
+  else stream.once('aborted', trace)
+
+  function trace (): void {
+    show('closed')
+    const { writeHead, end } = raw as unknown as Record<'writeHead' | 'end', (...args: unknown[]) => RawResponse>
+    raw.writeHead = function (status: number, ...rest: unknown[]) {
+      raw.statusCode = status
+      show('headersSent')
+      return writeHead.call(raw, status, ...rest)
+    }
+    raw.end = function (...args: unknown[]) {
+      show('headersSent')
+      show('writableEnded')
+      return end.apply(raw, args)
+    }
+  }
+
+  function show (name: 'closed' | 'headersSent' | 'writableEnded'): void {
+    Object.defineProperty(raw, name, { value: true, configurable: true })
+  }
+}
+
+/** Calls `broken` where this side destroys it before it is out, as Fastify does when the source of a stream fails. */
+export function watchDestroy (raw: RawResponse, broken: () => void): void {
+  const { destroy } = raw
+  raw.destroy = function (error) {
+    if (!isClosed(raw)) broken()
+    return destroy.call(raw, error)
+  }
+}
