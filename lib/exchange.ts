@@ -22,6 +22,7 @@ export interface ExchangeOptions {
 /** One request and its one answer: by the delivery's end, by the route's own handler, or at the deadline. */
 export class Exchange implements Sender, Expirable {
   readonly respond: Sender['respond']
+  leave: Sender['leave'] = undefined
   expiresAt = 0
   earlier: Expirable | undefined = undefined
   later: Expirable | undefined = undefined
@@ -63,6 +64,7 @@ export class Exchange implements Sender, Expirable {
   expired (): void {
     if (this.#giveUp?.() === false) return
     this.#late = true
+    this.leave?.()
     const { receiver, endpoint } = this.options
     this.#refuse(receiver.lateness(endpoint, this.request.openaiWebhook))
   }

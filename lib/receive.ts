@@ -116,11 +116,16 @@ export class Receiver implements RunnerHost {
 
   /** A second delivery of a webhook-id that is running here gets the answer of the first. */
   #join (run: Run, sender: Sender): void {
+    const isWaiting = run.answer === undefined && run.sender !== undefined
+    if (isWaiting && run.joined !== undefined && run.joined.size >= MAX_JOINED) return sender.failed(new Overloaded())
     observeDuplicate(run.job, sender, 'joined')
-    if (run.answer !== undefined) tell(sender, run.answer)
-    else if (run.sender === undefined) tell(sender, ACCEPTED)
+    if (!isWaiting) return tell(sender, run.answer ?? ACCEPTED)
+    const joined = (run.joined ??= new Set())
     // Answered in the async context of its own request, not of the one that it joins.
-    else (run.joined ??= []).push(AsyncResource.bind((answer: Answer) => tell(sender, answer)))
+    const answered = AsyncResource.bind((answer: Answer) => tell(sender, answer))
+    joined.add(answered)
+    // The run may outlast its deadline by hours: nothing of its request is kept for that.
+    sender.leave = () => { joined.delete(answered) }
   }
 
   #begun (run: Run, claim: Claim): void {
@@ -248,7 +253,11 @@ export class Receiver implements RunnerHost {
     // A runner may acknowledge while the handlers still run: the run lasts as long as they do.
     if (!run.started || run.ended) this.#forget(this.#received, run)
     tell(run.sender!, run.answer)
-    if (run.joined !== undefined) for (const tellJoined of run.joined) tellJoined(run.answer)
+    const { answer, joined } = run
+    if (joined === undefined) return
+    // It may go on after this answer: nothing of their requests is kept for that.
+    run.joined = undefined
+    for (const answered of joined) answered(answer)
   }
 
   #forget (runs: Map<string, Run>, { key }: Run): void {
@@ -292,6 +301,9 @@ export class Receiver implements RunnerHost {
     }
   }
 }
+
+/** Others that may wait for the answer of one delivery, each with its request. OpenAI sends one at a time. */
+const MAX_JOINED = 100
 
 /** ms; the waits between them add up to about five seconds. */
 const FIRST_WAIT = 20

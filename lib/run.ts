@@ -16,6 +16,8 @@ export interface Sender {
    * threw, and waits for that to be recorded before the answer leaves.
    */
   readonly respond?: ((record: Record) => void) | undefined
+  /** Set where it waits for the end of another request's delivery: to be called once it has been answered all the same. */
+  leave?: (() => void) | undefined
 }
 
 export type Record = (succeeded: boolean, error?: unknown) => MaybePromise<void>
@@ -43,8 +45,8 @@ export class Run {
   processed: MaybePromise<void> = undefined
   /** What the sender was told. */
   answer: Answer | undefined = undefined
-  /** Others that delivered the same webhook-id meanwhile. */
-  joined: Array<(answer: Answer) => void> | undefined = undefined
+  /** Others that deliver the same webhook-id meanwhile, and wait for its answer. */
+  joined: Set<(answer: Answer) => void> | undefined = undefined
   /** How often a runner has started its handlers, this time included. */
   attempt: number | undefined = undefined
 
