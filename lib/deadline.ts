@@ -15,6 +15,7 @@ export interface Expirable extends Linked<Expirable> {
  */
 export class Deadline {
   readonly #waiting = new LinkedList<Expirable>()
+  closed = false
   #timer: NodeJS.Timeout | undefined
   // What expires is of many requests: the async context of whichever armed the timer is not theirs.
   readonly #expireOutside = AsyncResource.bind(() => this.#expire())
@@ -22,8 +23,9 @@ export class Deadline {
   /** @param ms how long each waits */
   constructor (readonly ms: number) {}
 
-  /** Calls `expired` after `ms`, unless it is stopped before. */
+  /** Calls `expired` after `ms`, unless it is stopped before; at once where it is closed. */
   start (waiting: Expirable): void {
+    if (this.closed) return waiting.expired()
     waiting.expiresAt = performance.now() + this.ms
     this.#waiting.append(waiting)
     this.#timer ??= this.#arm(this.ms)
@@ -34,6 +36,17 @@ export class Deadline {
     if (waiting.expiresAt === 0) return
     waiting.expiresAt = 0
     this.#waiting.remove(waiting)
+  }
+
+  /** There is no time left: all waits expire now, and those to come as they begin. */
+  close (): void {
+    this.closed = true
+    for (let waiting = this.#waiting.first; waiting !== undefined; waiting = this.#waiting.first) this.#end(waiting)
+  }
+
+  #end (waiting: Expirable): void {
+    this.stop(waiting)
+    waiting.expired()
   }
 
   #arm (ms: number): NodeJS.Timeout {
@@ -49,8 +62,7 @@ export class Deadline {
         this.#timer = this.#arm(waiting.expiresAt - now)
         return
       }
-      this.stop(waiting)
-      waiting.expired()
+      this.#end(waiting)
     }
   }
 }

@@ -36,7 +36,7 @@ export type {
 } from './channels.ts'
 
 // Options and contexts
-export type { EndpointOptions, IdempotencyOptions, OpenAIWebhookOptions } from './options.ts'
+export type { EndpointOptions, IdempotencyOptions, OpenAIWebhookOptions, ReceivingOptions } from './options.ts'
 export type { EventContext } from './pipeline/dispatch.ts'
 export type { ErrorHandler, FailureInfo, HandlerOptions } from './registry.ts'
 export type { OpenAIWebhook, RouteOverrides, Delivery, WebhookHeaders, WebhookRouteOptions } from './types.ts'

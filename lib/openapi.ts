@@ -2,7 +2,7 @@ import { STATUS_CODES } from 'node:http'
 import type { FastifyErrorConstructor } from '@fastify/error'
 import type { TSchema } from '@sinclair/typebox'
 import {
-  DeadlineExceeded, HandlerFailed, InProgress, InvalidBody, InvalidEvent, InvalidId, InvalidSignature, InvalidTimestamp, MissingHeader, Overloaded,
+  BodyTimeout, DeadlineExceeded, HandlerFailed, InProgress, InvalidBody, InvalidEvent, InvalidId, InvalidSignature, InvalidTimestamp, MissingHeader, Overloaded,
   TimestampOutOfTolerance, Unavailable
 } from './errors.ts'
 import { guideEntries, officialEntries } from './events/index.ts'
@@ -134,6 +134,7 @@ function toPlain (schema: TSchema, isOpenAPI30: boolean): JsonSchema {
 /** By status. Answers of Fastify's own have no constructor here, but a code. */
 const refusals: ReadonlyArray<readonly [status: number, when: string, ...codes: Array<FastifyErrorConstructor | string>]> = [
   [400, 'Signed, but not an event or not of the shape of its type.', InvalidBody, InvalidEvent],
+  [408, 'The body had not arrived whole in time.', BodyTimeout],
   [409, 'Another process is processing the delivery.', InProgress],
   [413, 'The body is over the limit.', 'FST_ERR_CTP_BODY_TOO_LARGE'],
   [415, 'The body is not application/json.', 'FST_ERR_CTP_INVALID_MEDIA_TYPE'],

@@ -26,7 +26,7 @@ export interface IdempotencyOptions {
   retention?: number
 }
 
-/** What one route may have of its own. */
+/** What one route, or one call of `unwrap`, may have of its own. */
 export interface EndpointOptions {
   /**
    * The signing secret, several while one replaces another, or a function that fetches them: called at boot, and again
@@ -51,7 +51,18 @@ export interface EndpointOptions {
   verifier?: Verifier
 }
 
-export interface OpenAIWebhookOptions extends EndpointOptions {
+/** What a receiving route may have of its own. */
+export interface ReceivingOptions extends EndpointOptions {
+  /**
+   * ms from a request's headers until its whole body has arrived: else 408, and the connection is closed (HTTP/1.1) or the
+   * stream reset (HTTP/2). A shorter `requestTimeout` of Fastify's takes its place.
+   *
+   * @default 10_000
+   */
+  bodyTimeout?: number
+}
+
+export interface OpenAIWebhookOptions extends ReceivingOptions {
   /**
    * The route that receives; `false` for none.
    *
@@ -118,8 +129,13 @@ const endpointRules: Record<keyof Required<EndpointOptions>, Rule> = {
   verifier: { expected: 'a function', accepts: value => typeof value === 'function' }
 }
 
-const pluginRules: Record<keyof Required<OpenAIWebhookOptions>, Rule> = {
+const receivingRules: Record<keyof Required<ReceivingOptions>, Rule> = {
   ...endpointRules,
+  bodyTimeout: wholeNumber('ms', 1, LONGEST_TIMER)
+}
+
+const pluginRules: Record<keyof Required<OpenAIWebhookOptions>, Rule> = {
+  ...receivingRules,
   path: { expected: 'a path that begins with "/", or false', accepts: value => value === false || (typeof value === 'string' && value.startsWith('/')) },
   prefix: { expected: 'a string', accepts: value => typeof value === 'string' },
   rateLimit,
@@ -131,7 +147,7 @@ const pluginRules: Record<keyof Required<OpenAIWebhookOptions>, Rule> = {
 }
 
 const overrideRules: Record<keyof Required<RouteOverrides>, Rule> = {
-  ...endpointRules,
+  ...receivingRules,
   on: { expected: 'an object of handlers by event type', accepts: isObject }
 }
 

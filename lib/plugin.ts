@@ -5,7 +5,7 @@ import fp from 'fastify-plugin'
 import { channels } from './channels.ts'
 import { Deadline } from './deadline.ts'
 import { diagnoseQuickly } from './diagnose.ts'
-import { AlreadyRegistered, InvalidOptions, InvalidRoute, InvalidSignature, UnprotectedRoute } from './errors.ts'
+import { AlreadyRegistered, InvalidOptions, InvalidRoute, InvalidSignature, Overloaded, UnprotectedRoute } from './errors.ts'
 import { officialEvents } from './events/index.ts'
 import { Exchange } from './exchange.ts'
 import { RefusalLog, logError, logFields } from './log.ts'
@@ -13,8 +13,10 @@ import { attempt, isPromise } from './maybe-promise.ts'
 import { documentation } from './openapi.ts'
 import type { Documented } from './openapi.ts'
 import { assertEndpointOptions, assertOptions, assertOverrides } from './options.ts'
-import type { EndpointOptions, OpenAIWebhookOptions } from './options.ts'
-import { captureBody, readPayload, replayPayload, toBuffer, toHeaders } from './pipeline/capture.ts'
+import type { EndpointOptions, OpenAIWebhookOptions, ReceivingOptions } from './options.ts'
+import { retryLater } from './pipeline/acknowledge.ts'
+import { boundRest, captureBody, readPayload, replayPayload, toBuffer, toHeaders } from './pipeline/capture.ts'
+import type { BodyBounds } from './pipeline/capture.ts'
 import { Claims } from './pipeline/deduplicate.ts'
 import { recordAnswer } from './pipeline/respond.ts'
 import { Validators } from './pipeline/validate.ts'
@@ -50,7 +52,7 @@ const DETAILED = new Set(['debug', 'trace'])
 /** ms between two diagnoses of an endpoint: each costs as much as many deliveries. */
 const DIAGNOSIS_INTERVAL = 10_000
 
-const DEFAULTS = { path: '/webhooks/openai', bodyLimit: 65_536, lease: 30_000, retention: 270_000_000, deadline: 4_500, closeTimeout: 10_000 }
+const DEFAULTS = { path: '/webhooks/openai', bodyLimit: 65_536, bodyTimeout: 10_000, lease: 30_000, retention: 270_000_000, deadline: 4_500, closeTimeout: 10_000 }
 
 /** Remembers nothing: the `idempotency: false` option. */
 const forgetful: IdempotencyStore = {
@@ -104,6 +106,8 @@ export class Plugin {
   readonly #receiver: Receiver
   readonly #runner: Runner
   readonly #deadline: Deadline
+  /** By their ms. */
+  readonly #bodyDeadlines = new Map<number, Deadline>()
   readonly #closeTimeout: number
   readonly #abort = new AbortController()
   readonly #scopes = new WeakMap<FastifyInstance, OpenAIWebhookScope>()
@@ -173,9 +177,9 @@ export class Plugin {
     const verification = this.#verifications.of(overrides, true)
     const list = this.#routeHandlers(on, scope)
     const own = handler === this.handler ? undefined : handler
-    const bodyLimit = overrides.bodyLimit ?? this.#options.bodyLimit ?? DEFAULTS.bodyLimit
+    const bounds = this.#bodyBounds(overrides)
     scope.register(async child => {
-      captureBody(child, bodyLimit)
+      captureBody(child, bounds)
       child.decorateRequest(OWN as never, true as never)
       const endpoint = this.#endpoint(child.prefix + url, verification, [this.registry.app, list])
       const admit = this.#admit(endpoint)
@@ -183,7 +187,7 @@ export class Plugin {
       child.route({
         method: 'POST',
         url,
-        bodyLimit,
+        bodyLimit: bounds.limit,
         config: {
           [PROTECTED]: admit,
           swaggerTransform: documentation({ events: this.#events, verifier: verification.verifier, replies: own !== undefined }),
@@ -198,7 +202,8 @@ export class Plugin {
             done(error)
           })
         },
-        onError: (request, _reply, error, done) => {
+        onError: (request, reply, error, done) => {
+          refusing(request, reply, error, bounds)
           // Fastify's own refusals: over the limit, not JSON; and those of other plugins. Ours are told where they come up.
           if (request.openaiWebhook === null && !this.#told.has(error)) this.refuse(error, { endpoint: endpoint.name }, request)
           done()
@@ -232,17 +237,21 @@ export class Plugin {
     }
     assertOverrides(config)
     const { on, ...overrides } = config
-    const limit = overrides.bodyLimit ?? route.bodyLimit ?? this.#options.bodyLimit ?? DEFAULTS.bodyLimit
+    const bounds = this.#bodyBounds(overrides, route.bodyLimit)
     const verification = this.#verifications.of(overrides, true)
     const list = this.#routeHandlers(on, scope)
     const dispatches = route.handler === this.handler
     const endpoint = this.#endpoint(route.url, verification, dispatches ? [this.registry.app, list] : [list])
 
-    const capture = this.#captureAndAuthenticate(endpoint, limit)
+    const capture = this.#captureAndAuthenticate(endpoint, bounds)
     route.config = { ...route.config, [PROTECTED]: capture } as FastifyContextConfig
-    route.bodyLimit = limit
+    route.bodyLimit = bounds.limit
     route.onRequest = [this.#admit(endpoint), ...toArray(route.onRequest)]
     route.preParsing = [capture, ...toArray(route.preParsing)]
+    route.onError = [...toArray(route.onError), (request, reply, error, done) => {
+      refusing(request, reply, error, bounds)
+      done()
+    }]
     route.onSend = [...toArray(route.onSend), recordAnswer]
     route.handler = this.#deliver(endpoint, dispatches ? undefined : route.handler)
   }
@@ -331,6 +340,17 @@ export class Plugin {
     return list
   }
 
+  /** @param ofRoute a marked route's own Fastify `bodyLimit` */
+  #bodyBounds ({ bodyLimit, bodyTimeout }: ReceivingOptions, ofRoute?: number): BodyBounds {
+    const { bodyLimit: limit = DEFAULTS.bodyLimit, bodyTimeout: timeout = DEFAULTS.bodyTimeout } = this.#options
+    // Node checks it every 30 s, and not under HTTP/2.
+    const { requestTimeout = 0 } = this.#instance.initialConfig as { requestTimeout?: number }
+    const ms = Math.min(bodyTimeout ?? timeout, requestTimeout > 0 ? requestTimeout : Infinity)
+    let deadline = this.#bodyDeadlines.get(ms)
+    if (deadline === undefined) this.#bodyDeadlines.set(ms, deadline = new Deadline(ms))
+    return { limit: bodyLimit ?? ofRoute ?? limit, deadline }
+  }
+
   #endpoint (name: string, verification: Verification, lists: HandlerList[]): Endpoint {
     // The URL names the endpoint in jobs and idempotency keys: routes that differ by a constraint alone would share both.
     if (this.#tables.has(name)) throw new InvalidRoute('POST', name, 'expected a URL of its own, got that of another receiving route')
@@ -413,7 +433,7 @@ export class Plugin {
   }
 
   /** preParsing, so that the user's parser sees nothing that was not verified. */
-  #captureAndAuthenticate (endpoint: Endpoint, limit: number) {
+  #captureAndAuthenticate (endpoint: Endpoint, bounds: BodyBounds) {
     return (request: FastifyRequest, reply: FastifyReply, payload: RequestPayload, done: (error: Error | null, payload?: RequestPayload) => void): void => {
       const refuse = (error: Error): void => {
         this.refuse(error, { endpoint: endpoint.name }, request)
@@ -427,7 +447,7 @@ export class Plugin {
       }
       // The socket's events come in no request's async context, which tracers and request contexts go by. Fastify does the
       // same for content type parsers.
-      readPayload(request, payload, limit, AsyncResource.bind((error: Error | null, rawBody: Buffer = Buffer.alloc(0)) => {
+      readPayload(request, payload, bounds, AsyncResource.bind((error: Error | null, rawBody: Buffer = Buffer.alloc(0)) => {
         if (error !== null) {
           // The sender may go on sending what nobody reads.
           reply.header('connection', 'close')
@@ -470,8 +490,16 @@ export class Plugin {
     await Promise.race([drained, over])
     clearTimeout(timer)
     runnersInUse.delete(this.#runner)
+    // What arrives from now on is to come again: it must not hold the app open until it has arrived.
+    for (const deadline of this.#bodyDeadlines.values()) deadline.close()
     this.#refusals.flush()
   }
+}
+
+/** onError: the answer is not out yet. */
+function refusing (request: FastifyRequest, reply: FastifyReply, error: Error, bounds: BodyBounds): void {
+  boundRest(request, reply, bounds)
+  if (error instanceof Overloaded) retryLater(reply)
 }
 
 /** The one thing that may throw in there is a schema of the user's, and anything. */

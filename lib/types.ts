@@ -1,7 +1,7 @@
 import type { FastifyContextConfig, FastifyInstance, FastifyRequest, RouteHandlerMethod } from 'fastify'
 import type { OfficialEvents } from './events/index.ts'
 import type { OpenAIWebhookEvents } from './index.ts'
-import type { EndpointOptions } from './options.ts'
+import type { EndpointOptions, ReceivingOptions } from './options.ts'
 import type { EventContext } from './pipeline/dispatch.ts'
 import type { ErrorHandler, HandlerOptions } from './registry.ts'
 
@@ -42,7 +42,7 @@ export type RouteHandlers = {
 }
 
 /** `config.openaiWebhook` of a marked route. */
-export interface RouteOverrides extends EndpointOptions {
+export interface RouteOverrides extends ReceivingOptions {
   /** Handlers by event type or pattern. */
   on?: RouteHandlers
 }

@@ -96,9 +96,9 @@ t.test('the drawing in docs/lifecycle.md has every answer to a sender, with its 
 
 t.test('docs/options.md and README.md list every option with its default', async t => {
   const interfaces = interfaceProperties('lib/options.ts')
-  const own = [...interfaces.get('EndpointOptions')!, ...interfaces.get('OpenAIWebhookOptions')!]
+  const own = ['EndpointOptions', 'ReceivingOptions', 'OpenAIWebhookOptions'].flatMap(name => [...interfaces.get(name)!])
   const nested = [...interfaces.get('IdempotencyOptions')!].map(([name, property]) => [`idempotency.${name}`, property] as const)
-  t.equal(interfaces.size - 1, 3, 'options are in the three interfaces that this test reads; the other one is Rule')
+  t.equal(interfaces.size - 1, 4, 'options are in the four interfaces that this test reads; the other one is Rule')
 
   const reference = listed('docs/options.md')
   for (const [name, { fallback }] of [...own, ...nested]) {

@@ -1,5 +1,6 @@
 import { createHmac } from 'node:crypto'
 import { join } from 'node:path'
+import { Readable } from 'node:stream'
 import { pathToFileURL } from 'node:url'
 import swagger from '@fastify/swagger'
 import type { FastifyDynamicSwaggerOptions } from '@fastify/swagger'
@@ -15,7 +16,7 @@ import ts from 'typescript'
 import openaiWebhook, { guideEvents, memoryStore, standardWebhooks, xOpenAISignature } from '../lib/index.ts'
 import type { IdempotencyStore, OpenAIWebhookOptions, Verifier } from '../lib/index.ts'
 import { officialEntries } from '../lib/events/index.ts'
-import { deliver, faultNames, forge, redeliver, sampleEvent, sampleTypes, testSecret } from '../lib/testing/index.ts'
+import { deliver, faultNames, forge, redeliver, sampleEvent, sampleTypes, sign, testSecret } from '../lib/testing/index.ts'
 import { codeBlocks, readDocument, tableRows } from './support/docs.ts'
 
 const URL_ = '/webhooks/openai'
@@ -184,7 +185,7 @@ t.test('the document validates, whatever is registered', async t => {
     t.same(consumes, ['application/json'])
     const body = parameters!.find(({ name }) => name === 'body')!.schema!
     for (const type of [...Object.keys(officialEntries), 'file.processed', 'own.described']) t.match(body.properties!['type']!.description, `\`${type}\``)
-    t.same(Object.keys(responses), ['200', '400', '401', '409', '413', '415', '500', '503'])
+    t.same(Object.keys(responses), ['200', '400', '401', '408', '409', '413', '415', '500', '503'])
   })
 
   t.test('as YAML', async t => {
@@ -320,13 +321,13 @@ function standardHeaders (body: string): Record<string, string> {
 
 t.test('every answer is documented with its code', async t => {
   /** Of docs/errors.md: what a route of the plugin answers to a sender. */
-  const catalogue: Record<string, string[]> = { 413: ['FST_ERR_CTP_BODY_TOO_LARGE'], 415: ['FST_ERR_CTP_INVALID_MEDIA_TYPE'] }
+  const catalogue: Record<string, string[]> = { 408: ['FST_OPENAI_WEBHOOK_BODY_TIMEOUT'], 413: ['FST_ERR_CTP_BODY_TOO_LARGE'], 415: ['FST_ERR_CTP_INVALID_MEDIA_TYPE'] }
   const { path, text } = readDocument('docs/errors.md')
   for (const [first, status] of tableRows({ path, text: text.slice(text.indexOf('## Verify')) })) {
     const code = /^`(FST_[A-Z_]+)`$/.exec(first!)?.[1]
     if (code !== undefined) (catalogue[status!] ??= []).push(code)
   }
-  t.same(Object.keys(catalogue), ['400', '401', '409', '413', '415', '500', '503'], 'the sections that are read have them all')
+  t.same(Object.keys(catalogue), ['400', '401', '408', '409', '413', '415', '500', '503'], 'the sections that are read have them all')
 
   t.test('as docs/errors.md lists them', async t => {
     const operation = operationOf(await build(t))
@@ -364,12 +365,16 @@ t.test('every answer is documented with its code', async t => {
     const broken = await build(t, { routes: app => app.openaiWebhook.onAny(() => { throw new Error('no') }) })
     const running = await build(t, { webhook: failing({ begin: () => ({ state: 'running' }) }) })
     const unreachable = await build(t, { webhook: failing({ begin: () => { throw new Error('no') } }) })
+    const slow = await build(t, { webhook: { bodyTimeout: 1 } })
+    await slow.listen({ port: 0, host: '127.0.0.1' }) // its socket keeps the process alive, the timer does not
+    const endless = new Readable({ read () {} })
     const first = await deliver(app, sampleEvent('batch.failed'))
     const answers = [
       first,
       await redeliver(app, first),
       ...await Promise.all(faultNames.map(async fault => await forge(app, fault))),
       await deliver(app, ' '.repeat(2_001)),
+      await slow.inject({ method: 'POST', url: '/webhooks/openai', headers: { ...sign('') }, payload: endless }),
       await deliver(app, sampleEvent('batch.failed'), { headers: { 'content-type': 'text/plain' } }),
       await deliver(broken, sampleEvent('batch.failed')),
       await deliver(running, sampleEvent('batch.failed')),

@@ -32,6 +32,8 @@ t.test('wrong values are refused: what was expected, what came', async t => {
     [{ tolerance: 300n }, 'expected tolerance to be a whole number of seconds, 1 or more, got a value of type bigint'],
     [{ bodyLimit: 0 }, 'expected bodyLimit to be a whole number of bytes, 1 or more, got 0'],
     [{ bodyLimit: '64kb' }, 'expected bodyLimit to be a whole number of bytes, 1 or more, got "64kb"'],
+    [{ bodyTimeout: 0 }, 'expected bodyTimeout to be a whole number of ms, 1 or more and at most 2147483647, got 0'],
+    [{ bodyTimeout: '10s' }, 'expected bodyTimeout to be a whole number of ms, 1 or more and at most 2147483647, got "10s"'],
     [{ events: [] }, 'expected events to be an object of TypeBox schemas by event type, got an array'],
     [{ events: { 'order.paid': {} } }, 'expected events to be an object of TypeBox schemas by event type, got a value of type object'],
     [{ events: { 'order.paid': { type: 'object' } } }, 'expected events to be an object of TypeBox schemas by event type, got a value of type object'],

@@ -211,7 +211,7 @@ const handlers: RouteHandlers = {
 }
 
 webhook
-  .route({ url: '/second', secret: ['a', 'b'], tolerance: 60, bodyLimit: 1_000, verifier: standardWebhooks(), on: handlers })
+  .route({ url: '/second', secret: ['a', 'b'], tolerance: 60, bodyLimit: 1_000, bodyTimeout: 1_000, verifier: standardWebhooks(), on: handlers })
   .route({
     url: '/third',
     on: { 'video.completed' (event) { same<typeof event.type, 'video.completed'>(); same<typeof this, FastifyInstance>() } },
@@ -267,6 +267,8 @@ await webhook.unwrap({ type: 'batch.failed' }, {})
 await webhook.unwrap('{}')
 // @ts-expect-error the body has been read
 await webhook.unwrap('{}', {}, { bodyLimit: 1 })
+// @ts-expect-error the body has been read
+await webhook.unwrap('{}', {}, { bodyTimeout: 1 })
 
 // Options
 
@@ -276,6 +278,7 @@ export const everyOption: Required<OpenAIWebhookOptions> = {
   prefix: '/v1',
   tolerance: 300,
   bodyLimit: 65_536,
+  bodyTimeout: 10_000,
   events: { 'acme.x': Type.Object({ type: Type.Literal('acme.x') }) },
   verifier: standardWebhooks(),
   rateLimit: { max: 100 },

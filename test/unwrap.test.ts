@@ -163,6 +163,7 @@ t.test('overrides', async t => {
       [{ tolerance: 0 }, /expected tolerance to be a whole number of seconds/],
       [{ verifier: {} }, /expected verifier to be a function/],
       [{ on: {} }, /unknown option "on"/],
+      [{ bodyTimeout: 60 }, /unknown option "bodyTimeout"/],
       [null, /expected options to be an object, got null/],
       [[], /expected options to be an object, got an array/],
       [SECRET, /expected options to be an object, got a string/]

@@ -12,12 +12,14 @@ import { readSecret, secretHelp, secretOptions } from './secret.ts'
 import { Sender, checkSecret, endToEnd, timeout, url } from './send.ts'
 import { milliseconds, paint, paintStatus, printable, told } from './table.ts'
 import { guideEvents } from '../events/index.ts'
+import { Deadline } from '../deadline.ts'
 import { readPayload, replayPayload } from '../pipeline/capture.ts'
 import openaiWebhook from '../plugin.ts'
 
 const PATH = '/webhooks/openai'
 /** Bytes read of a delivery, whatever is answered then: far beyond what the plugin takes. */
 const CAPTURE_LIMIT = 1_048_576
+const CAPTURE_BOUNDS = { limit: CAPTURE_LIMIT, deadline: new Deadline(10_000) }
 
 const help = `Usage: openai-webhook listen [options]
 
@@ -124,9 +126,9 @@ interface Arrival {
   trouble: string | undefined
 }
 
-function readAll (request: FastifyRequest, limit: number): Promise<Buffer> {
+function readAll (request: FastifyRequest): Promise<Buffer> {
   return new Promise((resolve, reject) => {
-    readPayload(request, request.raw as RequestPayload, limit, (error, bytes) => {
+    readPayload(request, request.raw as RequestPayload, CAPTURE_BOUNDS, (error, bytes) => {
       if (error === null) resolve(bytes!)
       else reject(error)
     })
@@ -145,7 +147,7 @@ async function receiver (secret: string, settings: Settings, to: Sender | undefi
     arrivals.set(request, arrival)
     if (request.is404) return
     try {
-      arrival.bytes = await readAll(request, CAPTURE_LIMIT)
+      arrival.bytes = await readAll(request)
     } catch (error) {
       reply.header('connection', 'close')
       throw error

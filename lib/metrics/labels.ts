@@ -1,6 +1,6 @@
 import fastify from 'fastify'
 import {
-  DeadlineExceeded, HandlerFailed, InProgress, InvalidBody, InvalidEvent, InvalidId, InvalidSignature, InvalidTimestamp, MissingHeader, Overloaded,
+  BodyTimeout, DeadlineExceeded, HandlerFailed, InProgress, InvalidBody, InvalidEvent, InvalidId, InvalidSignature, InvalidTimestamp, MissingHeader, Overloaded,
   TimestampOutOfTolerance, Unavailable, UnprotectedRoute
 } from '../errors.ts'
 import { guideEntries, officialEntries } from '../events/index.ts'
@@ -20,7 +20,7 @@ export const UNAVAILABLE = codeOf(Unavailable)
 
 /** Our answers other than 200. */
 export const refusalCodes: readonly string[] = [
-  UnprotectedRoute, MissingHeader, InvalidId, InvalidTimestamp, TimestampOutOfTolerance, InvalidSignature, InvalidBody, InvalidEvent, InProgress,
+  UnprotectedRoute, BodyTimeout, MissingHeader, InvalidId, InvalidTimestamp, TimestampOutOfTolerance, InvalidSignature, InvalidBody, InvalidEvent, InProgress,
   HandlerFailed, DeadlineExceeded
 ].map(codeOf).concat(OVERLOADED, UNAVAILABLE)
 

@@ -17,6 +17,10 @@ export function acknowledge (reply: FastifyReply, outcome: 'processed' | 'duplic
 /** Not 200, so the delivery comes again. Answered by the app's own error handler. */
 export function refuse (reply: FastifyReply, error: unknown): void {
   const { statusCode } = error as { statusCode?: number }
-  if (statusCode === 409 || statusCode === 503) reply.header('retry-after', RETRY_AFTER)
+  if (statusCode === 409 || statusCode === 503) retryLater(reply)
   reply.send(error)
+}
+
+export function retryLater (reply: FastifyReply): void {
+  reply.header('retry-after', RETRY_AFTER)
 }

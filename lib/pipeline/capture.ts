@@ -1,40 +1,56 @@
 import type { IncomingHttpHeaders } from 'node:http'
+import type { Http2ServerRequest } from 'node:http2'
 import { Readable } from 'node:stream'
 import fastify from 'fastify'
-import type { FastifyInstance, FastifyRequest, RequestPayload } from 'fastify'
-import { InvalidOptions } from '../errors.ts'
+import type { FastifyInstance, FastifyReply, FastifyRequest, RequestPayload } from 'fastify'
+import type { Deadline, Expirable } from '../deadline.ts'
+import { BodyTimeout, InvalidOptions, Overloaded } from '../errors.ts'
+import { Gathered } from './gathered.ts'
 
 /** Told once: the bytes, or why there are none. */
 type Captured = (error: Error | null, bytes?: Buffer) => void
 
+/** What a body may take before anybody knows who has sent it. */
+export interface BodyBounds {
+  /** Bytes. */
+  readonly limit: number
+  /** Until the whole body has arrived; closed where the app has no time left for it. */
+  readonly deadline: Deadline
+}
+
 /** Makes the routes of this scope take JSON as the bytes that arrived, and nothing else. No other scope changes. */
-export function captureBody (scope: FastifyInstance, limit: number): void {
+export function captureBody (scope: FastifyInstance, bounds: BodyBounds): void {
   scope.removeAllContentTypeParsers() // text/plain has a default parser too
   // Not `parseAs: 'buffer'`: Fastify copies what comes in one piece, for 3 to 7 % of a delivery's time.
-  scope.addContentTypeParser('application/json', (request, payload, done: Captured) => { readPayload(request, payload, limit, done) })
+  scope.addContentTypeParser('application/json', (request, payload, done: Captured) => { readPayload(request, payload, bounds, done) })
 }
 
 /**
- * Reads a whole payload, of `limit` bytes at most. What has been read is dropped as soon as it is too much; the stream is
- * not destroyed, or the sender would see a reset connection instead of the answer.
+ * Reads a whole payload, within its bounds. What has been read is dropped as soon as it is too much or too late; the
+ * stream is not destroyed, or the sender would see a reset connection instead of the answer.
  *
- * Coded errors: FST_ERR_CTP_BODY_TOO_LARGE (413), FST_ERR_CTP_INVALID_CONTENT_LENGTH (400), and what the stream fails
- * with, as 400.
+ * Coded errors: FST_ERR_CTP_BODY_TOO_LARGE (413), FST_OPENAI_WEBHOOK_BODY_TIMEOUT (408), FST_OPENAI_WEBHOOK_OVERLOADED
+ * (503, closing), FST_ERR_CTP_INVALID_CONTENT_LENGTH (400), and what the stream fails with, as 400.
  */
-export function readPayload (request: FastifyRequest, payload: RequestPayload, limit: number, captured: Captured): void {
+export function readPayload (request: FastifyRequest, payload: RequestPayload, { limit, deadline }: BodyBounds, captured: Captured): void {
   const declared = request.headers['content-length']
   if (Number(declared) > limit) return captured(tooLarge())
-  let first: Buffer | undefined
-  let chunks: Buffer[] | undefined
-  let length = 0
-  let settled = false
+  // Only a stream in place of the request's can end elsewhere, or hold other bytes than were declared.
+  const isReplaced = payload !== request.raw as RequestPayload
+  let gathered: Gathered | undefined = new Gathered(isReplaced ? limit : Number(declared) || limit)
+  const waiting: Expirable = {
+    expiresAt: 0,
+    earlier: undefined,
+    later: undefined,
+    expired () { giveUp(deadline.closed ? new Overloaded() : new BodyTimeout(deadline.ms)) }
+  }
   payload.on('data', onData)
   payload.on('end', onEnd)
   payload.on('error', fail)
   // A request that is cut off fails; a stream that an earlier preParsing hook has put in its place may only close.
-  const isReplaced = payload !== request.raw as RequestPayload
   if (isReplaced) payload.on('close', onClose)
   payload.resume() // @fastify/compress hands on a paused one
+  deadline.start(waiting)
 
   function onData (data: unknown): void {
     const chunk = toChunk(data)
@@ -42,39 +58,64 @@ export function readPayload (request: FastifyRequest, payload: RequestPayload, l
       payload.pause()
       return settle(Object.assign(new TypeError('expected a body of bytes or text, got other chunks from a preParsing hook'), { statusCode: 500 }))
     }
-    length += chunk.length
-    if (length > limit || (payload.receivedEncodedLength ?? 0) > limit) {
-      // A few bytes may unpack to gigabytes, and would, though nobody reads them.
-      if (isReplaced) payload.pause()
-      return settle(tooLarge())
-    }
-    if (first === undefined) first = chunk
-    else (chunks ??= [first]).push(chunk)
+    if (gathered!.length + chunk.length > limit || (payload.receivedEncodedLength ?? 0) > limit) giveUp(tooLarge())
+    else gathered!.add(chunk)
   }
 
   function onEnd (): void {
-    if (settled) return
-    // Only a stream in place of the request's can end elsewhere; one that decodes tells what it has read.
-    if (declared !== undefined && (payload.receivedEncodedLength || length) !== Number(declared)) {
+    if (gathered === undefined) return
+    // One that decodes tells what it has read.
+    if (declared !== undefined && (payload.receivedEncodedLength || gathered.length) !== Number(declared)) {
       settle(new fastify.errorCodes.FST_ERR_CTP_INVALID_CONTENT_LENGTH())
     } else {
-      settle(null, chunks === undefined ? first ?? Buffer.alloc(0) : Buffer.concat(chunks, length))
+      settle(null, gathered.take())
     }
   }
 
   function fail (error: Error & { statusCode?: number }): void {
-    if (settled) return
+    if (gathered === undefined) return
     if (typeof error.statusCode !== 'number' || error.statusCode < 400) error.statusCode = 400
     settle(error)
   }
 
   function onClose (): void { fail(new Error('the sender went away before the body had ended')) }
 
+  function giveUp (error: Error): void {
+    // A few bytes may unpack to gigabytes, and would, though nobody reads them.
+    if (isReplaced) payload.pause()
+    settle(error)
+  }
+
   function settle (error: Error | null, bytes?: Buffer): void {
-    settled = true
-    first = chunks = undefined
+    gathered = undefined
+    deadline.stop(waiting)
     payload.off('data', onData) // node:http removes one that is left, for 0.7 µs
     captured(error, bytes)
+  }
+}
+
+/**
+ * Bounds what is left of a refused request's body: Node reads and drops it, for as long as the sender likes. An HTTP/2
+ * stream is reset once the answer is out, without an error, which asks the sender to stop. HTTP/1.1 can only close the
+ * connection: honest senders, and proxies before them, keep theirs for a body that still arrives in time.
+ */
+export function boundRest ({ raw }: FastifyRequest, reply: FastifyReply, { deadline }: BodyBounds): void {
+  const { stream } = raw as { stream?: Http2ServerRequest['stream'] }
+  // An injected one has no connection, and does not know.
+  if (raw.complete !== false) return
+  if (stream !== undefined) {
+    const { session } = stream
+    stream.once('finish', () => {
+      stream.close()
+      // An idle session keeps a closing server open until its own timeout, 72 s by default.
+      if (deadline.closed) session?.close()
+    })
+  } else if (deadline.closed) {
+    reply.header('connection', 'close')
+  } else {
+    const waiting: Expirable = { expiresAt: 0, earlier: undefined, later: undefined, expired () { raw.destroy() } }
+    deadline.start(waiting)
+    raw.once('close', () => { deadline.stop(waiting) })
   }
 }
 

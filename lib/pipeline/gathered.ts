@@ -1,0 +1,43 @@
+/**
+ * Bytes that come in pieces, copied together: pieces kept as they come cost 400 bytes for each byte of a sender that
+ * dribbles, and under HTTP/2 each keeps the whole read buffer that it came in.
+ *
+ * Takes twice the bytes that have come, whatever their pieces.
+ */
+export class Gathered {
+  length = 0
+  #bytes: Buffer | undefined
+  #isCopy = false
+
+  /** @param expected bytes in all, at most */
+  constructor (readonly expected: number) {}
+
+  /** @param piece not to be changed afterwards: one that is alone with its memory is kept, not copied */
+  add (piece: Buffer): void {
+    const length = this.length + piece.length
+    if (this.#bytes === undefined && isAlone(piece)) {
+      this.#bytes = piece
+    } else {
+      if (!this.#isCopy || length > this.#bytes!.length) this.#grow(length)
+      this.#bytes!.set(piece, this.length)
+    }
+    this.length = length
+  }
+
+  /** All of them. */
+  take (): Buffer {
+    if (this.#bytes === undefined) return Buffer.alloc(0)
+    return this.#bytes.length === this.length ? this.#bytes : this.#bytes.subarray(0, this.length)
+  }
+
+  #grow (needed: number): void {
+    // Not allocUnsafe: what is small would share a slab with strangers, and keep it.
+    const bytes = Buffer.allocUnsafeSlow(Math.max(needed, Math.min(this.expected, 2 * this.length)))
+    if (this.#bytes !== undefined) bytes.set(this.#bytes.subarray(0, this.length))
+    this.#bytes = bytes
+    this.#isCopy = true
+  }
+}
+
+/** Whether little else is in the memory that it would keep. */
+const isAlone = (piece: Buffer): boolean => piece.buffer.byteLength <= 2 * piece.length
