@@ -598,7 +598,7 @@ t.test('sqliteStore forgets what is old, and only that', async t => {
 t.test('both tables hold what is alive, whatever the rate', async t => {
   const RETENTION = 75 * HOUR
   /** More in one moment than a minute brings to most. */
-  const BURST = 3_000
+  const BURST = 1_200
   const SLICE = 100
 
   for (const [name, table, create] of [

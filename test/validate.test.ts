@@ -192,7 +192,7 @@ t.test('what a queue could not carry', async t => {
       app.openaiWebhook.onAny(event => { seen.push(event) })
       app.post(MARKED, { config: { openaiWebhook: {} }, handler: app.openaiWebhook.handler })
       await app.ready()
-      for (const url of [OWN, MARKED]) {
+      for (const url of name === 'inline' ? [OWN, MARKED] : [OWN]) {
         for (const [what, body] of Object.entries(carried)) {
           seen.length = 0
           const { statusCode, body: answer } = await post(app, sign(body), url)
