@@ -3,6 +3,7 @@ import { channel, tracingChannel } from 'node:diagnostics_channel'
 import type { FastifyRequest } from 'fastify'
 import { isPromise } from './maybe-promise.ts'
 import type { MaybePromise } from './stores/store.ts'
+import type { VerifiedRequest } from './types.ts'
 
 /** What is told of every delivery that has been verified. */
 export interface DeliveryInfo {
@@ -20,7 +21,7 @@ export interface VerifiedMessage extends DeliveryInfo {
   readonly secretIndex: number | undefined
   /** Bytes. */
   readonly bodySize: number
-  readonly request: FastifyRequest
+  readonly request: VerifiedRequest
 }
 
 /** A delivery that was not answered 200: a stranger's, or one that has to come again. */
@@ -40,7 +41,7 @@ export interface RefusedMessage {
 export interface DuplicateMessage extends DeliveryInfo {
   /** `processed` before; `joined` one that is running in this process; `elsewhere`: running in another process. */
   readonly state: 'processed' | 'joined' | 'elsewhere'
-  readonly request: FastifyRequest
+  readonly request: VerifiedRequest
 }
 
 /** What the messages of the tracing channels have in common. */
@@ -58,7 +59,7 @@ export interface TracedMessage {
 
 /** A delivery on its way into the queue of a runner. */
 export interface EnqueueMessage extends DeliveryInfo, TracedMessage {
-  readonly request: FastifyRequest
+  readonly request: VerifiedRequest
   /**
    * At `start` a subscriber may put strings here, such as W3C's `traceparent`. They travel with the job, and the
    * `DeliveryMessage` of the process that runs it has them.
@@ -78,7 +79,7 @@ export interface DeliveryMessage extends DeliveryInfo, TracedMessage {
   readonly queued: boolean
   readonly carrier: Readonly<Record<string, string>> | undefined
   /** Only where the handlers run in the request. */
-  readonly request: FastifyRequest | undefined
+  readonly request: VerifiedRequest | undefined
   /** Set from the `error` message on: FST_OPENAI_WEBHOOK_HANDLER_FAILED, its `cause` the handlers' errors. */
   error?: unknown
 }

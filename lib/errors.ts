@@ -23,8 +23,7 @@ export const AlreadyStarted = coded('ALREADY_STARTED',
 
 // Capture
 
-export const UnprotectedRoute = coded('UNPROTECTED_ROUTE',
-  'route %s asks for webhook verification but was declared before fastify-openai-webhook had loaded, so nothing verifies it: put `await` before app.register(openaiWebhook), or declare the route in a plugin registered after it', 500)
+export const UnprotectedRoute = coded('UNPROTECTED_ROUTE', 'route %s asks for webhook verification but %s', 500)
 export const BodyTimeout = refusal('BODY_TIMEOUT', 'the body had not arrived whole after %d ms', 408)
 
 // Verify

@@ -6,6 +6,7 @@ import { respond } from './pipeline/respond.ts'
 import type { Receiver } from './receive.ts'
 import type { Refused } from './registry.ts'
 import type { Outcome, Record, Sender } from './run.ts'
+import type { VerifiedRequest } from './types.ts'
 
 export interface ExchangeOptions {
   readonly endpoint: string
@@ -33,7 +34,7 @@ export class Exchange implements Sender, Expirable {
   #giveUp: (() => boolean) | undefined = undefined
 
   constructor (
-    readonly request: FastifyRequest,
+    readonly request: VerifiedRequest,
     readonly reply: FastifyReply,
     readonly options: ExchangeOptions,
     scope: FastifyInstance

@@ -1,4 +1,8 @@
-import type { OpenAIWebhook, RouteOverrides, Delivery } from './types.ts'
+import type {
+  ContextConfigDefault, FastifyBaseLogger, FastifySchema, FastifyTypeProvider, FastifyTypeProviderDefault, RawRequestDefaultExpression,
+  RawServerBase, RawServerDefault, RouteGenericInterface
+} from 'fastify'
+import type { OpenAIWebhook, RequestDelivery, RouteOverrides } from './types.ts'
 
 /** The plugin: `await app.register(openaiWebhook, options)`. */
 export { default } from './plugin.ts'
@@ -39,7 +43,7 @@ export type {
 export type { EndpointOptions, IdempotencyOptions, OpenAIWebhookOptions, ReceivingOptions } from './options.ts'
 export type { EventContext } from './pipeline/dispatch.ts'
 export type { ErrorHandler, FailureInfo, HandlerOptions } from './registry.ts'
-export type { OpenAIWebhook, RouteOverrides, Delivery, WebhookHeaders, WebhookRouteOptions } from './types.ts'
+export type { OpenAIWebhook, RequestDelivery, RouteOverrides, Delivery, VerifiedHandler, VerifiedRequest, WebhookHeaders, WebhookRouteOptions } from './types.ts'
 
 /**
  * Event types of your own, for `on()` to know them:
@@ -51,9 +55,17 @@ declare module 'fastify' {
   interface FastifyInstance {
     openaiWebhook: OpenAIWebhook
   }
-  interface FastifyRequest {
-    /** Set on receiving and marked routes, from verification on. */
-    openaiWebhook: Delivery
+  interface FastifyRequest<
+    RouteGeneric extends RouteGenericInterface = RouteGenericInterface,
+    RawServer extends RawServerBase = RawServerDefault,
+    RawRequest extends RawRequestDefaultExpression<RawServer> = RawRequestDefaultExpression<RawServer>,
+    SchemaCompiler extends FastifySchema = FastifySchema,
+    TypeProvider extends FastifyTypeProvider = FastifyTypeProviderDefault,
+    ContextConfig = ContextConfigDefault,
+    Logger extends FastifyBaseLogger = FastifyBaseLogger
+  > {
+    /** The verified delivery on a receiving or marked route, from verification on; `null` before it and elsewhere. */
+    openaiWebhook: RequestDelivery<ContextConfig>
   }
   interface FastifyContextConfig {
     /** Asks for this route's deliveries to be verified, validated and deduplicated. */

@@ -90,8 +90,18 @@ export class RefusalLog {
   }
 
   write (log: FastifyBaseLogger, code: string, statusCode: number, delivery: Described & { endpoint: string }): void {
-    if (!logs(log, 'warn')) return
-    const { endpoint } = delivery
+    if (this.#hasRoom(log, code, delivery.endpoint)) write(log, 'warn', { code, statusCode, ...logFields(delivery) }, 'webhook delivery refused')
+  }
+
+  /** A hook of the app has answered in place of the plugin. */
+  unprocessed (log: FastifyBaseLogger, statusCode: number, endpoint: string): void {
+    const code = 'ANSWERED_BY_A_HOOK'
+    if (this.#hasRoom(log, code, endpoint)) write(log, 'warn', { code, statusCode, endpoint }, 'the delivery was not processed')
+  }
+
+  /** Whether there is room for another line. */
+  #hasRoom (log: FastifyBaseLogger, code: string, endpoint: string): boolean {
+    if (!logs(log, 'warn')) return false
     const own = `${code} ${endpoint}`
     const isOther = this.#windows.size >= MAX_WINDOWS && !this.#windows.has(own)
     const key = isOther ? OTHERS : own
@@ -100,12 +110,10 @@ export class RefusalLog {
       window = { written: 0, suppressed: 0, ...(isOther ? { code: OTHERS, endpoint: undefined } : { code, endpoint }), timer: setTimeout(this.#endOutside, WINDOW, key).unref() }
       this.#windows.set(key, window)
     }
-    if (window.written < MAX_LINES) {
-      window.written++
-      write(log, 'warn', { code, statusCode, ...logFields(delivery) }, 'webhook delivery refused')
-    } else {
-      window.suppressed++
-    }
+    const hasRoom = window.written < MAX_LINES
+    if (hasRoom) window.written++
+    else window.suppressed++
+    return hasRoom
   }
 
   /** Tells at once what has been counted. */

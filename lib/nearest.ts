@@ -12,7 +12,8 @@ export function nearest (given: string, names: readonly string[]): string {
   return best === '' ? '' : `, did you mean "${best}"?`
 }
 
-function editDistance (a: string, b: string): number {
+/** How many characters differ. */
+export function editDistance (a: string, b: string): number {
   let previous = Array.from({ length: b.length + 1 }, (_, j) => j)
   for (let i = 1; i <= a.length; i++) {
     const row = [i]

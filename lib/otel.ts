@@ -4,6 +4,7 @@ import type { FastifyRequest } from 'fastify'
 import { channels } from './channels.ts'
 import type { DeliveryInfo, DeliveryMessage, EnqueueMessage, HandlerMessage, TraceChannel, TracedMessage } from './channels.ts'
 import { InvalidOptions } from './errors.ts'
+import type { VerifiedRequest } from './types.ts'
 
 export interface WebhookTracingOptions {
   /** @default the global one, which may be registered later */
@@ -139,7 +140,7 @@ function describe ({ endpoint, webhookId, event: { type, id } }: DeliveryInfo): 
   }
 }
 
-function bodySize (request: FastifyRequest | undefined): Attributes | undefined {
+function bodySize (request: VerifiedRequest | undefined): Attributes | undefined {
   return request && { 'messaging.message.body.size': request.openaiWebhook.rawBody.length }
 }
 

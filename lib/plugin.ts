@@ -2,6 +2,8 @@ import { AsyncResource } from 'node:async_hooks'
 import fastify from 'fastify'
 import type { FastifyContextConfig, FastifyInstance, FastifyReply, FastifyRequest, RegisterOptions, RequestPayload, RouteHandlerMethod, RouteOptions } from 'fastify'
 import fp from 'fastify-plugin'
+import { handling, keepRefusal, refuseErrors, statusOf } from './answer.ts'
+import type { RouteErrorHandler } from './answer.ts'
 import { channels } from './channels.ts'
 import { Deadline } from './deadline.ts'
 import { diagnoseQuickly } from './diagnose.ts'
@@ -9,11 +11,13 @@ import { AlreadyRegistered, InvalidOptions, InvalidRoute, InvalidSignature, Over
 import { officialEvents } from './events/index.ts'
 import { Exchange } from './exchange.ts'
 import { RefusalLog, logError, logFields } from './log.ts'
+import { assertSpelling, registeredIn } from './marked-routes.ts'
 import { attempt, isPromise } from './maybe-promise.ts'
 import { documentation } from './openapi.ts'
 import type { Documented } from './openapi.ts'
 import { assertEndpointOptions, assertOptions, assertOverrides } from './options.ts'
 import type { EndpointOptions, OpenAIWebhookOptions, ReceivingOptions } from './options.ts'
+import { declareRoute, shareDecorators } from './own-scope.ts'
 import { retryLater } from './pipeline/acknowledge.ts'
 import { boundRest, captureBody, readPayload, replayPayload, toBuffer, toHeaders } from './pipeline/capture.ts'
 import type { BodyBounds } from './pipeline/capture.ts'
@@ -33,7 +37,7 @@ import type { Runner } from './runners/runner.ts'
 import { memoryStore } from './stores/memory.ts'
 import type { IdempotencyStore } from './stores/store.ts'
 import { OpenAIWebhookScope } from './scope.ts'
-import type { Delivery, OpenAIWebhook, RouteOverrides, WebhookRouteOptions } from './types.ts'
+import type { OpenAIWebhook, RouteOverrides, VerifiedRequest, WebhookRouteOptions } from './types.ts'
 import { TypeCompiler } from './typebox.ts'
 import { Verifications } from './verifications.ts'
 import { standardWebhooks } from './verifiers/standard-webhooks.ts'
@@ -41,8 +45,11 @@ import { standardWebhooks } from './verifiers/standard-webhooks.ts'
 /** In a route's config: the hook that this plugin has put on the route. */
 const PROTECTED = Symbol('openai-webhook.protected')
 
-/** On every request of a route of our own: `request.routeOptions` is built anew each time, for 0.4 µs. */
+/** On the scope of a route of our own: `request.routeOptions` is built anew each time, for 0.4 µs. */
 const OWN = Symbol('openai-webhook.own')
+
+const DECLARED_EARLY = 'was declared before fastify-openai-webhook had loaded, so nothing verifies it: put `await` before app.register(openaiWebhook), or declare the route in a plugin registered after it'
+const SKIPPED = 'a hook of the app has thrown null or undefined, which Fastify takes for no error while it skips the hooks that come after: throw an Error'
 
 /** A receiving route: its own verification, and the URL that names it in jobs, logs and idempotency keys. */
 type Endpoint = Verification & { readonly name: string }
@@ -71,9 +78,10 @@ async function openaiWebhook (instance: FastifyInstance, options: OpenAIWebhookO
   const plugin = new Plugin(instance, options, compiler)
 
   instance.decorate('openaiWebhook', { getter (this: FastifyInstance): OpenAIWebhook { return plugin.scope(this) } })
-  instance.decorateRequest('openaiWebhook', null as unknown as Delivery)
+  instance.decorateRequest('openaiWebhook', null)
   // Instance hooks bind late: this one reaches routes that were declared before the plugin had loaded.
-  instance.addHook('onRequest', (request, _reply, done) => plugin.guard(request, done))
+  const guarded = registeredIn(instance) ?? instance
+  guarded.addHook('onRequest', (request, _reply, done) => plugin.guard(request, done))
   instance.addHook('onRoute', function (route) { plugin.protect(this, route) })
   instance.addHook('onReady', () => plugin.start())
   // preClose comes before every onClose hook, so that what handlers use is still open while they are drained.
@@ -114,6 +122,7 @@ export class Plugin {
   readonly #verifications: Verifications
   readonly #refusals: RefusalLog
   readonly #tables = new Map<string, { lists: HandlerList[], table?: HandlerTable }>()
+  readonly #settleRoutes: Array<() => void> = []
   #closed: Promise<void> | undefined
 
   /** For a route that replies by dispatching, on a marked route. */
@@ -147,7 +156,7 @@ export class Plugin {
       report: (error, job) => this.trouble(error, job ?? {})
     })
     this.handler = function ({ method, routeOptions: { config, url } }) {
-      if (!(PROTECTED in config)) throw new UnprotectedRoute(`${method} ${String(url)}`)
+      if (!(PROTECTED in config)) throw new UnprotectedRoute(`${method} ${String(url)}`, DECLARED_EARLY)
       throw new InvalidRoute(method, url, 'app.openaiWebhook.handler cannot be told where another plugin has wrapped it, as @fastify/otel does: declare the route with app.openaiWebhook.route(), or with `otel: { instrumentHandler: false }` in its config')
     }
     this.#verifications = new Verifications(options, {
@@ -176,15 +185,15 @@ export class Plugin {
     }
     const verification = this.#verifications.of(overrides, true)
     const list = this.#routeHandlers(on, scope)
-    const own = handler === this.handler ? undefined : handler
+    const own = handler === this.handler ? undefined : handler as RouteHandlerMethod | undefined
     const bounds = this.#bodyBounds(overrides)
     scope.register(async child => {
       captureBody(child, bounds)
-      child.decorateRequest(OWN as never, true as never)
+      shareDecorators(child)
+      child.decorate(OWN, true)
       const endpoint = this.#endpoint(child.prefix + url, verification, [this.registry.app, list])
       const admit = this.#admit(endpoint)
-      const { errorHandler: inherited } = child
-      child.route({
+      this.#settleRoutes.push(declareRoute(child, scope, {
         method: 'POST',
         url,
         bodyLimit: bounds.limit,
@@ -198,7 +207,7 @@ export class Plugin {
           // A request without a body and a content type is not parsed at all.
           const rawBody = Buffer.isBuffer(request.body) ? request.body : Buffer.alloc(0)
           this.#authenticate(endpoint, request, rawBody, error => {
-            if (error === undefined) request.body = request.openaiWebhook.event
+            if (error === undefined) request.body = (request as VerifiedRequest).openaiWebhook.event
             done(error)
           })
         },
@@ -208,22 +217,18 @@ export class Plugin {
           if (request.openaiWebhook === null && !this.#told.has(error)) this.refuse(error, { endpoint: endpoint.name }, request)
           done()
         },
-        ...(own === undefined ? undefined : { onSend: recordAnswer }),
-        // A child scope keeps the error handler that was set when it was made; the app's may be set later.
-        errorHandler: (error, request, reply) => {
-          // That one comes next: called here too, Fastify's default would log the error twice.
-          if (scope.errorHandler === inherited) reply.send(error)
-          else scope.errorHandler(error, request, reply)
-        },
+        onSend: own === undefined ? this.#keepRefusal(endpoint) : [this.#keepRefusal(endpoint), recordAnswer],
+        errorHandler: refuseErrors(undefined),
         handler: this.#deliver(endpoint, own)
-      })
+      }))
     }, options)
   }
 
   /** onRoute: puts the pipeline on a route that asks for it by `config.openaiWebhook`. */
   protect (scope: FastifyInstance, route: RouteOptions): void {
     const config: unknown = route.config?.openaiWebhook
-    if (config === undefined || isProtected(route)) return
+    if (isProtected(route)) return
+    if (config === undefined) return assertSpelling(route)
     const fault = (reason: string): Error => new InvalidRoute(String(route.method), route.url, reason)
     if (route.method !== 'POST' && !(Array.isArray(route.method) && route.method.length === 1 && route.method[0] === 'POST')) {
       throw fault('expected the method POST alone, which is what OpenAI sends')
@@ -252,22 +257,24 @@ export class Plugin {
       refusing(request, reply, error, bounds)
       done()
     }]
-    route.onSend = [...toArray(route.onSend), recordAnswer]
+    route.onSend = [...toArray(route.onSend), this.#keepRefusal(endpoint), recordAnswer]
+    route.errorHandler = refuseErrors(route.errorHandler as RouteErrorHandler | undefined)
     route.handler = this.#deliver(endpoint, dispatches ? undefined : route.handler)
   }
 
   /** onRequest: a route that asks for verification and cannot have it fails closed. */
   guard (request: FastifyRequest, done: (error?: Error) => void): void {
-    if ((request as { [OWN]?: true })[OWN] === true) return done()
+    if (OWN in request.server) return done()
     const { config, method, url } = request.routeOptions
     if (config?.openaiWebhook === undefined || PROTECTED in config) return done()
-    const error = new UnprotectedRoute(`${String(method)} ${String(url)}`)
+    const error = new UnprotectedRoute(`${String(method)} ${String(url)}`, DECLARED_EARLY)
     this.refuse(error, { endpoint: String(url) }, request)
     done(error)
   }
 
   /** onReady */
   async start (): Promise<void> {
+    for (const settle of this.#settleRoutes) settle()
     await this.#verifications.load()
     this.registry.closed = true
     for (const entry of this.#tables.values()) entry.table = new HandlerTable(entry.lists, this.registry.known)
@@ -313,7 +320,8 @@ export class Plugin {
 
   /** A delivery is not answered 200: it is logged with the errors behind that, or else by its code. */
   refuse (error: unknown, delivery: Refused, request: FastifyRequest): void {
-    const { code: given, statusCode = 500, cause, message } = error as { code?: unknown, statusCode?: number, cause?: unknown, message: string }
+    const { code: given, cause, message } = error as { code?: unknown, cause?: unknown, message: string }
+    const statusCode = statusOf(error)
     // That of a database or gRPC client, in an app's hook, may be a number.
     const code = typeof given === 'string' || typeof given === 'number' ? String(given) : 'UNKNOWN'
     if (statusCode >= 500 && cause !== undefined) logError(request.log, cause, { code, ...logFields(delivery) }, message)
@@ -403,7 +411,7 @@ export class Plugin {
     request.openaiWebhook = authentic
     if (!channels.verified.hasSubscribers) return
     const { webhookId, timestamp, event, rawBody, [SECRET_INDEX]: secretIndex } = authentic
-    channels.verified.publish({ endpoint: name, webhookId, timestamp, event, secretIndex, bodySize: rawBody.length, request })
+    channels.verified.publish({ endpoint: name, webhookId, timestamp, event, secretIndex, bodySize: rawBody.length, request: request as VerifiedRequest })
   }
 
   #unauthentic (endpoint: Endpoint, request: FastifyRequest, rawBody: Buffer, error: Error): Error {
@@ -472,8 +480,16 @@ export class Plugin {
       own
     }
     return function (request, reply) {
-      new Exchange(request, reply, options, this).run()
+      if (request.openaiWebhook === null) throw new UnprotectedRoute(`POST ${endpoint.name}`, SKIPPED)
+      handling(request, own !== undefined)
+      new Exchange(request as VerifiedRequest, reply, options, this).run()
     }
+  }
+
+  #keepRefusal ({ name }: Endpoint) {
+    return keepRefusal(({ log }, statusCode) => {
+      this.#refusals.unprocessed(log, statusCode, name)
+    })
   }
 
   async #drain (): Promise<void> {

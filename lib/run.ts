@@ -1,14 +1,15 @@
-import type { FastifyBaseLogger, FastifyRequest } from 'fastify'
+import type { FastifyBaseLogger } from 'fastify'
 import { logFields } from './log.ts'
 import type { EventContext } from './pipeline/dispatch.ts'
 import type { Job } from './runners/runner.ts'
 import type { Claim, MaybePromise } from './stores/store.ts'
+import type { VerifiedRequest } from './types.ts'
 
 export type Outcome = 'processed' | 'duplicate'
 
 /** The request that a delivery came with: told how it ended, exactly once. */
 export interface Sender {
-  readonly request: FastifyRequest
+  readonly request: VerifiedRequest
   succeeded: (outcome: Outcome) => void
   failed: (error: unknown) => void
   /**
@@ -60,7 +61,7 @@ export class Context implements EventContext {
   readonly timestamp: number
   readonly endpoint: string
   readonly signal: AbortSignal
-  declare readonly request?: FastifyRequest
+  declare readonly request?: VerifiedRequest
   readonly #run: Run
   readonly #parentLog: FastifyBaseLogger
   #log: FastifyBaseLogger | undefined

@@ -1,4 +1,7 @@
-import type { FastifyContextConfig, FastifyInstance, FastifyRequest, RouteHandlerMethod } from 'fastify'
+import type {
+  FastifyContextConfig, FastifyInstance, FastifyRequest, RawReplyDefaultExpression, RawRequestDefaultExpression, RawServerDefault,
+  RouteGenericInterface, RouteHandlerMethod
+} from 'fastify'
 import type { OfficialEvents } from './events/index.ts'
 import type { OpenAIWebhookEvents } from './index.ts'
 import type { EndpointOptions, ReceivingOptions } from './options.ts'
@@ -54,7 +57,7 @@ export interface WebhookRouteOptions extends RouteOverrides {
   /** Within the scope's prefix. */
   url: string
   /** Replies once the event handlers have succeeded; returns nothing → 200 `{"received":true}`. */
-  handler?: RouteHandlerMethod
+  handler?: VerifiedHandler
   /** The limits of @fastify/rate-limit for this route, as its `config.rateLimit`. */
   rateLimit?: RateLimit
 }
@@ -104,3 +107,14 @@ export interface OpenAIWebhook {
   /** A marked route's handler that runs the event handlers, the app's included, and acknowledges. */
   readonly handler: RouteHandlerMethod
 }
+
+/** A route's handler, whose requests have passed verification. */
+export type VerifiedHandler = RouteHandlerMethod<
+  RawServerDefault, RawRequestDefaultExpression, RawReplyDefaultExpression, RouteGenericInterface, { openaiWebhook: RouteOverrides }
+>
+
+/** A request that has passed verification. */
+export type VerifiedRequest = FastifyRequest & { openaiWebhook: Delivery }
+
+/** `request.openaiWebhook`: a delivery where the route's config says so, else one or `null`. */
+export type RequestDelivery<ContextConfig> = ContextConfig extends { openaiWebhook: object } ? Delivery : Delivery | null

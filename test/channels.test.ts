@@ -6,7 +6,7 @@ import type { FastifyInstance, FastifyRequest } from 'fastify'
 import Database from 'libsql'
 import t from 'tap'
 import { background, channels, memoryStore } from '../lib/index.ts'
-import type { DeliveryMessage, EnqueueMessage, HandlerMessage, IdempotencyStore, MessageChannel, OpenAIWebhookOptions, Runner, Verifier } from '../lib/index.ts'
+import type { DeliveryMessage, EnqueueMessage, HandlerMessage, IdempotencyStore, MessageChannel, OpenAIWebhookOptions, Runner, VerifiedRequest, Verifier } from '../lib/index.ts'
 import { durable } from '../lib/sqlite/index.ts'
 import { SECRET, build, post, sign, thin } from './support/deliveries.ts'
 import { capturedLog, deferred, redelivered } from './support/observe.ts'
@@ -66,7 +66,7 @@ t.test('verified: a delivery that can be trusted, and which secret says so', asy
   await post(app, sign(event, { webhookId: 'wh_2', secret: OLD_SECRET }))
   const [{ request, ...message }, second] = messagesOf(told, 'verified') as [Any, Any]
   t.same(message, { endpoint: ENDPOINT, webhookId: 'wh_1', timestamp: Number(first.headers['webhook-timestamp']), event, secretIndex: 0, bodySize: first.body.length })
-  t.equal((request as FastifyRequest).openaiWebhook.webhookId, 'wh_1')
+  t.equal((request as VerifiedRequest).openaiWebhook.webhookId, 'wh_1')
   t.match(second, { webhookId: 'wh_2', secretIndex: 1 })
   t.equal(told.length, 2)
   const texts = JSON.stringify([message, { ...second, request: undefined }])
@@ -186,7 +186,7 @@ t.test('duplicate: processed before, joined here, or running elsewhere', async t
   const [, { request, state, ...message }] = messagesOf(told, 'duplicate') as [Any, Any]
   const timestamp = Number(delivery.headers['webhook-timestamp']) + 1
   t.same(message, { endpoint: ENDPOINT, webhookId: 'wh_1', timestamp, event: thin('batch.failed') })
-  t.equal((request as FastifyRequest).openaiWebhook.timestamp, timestamp, 'of the duplicate, not of the first')
+  t.equal((request as VerifiedRequest).openaiWebhook.timestamp, timestamp, 'of the duplicate, not of the first')
 })
 
 t.test('unhandled: no handler of on() takes the type, be it known or not', async t => {

@@ -1,5 +1,4 @@
 import Fastify from 'fastify'
-import type { FastifyRequest } from 'fastify'
 import t from 'tap'
 import openaiWebhook from '../lib/index.ts'
 import type { EventContext, FailureInfo } from '../lib/index.ts'
@@ -231,7 +230,7 @@ t.test('a failure', async t => {
 t.test('a handler gets the event and its context', async t => {
   const log = capturedLog()
   const app = await build(t, {}, { logger: log.logger })
-  let seen!: { event: unknown, context: EventContext, request: FastifyRequest | undefined }
+  let seen!: { event: unknown, context: EventContext, request: EventContext['request'] }
   app.openaiWebhook.on('batch.failed', (event, context) => {
     seen = { event, context, request: context.request }
     context.log.info('handled')

@@ -8,7 +8,7 @@ import { codeOf, deferred, messageOf, redelivered } from './support/observe.ts'
 
 const OTHER = `whsec_${Buffer.from('a secret of the second endpoint').toString('base64')}`
 const RECEIVED = '{"received":true}'
-const marked: RouteShorthandOptions = { config: { openaiWebhook: {} } }
+const marked = { config: { openaiWebhook: {} } }
 
 async function answer (app: FastifyInstance, url: string, delivery = sign(thin('batch.failed'))): Promise<string> {
   const { statusCode, body } = await post(app, delivery, url)
@@ -404,7 +404,7 @@ t.test('a marked route', async t => {
   t.test('has hooks of the app run for it as for any route', async t => {
     const app = await build(t)
     const seen: string[] = []
-    app.addHook('preHandler', async request => { seen.push(request.openaiWebhook.event.type) })
+    app.addHook('preHandler', async request => { seen.push(request.openaiWebhook!.event.type) })
     app.post('/own', marked, async () => {})
     t.equal(await answer(app, '/own'), `200 ${RECEIVED}`)
     t.same(seen, ['batch.failed'])

@@ -2,12 +2,12 @@
 // program of its own: test/events.test.ts.
 import { Type } from '@sinclair/typebox'
 import Fastify from 'fastify'
-import type { FastifyBaseLogger, FastifyInstance, FastifyRequest } from 'fastify'
+import type { FastifyBaseLogger, FastifyInstance } from 'fastify'
 import type { UnwrapWebhookEvent } from 'openai/resources/webhooks'
 import openaiWebhook, { inline, memoryStore, standardWebhooks, xOpenAISignature } from '../lib/index.ts'
 import type {
   Claim, Delivery, EventContext, EventHandler, EventOf, EventPattern, EventsOf, EventType, FailureInfo, GuideEvents, IdempotencyStore, Job,
-  OfficialEvents, OpenAIWebhookOptions, RouteHandlers, RouteOverrides, Runner, RunnerHost, Secret, UnknownEvent, Verified, Verifier, WebhookEvent
+  OfficialEvents, OpenAIWebhookOptions, RouteHandlers, RouteOverrides, Runner, RunnerHost, Secret, UnknownEvent, Verified, VerifiedRequest, Verifier, WebhookEvent
 } from '../lib/index.ts'
 import { ownEvents } from './support/own-events.ts'
 
@@ -89,7 +89,7 @@ webhook.on('batch.failed', function (event, context) {
   same<typeof context.endpoint, string>()
   same<typeof context.log, FastifyBaseLogger>()
   same<typeof context.signal, AbortSignal>()
-  same<typeof context.request, FastifyRequest | undefined>()
+  same<typeof context.request, VerifiedRequest | undefined>()
   handleSdkEvent(event)
   // @ts-expect-error handlers have no reply: they may run outside the request
   context.reply.send()
@@ -233,6 +233,21 @@ app.post('/marked', { config: { openaiWebhook: { tolerance: 60, secret: async ()
   // @ts-expect-error read-only
   request.openaiWebhook.webhookId = 'another'
 })
+app.post('/ordinary', async request => { same<typeof request.openaiWebhook, Delivery | null>() })
+app.post('/ordinary', { config: { rateLimit: false } }, async request => { same<typeof request.openaiWebhook, Delivery | null>() })
+app.addHook('preHandler', async request => { same<typeof request.openaiWebhook, Delivery | null>() })
+app.route({
+  method: 'POST',
+  url: '/marked',
+  config: { openaiWebhook: {} },
+  preHandler: async request => { same<typeof request.openaiWebhook, Delivery>() },
+  handler: async request => { same<typeof request.openaiWebhook, Delivery>() }
+})
+app.post<{ Params: { id: string } }, { openaiWebhook: object }>('/marked/:id', { config: { openaiWebhook: {} } }, async request => {
+  same<typeof request.params.id, string>()
+  same<typeof request.openaiWebhook, Delivery>()
+})
+Fastify({ http2: true }).post('/marked', { config: { openaiWebhook: {} } }, async request => { same<typeof request.openaiWebhook, Delivery>() })
 app.post('/dispatching', { config: { openaiWebhook: {} } }, webhook.handler)
 app.post('/handling', {
   config: { openaiWebhook: { on: { 'batch.failed' (event) { same<typeof event, OfficialEvents['batch.failed']>() } } } }

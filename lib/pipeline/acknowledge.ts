@@ -1,4 +1,5 @@
 import type { FastifyReply } from 'fastify'
+import { acknowledged } from '../answer.ts'
 
 const RECEIVED = '{"received":true}'
 const DUPLICATE = '{"received":true,"duplicate":true}'
@@ -8,6 +9,7 @@ const RETRY_AFTER = '5'
 
 /** 200: OpenAI's guide has it that any other status is retried. */
 export function acknowledge (reply: FastifyReply, outcome: 'processed' | 'duplicate'): void {
+  acknowledged(reply.request)
   reply
     .code(200)
     .header('content-type', 'application/json; charset=utf-8')

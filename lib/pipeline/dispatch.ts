@@ -1,6 +1,7 @@
-import type { FastifyBaseLogger, FastifyRequest } from 'fastify'
+import type { FastifyBaseLogger } from 'fastify'
 import { isPromise } from '../maybe-promise.ts'
 import type { MaybePromise } from '../stores/store.ts'
+import type { VerifiedRequest } from '../types.ts'
 
 export interface EventContext {
   /** The idempotency key: the same for every retry of the delivery. */
@@ -14,7 +15,7 @@ export interface EventContext {
   /** Aborts when the app is closing and `closeTimeout` is over; not at the deadline. */
   readonly signal: AbortSignal
   /** Only where the handler runs in the request (the `inline()` runner). */
-  readonly request?: FastifyRequest
+  readonly request?: VerifiedRequest
 }
 
 export interface Handler {
