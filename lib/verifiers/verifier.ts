@@ -74,15 +74,7 @@ export function isMissing (value: string | string[] | undefined): value is undef
 
 const WHOLE_SECONDS = /^[0-9]+$/
 
-/** The text that was last found valid: deliveries of one second share it. */
-let validText: string | undefined
-let validSeconds = 0
-
 /** Unix seconds. Digits only: a laxer rule lets the signed text be split at another place (`1750861210.{"id"…`). */
 export function secondsOf (value: string | string[]): number | undefined {
-  if (value === validText) return validSeconds
-  if (typeof value !== 'string' || !WHOLE_SECONDS.test(value)) return undefined
-  validText = value
-  validSeconds = Number(value)
-  return validSeconds
+  return typeof value === 'string' && WHOLE_SECONDS.test(value) ? Number(value) : undefined
 }
