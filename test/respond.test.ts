@@ -1,4 +1,4 @@
-import type { FastifyInstance, RouteHandlerMethod } from 'fastify'
+import type { FastifyInstance, FastifyReply, RouteHandlerMethod } from 'fastify'
 import t from 'tap'
 import type { OpenAIWebhookOptions } from '../lib/index.ts'
 import { build, post, sign, stoppedClock, thin } from './support/deliveries.ts'
@@ -127,6 +127,9 @@ t.test('the store hears of the answer before the sender does', async t => {
   t.equal(await answering, '200 sent')
 })
 
+/** Fastify has text serialized as well where the type is JSON, and throws what the serializer throws. */
+const unserializable = (reply: FastifyReply): FastifyReply => reply.type('application/json').serializer(() => { throw new Error('no text') })
+
 const failures: Record<string, [RouteHandlerMethod, number]> = {
   'answers 4xx': [async (_request, reply) => reply.code(422).send({ retry: true }), 422],
   'answers 3xx': [async (_request, reply) => reply.redirect('/elsewhere'), 302],
@@ -134,7 +137,14 @@ const failures: Record<string, [RouteHandlerMethod, number]> = {
   rejects: [async () => { throw new Error('disk full') }, 500],
   throws: [() => { throw new Error('disk full') }, 500],
   'throws an error with a status of its own': [() => { throw Object.assign(new Error('teapot'), { statusCode: 418 }) }, 418],
-  'sends an error': [async (_request, reply) => reply.send(new Error('disk full')), 500]
+  'sends an error': [async (_request, reply) => reply.send(new Error('disk full')), 500],
+  'sends what its serializer fails for': [async (_request, reply) => unserializable(reply).send('own'), 500],
+  'returns what its serializer fails for': [async (_request, reply) => {
+    unserializable(reply)
+    return 'own'
+  }, 500],
+  'returns nothing, with a serializer that fails': [async (_request, reply) => { unserializable(reply) }, 500],
+  'returns nothing at once, with a serializer that fails': [(_request, reply) => { unserializable(reply) }, 500]
 }
 
 for (const [name, [handler, expected]] of Object.entries(failures)) {

@@ -118,10 +118,13 @@ export function respond (
       if (cutOff !== undefined) recordOnce(cutOff())
     } else if (reply.sent || raw.headersSent) {
       recordWhenClosed(judgeRaw) // hijacked, or written to the socket
-    } else if (payload === undefined) {
-      acknowledge(reply, 'processed')
     } else if (payload !== reply) {
-      reply.send(payload)
+      try {
+        if (payload === undefined) acknowledge(reply, 'processed')
+        else reply.send(payload)
+      } catch (error) {
+        threw(error) // by a serializer of the user's
+      }
     }
   }
 
@@ -186,18 +189,22 @@ export function respond (
       leave()
     } else if (isFirst) {
       replied = true
-      const succeeds = isSuccessful(payload, reply.statusCode)
-      // An onSend hook that fails keeps the answer from being recorded as it is sent.
-      recordWhenClosed(() => succeeds && !broken && isSuccess(raw.statusCode))
     }
+    const succeeds = isSuccessful(payload, reply.statusCode)
     try {
-      return send.call(reply, payload)
+      send.call(reply, payload)
     } catch (error) {
       // While an async onError hook holds somebody else's answer, Fastify refuses all others.
-      if (!(late || isFirst) || codeOf(error) !== 'FST_ERR_SEND_INSIDE_ONERR') throw error
-      recordLate(payload)
-      return reply
+      if ((late || isFirst) && codeOf(error) === 'FST_ERR_SEND_INSIDE_ONERR') {
+        recordLate(payload)
+        return reply
+      }
+      if (isFirst) replied = false // a serializer of the user's has thrown: nothing is on its way
+      throw error
     }
+    // An onSend hook that fails keeps the answer from being recorded as it is sent.
+    if (isFirst && !late) recordWhenClosed(() => succeeds && !broken && isSuccess(raw.statusCode))
+    return reply
   }
   traceAfterReset(raw)
   if (late) leave()
