@@ -22,7 +22,7 @@ interface Memory { rss: number, held: number, read: number }
 /** A receiver in a process of its own, under a small heap. */
 async function receiver (t: Test, protocol: 'http1' | 'http2') {
   const child = spawn(process.execPath, ['--expose-gc', '--max-old-space-size=64', fileURLToPath(new URL('support/uploads.mjs', import.meta.url)), protocol], {
-    env: { ...process.env, SECRET, NODE_OPTIONS: '' },
+    env: { PATH: process.env['PATH'], SECRET },
     stdio: ['pipe', 'pipe', 'inherit']
   })
   t.teardown(async () => {
