@@ -66,13 +66,19 @@ export class Claims {
   }
 
   complete (holder: Holder): MaybePromise<void> {
+    const wasLost = holder.settled // which has been told
     holder.settled = true
     try {
       const completed = this.#store.complete(holder.key, holder.claim!.token, this.#retention)
-      return isPromise<void>(completed) ? Promise.resolve(completed).then(undefined, this.#onTrouble) : undefined
+      if (isPromise<boolean | void>(completed)) return Promise.resolve(completed).then(held => this.#completed(holder, held, wasLost), this.#onTrouble)
+      this.#completed(holder, completed, wasLost)
     } catch (error) {
       this.#onTrouble(error)
     }
+  }
+
+  #completed ({ key }: Holder, held: boolean | void, wasLost: boolean): void {
+    if (held === false && !wasLost) this.#onTrouble(this.#lost(key, 'before its success was on record: what took it over may run it again'))
   }
 
   release (holder: Holder): MaybePromise<void> {
@@ -94,7 +100,11 @@ export class Claims {
   async #renew (holder: Holder, token: string): Promise<void> {
     if (await this.#store.extend(holder.key, token, this.#lease) || holder.settled) return
     holder.settled = true
-    this.#onTrouble(new Error(`the claim on ${holder.key} was lost: its lease of ${this.#lease} ms ran out before it could be renewed`))
+    this.#onTrouble(this.#lost(holder.key, 'before it could be renewed'))
+  }
+
+  #lost (key: string, before: string): Error {
+    return new Error(`the claim on ${key} was lost: its lease of ${this.#lease} ms ran out ${before}`)
   }
 }
 

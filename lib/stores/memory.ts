@@ -96,7 +96,9 @@ export function memoryStore ({ max = 100_000 }: { max?: number } = {}): Idempote
       held(key, token)?.finished.push(handler)
     },
     complete (key, token, retention) {
-      if (held(key, token) !== undefined) settle(key, undefined, retention)
+      if (held(key, token) === undefined) return false
+      settle(key, undefined, retention)
+      return true
     },
     extend (key, token, lease) {
       const claim = held(key, token)

@@ -9,7 +9,7 @@ export interface RedisClient {
   eval (script: string, keys: number, ...args: Array<string | number>): Promise<unknown>
 }
 
-// A hash a delivery: `done`; or `token` and `ends` (ms, by the server's clock, which all processes share), and one field
+// A hash a delivery: `done`, the token that completed it; or `token` and `ends` (ms, by the server's clock, which all processes share), and one field
 // `f:<handler>` for each that finished. Each script touches one key, as a cluster asks.
 
 const NOW = `
@@ -42,9 +42,12 @@ redis.call('HSET', KEYS[1], 'f:' .. ARGV[2], 1)
 return 1
 `)
 
-const COMPLETE = script(`${HELD}
+// `done` is the token of whoever completed it: that one may ask again, as for BEGIN.
+const COMPLETE = script(`
+if redis.call('HGET', KEYS[1], 'done') == ARGV[1] then return 1 end
+${HELD}
 redis.call('DEL', KEYS[1])
-redis.call('HSET', KEYS[1], 'done', 1)
+redis.call('HSET', KEYS[1], 'done', ARGV[1])
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
 return 1
 `)
@@ -103,7 +106,7 @@ export function redisStore (redis: RedisClient, { prefix = 'openai-webhook:' }: 
       await run(CHECKPOINT, key, token, handler)
     },
     async complete (key, token, retention) {
-      await run(COMPLETE, key, token, retention)
+      return await run(COMPLETE, key, token, retention) === 1
     },
     async extend (key, token, lease) {
       return await run(EXTEND, key, token, lease) === 1

@@ -73,7 +73,7 @@ export function sqliteStore (db: SqliteDatabase): IdempotencyStore {
       checkpoint(handler, key, token)
     },
     complete (key, token, retention) {
-      complete(Date.now() + retention, key, token)
+      return complete(Date.now() + retention, key, token) === 1
     },
     extend (key, token, lease) {
       return extend(Date.now() + lease, key, token) === 1

@@ -28,8 +28,13 @@ export interface IdempotencyStore {
   begin (key: string, lease: number): MaybePromise<Claim>
   /** This handler has succeeded; a later `begin` reports it in `finished`. */
   checkpoint (key: string, token: string, handler: string): MaybePromise<void>
-  /** Every handler has succeeded. @param retention ms for which `begin` answers `done` */
-  complete (key: string, token: string, retention: number): MaybePromise<void>
+  /**
+   * Every handler has succeeded.
+   *
+   * @param retention ms for which `begin` answers `done`
+   * @returns false, where it can tell, when the claim was lost: then that is told
+   */
+  complete (key: string, token: string, retention: number): MaybePromise<boolean | void>
   /** Renews the claim. @param lease ms @returns false when the claim was lost */
   extend (key: string, token: string, lease: number): MaybePromise<boolean>
   /** Gives the claim up; keeps what finished. */
