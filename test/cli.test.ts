@@ -7,6 +7,7 @@ import { readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node
 import { join } from 'node:path'
 import { once } from 'node:events'
 import type { FastifyInstance } from 'fastify'
+import Database from 'libsql'
 import t from 'tap'
 import type { Test } from 'tap'
 import { listen as listenCommand } from '../lib/cli/listen.ts'
@@ -14,8 +15,9 @@ import { main } from '../lib/cli/main.ts'
 import { replay } from '../lib/cli/replay.ts'
 import { formatSaved, header, parseSaved } from '../lib/cli/saved.ts'
 import { trigger } from '../lib/cli/trigger.ts'
-import { guideEvents } from '../lib/index.ts'
+import { background, guideEvents } from '../lib/index.ts'
 import type { OpenAIWebhookOptions } from '../lib/index.ts'
+import { durable } from '../lib/sqlite/index.ts'
 import { sampleTypes, sign } from '../lib/testing/index.ts'
 import { launch, launchSource, start } from './support/command.ts'
 import type { Session } from './support/command.ts'
@@ -127,6 +129,7 @@ t.test('wrong usage is one line on stderr and exit code 2', async t => {
     [['trigger', 'all', '--zzzzzzzz'], 'Unknown option \'--zzzzzzzz\' (see --help)'],
     [['trigger', 'all', '--url'], 'Option \'--url <value>\' argument missing (see --help)'],
     [['trigger', 'all', '--url', '--json'], 'Option \'--url\' argument is ambiguous. (see --help)'],
+    [['trigger', 'all', '--queued', ...to], '--queued says what is right for the second delivery of --duplicate (see --help)'],
     [['trigger', '--url', 'http://127.0.0.1:9'], 'missing an event type, such as batch.completed, \'batch.*\' or all (see --help)'],
     [['trigger', 'batch.faild', ...to], 'unknown event type "batch.faild", did you mean "batch.failed"? (see --help)'],
     [['trigger', 'bach.*', ...to], 'unknown event type "bach.*", did you mean "batch.*"? (see --help)'],
@@ -276,6 +279,18 @@ t.test('trigger --duplicate delivers each again, which must be taken for what it
   const wrong = await run(t, ['trigger', 'video.failed', '--duplicate', '--url', forgetful])
   t.equal(wrong.code, 1)
   t.match(wrong.out, /^video\.failed {2}200 {2}received {2}.+\nvideo\.failed {2}200 {2}received, expected duplicate {2}.+\n2 deliveries .+: 1 × 200, 1 × 200 received, expected duplicate,/)
+  t.match(wrong.err, /^the receiver took the second for a new delivery: .*\(then give --queued\)\n$/)
+  const queued = await run(t, ['trigger', 'video.failed', '--duplicate', '--queued', '--url', forgetful])
+  t.same([queued.code, queued.err], [0, ''])
+  t.match(queued.out, '2 × 200,')
+})
+
+t.test('trigger --duplicate is right about every runner of the package that queues', async t => {
+  for (const runner of [background(), durable(new Database(':memory:'))]) {
+    const { url } = await receiver(t, { runner })
+    const right = await run(t, ['trigger', 'all', '--duplicate', '--url', url])
+    t.equal(right.code, 0, right.out)
+  }
 })
 
 t.test('trigger names what was not answered 200, and ends with 1', async t => {
@@ -284,6 +299,7 @@ t.test('trigger names what was not answered 200, and ends with 1', async t => {
   t.equal(refused.code, 1)
   t.match(refused.out, /^video\.failed +401 {2}FST_OPENAI_WEBHOOK_INVALID_SIGNATURE {2}/m)
   t.match(refused.out, /: 2 × 401 FST_OPENAI_WEBHOOK_INVALID_SIGNATURE, p50/)
+  t.equal(refused.err, 'the receiver has another signing secret than this command: start both with the same OPENAI_WEBHOOK_SECRET, or give the receiver\'s by --secret-file FILE\n')
   t.match(jsonLines((await run(t, ['trigger', 'video.failed', '--json', '--url', url])).out), [{ status: 401, code: `${CODE}INVALID_SIGNATURE` }, {}])
 
   const nowhere = await run(t, ['trigger', 'video.failed', '--url', `${url}/x`])

@@ -27,6 +27,8 @@ Sends signed sample events, as OpenAI would. A type is one such as batch.complet
   --rate R             deliveries started per second; without it each waits for the answer to the one before
   --duplicate          sends each a second time with its webhook-id, as OpenAI retries; that must be answered
                        200 {"received":true,"duplicate":true}
+  --queued             with --duplicate: 200 {"received":true} is right too. For a receiver whose runner cannot tell that
+                       it has queued a delivery already; those of this package can
   --timeout MS         how long to wait for an answer (10000)
   --json               a JSON object a line: one for each delivery, then {"summary":…}
 ${secretHelp}
@@ -48,7 +50,8 @@ export const trigger: Command = {
     data: { type: 'string', multiple: true },
     count: { type: 'string' },
     rate: { type: 'string' },
-    duplicate: { type: 'boolean' }
+    duplicate: { type: 'boolean' },
+    queued: { type: 'boolean' }
   },
   async run (args, terminal) {
     const types = selectTypes(args.positionals)
@@ -56,6 +59,7 @@ export const trigger: Command = {
     const each = count(args, 'count', 1)
     const rate = text(args, 'rate') === undefined ? undefined : count(args, 'rate', 1)
     const duplicate = args.values['duplicate'] === true
+    if (args.values['queued'] === true && !duplicate) throw usageError('--queued says what is right for the second delivery of --duplicate')
     // Before anything is sent, for a path that leads nowhere.
     for (const type of types) makeEvent(type, fields)
     const to = sender(args, terminal)
@@ -166,6 +170,13 @@ function setField (target: object, key: string, value: unknown): unknown {
   return value
 }
 
+/** What to do about an answer, by its code. */
+const ADVICE: Readonly<Record<string, string>> = {
+  FST_OPENAI_WEBHOOK_INVALID_SIGNATURE: 'the receiver has another signing secret than this command: start both with the same OPENAI_WEBHOOK_SECRET, or give the receiver\'s by --secret-file FILE'
+}
+const NOT_A_DUPLICATE = 'the receiver took the second for a new delivery: it has `idempotency: false`, or another process with a store of its own answered, ' +
+  'or its runner cannot tell what it has queued already (then give --queued)'
+
 /** Says what was answered: a line each or a bar, then a summary. */
 class Report {
   readonly #terminal: Terminal
@@ -176,12 +187,15 @@ class Report {
   readonly #counts = new Map<string, number>()
   readonly #ms: number[] = []
   readonly #started = performance.now()
+  readonly #queued: boolean
+  readonly #advice = new Set<string>()
   #done = 0
   failed = false
 
   constructor (terminal: Terminal, { values }: Arguments, types: readonly string[], expected: number) {
     this.#terminal = terminal
     this.#json = values['json'] === true
+    this.#queued = values['queued'] === true
     this.#bar = expected > MANY && terminal.isTTY && !this.#json
     this.#width = Math.max(...types.map(({ length }) => length))
     this.#expected = expected
@@ -190,12 +204,14 @@ class Report {
   /** @param again whether it had been delivered before */
   add (type: string, webhookId: string, answer: Answer, again = false): void {
     const { status, code, duplicate, ms } = answer
-    const right = status === 200 && (duplicate || !again)
+    const right = status === 200 && (duplicate || !again || this.#queued)
     const words = told(answer) + (status === 200 && !right ? ', expected duplicate' : '')
     const label = right ? '200' : `${status ?? ''} ${words}`.trim()
     this.#counts.set(label, (this.#counts.get(label) ?? 0) + 1)
     this.#done++
     this.failed ||= !right
+    const advice = status === 200 ? NOT_A_DUPLICATE : ADVICE[String(code)]
+    if (!right && advice !== undefined) this.#advice.add(advice)
     if (status !== undefined) this.#ms.push(ms)
     if (this.#json) {
       this.#line({ type, webhookId, status: status ?? null, code: code ?? null, duplicate, ms: round(ms) })
@@ -217,6 +233,7 @@ class Report {
       const quantiles = p50 === undefined || p99 === undefined ? '' : `, p50 ${milliseconds(p50)}, p99 ${milliseconds(p99)}`
       this.#terminal.out(`${this.#bar ? '\n' : ''}${this.#done} ${this.#done === 1 ? 'delivery' : 'deliveries'} in ${seconds.toFixed(2)} s: ${this.#tally()}${quantiles}\n`)
     }
+    for (const advice of this.#advice) this.#terminal.err(`${advice}\n`)
   }
 
   #tally (): string {
