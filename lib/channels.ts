@@ -2,6 +2,7 @@ import type { AsyncLocalStorage } from 'node:async_hooks'
 import { channel, tracingChannel } from 'node:diagnostics_channel'
 import type { FastifyRequest } from 'fastify'
 import { isPromise } from './maybe-promise.ts'
+import type { DeadDelivery } from './runners/runner.ts'
 import type { MaybePromise } from './stores/store.ts'
 import type { VerifiedRequest } from './types.ts'
 
@@ -39,8 +40,11 @@ export interface RefusedMessage {
 
 /** A delivery of a webhook-id that has been seen. */
 export interface DuplicateMessage extends DeliveryInfo {
-  /** `processed` before; `joined` one that is running in this process; `elsewhere`: running in another process. */
-  readonly state: 'processed' | 'joined' | 'elsewhere'
+  /**
+   * `processed` before; `joined` one that is running in this process; `elsewhere`: running in another process; `queued`: the
+   * runner has it already, whatever its state there.
+   */
+  readonly state: 'processed' | 'joined' | 'elsewhere' | 'queued'
   readonly request: VerifiedRequest
 }
 
@@ -65,6 +69,8 @@ export interface EnqueueMessage extends DeliveryInfo, TracedMessage {
    * `DeliveryMessage` of the process that runs it has them.
    */
   readonly carrier: Record<string, string>
+  /** Set once the runner has answered: whether it had the delivery already, where it can tell. */
+  duplicate?: boolean
   /** Set from the `error` message on: why the runner did not take it. */
   error?: unknown
 }
@@ -93,7 +99,7 @@ export interface HandlerMessage extends TracedMessage {
   error?: unknown
 }
 
-/** What no sender is told: a store, a runner or a `secret` function that failed, or a queued delivery that did. */
+/** What no sender is told: a store, a runner or a `secret` function that failed. */
 export interface TroubleMessage {
   readonly error: unknown
   readonly endpoint?: string | undefined
@@ -151,6 +157,7 @@ export const channels = {
   duplicate: named<DuplicateMessage>('duplicate'),
   unhandled: named<DeliveryInfo>('unhandled'),
   trouble: named<TroubleMessage>('trouble'),
+  dead: named<DeadDelivery>('dead'),
   enqueue: traced<EnqueueMessage>('enqueue'),
   delivery: traced<DeliveryMessage>('delivery'),
   handler: traced<HandlerMessage>('handler')

@@ -48,4 +48,11 @@ export const InProgress = refusal('IN_PROGRESS', 'this webhook-id is being proce
 export const HandlerFailed = refusal('HANDLER_FAILED', 'an event handler failed', 500)
 export const DeadlineExceeded = refusal('DEADLINE', 'the event is still being processed; the retry will find its result', 503)
 export const Overloaded = refusal('OVERLOADED', 'no room for another delivery now; retry later', 503)
+export const MissingRoute = coded('MISSING_ROUTE',
+  'the delivery was received at %s, which has handlers of its own, and this process has no such route: declare it in every process that runs its deliveries', 500)
 export const Unavailable = refusal('UNAVAILABLE', 'the store or queue cannot be reached; retry later', 503)
+
+// Dead deliveries
+
+export const NoDeadLetters = coded('NO_DEAD_LETTERS',
+  'the runner keeps no dead deliveries: expected durable(), bullmq(), or one with dead(), deadCount() and requeue()', 500)

@@ -26,7 +26,11 @@ export type { Claim, IdempotencyStore, MaybePromise } from './stores/store.ts'
 export { inline } from './runners/inline.ts'
 export { background } from './runners/background.ts'
 export type { BackgroundOptions } from './runners/background.ts'
-export type { Job, Runner, RunnerHost } from './runners/runner.ts'
+export type {
+  Attempts, DeadDelivery, DeliveryError, DeliveryRef, Job, RequeueOptions, Runner, RunnerHost
+} from './runners/runner.ts'
+export { deadDelivery } from './failure.ts'
+export type { DeadLetters, DeadLettersOptions } from './dead-letters.ts'
 
 // Diagnosis
 export { diagnose } from './diagnose.ts'
@@ -42,7 +46,7 @@ export type {
 // Options and contexts
 export type { EndpointOptions, IdempotencyOptions, OpenAIWebhookOptions, ReceivingOptions } from './options.ts'
 export type { EventContext } from './pipeline/dispatch.ts'
-export type { ErrorHandler, FailureInfo, HandlerOptions } from './registry.ts'
+export type { DeadHandler, ErrorHandler, FailureInfo, HandlerOptions } from './registry.ts'
 export type { OpenAIWebhook, RequestDelivery, RouteOverrides, Delivery, VerifiedHandler, VerifiedRequest, WebhookHeaders, WebhookRouteOptions } from './types.ts'
 
 /**

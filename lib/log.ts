@@ -5,6 +5,8 @@ import type { FastifyBaseLogger } from 'fastify'
 const MAX_TEXT = 10_000
 /** Causes of an error, and of its causes, that are logged. */
 const MAX_CAUSES = 5
+/** Errors of an AggregateError that are logged. */
+const MAX_ERRORS = 100
 
 /**
  * Logs what a user's code threw: clipped where it is huge, and in place of one that cannot be read (a getter that
@@ -27,12 +29,14 @@ export function write (log: FastifyBaseLogger, level: 'info' | 'warn' | 'error',
 
 function clipped (error: unknown, causes = MAX_CAUSES): unknown {
   if (typeof error === 'string') return error.slice(0, MAX_TEXT)
-  if (error instanceof AggregateError) return new AggregateError(error.errors.map(each => clipped(each, causes)), error.message.slice(0, MAX_TEXT))
   if (!(error instanceof Error)) return error
   const { message, stack = '', cause } = error
+  const errors = error instanceof AggregateError ? error.errors.slice(0, MAX_ERRORS).map(each => clipped(each, causes)) : undefined
   const clippedCause = causes === 0 ? undefined : clipped(cause, causes - 1)
-  if (message.length <= MAX_TEXT && stack.length <= MAX_TEXT && clippedCause === cause) return error
-  const copy = new Error(message.slice(0, MAX_TEXT), clippedCause === undefined ? undefined : { cause: clippedCause })
+  if (errors === undefined && message.length <= MAX_TEXT && stack.length <= MAX_TEXT && clippedCause === cause) return error
+  const options = clippedCause === undefined ? undefined : { cause: clippedCause }
+  const text = message.slice(0, MAX_TEXT)
+  const copy = errors === undefined ? new Error(text, options) : new AggregateError(errors, text, options)
   copy.name = error.name
   copy.stack = stack.slice(0, MAX_TEXT)
   return copy
@@ -59,6 +63,13 @@ export function logs (log: FastifyBaseLogger, level: 'info' | 'warn'): boolean {
   const { isLevelEnabled } = log as { isLevelEnabled?: (level: string) => boolean }
   // Fastify's `logger: false` has one function for all levels.
   return isLevelEnabled === undefined ? log[level] !== log.fatal : isLevelEnabled.call(log, level)
+}
+
+/** What to do where a wrong setting is behind a refusal, by its code. */
+const FIXES: Readonly<Record<string, string>> = {
+  FST_OPENAI_WEBHOOK_INVALID_SIGNATURE: 'where the sender is OpenAI: compare OPENAI_WEBHOOK_SECRET, or the secret option, with the signing secret ' +
+    '(whsec_…) of the endpoint that has this URL at OpenAI, and give both while one replaces another; if it is the same, something in ' +
+    'front of the app rewrites the body. Log level debug and `npx openai-webhook diagnose` say which'
 }
 
 /** Lines about refusals with one code at one endpoint that are written in a window; the others are counted. */
@@ -90,7 +101,7 @@ export class RefusalLog {
   }
 
   write (log: FastifyBaseLogger, code: string, statusCode: number, delivery: Described & { endpoint: string }): void {
-    if (this.#hasRoom(log, code, delivery.endpoint)) write(log, 'warn', { code, statusCode, ...logFields(delivery) }, 'webhook delivery refused')
+    if (this.#hasRoom(log, code, delivery.endpoint)) write(log, 'warn', { code, statusCode, ...logFields(delivery), fix: FIXES[code] }, 'webhook delivery refused')
   }
 
   /** A hook of the app has answered in place of the plugin. */

@@ -5,11 +5,14 @@ import fp from 'fastify-plugin'
 import { handling, keepRefusal, refuseErrors, statusOf } from './answer.ts'
 import type { RouteErrorHandler } from './answer.ts'
 import { channels } from './channels.ts'
+import { RunnerDeadLetters } from './dead-letters.ts'
+import type { DeadLetters } from './dead-letters.ts'
 import { Deadline } from './deadline.ts'
 import { diagnoseQuickly } from './diagnose.ts'
 import { AlreadyRegistered, InvalidOptions, InvalidRoute, InvalidSignature, Overloaded, UnprotectedRoute } from './errors.ts'
 import { officialEvents } from './events/index.ts'
 import { Exchange } from './exchange.ts'
+import { causeOf, isHandlersFailure } from './failure.ts'
 import { RefusalLog, logError, logFields } from './log.ts'
 import { assertSpelling, registeredIn } from './marked-routes.ts'
 import { attempt, isPromise } from './maybe-promise.ts'
@@ -33,7 +36,7 @@ import { HandlerList, HandlerTable, Registry } from './registry.ts'
 import type { FailureInfo, Refused } from './registry.ts'
 import { inline } from './runners/inline.ts'
 import { runnersInUse } from './runners/runner.ts'
-import type { Runner } from './runners/runner.ts'
+import type { Attempts, DeadDelivery, Job, Runner } from './runners/runner.ts'
 import { memoryStore } from './stores/memory.ts'
 import type { IdempotencyStore } from './stores/store.ts'
 import { OpenAIWebhookScope } from './scope.ts'
@@ -125,6 +128,8 @@ export class Plugin {
   readonly #settleRoutes: Array<() => void> = []
   #closed: Promise<void> | undefined
 
+  readonly deadLetters: DeadLetters
+
   /** For a route that replies by dispatching, on a marked route. */
   readonly handler: RouteHandlerMethod
 
@@ -138,6 +143,7 @@ export class Plugin {
     this.#events = schemas
     this.#refusals = new RefusalLog(instance.log)
     this.#runner = options.runner ?? inline()
+    this.deadLetters = new RunnerDeadLetters(this.#runner)
     this.#deadline = new Deadline(options.deadline ?? DEFAULTS.deadline)
     this.#closeTimeout = options.closeTimeout ?? DEFAULTS.closeTimeout
     this.#receiver = new Receiver({
@@ -153,7 +159,11 @@ export class Plugin {
       log: instance.log,
       signal: this.#abort.signal,
       handlersOf: endpoint => this.#table(endpoint),
-      report: (error, job) => this.trouble(error, job ?? {})
+      report: (error, job, attempts) => {
+        if (job !== undefined && isHandlersFailure(error)) this.failed(error, job, attempts)
+        else this.trouble(error, job ?? {}, attempts?.attempt)
+      },
+      dead: (delivery, error) => this.dead(delivery, error)
     })
     this.handler = function ({ method, routeOptions: { config, url } }) {
       if (!(PROTECTED in config)) throw new UnprotectedRoute(`${method} ${String(url)}`, DECLARED_EARLY)
@@ -334,10 +344,27 @@ export class Plugin {
   }
 
   /** What no sender hears of: logged here, since no error handler will. */
-  trouble (error: unknown, { endpoint, webhookId, event }: FailureInfo): void {
-    logError(this.#instance.log, error, logFields({ endpoint, webhookId, event }), 'webhook trouble')
+  trouble (error: unknown, delivery: FailureInfo, attempt?: number): void {
+    logError(this.#instance.log, error, logFields(delivery, attempt), 'webhook trouble')
+    const { endpoint, webhookId, event } = delivery
     if (channels.trouble.hasSubscribers) channels.trouble.publish({ error, endpoint, webhookId, event })
-    this.report(error, { ...(endpoint !== undefined && { endpoint }), ...(webhookId !== undefined && { webhookId }), ...(event !== undefined && { event }) })
+    this.report(error, infoOf(delivery))
+  }
+
+  /** Handlers have failed a delivery that a runner had acknowledged. */
+  failed (error: unknown, job: Job, attempts?: Attempts): void {
+    const fate = attempts === undefined ? '' : ' and will be attempted again'
+    logError(this.#instance.log, causeOf(error), { ...logFields(job, attempts?.attempt), attempts: attempts?.attempts }, `webhook delivery failed${fate}`)
+    this.report(error, infoOf(job))
+  }
+
+  /** Nothing will attempt it again, unless a person does. */
+  dead (delivery: DeadDelivery, error: unknown): void {
+    const { log } = this.#instance
+    logError(log, causeOf(error), logFields(delivery, delivery.attempts), 'webhook delivery is dead')
+    if (channels.dead.hasSubscribers) channels.dead.publish(delivery)
+    this.report(error, infoOf(delivery))
+    this.registry.bury(delivery, thrown => logError(log, thrown, logFields(delivery), 'an onDead handler failed'))
   }
 
   #routeHandlers (on: RouteOverrides['on'], scope: FastifyInstance): HandlerList {
@@ -510,6 +537,10 @@ export class Plugin {
     for (const deadline of this.#bodyDeadlines.values()) deadline.close()
     this.#refusals.flush()
   }
+}
+
+function infoOf ({ endpoint, webhookId, event }: FailureInfo): FailureInfo {
+  return { ...(endpoint !== undefined && { endpoint }), ...(webhookId !== undefined && { webhookId }), ...(event !== undefined && { event }) }
 }
 
 /** onError: the answer is not out yet. */

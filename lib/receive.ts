@@ -3,7 +3,9 @@ import type { IncomingHttpHeaders } from 'node:http'
 import type { FastifyBaseLogger } from 'fastify'
 import { channels, trace } from './channels.ts'
 import type { EnqueueMessage } from './channels.ts'
-import { DeadlineExceeded, HandlerFailed, InProgress, Overloaded, Unavailable } from './errors.ts'
+import { DeadlineExceeded, HandlerFailed, InProgress, MissingRoute, Overloaded, Unavailable } from './errors.ts'
+import { handlersFailed } from './failure.ts'
+import type { HandlerFailure } from './failure.ts'
 import { isPromise, then } from './maybe-promise.ts'
 import { isObserved, observeDelivery, observeDuplicate } from './observe.ts'
 import type { Claims } from './pipeline/deduplicate.ts'
@@ -17,7 +19,8 @@ import type { Verified } from './verifiers/verifier.ts'
 import type { HandlerTable } from './registry.ts'
 import { Context, Run } from './run.ts'
 import type { Answer, Outcome, Sender } from './run.ts'
-import type { Job, Runner, RunnerHost } from './runners/runner.ts'
+import { keyOf } from './runners/runner.ts'
+import type { Attempts, DeadDelivery, Job, Runner, RunnerHost } from './runners/runner.ts'
 import type { Claim, MaybePromise } from './stores/store.ts'
 import type { Delivery, WebhookEvent } from './types.ts'
 
@@ -31,6 +34,7 @@ export interface ReceiverOptions {
   /** The handlers of a job's endpoint; of the app alone where this process does not have that route. */
   handlersOf: (endpoint: string) => HandlerTable
   report: RunnerHost['report']
+  dead: NonNullable<RunnerHost['dead']>
 }
 
 /** Which secret matched: for the channels, and nobody else. */
@@ -69,7 +73,7 @@ export class Receiver implements RunnerHost {
 
   /** deduplicate → dispatch: the event is handled once, however often it is delivered, and the sender told. */
   receive (endpoint: string, { webhookId, timestamp, event }: Delivery, sender: Sender): void {
-    const key = keyOf(endpoint, webhookId)
+    const key = keyOf({ endpoint, webhookId })
     const running = this.#received.get(key) ?? (this.#queued.size > 0 ? this.#queued.get(key) : undefined)
     if (running !== undefined) return this.#join(running, sender)
     if (this.closing) return sender.failed(new Overloaded())
@@ -89,23 +93,40 @@ export class Receiver implements RunnerHost {
   /** RunnerHost: runs the handlers of a job that a runner holds. */
   process (job: Job, attempt?: number): MaybePromise<void> {
     // inline() comes back while its job is being accepted: no look-up.
-    const run = this.#accepting?.job === job ? this.#accepting : this.#received.get(keyOf(job.endpoint, job.webhookId))
+    const run = this.#accepting?.job === job ? this.#accepting : this.#received.get(keyOf(job))
     if (run?.started === true) return run.failed ? this.#processQueued(job, attempt) : run.processed
     if (run?.claim !== undefined) {
       run.attempt = attempt
+      // One that was dead, requeued, and is being delivered again.
+      if (job.finished !== undefined) run.job = job
       return this.#process(run, run.claim.finished)
     }
     return this.#processQueued(job, attempt)
   }
 
   /** RunnerHost */
-  report (error: unknown, job?: Job): void {
-    this.#options.report(error, job)
+  report (error: unknown, job?: Job, attempts?: Attempts): void {
+    this.#options.report(error, job, attempts)
+  }
+
+  /** RunnerHost */
+  dead (delivery: DeadDelivery, error: unknown): void {
+    this.#options.dead(delivery, error)
+  }
+
+  /** RunnerHost: claims the job for as long as it takes to see what finished of it. */
+  async recorded (job: Job): Promise<{ done: boolean, finished: readonly string[] }> {
+    let finished: readonly string[] | undefined
+    await this.#whenFree(job, undefined, async (run, claim) => {
+      finished = union(claim.finished, job.finished)
+      await this.#options.claims.release(run)
+    })
+    return { done: finished === undefined, finished: finished ?? NONE }
   }
 
   /** What the sender is told when a delivery is not done by its deadline. */
   lateness (endpoint: string, { webhookId }: Delivery): Error {
-    const run = this.#received.get(keyOf(endpoint, webhookId))
+    const run = this.#received.get(keyOf({ endpoint, webhookId }))
     return run?.begun === false ? new Unavailable() : new DeadlineExceeded()
   }
 
@@ -119,7 +140,7 @@ export class Receiver implements RunnerHost {
     const isWaiting = run.answer === undefined && run.sender !== undefined
     if (isWaiting && run.joined !== undefined && run.joined.size >= MAX_JOINED) return sender.failed(new Overloaded())
     observeDuplicate(run.job, sender, 'joined')
-    if (!isWaiting) return tell(sender, run.answer ?? ACCEPTED)
+    if (!isWaiting) return tell(sender, run.answer ?? QUEUED)
     const joined = (run.joined ??= new Set())
     // Answered in the async context of its own request, not of the one that it joins.
     const answered = AsyncResource.bind((answer: Answer) => tell(sender, answer))
@@ -139,7 +160,8 @@ export class Receiver implements RunnerHost {
     } else {
       const isQueued = this.#queued.has(run.key)
       observeDuplicate(run.job, run.sender!, isQueued ? 'joined' : 'elsewhere')
-      this.#answer(run, isQueued ? undefined : new InProgress())
+      if (isQueued) this.#answer(run, undefined, 'duplicate')
+      else this.#answer(run, new InProgress())
     }
   }
 
@@ -149,26 +171,33 @@ export class Receiver implements RunnerHost {
     try {
       // The route's own handler replies once the others have succeeded: they run here, whatever the runner.
       accepted = run.sender!.respond !== undefined ? this.#process(run, finished) : this.#enqueue(run)
-      pending = isPromise<void>(accepted) // reads its `then`, which may be a getter
+      pending = isPromise<Accepted>(accepted) // reads its `then`, which may be a getter
     } catch (error) {
       return this.#refused(run, error)
     }
-    if (pending) Promise.resolve(accepted).then(() => this.#accepted(run), error => this.#refused(run, error))
-    else this.#accepted(run)
+    if (pending) Promise.resolve(accepted).then(accepted => this.#accepted(run, accepted), error => this.#refused(run, error))
+    else this.#accepted(run, accepted as Accepted)
   }
 
-  #enqueue (run: Run): MaybePromise<void> {
+  #enqueue (run: Run): MaybePromise<Accepted> {
+    if (this.#options.handlersOf(run.job.endpoint).hasRouteHandlers) {
+      const { webhookId, timestamp, endpoint, event } = run.job // by name: to spread it costs 4 µs
+      run.job = { webhookId, timestamp, endpoint, event, routeHandlers: true }
+    }
     // A runner without a queue runs the handlers now.
     if (this.#options.runner.depth === undefined || !channels.enqueue.hasSubscribers) return this.#hand(run, run.job)
     const { webhookId, timestamp, endpoint, event } = run.job
     const message: EnqueueMessage = { webhookId, timestamp, endpoint, event, request: run.sender!.request, carrier: {} }
     return trace(channels.enqueue, message, () => {
       if (Object.keys(message.carrier).length > 0) run.job = { ...run.job, carrier: message.carrier }
-      return this.#hand(run, run.job)
+      return then(this.#hand(run, run.job), accepted => {
+        message.duplicate = accepted === 'duplicate'
+        return accepted
+      })
     })
   }
 
-  #hand (run: Run, job: Job): MaybePromise<void> {
+  #hand (run: Run, job: Job): MaybePromise<Accepted> {
     this.#accepting = run
     try {
       return this.#options.runner.run(job)
@@ -177,10 +206,14 @@ export class Receiver implements RunnerHost {
     }
   }
 
-  #accepted (run: Run): void {
+  #accepted (run: Run, accepted: Accepted): void {
     // Handlers that were started settle the claim themselves.
-    if (run.started) this.#answer(run, undefined)
-    else then(this.#letGo(run), () => this.#answer(run, undefined))
+    if (run.started) return this.#answer(run, undefined)
+    then(this.#letGo(run), () => {
+      if (accepted !== 'duplicate') return this.#answer(run, undefined)
+      observeDuplicate(run.job, run.sender!, 'queued')
+      this.#answer(run, undefined, 'duplicate')
+    })
   }
 
   #refused (run: Run, error: unknown): void {
@@ -197,10 +230,12 @@ export class Receiver implements RunnerHost {
   }
 
   /** Runs the handlers that have not succeeded, and keeps their end for whoever asks for it again. */
-  #process (run: Run, finished: readonly string[]): MaybePromise<void> {
+  #process (run: Run, recorded: readonly string[]): MaybePromise<void> {
     run.started = true
     const { log } = this.#options
     const all = this.#handlers(run)
+    const finished = union(recorded, run.job.finished)
+    run.finished = finished
     const handlers = finished.length === 0 ? all : all.filter(({ name }) => !finished.includes(name))
     if (channels.unhandled.hasSubscribers) this.#tellUnhandled(run)
     run.processed = isObserved(run, log)
@@ -217,13 +252,20 @@ export class Receiver implements RunnerHost {
   readonly #progress: Progress<Run> = {
     // The last success is recorded by completing the delivery, unless the route's own handler comes after it.
     succeeded: (run, { name }, last) => last && run.sender?.respond === undefined ? undefined : this.#options.claims.checkpoint(run, name),
-    ended: (run, errors) => {
+    ended: (run, failures) => {
       const { claims } = this.#options
-      if (errors.length > 0) return then(claims.release(run), () => this.#ended(run, failure(errors, this.#handlers(run).length)))
+      if (failures.length > 0) return then(claims.release(run), () => this.#ended(run, this.#failed(run, failures)))
       if (run.sender?.respond !== undefined) return this.#respond(run)
       const recorded = claims.complete(run)
       return isPromise<void>(recorded) ? recorded.then(() => this.#ended(run)) : this.#ended(run)
     }
+  }
+
+  /** All of them have ended: those that have not failed are finished. */
+  #failed (run: Run, failures: readonly HandlerFailure[]): Error {
+    const handlers = this.#handlers(run)
+    const succeeded = handlers.map(({ name }) => name).filter(name => !failures.some(({ handler }) => handler === name))
+    return handlersFailed(failures, handlers.length, union(run.finished, succeeded))
   }
 
   #respond (run: Run): Promise<void> {
@@ -231,7 +273,7 @@ export class Receiver implements RunnerHost {
     return new Promise((resolve, reject) => {
       run.sender!.respond!((succeeded, error) => then(succeeded ? claims.complete(run) : claims.release(run), () => {
         try {
-          this.#ended(run, succeeded ? undefined : error === undefined ? new HandlerFailed() : failure([error], 1))
+          this.#ended(run, succeeded ? undefined : error === undefined ? new HandlerFailed() : handlersFailed([{ handler: OWN_HANDLER, error }], 1, NONE))
           resolve()
         } catch (failed) {
           reject(failed)
@@ -275,16 +317,22 @@ export class Receiver implements RunnerHost {
   }
 
   async #processQueued (job: Job, attempt: number | undefined): Promise<void> {
-    const key = keyOf(job.endpoint, job.webhookId)
+    if (job.routeHandlers === true && !this.#options.handlersOf(job.endpoint).hasRouteHandlers) throw new MissingRoute(job.endpoint)
+    await this.#whenFree(job, attempt, async (run, claim) => await this.#process(run, claim.finished))
+  }
+
+  /** Does its work with the claim, unless the job has been processed. */
+  async #whenFree (job: Job, attempt: number | undefined, work: Work): Promise<void> {
+    const key = keyOf(job)
     // Whoever received it, here or in another process, may have yet to let go of it.
-    for (let wait = FIRST_WAIT; this.#queued.has(key) || !await this.#attempt(key, job, attempt); wait *= 2) {
+    for (let wait = FIRST_WAIT; this.#queued.has(key) || !await this.#attempt(key, job, attempt, work); wait *= 2) {
       if (wait > LONGEST_WAIT) throw new InProgress()
       await new Promise(resolve => setTimeout(resolve, wait))
     }
   }
 
   /** @returns false when somebody else has the claim */
-  async #attempt (key: string, job: Job, attempt: number | undefined): Promise<boolean> {
+  async #attempt (key: string, job: Job, attempt: number | undefined, work: Work): Promise<boolean> {
     const run = new Run(key, job, undefined)
     run.attempt = attempt
     this.#queued.set(key, run)
@@ -293,7 +341,7 @@ export class Receiver implements RunnerHost {
       if (claim.state === 'running') return false
       if (claim.state === 'claimed') {
         run.claim = claim
-        await this.#process(run, claim.finished)
+        await work(run, claim)
       }
       return true
     } finally {
@@ -305,37 +353,30 @@ export class Receiver implements RunnerHost {
 /** Others that may wait for the answer of one delivery, each with its request. OpenAI sends one at a time. */
 const MAX_JOINED = 100
 
+type Work = (run: Run, claim: Extract<Claim, { state: 'claimed' }>) => Promise<void>
+
+/** What a runner says to a job that it was given. */
+type Accepted = void | 'duplicate'
+
 /** ms; the waits between them add up to about five seconds. */
 const FIRST_WAIT = 20
 const LONGEST_WAIT = 5_000
 
-/** What the sender of a job that a queue holds has been told. */
-const ACCEPTED: Answer = { error: undefined, outcome: 'processed' }
+/** What the sender of a job that a queue holds is told. */
+const QUEUED: Answer = { error: undefined, outcome: 'duplicate' }
+
+const NONE: readonly string[] = []
+
+/** The route's own handler, which replies, where handlers are named. */
+const OWN_HANDLER = 'handler'
+
+function union (names: readonly string[], others: readonly string[] = NONE): readonly string[] {
+  return others.length === 0 ? names : [...new Set([...names, ...others])]
+}
 
 function tell (sender: Sender, { error, outcome }: Answer): void {
   if (error === undefined) sender.succeeded(outcome)
   else sender.failed(error)
-}
-
-const MAX_SUMMARY = 1_000
-
-/** The cause is for logs and dead letters; a sender never sees it. */
-function failure (errors: readonly unknown[], handlers: number): Error {
-  const summary = `${errors.length} of ${handlers} handlers failed: ${errors.map(textOf).join('; ').slice(0, MAX_SUMMARY)}`
-  return new HandlerFailed({ cause: new AggregateError(errors, summary) })
-}
-
-function textOf (error: unknown): string {
-  try {
-    return error instanceof Error ? String(error.message).slice(0, MAX_SUMMARY) : `threw ${error === null ? 'null' : typeof error}`
-  } catch {
-    return 'an error that cannot be read'
-  }
-}
-
-// Neither a URL nor a webhook-id holds a space.
-function keyOf (endpoint: string, webhookId: string): string {
-  return `${endpoint} ${webhookId}`
 }
 
 function isCoded (error: unknown): boolean {

@@ -2,6 +2,7 @@ import type { FastifyInstance } from 'fastify'
 import { AlreadyStarted, InvalidOptions } from './errors.ts'
 import { nearest } from './nearest.ts'
 import type { EventContext, Handler } from './pipeline/dispatch.ts'
+import type { DeadDelivery } from './runners/runner.ts'
 
 /** A handler whatever its event; the event's type is checked where it is registered. */
 export type AnyHandler = (this: FastifyInstance, event: never, context: EventContext) => unknown
@@ -17,6 +18,8 @@ export interface HandlerOptions {
 }
 
 export type ErrorHandler = (error: Error, info: FailureInfo) => unknown
+
+export type DeadHandler = (delivery: DeadDelivery) => unknown
 
 /** What is known of the delivery that failed; nothing is for a refusal by header. */
 export interface FailureInfo {
@@ -39,6 +42,8 @@ interface Registration {
 export class HandlerList {
   readonly #known: ReadonlySet<string>
   readonly #label: string
+  /** Of a route, not the app's. */
+  readonly isRoutes: boolean
   readonly #names = new Set<string>()
   readonly #matching: Registration[] = []
   readonly any: Handler[] = []
@@ -49,6 +54,11 @@ export class HandlerList {
   constructor (known: ReadonlySet<string>, label: string) {
     this.#known = known
     this.#label = label
+    this.isRoutes = label !== ''
+  }
+
+  get isEmpty (): boolean {
+    return this.#count === 0
   }
 
   on (types: string | readonly string[], fn: AnyHandler, scope: FastifyInstance, options?: HandlerOptions): void {
@@ -116,6 +126,7 @@ function families (types: Iterable<string>): Set<string> {
 export class Registry {
   readonly app: HandlerList
   readonly errorHandlers: ErrorHandler[] = []
+  readonly deadHandlers: DeadHandler[] = []
   closed = false
 
   constructor (readonly known: ReadonlySet<string>) {
@@ -128,13 +139,22 @@ export class Registry {
 
   /** Tells every `onError` handler. What a handler throws is handed to `fallback`, never to the delivery. */
   report (error: unknown, info: FailureInfo, fallback: (error: unknown) => void): void {
-    for (const handler of this.errorHandlers) {
-      try {
-        const result = handler(error as Error, info)
-        if (isThenable(result)) result.then(undefined, fallback)
-      } catch (thrown) {
-        fallback(thrown)
-      }
+    tell(this.errorHandlers, handler => handler(error as Error, info), fallback)
+  }
+
+  /** Tells every `onDead` handler, likewise. */
+  bury (delivery: DeadDelivery, fallback: (error: unknown) => void): void {
+    tell(this.deadHandlers, handler => handler(delivery), fallback)
+  }
+}
+
+function tell<Handler> (handlers: readonly Handler[], call: (handler: Handler) => unknown, fallback: (error: unknown) => void): void {
+  for (const handler of handlers) {
+    try {
+      const result = call(handler)
+      if (isThenable(result)) result.then(undefined, fallback)
+    } catch (thrown) {
+      fallback(thrown)
     }
   }
 }
@@ -153,11 +173,14 @@ export class HandlerTable {
    * nothing has checked the shape.
    */
   readonly #unknown: readonly Handler[]
+  /** Whether the route has handlers of its own, beside the app's. */
+  readonly hasRouteHandlers: boolean
 
   constructor (lists: readonly HandlerList[], known: ReadonlySet<string>) {
     const any = lists.flatMap(list => list.any)
     const unhandled = lists.flatMap(list => list.unhandled)
     this.#unknown = [...any, ...unhandled]
+    this.hasRouteHandlers = lists.some(list => list.isRoutes && !list.isEmpty)
     for (const type of known) {
       const matching = lists.flatMap(list => list.matching(type))
       this.#byType.set(type, matching.length > 0 ? [...any, ...matching] : this.#unknown)

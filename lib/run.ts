@@ -28,6 +28,8 @@ export interface Answer {
   readonly outcome: Outcome
 }
 
+const NONE: readonly string[] = []
+
 /** One delivery in this process, from its claim to its end. */
 export class Run {
   /** Whether the store has answered. */
@@ -36,6 +38,8 @@ export class Run {
   claim: Extract<Claim, { state: 'claimed' }> | undefined = undefined
   /** Whether the claim has been given up or completed, or was lost: it is not to be renewed. */
   settled = false
+  /** Handlers that had succeeded before they were started. */
+  finished: readonly string[] = NONE
   /** Whether its handlers have been started with the claim: then they settle it. */
   started = false
   /** Whether they have ended, and that is on record. */

@@ -19,6 +19,10 @@ export class OpenAIWebhookScope implements OpenAIWebhook {
     return this.#plugin.handler
   }
 
+  get deadLetters (): OpenAIWebhook['deadLetters'] {
+    return this.#plugin.deadLetters
+  }
+
   on (types: string | readonly string[], handler: AnyHandler, options?: HandlerOptions): this {
     this.#open('on').app.on(types, handler, this.#scope, options)
     return this
@@ -37,6 +41,12 @@ export class OpenAIWebhookScope implements OpenAIWebhook {
   onError (handler: Parameters<OpenAIWebhook['onError']>[0]): this {
     if (typeof handler !== 'function') throw new InvalidOptions(`onError(): expected a function, got ${typeof handler}`)
     this.#open('onError').errorHandlers.push(handler)
+    return this
+  }
+
+  onDead (handler: Parameters<OpenAIWebhook['onDead']>[0]): this {
+    if (typeof handler !== 'function') throw new InvalidOptions(`onDead(): expected a function, got ${typeof handler}`)
+    this.#open('onDead').deadHandlers.push(handler)
     return this
   }
 

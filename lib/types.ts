@@ -2,11 +2,12 @@ import type {
   FastifyContextConfig, FastifyInstance, FastifyRequest, RawReplyDefaultExpression, RawRequestDefaultExpression, RawServerDefault,
   RouteGenericInterface, RouteHandlerMethod
 } from 'fastify'
+import type { DeadLetters } from './dead-letters.ts'
 import type { OfficialEvents } from './events/index.ts'
 import type { OpenAIWebhookEvents } from './index.ts'
 import type { EndpointOptions, ReceivingOptions } from './options.ts'
 import type { EventContext } from './pipeline/dispatch.ts'
-import type { ErrorHandler, HandlerOptions } from './registry.ts'
+import type { DeadHandler, ErrorHandler, HandlerOptions } from './registry.ts'
 
 /** Every event type with its event: OpenAI's, and what is merged into `OpenAIWebhookEvents` in place of or beside them. */
 export type EventMap = Omit<OfficialEvents, keyof OpenAIWebhookEvents> & OpenAIWebhookEvents
@@ -92,6 +93,11 @@ export interface OpenAIWebhook {
   /** Tells the handler of every failure. What it returns or throws changes nothing for the sender. */
   onError (handler: ErrorHandler): this
   /**
+   * Tells the handler of each delivery whose attempts are used up, once, in the process that made the last one. What it
+   * throws is logged. A crash may swallow the telling: what counts is `deadLetters`.
+   */
+  onDead (handler: DeadHandler): this
+  /**
    * Adds a receiving route in this scope, with its own overrides. The app's handlers run there and those in `on`.
    *
    * Throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS, FST_OPENAI_WEBHOOK_INVALID_SECRET, FST_OPENAI_WEBHOOK_ALREADY_STARTED.
@@ -104,6 +110,8 @@ export interface OpenAIWebhook {
    * @returns the event; rejects with the coded errors of the verify and validate steps
    */
   unwrap (rawBody: string | Uint8Array, headers: WebhookHeaders, overrides?: Omit<EndpointOptions, 'bodyLimit'>): Promise<WebhookEvent>
+  /** The deliveries whose attempts are used up, where the runner keeps them: `durable()`, `bullmq()`. */
+  readonly deadLetters: DeadLetters
   /** A marked route's handler that runs the event handlers, the app's included, and acknowledges. */
   readonly handler: RouteHandlerMethod
 }

@@ -6,7 +6,7 @@ import type { FastifyInstance, FastifyRequest } from 'fastify'
 import Database from 'libsql'
 import t from 'tap'
 import { background, channels, memoryStore } from '../lib/index.ts'
-import type { DeliveryMessage, EnqueueMessage, HandlerMessage, IdempotencyStore, MessageChannel, OpenAIWebhookOptions, Runner, VerifiedRequest, Verifier } from '../lib/index.ts'
+import type { DeliveryMessage, EnqueueMessage, HandlerMessage, IdempotencyStore, MessageChannel, OpenAIWebhookOptions, Runner, RunnerHost, VerifiedRequest, Verifier } from '../lib/index.ts'
 import { durable } from '../lib/sqlite/index.ts'
 import { SECRET, build, post, sign, thin } from './support/deliveries.ts'
 import { capturedLog, deferred, redelivered } from './support/observe.ts'
@@ -16,7 +16,7 @@ type Teardown = { teardown: (fn: () => unknown) => void }
 const ENDPOINT = '/webhooks/openai'
 const OLD_SECRET = `whsec_${Buffer.alloc(32, 'old').toString('base64')}`
 const STAGES = ['start', 'end', 'asyncStart', 'asyncEnd', 'error'] as const
-const PLAIN = ['verified', 'refused', 'duplicate', 'unhandled', 'trouble'] as const
+const PLAIN = ['verified', 'refused', 'duplicate', 'unhandled', 'trouble', 'dead'] as const
 const TRACED = ['enqueue', 'delivery', 'handler'] as const
 
 type Any = Record<string, unknown>
@@ -207,13 +207,21 @@ t.test('trouble: what no sender hears of, with the delivery where there is one',
   t.equal((await post(app, valid())).statusCode, 200)
   t.same(messagesOf(told, 'trouble'), [{ error: failure, endpoint: undefined, webhookId: undefined, event: undefined }])
 
-  const queued = await build(t, { runner: background() })
-  failing(queued)
-  await post(queued, valid())
-  await queued.close()
-  const [, { error, ...delivery }] = messagesOf(told, 'trouble') as [Any, Any]
-  t.equal((error as { code: string }).code, 'FST_OPENAI_WEBHOOK_HANDLER_FAILED')
-  t.same(delivery, { endpoint: ENDPOINT, webhookId: 'wh_1', event: thin('batch.failed') })
+  let host!: RunnerHost
+  const queued = await build(t, { runner: { start (startedBy) { host = startedBy }, run () {} } })
+  await queued.ready()
+  host.report(failure, { endpoint: ENDPOINT, webhookId: 'wh_1', timestamp: 1, event: thin('batch.failed') })
+  t.same(messagesOf(told, 'trouble')[1], { error: failure, endpoint: ENDPOINT, webhookId: 'wh_1', event: thin('batch.failed') })
+})
+
+t.test('dead: a delivery that nothing will attempt again, and no trouble', async t => {
+  const told = record(t, 'dead', 'trouble')
+  const app = await build(t, { runner: background() })
+  failing(app)
+  await post(app, valid())
+  await app.close()
+  t.match(messagesOf(told, 'dead'), [{ endpoint: ENDPOINT, webhookId: 'wh_1', event: thin('batch.failed'), attempts: 1, errors: [{ handler: '#0', message: 'the handler failed' }], finished: [] }])
+  t.equal(told.length, 1)
 })
 
 t.test('delivery and handler: one object each, in order, for handlers that are done at once', async t => {

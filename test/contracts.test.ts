@@ -81,17 +81,17 @@ t.test('runners', async t => {
       const fresh = (): Runner => {
         const db = open(join(dir, `${++files}.db`))
         t.teardown(() => db.close())
-        return durable(db, { backoff: 5 })
+        return durable(db, { backoff: 5, attempts: 2 })
       }
-      await keeps(t, runnerContract(fresh))
+      await keeps(t, runnerContract(fresh, { attempts: 2 }))
     })
   }
 
   await t.test('bullmq', { skip: redisMissing }, async t => {
     const { port } = await RedisServer.start(t)
     let queues = 0
-    const fresh = (): Runner => bullmq({ connection: { host: '127.0.0.1', port }, queueName: `contract-${++queues}`, backoff: 5, removeOnFail: { count: 100 } })
-    await keeps(t, runnerContract(fresh))
+    const fresh = (): Runner => bullmq({ connection: { host: '127.0.0.1', port }, queueName: `contract-${++queues}`, backoff: 5, attempts: 2 })
+    await keeps(t, runnerContract(fresh, { attempts: 2 }))
   })
 })
 
@@ -124,4 +124,9 @@ t.test('bullmq takes nothing before it was started', async t => {
   const job = { webhookId: 'wh_1', timestamp: 1, endpoint: '/webhooks/openai', event: { type: 'batch.failed' } }
   await t.rejects(Promise.resolve(runner.run(job)), { code: 'FST_OPENAI_WEBHOOK_OVERLOADED' })
   await t.resolves(Promise.resolve(runner.close?.()))
+})
+
+t.test('a runner that keeps no dead deliveries breaks the contract that says it does', async t => {
+  const cases = runnerContract(() => background(), { attempts: 1 })
+  await t.rejects(cases.at(-1)!.run(), { message: 'expected dead(), deadCount() and requeue()' })
 })

@@ -86,10 +86,11 @@ t.test('the drawing in docs/lifecycle.md has every answer to a sender, with its 
     const codes = line.matchAll(/(?<=[ ·])[A-Z]{2,}(?:_[A-Z]+)*(?= |$)/g)
     return status === undefined ? [] : [...codes].map(([code]) => `${status} ${code}`)
   })
-  const ofBoot = [errors.InvalidOptions, errors.InvalidSecret, errors.InvalidRoute, errors.AlreadyRegistered, errors.AlreadyStarted]
-    .map(CodedError => new CodedError().code)
+  const noAnswers = [
+    errors.InvalidOptions, errors.InvalidSecret, errors.InvalidRoute, errors.AlreadyRegistered, errors.AlreadyStarted, errors.MissingRoute, errors.NoDeadLetters
+  ].map(CodedError => new CodedError().code)
   const answers = catalogue
-    .filter(({ code }) => !ofBoot.includes(code) && code !== new errors.UnprotectedRoute().code)
+    .filter(({ code }) => !noAnswers.includes(code) && code !== new errors.UnprotectedRoute().code)
     .map(({ code, statusCode }) => `${statusCode} ${code.slice(PREFIX.length)}`)
   t.same([...new Set(drawn)].sort(), answers.sort())
 })

@@ -1,15 +1,16 @@
 import { once } from 'node:events'
 import { join } from 'node:path'
-import { Queue } from 'bullmq'
+import { Queue, Worker } from 'bullmq'
 import type { Redis } from 'ioredis'
 import t from 'tap'
 import { bullmq } from '../lib/runners/bullmq.ts'
 import type { BullMQOptions } from '../lib/runners/bullmq.ts'
 import { redisStore } from '../lib/stores/redis.ts'
-import type { OpenAIWebhookOptions } from '../lib/index.ts'
+import type { FastifyInstance } from 'fastify'
+import type { DeadDelivery, OpenAIWebhookOptions, RunnerHost } from '../lib/index.ts'
 import { build, sign, thin } from './support/deliveries.ts'
 import { DEADLINE, IMPATIENT, IN_PROGRESS, Member, TcpProxy, UNAVAILABLE, answer, batchFailed, commandsOf, deliverUntil200, effectsIn, redisClient, until } from './support/faults.ts'
-import { deferred, listen, redelivered } from './support/observe.ts'
+import { capturedLog, deferred, listen, redelivered } from './support/observe.ts'
 import { RedisServer, redisMissing } from './support/redis.ts'
 
 type Teardown = { teardown: (fn: () => unknown) => void }
@@ -197,6 +198,7 @@ t.test('redisStore: the connection breaks after Redis has done what it was asked
     await lost
     t.equal(await answer(state.app, redelivered(delivery)), '200 duplicate')
     t.equal(state.runs, before + 1)
+    t.same(state.told, [], 'asking again is no lost claim')
   })
 })
 
@@ -252,6 +254,7 @@ t.test('redisStore: Redis is flushed while a handler runs', { skip }, async t =>
   await other.started.promise
   first.resolve()
   t.equal(await late, '200', 'it was processed')
+  t.same(one.told, [`the claim on ${key} was lost: its lease of ${LONG} ms ran out before its success was on record: what took it over may run it again`])
   t.same(await third.begin(key, LONG), { state: 'running' }, 'the claim of the other is as it was')
   t.equal(await answer(one.app, redelivered(delivery)), IN_PROGRESS)
   second.resolve()
@@ -507,7 +510,7 @@ t.test('bullmq', { skip }, async t => {
     await until('all to run', () => working.ran.length >= ids.length)
     t.same(working.ran.sort(), ids.sort())
     t.same(receiving.ran, [])
-    for (const id of ids) t.equal(await answer(receiving.app, batchFailed(id)), '200', 'known, and not queued again')
+    for (const id of ids) t.equal(await answer(receiving.app, batchFailed(id)), '200 duplicate', 'known, and not queued again')
     t.equal(working.ran.length, ids.length)
   })
 
@@ -690,5 +693,182 @@ t.test('bullmq', { skip }, async t => {
     const queue = queueAt(t, server.port)
     await until('the job to be done', async () => await queue.getCompletedCount() === 1)
     t.same(effectsIn(effects), [{ webhookId: 'wh_taken_over', pid: killed.pid }, { webhookId: 'wh_taken_over', pid: other.pid }])
+  })
+
+  t.test('a delivery that dies is told once as dead, with the user\'s own stack in the queue too; requeued, only the others run', async t => {
+    const server = await RedisServer.start(t)
+    const log = capturedLog()
+    const app = await build(t, { runner: bullmq({ connection: { port: server.port, host: '127.0.0.1' }, attempts: 2, backoff: 1 }) }, { logger: log.logger })
+    const { deadLetters } = app.openaiWebhook
+    await t.rejects(deadLetters.count(), { code: 'FST_OPENAI_WEBHOOK_UNAVAILABLE', cause: { message: 'bullmq: expected the app to be ready' } })
+    const ran: string[] = []
+    let fails = true
+    app.openaiWebhook.on('batch.failed', () => { ran.push('import') }, { name: 'import' })
+    app.openaiWebhook.on('batch.failed', function bill () {
+      ran.push('bill')
+      if (fails) throw new Error('no such customer')
+    }, { name: 'bill' })
+    const died: DeadDelivery[] = []
+    app.openaiWebhook.onDead(delivery => { died.push(delivery) })
+    await listen(app)
+    t.equal(await answer(app, batchFailed('wh_1')), '200')
+    await until('it to be told', () => died.length === 1)
+    const lines = log.lines.filter(({ webhookId, level }) => level === 50 && webhookId === 'wh_1')
+    const err = { stack: /handler "bill": Error: no such customer\n +at .*bill/ }
+    t.match(lines, [
+      { msg: 'webhook delivery failed and will be attempted again', attempt: 1, attempts: 2, err },
+      { msg: 'webhook delivery is dead', attempt: 2, err }
+    ])
+    t.equal(lines.length, 2)
+    const [dead] = await deadLetters.list()
+    t.same(died, [dead])
+    t.match(dead, { webhookId: 'wh_1', attempts: 2, finished: ['import'], errors: [{ handler: 'bill', message: 'no such customer', stack: /^Error: no such customer\n +at .*bill/ }] })
+    const [job] = await queueAt(t, server.port).getFailed()
+    t.match(job, { failedReason: '1 of 2 handlers failed: no such customer', stacktrace: [err.stack, err.stack] })
+    t.equal(await answer(app, batchFailed('wh_1')), '200 duplicate')
+
+    const admin = redisClient(t, server.port)
+    await admin.call('ACL', 'SETUSER', 'default', '-zrem')
+    await t.rejects(deadLetters.requeue(dead!), { message: /can't run this command/ }, 'a queue that does not take it is told')
+    await admin.call('ACL', 'SETUSER', 'default', '+zrem')
+
+    fails = false
+    const requeued = await Promise.all([deadLetters.requeue(dead!), deadLetters.requeue(dead!)])
+    t.same(requeued.sort(), [false, true], 'one of two')
+    await until('it to run', () => ran.length === 4)
+    t.same(ran, ['import', 'bill', 'bill', 'bill'])
+    await until('it to be done', async () => await queueAt(t, server.port).getCompletedCount() === 1)
+    t.equal(await deadLetters.count(), 0)
+    await app.close()
+  })
+
+  t.test('another worker runs only what has not succeeded, though it shares no store', async t => {
+    const server = await RedisServer.start(t)
+    const ran: string[] = []
+    const fails = new Set(['first'])
+    const worker = async (name: string): Promise<FastifyInstance> => {
+      const app = await build(t, { runner: bullmq({ connection: { port: server.port, host: '127.0.0.1' }, attempts: 3, backoff: 200 }) })
+      app.openaiWebhook.on('batch.failed', () => { ran.push(`${name} import`) }, { name: 'import' })
+      app.openaiWebhook.on('batch.failed', () => {
+        ran.push(`${name} bill`)
+        if (fails.has(name)) throw new Error('no such customer')
+      }, { name: 'bill' })
+      return await listen(app)
+    }
+    const first = await worker('first')
+    t.equal(await answer(first, batchFailed('wh_1')), '200')
+    await until('it to fail', () => ran.length === 2)
+    await first.close()
+    await worker('second')
+    await until('it to run', () => ran.length > 2)
+    t.same(ran, ['first import', 'first bill', 'second bill'])
+  })
+
+  t.test('many dead deliveries are listed page by page', async t => {
+    const server = await RedisServer.start(t)
+    const state = await queueing(t, server.port, { attempts: 1 })
+    state.work = async () => { throw new Error('no such batch') }
+    const ids = Array.from({ length: 101 }, (_, i) => `wh_${i}`)
+    await Promise.all(ids.map(async id => await answer(state.app, batchFailed(id))))
+    const { deadLetters } = state.app.openaiWebhook
+    await until('all to be dead', async () => await deadLetters.count() === ids.length)
+    t.same((await deadLetters.list({ limit: 1_000 })).map(({ webhookId }) => webhookId).sort(), ids.sort())
+    t.equal((await deadLetters.list()).length, 100)
+    t.same(await deadLetters.list({ type: 'batch.completed' }), [])
+  })
+
+  /** A runner whose jobs never end, and a host that knows what `recorded` says; its job stalls until BullMQ gives it up. */
+  async function stalling (t: Teardown, host: Partial<RunnerHost>, options: Partial<BullMQOptions> = {}) {
+    const server = await RedisServer.start(t)
+    const admin = redisClient(t, server.port)
+    const connection = { port: server.port, host: '127.0.0.1' }
+    const runner = bullmq({ connection, attempts: 1, worker: { lockDuration: LONG, stalledInterval: 20 }, ...options })
+    const told: Array<[how: string, error: unknown, delivery: unknown]> = []
+    const over = deferred()
+    let starts = 0
+    await runner.start!({
+      process: async () => {
+        // As if the process had died: nobody renews the lock. Which one of BullMQ's marks and finds it stalled does not matter.
+        if (++starts <= 2) for (const key of await admin.keys('*:lock')) await admin.del(key)
+        if (starts <= 2) await over.promise
+      },
+      report: (error, job) => { told.push(['report', error, job]) },
+      dead: (delivery, error) => { told.push(['dead', error, delivery]) },
+      ...host
+    })
+    t.teardown(async () => {
+      over.resolve()
+      await runner.close!()
+    })
+    await runner.run({ webhookId: 'wh_1', timestamp: 1, endpoint: ENDPOINT, event: thin('batch.failed') })
+    return { runner, told, starts: () => starts }
+  }
+  const STALLED = { message: 'job stalled more than allowable limit' }
+
+  t.test('a delivery whose workers died once too often is dead, with what the store knows to have succeeded', async t => {
+    const { runner, told } = await stalling(t, { recorded: async () => ({ done: false, finished: ['import'] }) })
+    await until('it to be told', () => told.length > 0)
+    t.match(told, [['dead', STALLED, { webhookId: 'wh_1', finished: ['import'], errors: [{ handler: null, ...STALLED }] }]])
+    t.match(await runner.dead!(), [{ webhookId: 'wh_1', finished: ['import'] }])
+  })
+
+  t.test('or, where a host cannot say, with nothing', async t => {
+    const { told } = await stalling(t, {})
+    await until('it to be told', () => told.length > 0)
+    t.match(told, [['dead', STALLED, { webhookId: 'wh_1', finished: [] }]])
+  })
+
+  t.test('and not dead where the store knows it to have been processed', async t => {
+    const { runner, told, starts } = await stalling(t, { recorded: async () => ({ done: true, finished: [] }) })
+    await until('it to be started once more', () => starts() > 2)
+    await until('it to be dead no longer', async () => await runner.deadCount!() === 0)
+    t.same(told, [])
+  })
+
+  t.test('a store that cannot be reached then is told, and the delivery is among the dead', async t => {
+    const { runner, told } = await stalling(t, { recorded: async () => { throw new Error('connect ECONNREFUSED') } })
+    await until('it to be told', () => told.length > 0)
+    t.match(told, [['report', { message: 'connect ECONNREFUSED' }, { webhookId: 'wh_1' }]])
+    t.match(await runner.dead!(), [{ webhookId: 'wh_1', errors: [{ handler: null, ...STALLED }] }])
+  })
+
+  t.test('a job that is removed while it runs is told', async t => {
+    const server = await RedisServer.start(t)
+    const admin = redisClient(t, server.port)
+    const told: unknown[] = []
+    const runner = bullmq({ connection: { port: server.port, host: '127.0.0.1' }, attempts: 2 })
+    await runner.start!({
+      async process () {
+        for (const key of await admin.keys('bull:openai-webhook:*wh_1')) await admin.del(key)
+        throw new Error('the handler failed')
+      },
+      report: error => { told.push(error) }
+    })
+    t.teardown(async () => await runner.close!())
+    await runner.run({ webhookId: 'wh_1', timestamp: 1, endpoint: ENDPOINT, event: thin('batch.failed') })
+    await until('it to be told', () => told.length >= 2)
+    t.match(told.slice(0, 2), [{ message: /^Missing key for job/ }, { message: 'the handler failed' }])
+  })
+
+  t.test('what BullMQ has to say is told where it has no job for it, or no error', async t => {
+    const server = await RedisServer.start(t)
+    const { on } = Worker.prototype
+    const workers: Worker[] = []
+    Worker.prototype.on = function (this: Worker, ...args: Parameters<typeof on>) {
+      workers.push(this)
+      return on.apply(this, args)
+    } as typeof on
+    t.teardown(() => { Worker.prototype.on = on })
+    const runner = bullmq({ connection: { port: server.port, host: '127.0.0.1' }, attempts: 1 })
+    const told: unknown[] = []
+    const text: unknown = 'a text'
+    await runner.start!({ process: async () => { throw text }, report: error => { told.push(error) } })
+    t.teardown(async () => await runner.close!())
+    const lost = new Error('a job that was removed')
+    workers[0]!.emit('failed', undefined, lost, 'active')
+    t.same(told, [lost])
+    await runner.run({ webhookId: 'wh_1', timestamp: 1, endpoint: ENDPOINT, event: thin('batch.failed') })
+    await until('it to be told', () => told.length === 2)
+    t.match(told[1], { message: 'a text' })
   })
 })

@@ -22,11 +22,11 @@ import { RedisServer, redisMissing } from './support/redis.ts'
 type Teardown = { teardown: (fn: () => unknown) => void }
 
 const OLD_SECRET = `whsec_${Buffer.alloc(32, 'old').toString('base64')}`
-const OF_QUEUES: readonly string[] = ['webhook_queue_depth']
+const OF_QUEUES: readonly string[] = ['webhook_queue_depth', 'webhook_dead_deliveries']
 const NAMES: readonly string[] = [
   'webhook_events_total', 'webhook_duplicates_total', 'webhook_unhandled_total', 'webhook_processing_duration_seconds', 'webhook_delivery_age_seconds',
   'webhook_event_age_seconds', 'webhook_handler_failures_total', 'webhook_deliveries_in_flight', 'webhook_refusals_total', 'webhook_secret_matches_total',
-  'webhook_trouble_total', ...OF_QUEUES
+  'webhook_trouble_total', 'webhook_dead_total', ...OF_QUEUES
 ]
 
 /** Metrics in a registry of their own, until the test ends. */
@@ -147,7 +147,7 @@ t.test('with a queue each delivery is queued, duplicate or refused, and processe
     [events('batch.failed', 'processed')]: 2
   })
   t.equal((await scrape(register))['webhook_processing_duration_seconds_count{event_type="batch.failed"}'], 4, 'one for each attempt')
-  t.equal((await scrape(register))['webhook_trouble_total'], 2, 'what no sender was told')
+  t.equal((await scrape(register))['webhook_trouble_total'], 0, 'a handler that fails is none')
 })
 
 t.test('a type that is not known is `other`, however many there are', async t => {

@@ -342,7 +342,7 @@ t.test('a runner of the user\'s', async t => {
     const delivery = sign(thin('batch.failed'))
     await post(app, delivery)
     const both = Promise.all([runner.host.process(runner.jobs[0]!), runner.host.process(runner.jobs[0]!)])
-    t.equal((await post(app, redelivered(delivery))).body, RECEIVED, 'a delivery that comes meanwhile has been accepted')
+    t.equal((await post(app, redelivered(delivery))).body, DUPLICATE, 'a delivery that comes meanwhile has been accepted')
     resolve()
     await both
     t.equal(runs, 1)
@@ -412,7 +412,7 @@ t.test('a runner of the user\'s', async t => {
     const processed = runner.host.process(runner.jobs[0]!)
     await started.promise
     told.resolve()
-    t.equal((await second).body, RECEIVED)
+    t.equal((await second).body, DUPLICATE)
     ended.resolve()
     await processed
     t.equal(runner.jobs.length, 1)

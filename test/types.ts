@@ -4,9 +4,9 @@ import { Type } from '@sinclair/typebox'
 import Fastify from 'fastify'
 import type { FastifyBaseLogger, FastifyInstance } from 'fastify'
 import type { UnwrapWebhookEvent } from 'openai/resources/webhooks'
-import openaiWebhook, { inline, memoryStore, standardWebhooks, xOpenAISignature } from '../lib/index.ts'
+import openaiWebhook, { deadDelivery, inline, memoryStore, standardWebhooks, xOpenAISignature } from '../lib/index.ts'
 import type {
-  Claim, Delivery, EventContext, EventHandler, EventOf, EventPattern, EventsOf, EventType, FailureInfo, GuideEvents, IdempotencyStore, Job,
+  Claim, DeadDelivery, Delivery, DeliveryRef, EventContext, EventHandler, EventOf, EventPattern, EventsOf, EventType, FailureInfo, GuideEvents, IdempotencyStore, Job,
   OfficialEvents, OpenAIWebhookOptions, RouteHandlers, RouteOverrides, Runner, RunnerHost, Secret, UnknownEvent, Verified, VerifiedRequest, Verifier, WebhookEvent
 } from '../lib/index.ts'
 import { ownEvents } from './support/own-events.ts'
@@ -388,11 +388,50 @@ export class ClassRunner implements Runner {
 
   async close (): Promise<void> {}
 }
+/** Keeps what it gives up, for `deadLetters`. */
+export class KeepingRunner implements Runner {
+  #host: RunnerHost | undefined
+  readonly #dead: DeadDelivery[] = []
+  start (host: RunnerHost): void { this.#host = host }
+  async run (job: Job): Promise<'duplicate' | undefined> {
+    if (this.#dead.some(({ webhookId }) => webhookId === job.webhookId)) return 'duplicate'
+    try {
+      await this.#host?.process(job, 1)
+    } catch (error) {
+      const delivery = deadDelivery(job, 1, error)
+      this.#dead.push(delivery)
+      this.#host?.dead?.(delivery, error)
+    }
+    return undefined
+  }
+
+  dead (limit = 100, type?: string): DeadDelivery[] { return this.#dead.filter(({ event }) => type === undefined || event.type === type).slice(0, limit) }
+  deadCount (): number { return this.#dead.length }
+  requeue ({ webhookId }: DeliveryRef, { force = false } = {}): boolean { return force && this.#dead.some(each => each.webhookId === webhookId) }
+}
 // @ts-expect-error run() is missing
 export const idle: Runner = { close () {} }
 
 export const options: OpenAIWebhookOptions[] = [
   { verifier, idempotency: { store }, runner },
   { verifier: fullVerifier, idempotency: { store: lateStore }, runner: new ClassRunner() },
-  { idempotency: { store: new ClassStore() } }
+  { idempotency: { store: new ClassStore() }, runner: new KeepingRunner() }
 ]
+
+// Dead deliveries
+
+app.openaiWebhook.onDead(delivery => {
+  same<typeof delivery, DeadDelivery>()
+  const job: Job = delivery
+  same<DeadDelivery['errors'][number]['handler'], string | null>()
+  JSON.stringify({ job, finished: delivery.finished, attempts: delivery.attempts, diedAt: delivery.diedAt })
+}).onDead(async () => {})
+export async function requeueAll ({ deadLetters }: typeof app.openaiWebhook): Promise<number> {
+  for (const delivery of await deadLetters.list({ limit: 10, type: 'batch.failed' })) {
+    const requeued: boolean = await deadLetters.requeue(delivery, { force: true })
+    if (!requeued) await deadLetters.requeue({ endpoint: delivery.endpoint, webhookId: delivery.webhookId, tenant: 'acme' })
+  }
+  // @ts-expect-error a delivery is named by its endpoint too
+  await deadLetters.requeue({ webhookId: 'wh_1' })
+  return await deadLetters.count()
+}

@@ -4,7 +4,7 @@ import { channels } from '../channels.ts'
 import type { DeliveryInfo, MessageChannel } from '../channels.ts'
 import { InvalidOptions } from '../errors.ts'
 import { OTHER, OVERLOADED, UNAVAILABLE, codeLabel, knownTypes, refusalCodes, secretLabel } from './labels.ts'
-import { queueDepth } from './queue-depth.ts'
+import { sumOfRunners } from './runners.ts'
 
 export type MetricsRegistry = Registry<PrometheusContentType> | Registry<OpenMetricsContentType>
 
@@ -80,15 +80,16 @@ export class Collector {
       }
     })
     this.#subscribe(channels.enqueue.asyncEnd, message => {
-      if (message.error === undefined) this.#tally(message).queued++
+      // One that the runner had already is told by the channel below.
+      if (message.error === undefined && message.duplicate !== true) this.#tally(message).queued++
     })
 
     const duplicates = this.#counter({
       name: 'webhook_duplicates_total',
-      help: 'Deliveries of a webhook-id that had been seen: processed before, joined to one that was running here, or running elsewhere',
+      help: 'Deliveries of a webhook-id that had been seen: processed before, joined to one that was running here, running elsewhere, or queued',
       labelNames: ['state']
     })
-    for (const state of ['processed', 'joined', 'elsewhere']) duplicates.inc({ state }, 0)
+    for (const state of ['processed', 'joined', 'elsewhere', 'queued']) duplicates.inc({ state }, 0)
     this.#subscribe(channels.duplicate, message => {
       this.#tally(message).duplicate++
       duplicates.inc({ state: message.state })
@@ -203,19 +204,31 @@ export class Collector {
   #observeTheRest (): void {
     const trouble = this.#counter({
       name: 'webhook_trouble_total',
-      help: 'Failures that no sender is told of: of a store, a queue or a secret function, or of a queued delivery'
+      help: 'Failures that no sender is told of: of a store, a queue or a secret function'
     })
     this.#subscribe(channels.trouble, () => { trouble.inc() })
+
+    const dead = this.#counter({
+      name: 'webhook_dead_total',
+      help: 'Deliveries whose attempts were used up'
+    })
+    this.#subscribe(channels.dead, () => { dead.inc() })
+
+    this.#sumOfRunners('depth', 'webhook_queue_depth', 'Deliveries that wait in the queue of a runner')
+    this.#sumOfRunners('deadCount', 'webhook_dead_deliveries', 'Deliveries whose attempts are used up, kept for a person to look at')
+  }
+
+  #sumOfRunners (question: Parameters<typeof sumOfRunners>[0], name: string, help: string): void {
     this.#gauge({
-      name: 'webhook_queue_depth',
-      help: 'Deliveries that wait in the queue of a runner',
-      // Of the processes of a cluster that share a queue, each tells the depth of the whole.
+      name,
+      help,
+      // Of the processes of a cluster that share a queue, each tells of the whole.
       aggregator: 'max',
       async collect () {
-        const depth = await queueDepth()
+        const sum = await sumOfRunners(question)
         // No sample rather than an old one.
-        if (depth === undefined) this.remove()
-        else this.set(depth)
+        if (sum === undefined) this.remove()
+        else this.set(sum)
       }
     })
   }

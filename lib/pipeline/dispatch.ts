@@ -1,4 +1,5 @@
 import type { FastifyBaseLogger } from 'fastify'
+import type { HandlerFailure } from '../failure.ts'
 import { isPromise } from '../maybe-promise.ts'
 import type { MaybePromise } from '../stores/store.ts'
 import type { VerifiedRequest } from '../types.ts'
@@ -27,24 +28,24 @@ export interface Handler {
 export interface Progress<Of> {
   /** @param last nothing is left to do, and nothing failed: `ended` records the delivery as a whole */
   succeeded: (of: Of, handler: Handler, last: boolean) => MaybePromise<void>
-  /** @param errors what was thrown */
-  ended: (of: Of, errors: readonly unknown[]) => MaybePromise<void>
+  /** @param failures what was thrown, and by whom */
+  ended: (of: Of, failures: readonly HandlerFailure[]) => MaybePromise<void>
 }
 
-const NONE: readonly unknown[] = []
+const NONE: readonly HandlerFailure[] = []
 
 /** Starts every handler, in order, and waits for all of them. Settles as `ended` does. */
 export function dispatch<Of> (handlers: readonly Handler[], event: unknown, context: EventContext, progress: Progress<Of>, of: Of): MaybePromise<void> {
   if (handlers.length === 1) return dispatchOne(handlers[0]!, event, context, progress, of)
-  const errors: unknown[] = []
+  const failures: HandlerFailure[] = []
   const waiting: Promise<void>[] = []
   let remaining = handlers.length
 
   for (const handler of handlers) {
-    const succeeded = (): MaybePromise<void> => progress.succeeded(of, handler, --remaining === 0 && errors.length === 0)
+    const succeeded = (): MaybePromise<void> => progress.succeeded(of, handler, --remaining === 0 && failures.length === 0)
     const failed = (error: unknown): void => {
       remaining--
-      errors.push(error)
+      failures.push({ handler: handler.name, error })
     }
     let result
     let pending
@@ -58,7 +59,7 @@ export function dispatch<Of> (handlers: readonly Handler[], event: unknown, cont
     const recorded = pending ? Promise.resolve(result).then(succeeded, failed) : succeeded()
     if (isPromise<void>(recorded)) waiting.push(recorded)
   }
-  return waiting.length === 0 ? progress.ended(of, errors) : Promise.all(waiting).then(() => progress.ended(of, errors))
+  return waiting.length === 0 ? progress.ended(of, failures) : Promise.all(waiting).then(() => progress.ended(of, failures))
 }
 
 /** The usual case, with one promise for what takes the general one five: 1.5 µs of a delivery's 20. */
@@ -69,9 +70,9 @@ function dispatchOne<Of> (handler: Handler, event: unknown, context: EventContex
     result = handler.run(event, context)
     pending = isPromise(result)
   } catch (error) {
-    return progress.ended(of, [error])
+    return progress.ended(of, [{ handler: handler.name, error }])
   }
-  if (pending) return Promise.resolve(result).then(() => succeededOne(handler, progress, of), error => progress.ended(of, [error]))
+  if (pending) return Promise.resolve(result).then(() => succeededOne(handler, progress, of), error => progress.ended(of, [{ handler: handler.name, error }]))
   return succeededOne(handler, progress, of)
 }
 

@@ -1,5 +1,7 @@
 import { AsyncResource } from 'node:async_hooks'
 import { InvalidOptions, Overloaded } from '../errors.ts'
+import { deadDelivery } from '../failure.ts'
+import { keyOf, tellDead } from './runner.ts'
 import type { Job, Runner, RunnerHost } from './runner.ts'
 
 export interface BackgroundOptions {
@@ -21,8 +23,9 @@ export interface BackgroundOptions {
  * Acknowledges at once and runs the handlers afterwards, in this process.
  *
  * What was acknowledged and has not run yet lives in memory only: a crash loses it, and OpenAI, which was answered 200,
- * does not send it again. A handler that fails is logged and told to `onError`, and not run again either. `app.close()`
- * runs what is queued first, up to `closeTimeout`. Where that is not enough, use `durable()` or `bullmq()`.
+ * does not send it again. A delivery that fails is not run again either: it is told as dead, to the log, `onDead` and
+ * `onError`, and kept nowhere. `app.close()` runs what is queued first, up to `closeTimeout`. Where that is not enough, use
+ * `durable()` or `bullmq()`.
  *
  * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS
  */
@@ -49,7 +52,7 @@ export function background ({ concurrency = 10, maxQueue = 1_000 }: BackgroundOp
     try {
       await host.process(job)
     } catch (error) {
-      host.report(error, job)
+      tellDead(host, deadDelivery(job, 1, error), error)
     }
     running.delete(key)
     startNext()
@@ -58,12 +61,13 @@ export function background ({ concurrency = 10, maxQueue = 1_000 }: BackgroundOp
   return {
     start (startedBy) { host = startedBy },
     run (job) {
-      const key = `${job.endpoint} ${job.webhookId}`
-      if (waiting.has(key) || running.has(key)) return
+      const key = keyOf(job)
+      if (waiting.has(key) || running.has(key)) return 'duplicate'
       if (closing || (running.size >= concurrency && waiting.size >= maxQueue)) throw new Overloaded()
       // One that waits is started by the end of another, whose request's async context it has nothing to do with.
       waiting.set(key, AsyncResource.bind(() => runOne(key, job)))
       startNext()
+      return undefined
     },
     async close () {
       closing = true

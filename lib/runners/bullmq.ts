@@ -1,8 +1,11 @@
 import { Queue, Worker } from 'bullmq'
 import type { BackoffOptions, ConnectionOptions, KeepJobs, WorkerOptions } from 'bullmq'
-import { InvalidOptions, Overloaded } from '../errors.ts'
+import type { Job as BullMQJob } from 'bullmq'
+import { InvalidOptions, Overloaded, Unavailable } from '../errors.ts'
+import { causeOf, deadDelivery, describeFailure } from '../failure.ts'
 import { assertCount } from './background.ts'
-import type { Job, Runner, RunnerHost } from './runner.ts'
+import { keyOf, tellDead } from './runner.ts'
+import type { DeadDelivery, DeliveryError, DeliveryRef, Job, Runner, RunnerHost } from './runner.ts'
 
 export interface BullMQOptions {
   /** BullMQ's own: an ioredis instance, which stays the user's to close, or options for connections of its own. */
@@ -38,6 +41,17 @@ export interface BullMQOptions {
   removeOnFail?: KeepJobs
 }
 
+/** What BullMQ keeps of a delivery. */
+type QueuedDelivery = Job & {
+  /** What its last failed attempt ended with. */
+  readonly failure?: { readonly attempt: number, readonly errors: readonly DeliveryError[] }
+}
+
+type QueuedJob = BullMQJob<QueuedDelivery>
+
+/** Failed jobs that are looked at in one go. */
+const PAGE = 100
+
 const JOB_NAME = 'delivery'
 const WORKER_DEFAULTS = { concurrency: 10 }
 
@@ -65,22 +79,41 @@ export function bullmq ({
   const workerOptions = { ...WORKER_DEFAULTS, ...(typeof worker === 'object' ? worker : undefined) }
   assertCount('bullmq', 'attempts', attempts, 1)
   assertCount('bullmq', 'worker.concurrency', workerOptions.concurrency, 1)
-  let queue: Queue<Job> | undefined
-  let processor: Worker<Job> | undefined
+  let queue: Queue<QueuedDelivery> | undefined
+  let processor: Worker<QueuedDelivery> | undefined
   let closing = false
+
+  function opened (): Queue<QueuedDelivery> {
+    if (queue === undefined) throw new Unavailable({ cause: new Error('bullmq: expected the app to be ready') })
+    return queue
+  }
 
   return {
     start (host: RunnerHost) {
       // An 'error' without a listener would end the process; trouble is told, and BullMQ connects again by itself.
-      queue = new Queue<Job>(queueName, { connection })
+      queue = new Queue<QueuedDelivery>(queueName, { connection })
       queue.on('error', error => host.report(error))
       if (worker === false) return
-      processor = new Worker<Job>(queueName, async ({ data, attemptsStarted }) => {
+      /** What attempts of this process ended with. */
+      const thrown = new WeakSet<Error>()
+      processor = new Worker<QueuedDelivery>(queueName, async job => {
+        const { attemptsStarted: attempt, attemptsMade, opts: { attempts = 1 } } = job
+        const delivery = deliveryOf(job)
         try {
-          await host.process(data, attemptsStarted)
+          await host.process(delivery, attempt)
         } catch (error) {
-          // A failed job shows one message: that of the handlers' errors, not the answer a sender would get.
-          throw (error as Error).cause ?? error
+          const { errors, finished } = describeFailure(delivery, error)
+          try {
+            await job.updateData({ ...delivery, ...(finished.length > 0 && { finished }), failure: { attempt, errors } })
+          } catch (trouble) {
+            host.report(trouble, delivery)
+          }
+          // A failed job shows one message and one stack: those of the handlers' errors, not of the answer a sender would get.
+          const shown = toError(causeOf(error))
+          // The last one is told once BullMQ has it on record.
+          if (attemptsMade + 1 < attempts) host.report(shown, delivery, { attempt, attempts })
+          thrown.add(shown)
+          throw shown
         }
       }, {
         connection,
@@ -89,17 +122,50 @@ export function bullmq ({
         maxStalledCount: attempts
       })
       processor.on('error', error => host.report(error))
-      processor.on('failed', (job, error) => host.report(error, job?.data))
+      processor.on('failed', (job, error) => {
+        if (job === undefined) return host.report(error)
+        if (typeof job.finishedOn !== 'number') return // to be attempted again
+        if (thrown.has(error)) tellDead(host, deadOf(job), error)
+        else abandoned(host, job, error).catch(trouble => { host.report(trouble, deliveryOf(job)) })
+      })
     },
     async run (job) {
       if (closing || queue === undefined) throw new Overloaded()
+      const jobId = idOf(job)
+      // BullMQ takes it a second time without a word.
+      if (await queue.getJob(jobId) !== undefined) return 'duplicate'
       await queue.add(JOB_NAME, job, {
-        jobId: encodeURIComponent(`${job.endpoint} ${job.webhookId}`), // BullMQ takes no ":" in it
+        jobId,
         attempts,
         backoff: typeof backoff === 'number' ? { type: 'exponential', delay: backoff, jitter: 0.5 } : backoff,
         removeOnComplete,
         ...(removeOnFail !== undefined && { removeOnFail })
       })
+      return undefined
+    },
+    async dead (limit = 100, type) {
+      const found: DeadDelivery[] = []
+      for (let start = 0; found.length < limit; start += PAGE) {
+        const jobs = await opened().getJobs('failed', start, start + PAGE - 1, true) as Array<QueuedJob | undefined>
+        // One that was removed meanwhile is not there.
+        for (const job of jobs) if (job !== undefined && (type === undefined || job.data.event.type === type)) found.push(deadOf(job))
+        if (jobs.length < PAGE) break
+      }
+      return found.slice(0, limit)
+    },
+    async deadCount () {
+      return await opened().getFailedCount()
+    },
+    async requeue (delivery) {
+      const job = await opened().getJob(idOf(delivery))
+      if (job === undefined) return false
+      try {
+        await job.retry('failed', { resetAttemptsMade: true, resetAttemptsStarted: true })
+        return true
+      } catch (error) {
+        if (await job.isFailed()) throw error
+        return false
+      }
     },
     async close (signal) {
       closing = true
@@ -115,4 +181,34 @@ export function bullmq ({
       return await queue?.getJobCountByTypes('waiting', 'prioritized', 'delayed') ?? 0
     }
   }
+}
+
+/** BullMQ takes no ":" in it. */
+function idOf (delivery: DeliveryRef): string {
+  return encodeURIComponent(keyOf(delivery))
+}
+
+function deliveryOf ({ data: { failure, ...delivery } }: QueuedJob): Job {
+  return delivery
+}
+
+function toError (error: unknown): Error {
+  return error instanceof Error ? error : new Error(String(error))
+}
+
+/** A job that BullMQ has failed for good. */
+function deadOf (job: QueuedJob): DeadDelivery {
+  const { data: { failure }, attemptsStarted: attempts, failedReason, stacktrace, finishedOn } = job
+  const delivery = deliveryOf(job)
+  const { errors, ...dead } = deadDelivery(delivery, attempts, Object.assign(new Error(failedReason), { stack: stacktrace?.at(-1) ?? '' }), finishedOn)
+  return { ...dead, errors: failure?.attempt === attempts ? failure.errors : errors }
+}
+
+/** No attempt of this process's failed it: its worker died with it once too often. The store may know what had succeeded. */
+async function abandoned (host: RunnerHost, job: QueuedJob, error: Error): Promise<void> {
+  const delivery = deliveryOf(job)
+  const known = await host.recorded?.(delivery)
+  if (known?.done === true) return await job.retry('failed') // it had only not been told
+  if (known !== undefined) await job.updateData({ ...job.data, finished: known.finished })
+  tellDead(host, deadOf(job), error)
 }

@@ -1,10 +1,13 @@
 import { AsyncResource } from 'node:async_hooks'
 import { Overloaded } from '../errors.ts'
-import { Database } from '../sqlite/database.ts'
+import { causeOf, deadDelivery, describeFailure } from '../failure.ts'
 import type { SqliteDatabase } from '../sqlite/database.ts'
+import { DeadJobs, openJobs, parseFailure } from '../sqlite/jobs.ts'
+import type { Failure } from '../sqlite/jobs.ts'
 import { pruning } from '../sqlite/pruning.ts'
 import { assertCount } from './background.ts'
-import type { Job, Runner, RunnerHost } from './runner.ts'
+import { keyOf, tellDead } from './runner.ts'
+import type { DeadDelivery, DeliveryRef, Job, RequeueOptions, Runner, RunnerHost } from './runner.ts'
 
 export interface DurableOptions {
   /**
@@ -33,20 +36,13 @@ export interface DurableOptions {
   lease?: number
 }
 
-/** A delivery whose attempts are used up. */
-export interface DeadDelivery extends Job {
-  readonly attempts: number
-  /** What its last attempt ended with. */
-  readonly error: string
-  /** ms since the epoch */
-  readonly diedAt: number
-}
-
 export interface DurableRunner extends Runner {
-  /** The dead deliveries, oldest first. @param limit default 100 */
-  dead (limit?: number): DeadDelivery[]
-  /** Gives a dead delivery its attempts anew. @returns whether there was one */
-  requeue (delivery: Pick<Job, 'endpoint' | 'webhookId'>): boolean
+  /** The dead deliveries, oldest first. @param limit default 100 @param type of one event type alone */
+  dead (limit?: number, type?: string): DeadDelivery[]
+  /** How many there are. */
+  deadCount (): number
+  /** Gives a dead delivery its attempts anew; what had succeeded of it does not run again. @returns whether there was one */
+  requeue (delivery: DeliveryRef, options?: RequeueOptions): boolean
 }
 
 /** ms */
@@ -57,28 +53,12 @@ const RETENTION = 75 * 3_600_000
 const POLL_INTERVAL = 1_000
 const MAX_ERROR_LENGTH = 2_000
 
-// `due` is when the next attempt may start; while one runs, the end of its lease. Times are ms since the epoch.
-const SCHEMA = `
-  CREATE TABLE IF NOT EXISTS openai_webhook_jobs (
-    key TEXT PRIMARY KEY,
-    job TEXT NOT NULL,
-    state TEXT NOT NULL DEFAULT 'pending' CHECK (state IN ('pending', 'done', 'dead')),
-    attempts INTEGER NOT NULL DEFAULT 0,
-    due INTEGER NOT NULL,
-    error TEXT,
-    ended INTEGER
-  ) WITHOUT ROWID;
-  CREATE INDEX IF NOT EXISTS openai_webhook_jobs_due ON openai_webhook_jobs (state, due);
-  CREATE INDEX IF NOT EXISTS openai_webhook_jobs_ended ON openai_webhook_jobs (state, ended);
-`
-
 interface Row {
   key: string
   job: string
   attempts: number
   due: number
-  error: string | null
-  ended: number
+  failure: string | null
 }
 
 /**
@@ -96,19 +76,18 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
   assertCount('durable', 'attempts', attempts, 1)
   assertCount('durable', 'backoff', backoff, 0)
   assertCount('durable', 'lease', lease, 1)
-  const database = new Database(db, SCHEMA)
+  const database = openJobs(db)
+  const deadJobs = new DeadJobs(database)
   const prune = pruning(database, 'openai_webhook_jobs', "state = 'done' AND ended <= ?")
   const insert = database.prepareWrite('INSERT INTO openai_webhook_jobs (key, job, due) VALUES (?, ?, ?) ON CONFLICT (key) DO NOTHING', () => prune(Date.now() - RETENTION))
-  const due = database.prepare("SELECT key, job, attempts, due FROM openai_webhook_jobs WHERE state = 'pending' AND due <= ? ORDER BY due LIMIT ?")
+  const due = database.prepare("SELECT key, job, attempts, due, failure FROM openai_webhook_jobs WHERE state = 'pending' AND due <= ? ORDER BY due LIMIT ?")
   const next = database.prepare("SELECT min(due) AS due FROM openai_webhook_jobs WHERE state = 'pending'")
   // Counted before it runs, so that a delivery that kills the process comes to an end; `due` is who saw it first.
   const take = database.prepareWrite("UPDATE openai_webhook_jobs SET attempts = attempts + 1, due = ? WHERE key = ? AND state = 'pending' AND due = ?")
   const renew = database.prepareWrite("UPDATE openai_webhook_jobs SET due = ? WHERE key = ? AND state = 'pending' AND due = ?")
-  const end = database.prepareWrite("UPDATE openai_webhook_jobs SET state = ?, error = ?, ended = ? WHERE key = ? AND state = 'pending' AND due = ?")
-  const postpone = database.prepareWrite("UPDATE openai_webhook_jobs SET due = ?, error = ? WHERE key = ? AND state = 'pending' AND due = ?")
+  const end = database.prepareWrite("UPDATE openai_webhook_jobs SET state = ?, error = ?, failure = ?, ended = ? WHERE key = ? AND state = 'pending' AND due = ?")
+  const postpone = database.prepareWrite("UPDATE openai_webhook_jobs SET due = ?, error = ?, failure = ? WHERE key = ? AND state = 'pending' AND due = ?")
   const pending = database.prepare("SELECT count(*) AS count FROM openai_webhook_jobs WHERE state = 'pending'")
-  const listDead = database.prepare("SELECT key, job, attempts, error, ended FROM openai_webhook_jobs WHERE state = 'dead' ORDER BY ended LIMIT ?")
-  const revive = database.prepareWrite("UPDATE openai_webhook_jobs SET state = 'pending', attempts = 0, due = ?, error = NULL, ended = NULL WHERE key = ? AND state = 'dead'")
 
   interface Active { until: number, done: Promise<void> }
   const active = new Map<string, Active>()
@@ -145,51 +124,85 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
     setImmediate(pumpOutside)
   }
 
-  function start ({ key, job, attempts: before, due: seen }: Row, host: RunnerHost): void {
+  function start ({ key, job: text, attempts: before, due: seen, failure }: Row, host: RunnerHost): void {
     // An event loop that was blocked for longer than the lease: it is still running here.
     if (active.has(key)) return
-    if (before >= attempts) {
-      // The last attempt ended with the process, or with a lease that ran out.
-      const ended = end('dead', 'the process ended while the handlers ran', Date.now(), key, seen)
-      if (ended === 1) host.report(new Error(`a delivery is dead: the process ended in attempt ${before} of ${attempts}`), JSON.parse(job) as Job)
-      return
-    }
+    // The last attempt ended with the process, or with a lease that ran out.
+    const isOver = before >= attempts
     const until = Date.now() + lease
-    if (take(until, key, seen) === 0) return
+    if ((isOver ? renew : take)(until, key, seen) === 0) return
     const entry: Active = { until, done: Promise.resolve() }
     active.set(key, entry)
     renewal ??= setInterval(renewAll, lease / 3).unref()
-    entry.done = attempt(host, key, JSON.parse(job) as Job, before + 1, entry)
+    const { finished = [] } = parseFailure(failure)
+    const job = { ...JSON.parse(text) as Job, ...(finished.length > 0 && { finished }) }
+    const work = isOver ? giveUp(host, key, job, before, entry) : attempt(host, key, job, before + 1, entry)
+    entry.done = work.then(() => {
+      active.delete(key)
+      if (active.size === 0) {
+        clearInterval(renewal)
+        renewal = undefined
+      }
+      schedule()
+    })
   }
 
   async function attempt (host: RunnerHost, key: string, job: Job, count: number, entry: Active): Promise<void> {
-    let error: unknown
-    let failed = false
     try {
       await host.process(job, count)
-    } catch (thrown) {
-      error = thrown
-      failed = true
+    } catch (error) {
+      return failed(host, key, job, count, entry, error)
     }
+    done(host, key, job, entry)
+  }
+
+  function done (host: RunnerHost, key: string, job: Job, entry: Active): void {
+    record(host, job, () => end('done', null, null, Date.now(), key, entry.until))
+  }
+
+  function failed (host: RunnerHost, key: string, job: Job, count: number, entry: Active, error: unknown): void {
+    if (count >= attempts) {
+      if (!die(host, key, job, count, entry, error)) host.report(error, job)
+      return
+    }
+    const failure = { attempt: count, ...describeFailure(job, error) }
+    const recorded = record(host, job, () => postpone(Date.now() + delay(count), describe(error), JSON.stringify(failure), key, entry.until))
+    host.report(error, job, recorded ? { attempt: count, attempts } : undefined)
+  }
+
+  /** No attempt is left. What had succeeded in the last one is on record in the store, if anywhere. */
+  async function giveUp (host: RunnerHost, key: string, job: Job, count: number, entry: Active): Promise<void> {
+    let known
     try {
-      const now = Date.now()
-      const recorded = !failed
-        ? end('done', null, now, key, entry.until)
-        : count >= attempts
-          ? end('dead', describe(error), now, key, entry.until)
-          : postpone(now + delay(count), describe(error), key, entry.until)
-      if (recorded === 0) host.report(new Error(`the job was taken over while it ran: its lease of ${lease} ms ran out before it could be renewed`), job)
+      known = await host.recorded?.(job)
     } catch (trouble) {
-      // Not recorded: the lease runs out and it is attempted again.
+      // The lease runs out, and it is looked at again.
+      return host.report(trouble, job)
+    }
+    // Where it is not there any more, another process has done the same.
+    if (known?.done === true) done(host, key, job, entry)
+    else die(host, key, { ...job, ...(known !== undefined && { finished: known.finished }) }, count, entry, new Error('the process ended while the handlers ran'), false)
+  }
+
+  /** @returns whether it is dead by now, and told */
+  function die (host: RunnerHost, key: string, job: Job, count: number, entry: Active, error: unknown, ran = true): boolean {
+    const delivery = deadDelivery(job, count, error)
+    const { errors, finished, diedAt } = delivery
+    const failure: Failure = { attempt: count, errors, finished }
+    const recorded = record(host, job, () => end('dead', describe(error), JSON.stringify(failure), diedAt, key, entry.until), ran)
+    if (recorded) tellDead(host, delivery, error)
+    return recorded
+  }
+
+  /** @returns whether it is on record; where it is not, the lease runs out and the job is attempted again */
+  function record (host: RunnerHost, job: Job, write: () => number, ran = true): boolean {
+    try {
+      if (write() === 1) return true
+      if (ran) host.report(new Error(`the job was taken over while it ran: its lease of ${lease} ms ran out before it could be renewed`), job)
+    } catch (trouble) {
       host.report(trouble, job)
     }
-    if (failed) host.report(error, job)
-    active.delete(key)
-    if (active.size === 0) {
-      clearInterval(renewal)
-      renewal = undefined
-    }
-    schedule()
+    return false
   }
 
   function renewAll (): void {
@@ -216,8 +229,9 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
     run (job) {
       if (closing) throw new Overloaded()
       database.assertFile()
-      insert(keyOf(job), JSON.stringify(job), Date.now())
+      const inserted = insert(keyOf(job), JSON.stringify(job), Date.now())
       schedule()
+      return inserted === 0 ? 'duplicate' : undefined
     },
     async close () {
       closing = true
@@ -228,25 +242,18 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
       const [{ count }] = pending.all() as [{ count: number }]
       return Math.max(0, count - active.size)
     },
-    dead (limit = 100) {
-      return (listDead.all(limit) as Array<Row & { error: string }>).map(({ job, attempts, error, ended }) => {
-        return { ...JSON.parse(job) as Job, attempts, error, diedAt: ended }
-      })
-    },
+    dead: (limit = 100, type) => deadJobs.list(limit, { type }),
+    deadCount: () => deadJobs.count(),
     requeue (delivery) {
-      const revived = revive(Date.now(), keyOf(delivery)) === 1
+      const revived = deadJobs.revive(delivery)
       if (revived) schedule()
       return revived
     }
   }
 }
 
-function keyOf ({ endpoint, webhookId }: Pick<Job, 'endpoint' | 'webhookId'>): string {
-  return `${endpoint} ${webhookId}`
-}
-
-/** What a person who looks at a dead delivery reads: the handlers' errors, where they are what failed. */
+/** A failure in a line, for people who look at the file. */
 function describe (error: unknown): string {
-  const { cause, message = error } = (error ?? {}) as { cause?: unknown, message?: unknown }
-  return String(cause instanceof Error ? cause.message : message).slice(0, MAX_ERROR_LENGTH)
+  const { message = error } = (causeOf(error) ?? {}) as { message?: unknown }
+  return String(message).slice(0, MAX_ERROR_LENGTH)
 }

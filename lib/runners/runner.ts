@@ -10,19 +10,89 @@ export interface Job {
   readonly event: { readonly type: string }
   /** What a tracer sends along, such as W3C's `traceparent`. */
   readonly carrier?: Readonly<Record<string, string>>
+  /** Whose delivery it is, where a route serves many. */
+  readonly tenant?: string
+  /** Its route has handlers of its own: a process without them must not complete it. */
+  readonly routeHandlers?: true
+  /** Handlers that succeeded in earlier attempts: they do not run again, whatever the store has forgotten. */
+  readonly finished?: readonly string[]
+}
+
+/** Which delivery. */
+export type DeliveryRef = Pick<Job, 'endpoint' | 'webhookId' | 'tenant'>
+
+/** Neither a URL, a tenant nor a webhook-id holds a space. */
+export function keyOf ({ endpoint, tenant, webhookId }: DeliveryRef): string {
+  return tenant === undefined ? `${endpoint} ${webhookId}` : `${endpoint} ${tenant} ${webhookId}`
+}
+
+/** What kept a delivery from succeeding, cut where it is long. */
+export interface DeliveryError {
+  /** The handler that threw, by its name; `null` where it was no handler, such as a store that failed. */
+  readonly handler: string | null
+  readonly message: string
+  /** As it was thrown, with its causes; empty where there is none. */
+  readonly stack: string
+}
+
+/** A delivery whose attempts are used up. */
+export interface DeadDelivery extends Job {
+  /** How often its handlers were started. */
+  readonly attempts: number
+  /** What its last attempt ended with. */
+  readonly errors: readonly DeliveryError[]
+  /** Handlers that have succeeded: when it is requeued, only the others run. */
+  readonly finished: readonly string[]
+  /** ms since the epoch */
+  readonly diedAt: number
+}
+
+export interface RequeueOptions {
+  /**
+   * Also where an effect could happen twice, because what prevents it no longer remembers the delivery.
+   *
+   * @default false
+   */
+  force?: boolean
+}
+
+/** How often the handlers of a job have been started, and how often they may be. */
+export interface Attempts {
+  readonly attempt: number
+  readonly attempts: number
 }
 
 export interface RunnerHost {
   /**
    * Runs the handlers of one delivery that have not succeeded yet, and records what did.
-   * Rejects with FST_OPENAI_WEBHOOK_HANDLER_FAILED (its `cause` an AggregateError) when any failed, and with
-   * FST_OPENAI_WEBHOOK_UNAVAILABLE when the idempotency store did: the job is then to be run again.
+   * Rejects with FST_OPENAI_WEBHOOK_HANDLER_FAILED (its `cause` an AggregateError) when any failed, with
+   * FST_OPENAI_WEBHOOK_UNAVAILABLE when the idempotency store did, with FST_OPENAI_WEBHOOK_IN_PROGRESS when another process
+   * has the delivery, and with FST_OPENAI_WEBHOOK_MISSING_ROUTE when this one lacks its handlers: the job is then to be
+   * run again.
    *
    * @param attempt how often the runner has started this job, this time included; for logs and channels
    */
   process (job: Job, attempt?: number): MaybePromise<void>
-  /** Told of trouble that no sender hears of, such as a job that failed after it was acknowledged. */
-  report (error: unknown, job?: Job): void
+  /**
+   * Told of trouble that no sender hears of; and of a job that failed, as `process` rejected, and is to be run again.
+   *
+   * @param attempts of a job that failed
+   */
+  report (error: unknown, job?: Job, attempts?: Attempts): void
+  /**
+   * Told once, when that is on record, that a job is not run again: `deadDelivery(job, attempts, error)`. The plugin has it;
+   * the host of a test may not.
+   *
+   * @param error as `process` rejected, or why there was no other attempt
+   */
+  dead? (delivery: DeadDelivery, error: unknown): void
+  /**
+   * What the idempotency store knows of a job whose last attempt ended with its process. Rejects as `process` does. As for
+   * `dead`, the plugin has it.
+   *
+   * @returns whether it has been processed, or else the handlers that have succeeded
+   */
+  recorded? (job: Job): MaybePromise<{ done: boolean, finished: readonly string[] }>
 }
 
 /**
@@ -33,14 +103,29 @@ export interface RunnerHost {
  * - After `run` has resolved, the runner owes the job a `host.process`.
  * - `close` stops taking jobs and resolves when none of this process's is running. Its signal aborts when `closeTimeout`
  *   is over: nothing is waited for then.
+ * - A runner that gives a job up tells `host.dead`; one that keeps it for a person to look at has `dead`, `deadCount` and
+ *   `requeue`, which `app.openaiWebhook.deadLetters` and the metrics ask.
  */
 export interface Runner {
   /** Called once, when the app is ready, before the first `run`. */
   start? (host: RunnerHost): MaybePromise<void>
-  run (job: Job): MaybePromise<void>
+  /** @returns `'duplicate'` when it has this delivery already, in whatever state; then it owes nothing more */
+  run (job: Job): MaybePromise<void | 'duplicate'>
   close? (signal?: AbortSignal): MaybePromise<void>
   /** Deliveries that wait to be run. A runner that has a queue has this; one without it runs the handlers in `run`. */
   depth? (): MaybePromise<number>
+  /** The dead deliveries, of one event type or of all, oldest first. @param limit default 100 */
+  dead? (limit?: number, type?: string): MaybePromise<DeadDelivery[]>
+  /** How many there are. */
+  deadCount? (): MaybePromise<number>
+  /** Gives a dead delivery its attempts anew, with the `finished` that it died with. @returns whether there was one */
+  requeue? (delivery: DeliveryRef, options?: RequeueOptions): MaybePromise<boolean>
+}
+
+/** Tells a host that a delivery is dead; one that cannot hear it is told of the failure. */
+export function tellDead (host: RunnerHost, delivery: DeadDelivery, error: unknown): void {
+  if (host.dead === undefined) host.report(error, delivery)
+  else host.dead(delivery, error)
 }
 
 /** The runners of apps that are ready and not closed. */

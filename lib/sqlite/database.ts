@@ -56,7 +56,8 @@ export class Database {
   readonly #file: string
   readonly #inode: number | undefined
 
-  constructor (db: SqliteDatabase, schema: string) {
+  /** @param added a column that a table of an older version lacks */
+  constructor (db: SqliteDatabase, schema: string, added?: { table: string, column: string }) {
     if (typeof db?.exec !== 'function' || typeof db.prepare !== 'function') {
       throw new InvalidOptions('expected an open SQLite handle (node:sqlite, better-sqlite3 or libsql), which has exec() and prepare()')
     }
@@ -72,11 +73,19 @@ export class Database {
     this.#useWriteAheadLog(busy.timeout || BUSY_TIMEOUT)
     db.exec('PRAGMA synchronous = FULL')
     // Takes the write lock first: a reader that turns into a writer is refused without a wait.
-    this.transaction(() => db.exec(schema))
+    this.transaction(() => {
+      db.exec(schema)
+      if (added !== undefined) this.#addColumn(added)
+    })
     const [main] = this.prepare('PRAGMA database_list').all() as [{ file: string | null }]
     this.#file = main.file as string
     // In memory it has none, told as '' or null.
     this.#inode = main.file ? statSync(main.file).ino : undefined
+  }
+
+  #addColumn ({ table, column }: { table: string, column: string }): void {
+    const columns = this.prepare(`SELECT name FROM pragma_table_info('${table}')`).all() as Array<{ name: string }>
+    if (!columns.some(({ name }) => name === column)) this.#db.exec(`ALTER TABLE ${table} ADD COLUMN ${column} TEXT`)
   }
 
   /**

@@ -1,4 +1,5 @@
 export { sqliteStore } from '../stores/sqlite.ts'
 export { durable } from '../runners/durable.ts'
-export type { DeadDelivery, DurableOptions, DurableRunner } from '../runners/durable.ts'
+export type { DurableOptions, DurableRunner } from '../runners/durable.ts'
+export type { DeadDelivery, DeliveryError, DeliveryRef, RequeueOptions } from '../runners/runner.ts'
 export type { SqliteDatabase, SqliteStatement } from './database.ts'

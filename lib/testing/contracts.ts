@@ -1,6 +1,7 @@
 import assert from 'node:assert/strict'
 import { setTimeout as sleep } from 'node:timers/promises'
-import type { Job, Runner, RunnerHost } from '../runners/runner.ts'
+import { handlersFailed } from '../failure.ts'
+import type { DeadDelivery, Job, Runner, RunnerHost } from '../runners/runner.ts'
 import type { Claim, IdempotencyStore, MaybePromise } from '../stores/store.ts'
 
 /** One promise of a seam, to be run by any test framework: it rejects when the promise is broken. */
@@ -60,7 +61,7 @@ export function storeContract (create: () => MaybePromise<IdempotencyStore>): Co
     }),
     contract('a completed key is done', async (store, key) => {
       const { token } = await claim(store, key)
-      await store.complete(key, token, LONG)
+      assert.notEqual(await store.complete(key, token, LONG), false, 'the claim was held')
       assert.deepEqual(await store.begin(key, LONG), { state: 'done' })
     }),
     contract('a completed key is claimed anew once its retention is over', async (store, key) => {
@@ -95,7 +96,7 @@ export function storeContract (create: () => MaybePromise<IdempotencyStore>): Co
       await store.checkpoint(key, late.token, 'late')
       await store.release(key, late.token)
       assert.deepEqual(await store.begin(key, LONG), { state: 'running' })
-      await store.complete(key, late.token, LONG)
+      assert.notEqual(await store.complete(key, late.token, LONG), true, 'the claim was not held')
       assert.deepEqual(await store.begin(key, LONG), { state: 'running' })
       await store.release(key, holder.token)
       assert.deepEqual((await claim(store, key)).finished, [])
@@ -139,15 +140,17 @@ export function storeContract (create: () => MaybePromise<IdempotencyStore>): Co
  * What every `Runner` promises, whenever it acknowledges.
  *
  * @param create gives a runner that has not been started, with nothing queued; it is closed when the case is over
+ * @param options.attempts how often it starts a job that fails before it keeps it as dead: few, with short waits between them.
+ * Where it is given, there are cases about dead deliveries too.
  */
-export function runnerContract (create: () => MaybePromise<Runner>): ContractCase[] {
+export function runnerContract (create: () => MaybePromise<Runner>, { attempts: most }: { attempts?: number } = {}): ContractCase[] {
   let jobs = 0
 
-  const job = (): Job => ({
+  const job = (type = 'batch.failed'): Job => ({
     webhookId: `wh_${process.pid}_${Date.now()}_${++jobs}`,
     timestamp: 1_750_861_210,
     endpoint: '/webhooks/openai',
-    event: { type: 'batch.failed', data: { id: 'batch_é' } } as Job['event']
+    event: { type, data: { id: 'batch_é' } } as Job['event']
   })
 
   const contract = (name: string, check: (runner: Runner, host: TestHost) => Promise<void>): ContractCase => ({
@@ -164,7 +167,13 @@ export function runnerContract (create: () => MaybePromise<Runner>): ContractCas
     }
   })
 
-  return [
+  const dying = (name: string, check: (runner: KeepingRunner, host: TestHost) => Promise<void>): ContractCase => contract(name, async (runner, host) => {
+    assert.ok(keepsTheDead(runner), 'expected dead(), deadCount() and requeue()')
+    host.work = failing()
+    await check(runner, host)
+  })
+
+  const cases = [
     contract('an accepted job is processed, as it was given', async (runner, host) => {
       const given = job()
       await runner.run(given)
@@ -180,7 +189,15 @@ export function runnerContract (create: () => MaybePromise<Runner>): ContractCas
     contract('a job that fails is told: to the sender or to the host', async (runner, host) => {
       host.work = async () => { throw new Error('the handler failed') }
       const rejected = await Promise.resolve(runner.run(job())).then(() => false, () => true)
-      if (!rejected) await until('the failure to be reported', () => host.reported.length > 0)
+      if (!rejected) await until('the failure to be told', () => host.reported.length + host.died.length > 0)
+    }),
+    contract('a job that is queued already is not queued again where the runner says so', async (runner, host) => {
+      const given = job()
+      const answers = [await runner.run(given), await runner.run(given)]
+      assert.ok(answers.every(answer => answer === undefined || answer === 'duplicate'), `expected run() to resolve to nothing or 'duplicate', got ${String(answers)}`)
+      assert.notEqual(answers[0], 'duplicate', 'the first was not queued before')
+      await until('the job to be processed', () => host.processed.length > 0)
+      if (answers[1] === 'duplicate') assert.deepEqual(host.processed, [given])
     }),
     contract('a job that fails does not keep others from being processed', async (runner, host) => {
       const [bad, good] = [job(), job()]
@@ -210,11 +227,76 @@ export function runnerContract (create: () => MaybePromise<Runner>): ContractCas
       assert.equal(host.processed.length, accepted ? 1 : 0)
     })
   ]
+  if (most === undefined) return cases
+  return cases.concat([
+    dying('a job that is given up is told once, and kept with what had failed and what had finished', async (runner, host) => {
+      const given = job()
+      await runner.run(given)
+      await until('the job to be told as dead', () => host.died.length > 0)
+      await until('the job to be kept', async () => await runner.deadCount() === 1)
+      const [dead] = await runner.dead()
+      assert.deepEqual(host.died.map(({ webhookId }) => webhookId), [given.webhookId])
+      const { attempts, errors, finished, diedAt, ...rest } = dead!
+      assert.deepEqual(rest, given)
+      assert.deepEqual([attempts, host.started], [most, most])
+      assert.deepEqual(errors.map(({ handler, message }) => ({ handler, message })), [{ handler: 'bill', message: 'no such customer' }])
+      assert.match(errors[0]!.stack, /^Error: no such customer\n +at /)
+      assert.deepEqual(finished, ['import'])
+      assert.ok(Math.abs(Date.now() - diedAt) < LONG)
+    }),
+    dying('dead jobs are listed from the oldest on, up to a limit, of all types or of one', async (runner, host) => {
+      const given = [job('batch.failed'), job('batch.completed'), job('batch.failed')]
+      for (const [i, each] of given.entries()) {
+        await runner.run(each)
+        await until('the job to be kept', async () => await runner.deadCount() === i + 1)
+        await sleep(2) // which one died first is told by the clock
+      }
+      const ids = given.map(({ webhookId }) => webhookId)
+      const listed = async (limit?: number, type?: string): Promise<string[]> => (await runner.dead(limit, type)).map(({ webhookId }) => webhookId)
+      assert.deepEqual(await listed(), ids)
+      assert.deepEqual(await listed(2), ids.slice(0, 2))
+      assert.deepEqual(await listed(100, 'batch.failed'), [ids[0], ids[2]])
+      assert.deepEqual(await listed(1, 'batch.completed'), [ids[1]])
+      assert.deepEqual(await listed(100, 'batch.expired'), [])
+    }),
+    dying('a dead job that is requeued is processed with what had finished, and is dead no longer', async (runner, host) => {
+      const given = job()
+      await runner.run(given)
+      await until('the job to be kept', async () => await runner.deadCount() === 1)
+      host.work = async () => {}
+      const { endpoint, webhookId } = given
+      assert.equal(await runner.requeue({ endpoint, webhookId }, { force: false }), true)
+      await until('the job to be processed', () => host.processed.length > 0)
+      assert.deepEqual(host.processed, [{ ...given, finished: ['import'] }])
+      assert.equal(await runner.deadCount(), 0)
+      assert.equal(await runner.requeue({ endpoint, webhookId }), false, 'it is not dead any more')
+      assert.equal(await runner.requeue({ endpoint, webhookId: 'wh_unknown' }), false)
+    }),
+    dying('a dead job that is delivered again stays dead', async (runner, host) => {
+      const given = job()
+      await runner.run(given)
+      await until('the job to be kept', async () => await runner.deadCount() === 1)
+      assert.equal(await runner.run(given), 'duplicate')
+      assert.equal(await runner.deadCount(), 1)
+    })
+  ])
+}
+
+type KeepingRunner = Runner & Required<Pick<Runner, 'dead' | 'deadCount' | 'requeue'>>
+
+function keepsTheDead (runner: Runner): runner is KeepingRunner {
+  return [runner.dead, runner.deadCount, runner.requeue].every(method => typeof method === 'function')
+}
+
+/** One handler has succeeded, another one fails, as the plugin tells it. */
+function failing (): TestHost['work'] {
+  return async () => { throw handlersFailed([{ handler: 'bill', error: new Error('no such customer') }], 2, ['import']) }
 }
 
 class TestHost implements RunnerHost {
   readonly processed: Job[] = []
   readonly reported: unknown[] = []
+  readonly died: DeadDelivery[] = []
   started = 0
   work: (job: Job) => Promise<void> = async () => {}
 
@@ -226,6 +308,14 @@ class TestHost implements RunnerHost {
 
   report (error: unknown): void {
     this.reported.push(error)
+  }
+
+  dead (delivery: DeadDelivery): void {
+    this.died.push(delivery)
+  }
+
+  async recorded (): Promise<{ done: boolean, finished: readonly string[] }> {
+    return { done: false, finished: [] }
   }
 }
 

@@ -1,0 +1,65 @@
+import { InvalidOptions, NoDeadLetters } from './errors.ts'
+import type { DeadDelivery, DeliveryRef, RequeueOptions, Runner } from './runners/runner.ts'
+
+export interface DeadLettersOptions {
+  /**
+   * Deliveries, the oldest first.
+   *
+   * @default 100
+   */
+  limit?: number
+  /** One event type, such as `batch.completed`. */
+  type?: string
+}
+
+/**
+ * The deliveries whose attempts are used up, for a person to look at.
+ *
+ * Each method rejects with FST_OPENAI_WEBHOOK_NO_DEAD_LETTERS where the runner keeps none, with
+ * FST_OPENAI_WEBHOOK_INVALID_OPTIONS, and with the queue's own error when it cannot be reached.
+ */
+export interface DeadLetters {
+  /** The dead deliveries, oldest first. */
+  list (options?: DeadLettersOptions): Promise<DeadDelivery[]>
+  /** How many there are. */
+  count (): Promise<number>
+  /**
+   * Gives a dead delivery its attempts anew. Handlers that had succeeded do not run again.
+   *
+   * @returns false when it is not among the dead: never was, was requeued already, or removed
+   */
+  requeue (delivery: DeliveryRef, options?: RequeueOptions): Promise<boolean>
+}
+
+/** Over any runner that keeps them. */
+export class RunnerDeadLetters implements DeadLetters {
+  readonly #runner: Runner
+
+  constructor (runner: Runner) {
+    this.#runner = runner
+  }
+
+  async list ({ limit = 100, type }: DeadLettersOptions = {}): Promise<DeadDelivery[]> {
+    const { dead } = this.#runner
+    if (dead === undefined) throw new NoDeadLetters()
+    if (!Number.isSafeInteger(limit) || limit < 1) throw new InvalidOptions('deadLetters.list(): expected limit to be a whole number of deliveries, 1 or more')
+    if (type !== undefined && typeof type !== 'string') throw new InvalidOptions('deadLetters.list(): expected type to be an event type, such as "batch.completed"')
+    return await dead.call(this.#runner, limit, type)
+  }
+
+  async count (): Promise<number> {
+    const { deadCount } = this.#runner
+    if (deadCount === undefined) throw new NoDeadLetters()
+    return await deadCount.call(this.#runner)
+  }
+
+  async requeue (delivery: DeliveryRef, { force = false }: RequeueOptions = {}): Promise<boolean> {
+    const { requeue } = this.#runner
+    if (requeue === undefined) throw new NoDeadLetters()
+    const { endpoint, webhookId, tenant } = (delivery ?? {}) as Partial<DeliveryRef>
+    if (typeof endpoint !== 'string' || typeof webhookId !== 'string') {
+      throw new InvalidOptions('deadLetters.requeue(): expected { endpoint, webhookId }, such as a delivery of list()')
+    }
+    return await requeue.call(this.#runner, { endpoint, webhookId, ...(tenant !== undefined && { tenant }) }, { force })
+  }
+}

@@ -1,0 +1,112 @@
+import { HandlerFailed } from './errors.ts'
+import type { DeadDelivery, DeliveryError, Job } from './runners/runner.ts'
+
+/** What one handler threw. */
+export interface HandlerFailure {
+  readonly handler: string
+  readonly error: unknown
+}
+
+/** Characters of a text that is kept, and of a list of errors in one. */
+const MAX_MESSAGE = 2_000
+const MAX_STACK = 5_000
+const MAX_TEXT = 10_000
+const MAX_SUMMARY = 1_000
+/** Errors of one delivery that are kept. */
+const MAX_ERRORS = 20
+/** Causes of an error, one within the other, and errors within an AggregateError, whose stacks are kept. */
+const MAX_DEPTH = 3
+const MAX_INNER = 3
+
+interface Failed {
+  readonly failures: readonly HandlerFailure[]
+  readonly finished: readonly string[]
+}
+
+/** Not on the error itself: a logger would write it out. */
+const failed = new WeakMap<Error, Failed>()
+
+/**
+ * The error of a delivery that handlers failed. Its cause is for logs and dead letters; a sender never sees it.
+ *
+ * @param handlers how many there were
+ * @param finished those that have succeeded, in this attempt and before
+ */
+export function handlersFailed (failures: readonly HandlerFailure[], handlers: number, finished: readonly string[]): Error {
+  const errors = failures.map(({ error }) => error)
+  const summary = `${errors.length} of ${handlers} handlers failed: ${errors.map(error => textOf(error)).join('; ').slice(0, MAX_SUMMARY)}`
+  const cause = new AggregateError(errors, summary)
+  // The stack of a queue's dead letter, and the first that a log shows: that of the plugin's code would say nothing.
+  cause.stack = `AggregateError: ${summary}${failures.map(named).join('')}`.slice(0, MAX_TEXT)
+  const error = new HandlerFailed({ cause })
+  // A queue may be told of the cause alone.
+  for (const each of [error, cause]) failed.set(each, { failures, finished })
+  return error
+}
+
+function named ({ handler, error }: HandlerFailure): string {
+  return `\nhandler "${handler}": ${stackOf(error) || textOf(error)}`
+}
+
+/** Whether it is what the handlers of a delivery threw, and no trouble of a store or a queue. */
+export function isHandlersFailure (error: unknown): boolean {
+  return failed.has(error as Error)
+}
+
+/** What a log and a queue show of the error that a delivery ended with. */
+export function causeOf (error: unknown): unknown {
+  try {
+    return (error as { cause?: unknown } | null | undefined)?.cause ?? error
+  } catch {
+    return error // a getter that throws
+  }
+}
+
+/** What is kept of a failed attempt. @param error as `host.process` rejected */
+export function describeFailure (job: Job, error: unknown): Pick<DeadDelivery, 'errors' | 'finished'> {
+  const handlers = failed.get(error as Error)
+  if (handlers !== undefined) {
+    const errors = handlers.failures.slice(0, MAX_ERRORS).map(({ handler, error }) => describe(handler, error))
+    return { errors, finished: handlers.finished }
+  }
+  return { errors: [describe(null, causeOf(error))], finished: job.finished ?? [] }
+}
+
+function describe (handler: string | null, error: unknown): DeliveryError {
+  return { handler, message: textOf(error, MAX_MESSAGE), stack: stackOf(error) }
+}
+
+/**
+ * A job that is not run again, for `host.dead` and for whoever looks at it.
+ *
+ * @param attempts how often its handlers were started
+ * @param error as `host.process` rejected, or why there was no other attempt
+ * @param diedAt ms since the epoch
+ */
+export function deadDelivery (job: Job, attempts: number, error: unknown, diedAt = Date.now()): DeadDelivery {
+  return { ...job, attempts, ...describeFailure(job, error), diedAt }
+}
+
+/** What anybody may have thrown, in a line. */
+function textOf (error: unknown, max = MAX_SUMMARY): string {
+  try {
+    // Not instanceof: an error may be of another realm.
+    const text = typeof error === 'string' ? error : (error as { message?: unknown } | null | undefined)?.message
+    return typeof text === 'string' ? text.slice(0, max) : `threw ${error === null ? 'null' : typeof error}`
+  } catch {
+    return 'an error that cannot be read'
+  }
+}
+
+/** The stack of an error, and those of its causes. */
+function stackOf (error: unknown, depth = MAX_DEPTH): string {
+  try {
+    const { stack, cause, errors } = (error ?? {}) as { stack?: unknown, cause?: unknown, errors?: unknown }
+    const own = typeof stack === 'string' ? stack.slice(0, MAX_STACK) : ''
+    if (depth === 0) return own
+    const inner = [...(Array.isArray(errors) ? errors.slice(0, MAX_INNER) : []), cause].map(each => stackOf(each, depth - 1)).filter(text => text !== '')
+    return [own, ...inner].join('\ncaused by: ').slice(0, MAX_STACK)
+  } catch {
+    return ''
+  }
+}

@@ -1,0 +1,44 @@
+import { runnersInUse } from '../runners/runner.ts'
+import type { Runner } from '../runners/runner.ts'
+
+/** ms. Prometheus gives up a scrape after ten seconds, and with it every other metric. */
+const PATIENCE = 1_000
+
+type Question = 'depth' | 'deadCount'
+
+/** Runners that have been asked and have not answered: not asked again, or questions would pile up while Redis is down. */
+const asked: Readonly<Record<Question, WeakMap<Runner, Promise<number | undefined>>>> = { depth: new WeakMap(), deadCount: new WeakMap() }
+
+/**
+ * The sum of what this process's runners that have an answer tell: how many deliveries wait in their queues, or are dead.
+ * One that fails, or does not answer in time, is left out.
+ *
+ * @returns `undefined` when some could be asked and none can tell
+ */
+export async function sumOfRunners (question: Question): Promise<number | undefined> {
+  const answers = await Promise.all([...runnersInUse].filter(runner => runner[question] !== undefined).map(runner => answerOf(runner, question)))
+  const known = answers.filter(answer => answer !== undefined)
+  return answers.length > 0 && known.length === 0 ? undefined : known.reduce((sum, each) => sum + each, 0)
+}
+
+async function answerOf (runner: Runner, question: Question): Promise<number | undefined> {
+  let answer = asked[question].get(runner)
+  if (answer === undefined) {
+    answer = ask(runner, question).finally(() => asked[question].delete(runner))
+    asked[question].set(runner, answer)
+  }
+  let timer: NodeJS.Timeout | undefined
+  const tooLate = new Promise<undefined>(resolve => { timer = setTimeout(resolve, PATIENCE, undefined) })
+  const known = await Promise.race([answer, tooLate])
+  clearTimeout(timer)
+  return known
+}
+
+async function ask (runner: Runner, question: Question): Promise<number | undefined> {
+  try {
+    const answer = await runner[question]!()
+    return Number.isFinite(answer) ? answer : undefined
+  } catch {
+    return undefined
+  }
+}
