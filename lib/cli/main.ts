@@ -9,6 +9,7 @@ const commands: Readonly<Record<string, () => Promise<Command>>> = {
   listen: async () => (await import('./listen.ts')).listen,
   replay: async () => (await import('./replay.ts')).replay,
   diagnose: async () => (await import('./diagnose.ts')).diagnose,
+  dead: async () => (await import('./dead.ts')).dead,
   endpoints: async () => (await import('./endpoints.ts')).endpoints
 }
 

@@ -1,0 +1,229 @@
+import { statSync } from 'node:fs'
+import { createRequire } from 'node:module'
+import { join } from 'node:path'
+import { CommandError, EXIT, count, text, usageError } from './command.ts'
+import type { Arguments, Command, Terminal } from './command.ts'
+import { paint, printable } from './table.ts'
+import { nearest } from '../nearest.ts'
+import type { DeadDelivery } from '../runners/runner.ts'
+import type { SqliteDatabase } from '../sqlite/database.ts'
+import { DeadJobs, openJobs } from '../sqlite/jobs.ts'
+import type { DeadFilter } from '../sqlite/jobs.ts'
+
+/** Opens a file that is there, with a library; `undefined` where the library is not. */
+export type OpenSqlite = (file: string) => ClosableDatabase | undefined
+
+type ClosableDatabase = SqliteDatabase & { close: () => unknown }
+
+/** Deliveries that are listed, unless it is said otherwise. */
+const LIMIT = 100
+
+const help = `Usage: openai-webhook dead list --sqlite FILE [options]
+       openai-webhook dead show ID --sqlite FILE [options]
+       openai-webhook dead requeue ID… --sqlite FILE [options]
+       openai-webhook dead requeue --all --sqlite FILE [options]
+
+The deliveries of durable() whose attempts are used up: what each of them ended with, and its attempts anew. The receiver
+may be running: it looks at the file every second.
+
+  list                 the dead deliveries, oldest first
+  show                 one of them, by its webhook-id: errors with their stacks, what had succeeded, the event
+  requeue              gives those that are named their attempts anew; handlers that had succeeded do not run again
+
+Options:
+  --sqlite FILE        the receiver's file; it is never created
+  --endpoint URL       of this receiving route alone, such as /webhooks/openai
+  --tenant NAME        of this tenant alone
+  --type TYPE          of this event type alone, such as batch.completed
+  --limit N            how many are listed (${LIMIT})
+  --all                list: all of them; requeue: all that the options above select
+  --force              requeue: also where an effect could happen twice
+  --json               a JSON object a line
+
+Exit code 0 when it was done, 1 when there is no such delivery or the file cannot be used.
+
+The file is opened by node:sqlite where Node has it, else by the libsql or better-sqlite3 of the working directory.
+
+Examples:
+  openai-webhook dead list --sqlite webhooks.db --type batch.completed
+  openai-webhook dead requeue wh_685c059ae39c8190af8c71ed1022a24d --sqlite webhooks.db
+`
+
+/** @param libraries asked in turn */
+export function deadCommand (libraries: readonly OpenSqlite[]): Command {
+  return {
+    summary: 'lists, shows and requeues the deliveries of an SQLite file whose attempts are used up',
+    help,
+    options: {
+      sqlite: { type: 'string' },
+      endpoint: { type: 'string' },
+      tenant: { type: 'string' },
+      type: { type: 'string' },
+      limit: { type: 'string' },
+      all: { type: 'boolean' },
+      force: { type: 'boolean' },
+      json: { type: 'boolean' }
+    },
+    async run (args, terminal) {
+      const act = plan(args, terminal)
+      const file = text(args, 'sqlite')
+      if (file === undefined || file === '') throw usageError('missing --sqlite, the file of durable()')
+      const db = open(file, libraries)
+      let code
+      try {
+        assertJobs(db, file)
+        code = act(new DeadJobs(openJobs(db)))
+      } catch (error) {
+        throw error instanceof CommandError ? error : new CommandError(`${file}: ${printable((error as Error).message)}`)
+      } finally {
+        db.close()
+      }
+      return code
+    }
+  }
+}
+
+const nodeSqlite: OpenSqlite = file => {
+  const sqlite = process.getBuiltinModule('node:sqlite') as { DatabaseSync: new (file: string) => ClosableDatabase } | undefined
+  return sqlite === undefined ? undefined : new sqlite.DatabaseSync(file)
+}
+
+/** A package of the working directory's: it is a peer of whoever runs the command, not of this package. */
+const installed = (name: string): OpenSqlite => file => {
+  let Handle: new (file: string) => ClosableDatabase
+  try {
+    Handle = createRequire(join(process.cwd(), 'openai-webhook.js'))(name) as typeof Handle
+  } catch {
+    return undefined
+  }
+  return new Handle(file)
+}
+
+export const dead = deadCommand([nodeSqlite, installed('libsql'), installed('better-sqlite3')])
+
+type Act = (jobs: DeadJobs) => number
+
+const actions: Readonly<Record<string, (args: Arguments, terminal: Terminal, ids: readonly string[]) => Act>> = {
+  list (args, terminal, ids) {
+    if (ids.length > 0) throw usageError(`list: expected nothing more, got "${printable(ids.join(' '))}"`)
+    const filter = filterOf(args)
+    const limit = args.values['all'] === true ? -1 : count(args, 'limit', LIMIT) // -1 is SQLite's for all
+    return jobs => {
+      const listed = jobs.list(limit, filter)
+      for (const delivery of listed) print(terminal, args, delivery, line(delivery, terminal))
+      const left = jobs.count(filter) - listed.length
+      if (left > 0) terminal.err(`${left} more: --limit N or --all lists them\n`)
+      else if (listed.length === 0) terminal.err('no dead deliveries\n')
+      return EXIT.ok
+    }
+  },
+
+  show (args, terminal, ids) {
+    const [id, ...others] = ids
+    if (id === undefined || others.length > 0) throw usageError('show: expected one webhook-id')
+    return jobs => {
+      const delivery = find(jobs, id, filterOf(args))
+      print(terminal, args, delivery, inFull(delivery, terminal))
+      return EXIT.ok
+    }
+  },
+
+  requeue (args, terminal, ids) {
+    const all = args.values['all'] === true
+    if (all === (ids.length > 0)) throw usageError('requeue: expected webhook-ids, or --all')
+    return jobs => {
+      const filter = filterOf(args)
+      // Before the first is requeued: all or none.
+      const chosen = all ? jobs.list(-1, filter) : [...new Set(ids)].map(id => find(jobs, id, filter))
+      let missed = 0
+      for (const delivery of chosen) {
+        const done = jobs.revive(delivery)
+        if (!done) missed++
+        print(terminal, args, { webhookId: delivery.webhookId, endpoint: delivery.endpoint, requeued: done }, `${printable(delivery.webhookId, 256)}  ${done ? 'requeued' : 'was requeued meanwhile'}\n`)
+      }
+      if (chosen.length === 0) terminal.err('no dead deliveries\n')
+      return missed === 0 ? EXIT.ok : EXIT.failed
+    }
+  }
+}
+
+/** @throws CommandError */
+function plan (args: Arguments, terminal: Terminal): Act {
+  const [name, ...ids] = args.positionals
+  const names = Object.keys(actions)
+  if (name === undefined) throw usageError(`dead: expected one of ${names.join(', ')}`)
+  const action = Object.hasOwn(actions, name) ? actions[name] : undefined
+  if (action === undefined) throw usageError(`dead: unknown action "${printable(name)}"${nearest(name, names)}`)
+  return action(args, terminal, ids)
+}
+
+function filterOf (args: Arguments): DeadFilter {
+  return { endpoint: text(args, 'endpoint'), tenant: text(args, 'tenant'), type: text(args, 'type') }
+}
+
+/** @throws CommandError */
+function open (file: string, libraries: readonly OpenSqlite[]): ClosableDatabase {
+  // A library would make a file that is not there.
+  if (statSync(file, { throwIfNoEntry: false })?.isFile() !== true) throw new CommandError(`${file}: there is no such file`)
+  for (const library of libraries) {
+    try {
+      const db = library(file)
+      if (db !== undefined) return db
+    } catch (error) {
+      throw new CommandError(`${file}: ${printable((error as Error).message)}`)
+    }
+  }
+  throw new CommandError('this command needs Node 22.13 or later, or one of these packages here: npm i libsql, npm i better-sqlite3')
+}
+
+/** @throws CommandError for a file of something else: durable() would make its table in it */
+function assertJobs (db: SqliteDatabase, file: string): void {
+  const tables = db.prepare("SELECT name FROM sqlite_master WHERE type = 'table' AND name = 'openai_webhook_jobs'").all()
+  if (tables.length === 0) throw new CommandError(`${file}: it has no deliveries of durable()`)
+}
+
+/** @throws CommandError */
+function find (jobs: DeadJobs, webhookId: string, filter: DeadFilter): DeadDelivery {
+  const [found, ...others] = jobs.list(2, { ...filter, webhookId })
+  if (found === undefined) throw new CommandError(`${printable(webhookId, 256)}: there is no such dead delivery`)
+  if (others.length > 0) throw new CommandError(`${printable(webhookId, 256)}: there are several, at different endpoints or of different tenants: say which by --endpoint or --tenant`)
+  return found
+}
+
+function print ({ out }: Terminal, { values }: Arguments, document: object, readable: string): void {
+  out(values['json'] === true ? `${JSON.stringify(document)}\n` : readable)
+}
+
+function line (delivery: DeadDelivery, terminal: Terminal): string {
+  const { webhookId, event, endpoint, tenant, attempts, diedAt, errors } = delivery
+  const where = printable(tenant === undefined ? endpoint : `${endpoint} of ${tenant}`, 300)
+  return `${paint(terminal, 'bold', printable(webhookId, 256))}  ${printable(event.type, 60)}  ${where}  ${time(diedAt)}  ${tries(attempts)}
+  ${errors.map(({ handler, message }) => printable(handler === null ? message : `${handler}: ${message}`)).join('\n  ')}
+`
+}
+
+function inFull (delivery: DeadDelivery, terminal: Terminal): string {
+  const { errors, finished, event } = delivery
+  const stacks = errors.map(({ handler, message, stack }) => {
+    return `${handler === null ? 'no handler' : `handler ${printable(handler)}`}:\n${indented(stack === '' ? message : stack)}\n`
+  })
+  return `${line({ ...delivery, errors: [] }, terminal).trimEnd()}
+  finished: ${finished.length === 0 ? 'none' : printable(finished.join(', '), 1_000)}
+
+${stacks.join('\n')}
+event:
+${indented(JSON.stringify(event, undefined, 2))}
+`
+}
+
+function indented (text: string): string {
+  return text.split('\n').map(each => `  ${printable(each, 1_000)}`).join('\n')
+}
+
+function time (ms: number): string {
+  return new Date(ms).toISOString()
+}
+
+function tries (attempts: number): string {
+  return attempts === 1 ? '1 attempt' : `${attempts} attempts`
+}
