@@ -1,5 +1,5 @@
 // Lists the deliveries whose attempts are used up, and gives those that are named their attempts anew. The receiver may
-// be running: it looks for them every second.
+// be running: it looks for them every second. `openai-webhook dead` does the same from the command line.
 //
 //   SQLITE_FILE=webhooks.db node docs/examples/sqlite-dead.mjs [webhook-id…]
 import { durable } from 'fastify-openai-webhook/sqlite'
@@ -10,8 +10,8 @@ const runner = durable(db)
 const wanted = process.argv.slice(2)
 
 for (const delivery of runner.dead(1_000)) {
-  const { webhookId, event, attempts, error } = delivery
+  const { webhookId, event, attempts, errors } = delivery
   const state = wanted.includes(webhookId) && runner.requeue(delivery) ? 'requeued' : 'dead'
-  console.log(`${state} ${webhookId} ${event.type}, ${attempts} attempts: ${error}`)
+  console.log(`${state} ${webhookId} ${event.type}, ${attempts} attempts: ${errors.map(({ message }) => message).join('; ')}`)
 }
 db.close()
