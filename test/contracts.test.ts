@@ -90,7 +90,7 @@ t.test('runners', async t => {
   await t.test('bullmq', { skip: redisMissing }, async t => {
     const { port } = await RedisServer.start(t)
     let queues = 0
-    const fresh = (): Runner => bullmq({ connection: { host: '127.0.0.1', port }, queueName: `contract-${++queues}`, backoff: 5, attempts: 2 })
+    const fresh = (): Runner => bullmq({ connection: { host: '127.0.0.1', port }, queueName: `contract-${++queues}`, backoff: 5, attempts: 2, removeOnFail: { count: 100 } })
     await keeps(t, runnerContract(fresh, { attempts: 2 }))
   })
 })
