@@ -139,7 +139,7 @@ const pluginRules: Record<keyof Required<OpenAIWebhookOptions>, Rule> = {
   path: { expected: 'a path that begins with "/", or false', accepts: value => value === false || (typeof value === 'string' && value.startsWith('/')) },
   prefix: { expected: 'a string', accepts: value => typeof value === 'string' },
   rateLimit,
-  events: { expected: 'an object of TypeBox schemas by event type', accepts: isEvents },
+  events: { expected: 'an object of TypeBox schemas by event type', accepts: isObject },
   idempotency: { expected: 'false or an object { store, lease, retention }', accepts: value => value === false || isObject(value) },
   runner: { expected: 'a runner such as inline()', accepts: has('run') },
   deadline: wholeNumber('ms', 1, LONGEST_TIMER),
@@ -164,6 +164,9 @@ const idempotencyRules: Record<keyof Required<IdempotencyOptions>, Rule> = {
   retention: wholeNumber('ms', 1)
 }
 
+/** One of them is in any JSON Schema that says something of an event. */
+const JSON_SCHEMA_KEYWORDS = ['type', 'properties', 'required', '$ref', 'allOf', 'anyOf', 'oneOf', 'const', 'enum']
+
 /** What Fastify itself takes from the options of `register`. */
 const FASTIFY_OPTIONS = ['logLevel', 'logSerializers']
 
@@ -172,7 +175,7 @@ export function assertOptions (options: unknown): asserts options is OpenAIWebho
   assertRules('', pluginRules, options, FASTIFY_OPTIONS)
   const { idempotency } = options as OpenAIWebhookOptions
   if (isObject(idempotency)) assertRules('idempotency.', idempotencyRules, idempotency)
-  for (const [type, schema] of Object.entries((options as OpenAIWebhookOptions).events ?? {})) assertNamed(type, schema)
+  for (const [type, schema] of Object.entries((options as OpenAIWebhookOptions).events ?? {})) assertSchema(type, schema)
 }
 
 /** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
@@ -203,15 +206,24 @@ function assertRules (at: string, rules: Record<string, Rule>, options: unknown,
   }
 }
 
-function isEvents (value: unknown): boolean {
-  return isObject(value) && Object.values(value).every(schema => KindGuard.IsSchema(schema))
-}
-
-function assertNamed (type: string, schema: TSchema): void {
+function assertSchema (type: string, schema: TSchema): void {
+  if (!KindGuard.IsSchema(schema)) {
+    throw new InvalidOptions(`expected events["${type}"] to be a schema of TypeBox 0.34 (npm i @sinclair/typebox@0.34), got ${showSchema(schema)}`)
+  }
   const { const: literal } = ((schema['properties'] as Record<string, TSchema> | undefined)?.['type'] ?? {}) as { const?: unknown }
   if (literal !== undefined && literal !== type) {
     throw new InvalidOptions(`expected events["${type}"] to have the type "${type}", got the literal ${show(literal)}`)
   }
+}
+
+/** What people have in place of a schema of TypeBox 0.34. */
+function showSchema (value: unknown): string {
+  if ((typeof value !== 'object' && typeof value !== 'function') || value === null) return show(value)
+  const { '~kind': kind, '~standard': standard, constructor } = value as { '~kind'?: unknown, '~standard'?: { vendor?: unknown }, constructor?: unknown }
+  if (kind !== undefined) return 'one of TypeBox 1.x, the package "typebox"'
+  if (standard !== undefined) return `one of ${String(standard.vendor).slice(0, 32)}`
+  if (JSON_SCHEMA_KEYWORDS.some(keyword => Object.hasOwn(value, keyword))) return 'a plain JSON Schema'
+  return isObject(value) && typeof constructor === 'function' && constructor !== Object ? `an instance of ${constructor.name}` : show(value)
 }
 
 /** Kinds and short values: what stands in the wrong place may be a secret. */

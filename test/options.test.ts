@@ -9,6 +9,20 @@ import { capturedLog, codeOf, deferred, messageOf, redelivered, watchedStore } f
 const RECEIVED = '{"received":true}'
 const DUPLICATE = '{"received":true,"duplicate":true}'
 
+/** What people have in place of a schema of TypeBox 0.34, as its libraries make it. */
+const foreignSchemas: Record<string, unknown> = {
+  'one of TypeBox 1.x, the package "typebox"': Object.defineProperty({ type: 'object', properties: {} }, '~kind', { value: 'Object' }),
+  'one of zod': { type: 'object', '~standard': { version: 1, vendor: 'zod', validate () {} } },
+  'one of arktype': Object.assign(() => {}, { '~standard': { version: 1, vendor: 'arktype', validate () {} } }),
+  'a plain JSON Schema': { type: 'object', properties: {} },
+  'an instance of ZodObject': new (class ZodObject { _def = {} })(),
+  'a value of type object': { id: 'string' },
+  'a value of type function': () => {},
+  '"string"': 'string',
+  undefined,
+  null: null
+}
+
 /** Registers with what a JavaScript user may write. */
 async function register (options: unknown): Promise<void> {
   await Fastify().register(openaiWebhook, options as OpenAIWebhookOptions)
@@ -35,8 +49,10 @@ t.test('wrong values are refused: what was expected, what came', async t => {
     [{ bodyTimeout: 0 }, 'expected bodyTimeout to be a whole number of ms, 1 or more and at most 2147483647, got 0'],
     [{ bodyTimeout: '10s' }, 'expected bodyTimeout to be a whole number of ms, 1 or more and at most 2147483647, got "10s"'],
     [{ events: [] }, 'expected events to be an object of TypeBox schemas by event type, got an array'],
-    [{ events: { 'order.paid': {} } }, 'expected events to be an object of TypeBox schemas by event type, got a value of type object'],
-    [{ events: { 'order.paid': { type: 'object' } } }, 'expected events to be an object of TypeBox schemas by event type, got a value of type object'],
+    ...Object.entries(foreignSchemas).map(([got, schema]) => [
+      { events: { 'order.shipped': event('order.shipped'), 'order.paid': schema } },
+      `expected events["order.paid"] to be a schema of TypeBox 0.34 (npm i @sinclair/typebox@0.34), got ${got}`
+    ] as [object, string]),
     [{ events: { 'order.paid': event('order.shipped') } }, 'expected events["order.paid"] to have the type "order.paid", got the literal "order.shipped"'],
     [{ events: { 'order.paid': Type.Object({ type: Type.Literal(7) }) } }, 'expected events["order.paid"] to have the type "order.paid", got the literal 7'],
     [{ verifier: 'standard' }, 'expected verifier to be a function, got "standard"'],
