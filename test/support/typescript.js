@@ -38,3 +38,7 @@ const [major, minor] = process.versions.node.split('.').map(Number)
 const inThread = major > 25 || (major === 25 && minor >= 1) || (major === 24 && minor >= 13)
 if (inThread) module.registerHooks({ load })
 else if (isMainThread) module.register(import.meta.url)
+
+// What a test starts is a user's program, in whatever folder: its own, from which the path would lead nowhere.
+const options = process.env.NODE_OPTIONS
+if (options !== undefined) process.env.NODE_OPTIONS = options.replace(/"?--import=\.\/test\/support\/typescript\.js"?/, '').trim()
