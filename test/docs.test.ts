@@ -4,6 +4,7 @@ import t from 'tap'
 import * as errors from '../lib/errors.ts'
 import { guideEntries, officialEntries } from '../lib/events/index.ts'
 import { anchors, codeBlocks, interfaceProperties, readDocument, readDocuments, relativeLinks, ROOT, tableRows, typeCheck } from './support/docs.ts'
+import { NODES, NODE_TYPES, TYPESCRIPTS, engines, oldestOf, peers } from './support/compatibility.ts'
 import type { CodeBlock } from './support/docs.ts'
 
 interface Generator {
@@ -70,6 +71,19 @@ t.test('docs/errors.md lists every code with its status, and no other', async t 
   const rows = [...listed('docs/errors.md')].map(([code, [statusCode]]) => ({ code, statusCode: Number(statusCode) }))
   const byCode = (a: { code: string }, b: { code: string }): number => a.code.localeCompare(b.code)
   t.same(rows.sort(byCode), catalogue.sort(byCode))
+})
+
+t.test('docs/compatibility.md says what test/long/compatibility.test.ts checks, and package.json declares', t => {
+  const { text } = readDocument('docs/compatibility.md')
+  const rows = tableRows({ path: '', text })
+  t.match(text, `\`engines\` is \`${engines.node}\``)
+  t.ok(rows.some(([nodes]) => nodes === NODES.join(', ')), NODES.join(', '))
+  t.ok(rows.some(([versions, types]) => versions === TYPESCRIPTS.join(', ') && types === NODE_TYPES.join(', ')), 'TypeScript')
+  const listedPeers = listed('docs/compatibility.md')
+  for (const [name, range] of Object.entries(peers)) {
+    t.same(listedPeers.get(name)?.slice(0, 2), [`\`${range.replaceAll('|', '\\|')}\``, oldestOf(range)], name)
+  }
+  t.end()
 })
 
 t.test('no document names a code that does not exist', async t => {
