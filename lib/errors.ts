@@ -56,3 +56,14 @@ export const Unavailable = refusal('UNAVAILABLE', 'the store or queue cannot be 
 
 export const NoDeadLetters = coded('NO_DEAD_LETTERS',
   'the runner keeps no dead deliveries: expected durable(), bullmq(), or one with dead(), deadCount() and requeue()', 500)
+
+// Inbox: what a handler fails with
+
+export const TransactionOver = coded('TRANSACTION_OVER',
+  'the transaction of the handler "%s" is over: use `tx` only before the work that was given to once() has returned, and await what it does', 500)
+export const RolledBack = coded('ROLLED_BACK',
+  'PostgreSQL rolled the transaction of the handler "%s" back instead of committing it: a statement in it had failed, and the error was swallowed; let it be thrown, or use a savepoint', 500)
+export const NoTransaction = coded('NO_TRANSACTION',
+  'first("%s") was called outside a transaction, so its record and the writes could not commit together: call it inside, with a `query` that runs there', 500)
+export const AsyncWork = coded('ASYNC_WORK',
+  'the work of the handler "%s" returned a promise and was rolled back: a transaction on a SQLite handle is over when the function returns', 500)

@@ -1,5 +1,6 @@
 import type { FastifyInstance } from 'fastify'
 import { AlreadyStarted, InvalidOptions } from './errors.ts'
+import { assertHandlerName, givenName } from './handler-name.ts'
 import { nearest } from './nearest.ts'
 import type { EventContext, Handler } from './pipeline/dispatch.ts'
 import type { DeadDelivery } from './runners/runner.ts'
@@ -10,7 +11,7 @@ export type AnyHandler = (this: FastifyInstance, event: never, context: EventCon
 export interface HandlerOptions {
   /**
    * Names the handler in the idempotency store, so that a retry knows it across deployments that change the order of
-   * registration.
+   * registration. A handler of `inbox.once()` has its name already.
    *
    * @default its place in the order of registration
    */
@@ -49,6 +50,10 @@ export class HandlerList {
   readonly any: Handler[] = []
   readonly unhandled: Handler[] = []
   #count = 0
+
+  get names (): ReadonlySet<string> {
+    return this.#names
+  }
 
   /** @param label keeps the names of a route's handlers apart from the app's */
   constructor (known: ReadonlySet<string>, label: string) {
@@ -89,10 +94,11 @@ export class HandlerList {
 
   #handler (method: string, fn: AnyHandler, scope: FastifyInstance, options: HandlerOptions = {}): Handler {
     if (typeof fn !== 'function') throw new InvalidOptions(`${method}(): expected a handler function, got ${fn === null ? 'null' : typeof fn}`)
-    const name = options.name ?? `${this.#label}#${this.#count}`
-    if (typeof name !== 'string' || name === '' || name.length > 128) {
-      throw new InvalidOptions(`${method}(): expected \`name\` to be a string of 1 to 128 characters`)
-    }
+    const given = givenName(fn)
+    const name = options.name ?? given ?? `${this.#label}#${this.#count}`
+    assertHandlerName(method, name)
+    // The inbox records it under the name that it was given.
+    if (given !== undefined && name !== given) throw new InvalidOptions(`${method}(): expected the name that once() gave the handler, "${given}", or none, got "${name}"`)
     if (this.#names.has(name)) throw new InvalidOptions(`${method}(): the handler name "${name}" is taken: names tell finished handlers apart, so each is used once`)
     this.#names.add(name)
     this.#count++
@@ -176,7 +182,13 @@ export class HandlerTable {
   /** Whether the route has handlers of its own, beside the app's. */
   readonly hasRouteHandlers: boolean
 
+  /** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS when two lists have a name in common */
   constructor (lists: readonly HandlerList[], known: ReadonlySet<string>) {
+    const names = new Set<string>()
+    for (const name of lists.flatMap(list => [...list.names])) {
+      if (names.has(name)) throw new InvalidOptions(`the handler name "${name}" is taken: names tell finished handlers apart, so each is used once over the app's handlers and those of a route`)
+      names.add(name)
+    }
     const any = lists.flatMap(list => list.any)
     const unhandled = lists.flatMap(list => list.unhandled)
     this.#unknown = [...any, ...unhandled]

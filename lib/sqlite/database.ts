@@ -154,6 +154,19 @@ export class Database {
     }
   }
 
+  /** Whether the handle is in a transaction, of whoever began it. */
+  isInTransaction (): boolean {
+    try {
+      this.#db.exec('BEGIN')
+    } catch (error) {
+      // The drivers have no property for it in common.
+      if (/within a transaction/.test((error as Error).message)) return true
+      throw error
+    }
+    this.#db.exec('ROLLBACK')
+    return false
+  }
+
   /** SQLite's wait for a lock blocks the event loop: after one that was in vain nobody waits for a while, until a lock is had. */
   #begin (): void {
     const startedAt = performance.now()

@@ -1,6 +1,10 @@
 import assert from 'node:assert/strict'
 import { setTimeout as sleep } from 'node:timers/promises'
+import type { FastifyInstance } from 'fastify'
 import { handlersFailed } from '../failure.ts'
+import type { Inbox, InboxQuery } from '../inbox/inbox.ts'
+import { then } from '../maybe-promise.ts'
+import type { EventContext } from '../pipeline/dispatch.ts'
 import type { DeadDelivery, Job, Runner, RunnerHost } from '../runners/runner.ts'
 import type { Claim, IdempotencyStore, MaybePromise } from '../stores/store.ts'
 
@@ -291,6 +295,118 @@ function keepsTheDead (runner: Runner): runner is KeepingRunner {
 /** One handler has succeeded, another one fails, as the plugin tells it. */
 function failing (): TestHost['work'] {
   return async () => { throw handlersFailed([{ handler: 'bill', error: new Error('no such customer') }], 2, ['import']) }
+}
+
+/** An inbox, with a table of the test's own that its transactions write to. */
+export interface InboxUnderTest<Tx> {
+  readonly inbox: Inbox<Tx>
+  /** Adds a row, in the transaction that `once()` gives. At once, where the inbox is synchronous. */
+  write (tx: Tx, row: string): MaybePromise<void>
+  /** The rows that have been committed. */
+  rows (): MaybePromise<string[]>
+  /** Runs `work` in a transaction of the test's own, which is rolled back when it fails; `add` adds a row in it. */
+  transaction (work: (query: InboxQuery, add: (row: string) => MaybePromise<void>) => MaybePromise<void>): MaybePromise<void>
+  /** A query on a connection that is in no transaction, for `first()` to refuse. */
+  readonly outside: InboxQuery
+}
+
+/**
+ * What every `Inbox` promises, with no store and no runner beside it.
+ *
+ * @param create gives an inbox; called once a case. Cases use deliveries and rows of their own, so it may always be the same one.
+ */
+export function inboxContract<Tx> (create: () => MaybePromise<InboxUnderTest<Tx>>): ContractCase[] {
+  let cases = 0
+  const app = {} as FastifyInstance
+
+  const contract = (name: string, check: (under: InboxUnderTest<Tx>, context: EventContext, id: string) => Promise<void>): ContractCase => ({
+    name,
+    run: async () => {
+      const id = `wh_${process.pid}_${Date.now()}_${++cases}`
+      const context = { webhookId: id, timestamp: 1, endpoint: '/webhooks/openai', signal: new AbortController().signal } as EventContext
+      await check(await create(), context, id)
+    }
+  })
+
+  async function times ({ rows }: InboxUnderTest<Tx>, row: string): Promise<number> {
+    return (await rows()).filter(each => each === row).length
+  }
+
+  const failure = new Error('the effect failed')
+  const fail = (): never => { throw failure }
+
+  return [
+    contract('the effect is made once, however often the handler is run', async (under, context, id) => {
+      const seen: unknown[] = []
+      const handler = under.inbox.once<string>('settle', function (tx, event, given) {
+        seen.push(this, event, given)
+        return under.write(tx, id)
+      })
+      await handler.call(app, 'the event', context)
+      await handler.call(app, 'the event', context)
+      assert.deepEqual(seen, [app, 'the event', context])
+      assert.equal(await times(under, id), 1)
+    }),
+    contract('of many that run it at once, one makes the effect', async (under, context, id) => {
+      const handler = under.inbox.once('settle', tx => under.write(tx, id))
+      await Promise.all(Array.from({ length: 20 }, async () => { await handler.call(app, {}, context) }))
+      assert.equal(await times(under, id), 1)
+    }),
+    contract('an effect that fails is undone, and made by the next attempt', async (under, context, id) => {
+      let fails = true
+      const handler = under.inbox.once('settle', tx => then(under.write(tx, id), () => { if (fails) throw failure }))
+      await assert.rejects(async () => { await handler.call(app, {}, context) }, failure)
+      assert.equal(await times(under, id), 0)
+      fails = false
+      await handler.call(app, {}, context)
+      assert.equal(await times(under, id), 1)
+    }),
+    contract('another delivery, endpoint, tenant or handler is another effect', async (under, context, id) => {
+      const contexts = [context, { ...context, webhookId: `${id}_2` }, { ...context, endpoint: '/other' }, { ...context, tenant: 'é "acme"' }, { ...context, tenant: 'beta' }]
+      for (const name of ['settle', 'bill\'s "ledger"']) {
+        const handler = under.inbox.once(name, tx => under.write(tx, id))
+        for (const each of [...contexts, ...contexts]) await handler.call(app, {}, each)
+      }
+      assert.equal(await times(under, id), 10)
+    }),
+    contract('tx cannot be used once the work is over', async (under, context, id) => {
+      let kept!: Tx
+      await under.inbox.once('settle', tx => { kept = tx }).call(app, {}, context)
+      await assert.rejects(async () => { await under.write(kept, id) }, { code: 'FST_OPENAI_WEBHOOK_TRANSACTION_OVER' })
+      assert.equal(await times(under, id), 0)
+    }),
+    contract('first() is true once, in a transaction that commits', async (under, context, id) => {
+      const answers: boolean[] = []
+      const attempt = async (end: () => void): Promise<void> => await under.transaction((query, add) => then(under.inbox.first(query, 'settle', context), isFirst => {
+        answers.push(isFirst)
+        return then(isFirst ? add(id) : undefined, end)
+      }))
+      await assert.rejects(attempt(fail), failure)
+      await attempt(() => {})
+      await attempt(() => {})
+      assert.deepEqual(answers, [true, true, false])
+      assert.equal(await times(under, id), 1)
+    }),
+    contract('first() and once() know of each other', async (under, context, id) => {
+      await under.inbox.once('settle', tx => under.write(tx, id)).call(app, {}, context)
+      await under.transaction(query => then(under.inbox.first(query, 'settle', context), isFirst => { assert.equal(isFirst, false) }))
+    }),
+    contract('first() is refused outside a transaction, and records nothing', async (under, context, id) => {
+      await assert.rejects(async () => await under.inbox.first(under.outside, 'settle', context), { code: 'FST_OPENAI_WEBHOOK_NO_TRANSACTION' })
+      await under.inbox.once('settle', tx => under.write(tx, id)).call(app, {}, context)
+      assert.equal(await times(under, id), 1)
+    }),
+    contract('what names no handler or no delivery is refused', async (under, context) => {
+      const code = 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS'
+      for (const name of ['', 'x'.repeat(129), 1]) {
+        assert.throws(() => under.inbox.once(name as string, () => {}), { code })
+        await assert.rejects(async () => await under.transaction(query => then(under.inbox.first(query, name as string, context), () => {})), { code })
+      }
+      assert.throws(() => under.inbox.once('settle', undefined as never), { code })
+      const { endpoint, ...unnamed } = context
+      await assert.rejects(async () => await under.transaction(query => then(under.inbox.first(query, 'settle', unnamed as never), () => {})), { code })
+    })
+  ]
 }
 
 class TestHost implements RunnerHost {

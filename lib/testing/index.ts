@@ -8,6 +8,6 @@ export type { SignedHeaders, SignOptions } from './sign.ts'
 export { deliver, faultNames, forge, redeliver } from './deliver.ts'
 export type { DeliverOptions, Fault } from './deliver.ts'
 
-// For those who write a store or runner of their own
-export { runnerContract, storeContract } from './contracts.ts'
-export type { ContractCase } from './contracts.ts'
+// For those who write a store, a runner or an inbox of their own
+export { inboxContract, runnerContract, storeContract } from './contracts.ts'
+export type { ContractCase, InboxUnderTest } from './contracts.ts'

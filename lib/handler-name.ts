@@ -1,0 +1,18 @@
+import { InvalidOptions } from './errors.ts'
+
+/** On a handler: the name that it has wherever it is registered. Shared by all copies of the package in a process. */
+const NAME = Symbol.for('fastify-openai-webhook.handlerName')
+
+/** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
+export function assertHandlerName (caller: string, name: unknown): asserts name is string {
+  if (typeof name === 'string' && name !== '' && name.length <= 128) return
+  throw new InvalidOptions(`${caller}(): expected \`name\` to be a string of 1 to 128 characters`)
+}
+
+export function giveName<Fn extends object> (handler: Fn, name: string): Fn {
+  return Object.defineProperty(handler, NAME, { value: name })
+}
+
+export function givenName (handler: object): string | undefined {
+  return (handler as { [NAME]?: string })[NAME]
+}

@@ -1,0 +1,52 @@
+import type { FastifyInstance } from 'fastify'
+import { InvalidOptions } from '../errors.ts'
+import type { EventContext } from '../pipeline/dispatch.ts'
+import type { MaybePromise } from '../stores/store.ts'
+import type { EventHandler } from '../types.ts'
+
+/** Which delivery it is: an event handler's context, or `request.openaiWebhook` on a marked route. */
+export interface InboxContext {
+  readonly webhookId: string
+  readonly endpoint: string
+  readonly tenant?: string | undefined
+  /** Told when old records could not be deleted. */
+  readonly log?: { warn (fields: object, message: string): void } | undefined
+}
+
+/**
+ * Runs a statement in the caller's own transaction. Its parameters, `$1` to `$n` in PostgreSQL and `?` in SQLite, come once
+ * each and in order; `values` are strings. Answers the rows, as objects, or an object that has them as `rows`.
+ */
+export type InboxQuery<Answer = unknown> = (text: string, values: string[]) => Answer
+
+/** @param tx works until this returns, or what it returns settles; `event` is what `on` says. */
+export type InboxWork<Tx, Event> = (this: FastifyInstance, tx: Tx, event: Event, context: EventContext) => unknown
+
+/**
+ * Makes effects in a database happen once: the effect and the record that its handler has run commit together. A record is
+ * (endpoint, tenant, webhook-id, handler name).
+ *
+ * - Of any number of callers with the same record, in any number of processes, one commits; the others do nothing.
+ * - Work that fails rolls back its writes and its record, so that the next attempt runs it anew.
+ * - It needs nothing of the idempotency store and the runner, and holds over a crash at any instant.
+ * - What is no write of that transaction, such as a call to another service, is not undone by it.
+ */
+export interface Inbox<Tx> {
+  /** Makes an event handler that has `name` wherever it is registered; `work` writes by `tx`. */
+  once<Event> (name: string, work: InboxWork<Tx, Event>): EventHandler<Event>
+  /** In a transaction of the caller's own. @returns whether the caller is the one to make the effect */
+  first (query: InboxQuery, name: string, context: InboxContext): MaybePromise<boolean>
+  /** Ends what runs in the background, which is deleting old records. */
+  close? (): Promise<void>
+}
+
+/** ms for which a record is kept, unless told otherwise: 30 days. */
+export const INBOX_RETENTION = 30 * 24 * 3_600_000
+
+/** In the order of the columns. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
+export function recordOf (name: string, { endpoint, tenant = '', webhookId }: InboxContext): [string, string, string, string] {
+  if (typeof endpoint !== 'string' || typeof webhookId !== 'string') {
+    throw new InvalidOptions(`inbox: expected the context of a delivery for "${name}", with its endpoint and webhookId`)
+  }
+  return [endpoint, tenant, webhookId, name]
+}

@@ -1,0 +1,204 @@
+import { InvalidOptions } from '../errors.ts'
+import type { Table } from './table.ts'
+
+/** What is used of a client that a pool of `pg` gives. */
+export interface PgClient {
+  query (text: string, values?: any[]): Promise<{ rows: any[], command: string }>
+  release (error?: Error | boolean): void
+  on (event: 'error', listener: (error: Error) => void): unknown
+  removeListener (event: 'error', listener: (error: Error) => void): unknown
+}
+
+/** What is used of a `Pool` of `pg`. Its two ways to connect are what lets a client's own type be inferred. */
+export interface PgPool<Client extends PgClient = PgClient> {
+  readonly totalCount: number
+  connect (): Promise<Client>
+  connect (callback: (error: any, client: any, release: any) => void): void
+  query (text: string, values?: any[]): Promise<{ rows: any[] }>
+  on (event: 'error', listener: (error: Error) => void): unknown
+}
+
+/** What is used of a `PGlite` of `@electric-sql/pglite`. */
+export interface PgLite<Tx extends PgLiteTransaction = PgLiteTransaction> {
+  query (text: string, values?: any[]): Promise<{ rows: any[] }>
+  exec (sql: string): Promise<unknown>
+  transaction<Result> (work: (tx: Tx) => Promise<Result>): Promise<Result>
+}
+
+export interface PgLiteTransaction {
+  query (text: string, values?: any[]): Promise<{ rows: any[] }>
+  exec (sql: string): Promise<unknown>
+}
+
+export type Query = (text: string, values: ReadonlyArray<string | number>) => Promise<any[]>
+
+/** A database, whichever library leads to it. Nothing of a session outlives a transaction, as PgBouncer asks. */
+export interface Database {
+  /** A statement that commits by itself. */
+  query: Query
+  /** Several statements without parameters, in one transaction. */
+  script: (sql: string) => Promise<void>
+  /**
+   * @param settings of the transaction, as statements
+   * @param work its failure rolls back
+   * @param rolledBack what it fails with when it could not be committed although nothing had been thrown
+   */
+  transaction: <Result>(settings: string, work: (tx: object, query: Query) => Promise<Result>, rolledBack: () => Error) => Promise<Result>
+}
+
+/**
+ * @param timeout ms that one step may take
+ * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS
+ */
+export function databaseOf (caller: string, db: PgPool | PgLite, timeout: number): Database {
+  if (isPool(db)) return new Pooled(db, timeout)
+  if (isLite(db)) return new Lite(db)
+  throw new InvalidOptions(`${caller}: expected a Pool of pg, or a PGlite`)
+}
+
+export function isPool (db: unknown): db is PgPool {
+  const { totalCount, connect } = (db ?? {}) as Partial<PgPool>
+  return typeof totalCount === 'number' && typeof connect === 'function'
+}
+
+function isLite (db: unknown): db is PgLite {
+  const { query, exec, transaction } = (db ?? {}) as Partial<PgLite>
+  return [query, exec, transaction].every(method => typeof method === 'function')
+}
+
+function ignore (): void {}
+
+const heard = new WeakSet<PgPool>()
+
+class Pooled implements Database {
+  readonly #pool: PgPool
+  readonly #timeout: number
+
+  constructor (pool: PgPool, timeout: number) {
+    this.#pool = pool
+    this.#timeout = timeout
+    // An idle connection that breaks would otherwise end the process. The pool drops it; the next query tells what is wrong.
+    if (!heard.has(pool)) pool.on('error', ignore)
+    heard.add(pool)
+  }
+
+  async query (text: string, values: ReadonlyArray<string | number>): Promise<any[]> {
+    return await this.#withClient(async client => await this.#run(client, text, values))
+  }
+
+  async script (sql: string): Promise<void> {
+    await this.#withClient(async client => await this.#run(client, `BEGIN; ${sql} COMMIT`))
+  }
+
+  async transaction<Result> (settings: string, work: (tx: object, query: Query) => Promise<Result>, rolledBack: () => Error): Promise<Result> {
+    const outcome = await this.#withClient<{ result: Result } | { error: unknown }>(async client => {
+      await this.#run(client, `BEGIN; ${settings}`)
+      let result
+      try {
+        result = await work(client, async (text, values) => await this.#run(client, text, values))
+      } catch (error) {
+        await this.#send(client, 'ROLLBACK').catch(() => { throw error })
+        return { error }
+      }
+      // Where this fails, whether it has committed is not known: the next attempt finds out.
+      const { command } = await this.#send(client, 'COMMIT')
+      return command === 'COMMIT' ? { result } : { error: rolledBack() }
+    })
+    if ('error' in outcome) throw outcome.error
+    return outcome.result
+  }
+
+  /** A connection that has failed is not used again: after a failover it may lead to a server that cannot write. */
+  async #withClient<Result> (use: (client: PgClient) => Promise<Result>): Promise<Result> {
+    const client = await this.#connect()
+    // While it is lent out, the pool does not listen: a server that goes would end the process.
+    client.on('error', ignore)
+    let result
+    try {
+      result = await use(client)
+    } catch (error) {
+      client.release(true)
+      throw error
+    }
+    client.removeListener('error', ignore)
+    client.release()
+    return result
+  }
+
+  /** A pool waits for ever, unless told otherwise. */
+  async #connect (): Promise<PgClient> {
+    const connecting = this.#pool.connect()
+    let timer: NodeJS.Timeout | undefined
+    const late = new Promise<never>((_resolve, reject) => {
+      timer = setTimeout(() => {
+        connecting.then(client => client.release(), ignore)
+        reject(new Error(`no connection to PostgreSQL within ${this.#timeout} ms: the pool is exhausted, or the server does not answer`))
+      }, this.#timeout)
+    })
+    try {
+      return await Promise.race([connecting, late])
+    } finally {
+      clearTimeout(timer)
+    }
+  }
+
+  async #run (client: PgClient, text: string, values?: ReadonlyArray<string | number>): Promise<any[]> {
+    return (await this.#send(client, text, values)).rows
+  }
+
+  async #send (client: PgClient, text: string, values?: ReadonlyArray<string | number>): ReturnType<PgClient['query']> {
+    // pg knows the time limit, its types do not. Its statements have no name, so that nothing is left on the connection.
+    return await client.query({ text, ...(values !== undefined && { values }), query_timeout: this.#timeout } as unknown as string)
+  }
+}
+
+/** One session, in the process itself: nothing to wait for. */
+class Lite implements Database {
+  readonly #db: PgLite
+
+  constructor (db: PgLite) {
+    this.#db = db
+  }
+
+  async query (text: string, values: ReadonlyArray<string | number>): Promise<any[]> {
+    return (await this.#db.query(text, [...values])).rows
+  }
+
+  async script (sql: string): Promise<void> {
+    await this.#db.transaction(async tx => { await tx.exec(sql) })
+  }
+
+  async transaction<Result> (settings: string, work: (tx: object, query: Query) => Promise<Result>): Promise<Result> {
+    // It fails by itself where COMMIT rolls back.
+    return await this.#db.transaction(async tx => {
+      await tx.exec(settings)
+      return await work(tx, async (text, values) => (await tx.query(text, [...values])).rows)
+    })
+  }
+}
+
+/** Any number: what all processes that create tables take, so that they do not do it at the same instant. */
+const LOCK = 1_868_658_536
+
+/**
+ * Creates a table where it is missing.
+ *
+ * @returns to be awaited before each use; what failed is tried again
+ */
+export function creating (database: Database, { sql }: Table, schema: string): () => Promise<void> | undefined {
+  let created = false
+  let creation: Promise<void> | undefined
+
+  async function create (): Promise<void> {
+    try {
+      // Where it is there, the right to create it is not needed.
+      const [{ missing }] = await database.query('SELECT to_regclass($1) IS NULL AS missing', [sql]) as [{ missing: boolean }]
+      if (missing) await database.script(`SELECT pg_advisory_xact_lock(${LOCK}); ${schema}`)
+      created = true
+    } finally {
+      creation = undefined
+    }
+  }
+
+  return () => created ? undefined : (creation ??= create())
+}

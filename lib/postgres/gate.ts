@@ -1,0 +1,21 @@
+/** Lets so many through at once, in the order in which they came. */
+export class Gate {
+  #free: number
+  readonly #waiting: Array<() => void> = []
+
+  constructor (size: number) {
+    this.#free = size
+  }
+
+  async pass (work: () => Promise<void>): Promise<void> {
+    if (this.#free > 0) this.#free--
+    else await new Promise<void>(resolve => this.#waiting.push(resolve))
+    try {
+      await work()
+    } finally {
+      const next = this.#waiting.shift()
+      if (next === undefined) this.#free++
+      else next()
+    }
+  }
+}

@@ -1,0 +1,177 @@
+import type { FastifyInstance } from 'fastify'
+import { InvalidOptions, NoTransaction, RolledBack } from '../errors.ts'
+import { assertHandlerName, giveName } from '../handler-name.ts'
+import { INBOX_RETENTION, recordOf } from '../inbox/inbox.ts'
+import type { Inbox, InboxContext, InboxQuery, InboxWork } from '../inbox/inbox.ts'
+import { lend } from '../inbox/lend.ts'
+import type { EventContext } from '../pipeline/dispatch.ts'
+import { PRUNE_LIMIT, Pruning } from '../pruning.ts'
+import { assertCount } from '../runners/background.ts'
+import { creating, databaseOf, isPool } from './database.ts'
+import type { Database, PgClient, PgLite, PgLiteTransaction, PgPool } from './database.ts'
+import { Gate } from './gate.ts'
+import { INBOX_TABLE, inboxSchema } from './migration.ts'
+import { tableOf } from './table.ts'
+import type { Table } from './table.ts'
+
+export interface PostgresInboxOptions {
+  /**
+   * A name, or `schema.name`. Services that share a database have one each.
+   *
+   * @default 'openai_webhook_inbox'
+   */
+  table?: string
+  /**
+   * ms for which a record is kept.
+   *
+   * @default 2_592_000_000 (30 days)
+   */
+  retention?: number
+  /**
+   * `false`: the table is there, or is created by other tools, by what `migration()` prints.
+   *
+   * @default true
+   */
+  migrate?: boolean
+  /**
+   * Transactions of `once()` at once. The pool's other clients are left to the store and the app.
+   *
+   * @default 8
+   */
+  concurrency?: number
+  /**
+   * ms that a statement of `once()` waits for a lock, such as that of another holder of the same delivery.
+   *
+   * @default 5_000
+   */
+  lockTimeout?: number
+  /**
+   * ms after which PostgreSQL ends a transaction of `once()` in which nothing happens.
+   *
+   * @default 60_000
+   */
+  idleTimeout?: number
+}
+
+/** `first()` alone: `once()` needs connections. */
+export type PostgresFirst = Pick<PostgresInbox<never>, 'first'>
+
+export interface PostgresInbox<Tx> extends Inbox<Tx> {
+  first (query: InboxQuery<PromiseLike<unknown>>, name: string, context: InboxContext): Promise<boolean>
+  close (): Promise<void>
+}
+
+/** ms more than a statement of ours may wait for a lock. */
+const PATIENCE = 5_000
+
+/**
+ * Makes effects in PostgreSQL (13 or later) happen once: a handler's writes and the record that it has run commit together.
+ * Creates its table with the first delivery, unless `migrate` is false. The pool is the user's, who closes it; it may lead
+ * through PgBouncer in transaction mode. Without a pool it has `first()` alone, and creates nothing.
+ *
+ * `tx` of `once()` is the client of the pool, or the transaction of the PGlite. Its handlers fail with
+ * FST_OPENAI_WEBHOOK_TRANSACTION_OVER and FST_OPENAI_WEBHOOK_ROLLED_BACK, `first()` with FST_OPENAI_WEBHOOK_NO_TRANSACTION.
+ *
+ * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS, for a pool with fewer clients than `concurrency` too
+ */
+export function postgresInbox<Client extends PgClient> (pool: PgPool<Client>, options?: PostgresInboxOptions): PostgresInbox<Client>
+export function postgresInbox<Tx extends PgLiteTransaction> (db: PgLite<Tx>, options?: PostgresInboxOptions): PostgresInbox<Tx>
+export function postgresInbox (db?: undefined, options?: Pick<PostgresInboxOptions, 'table' | 'retention'>): PostgresFirst
+export function postgresInbox (db?: PgPool | PgLite, options: PostgresInboxOptions = {}): PostgresInbox<never> | PostgresFirst {
+  const { retention = INBOX_RETENTION, lockTimeout = 5_000, idleTimeout = 60_000, concurrency = 8, migrate = true } = options
+  const { table: tableName = INBOX_TABLE } = options
+  const table = tableOf('postgresInbox', tableName)
+  for (const [name, value] of Object.entries({ retention, lockTimeout, idleTimeout, concurrency })) assertCount('postgresInbox', name, value, 1)
+  const records = new Records(table, retention)
+  if (db === undefined) return { first: async (query, name, context) => await records.first(query, name, context, true) }
+
+  const max = isPool(db) ? (db as { options?: { max?: unknown } }).options?.max : undefined
+  if (typeof max === 'number' && max < concurrency) {
+    throw new InvalidOptions(`postgresInbox: expected a pool of at least ${concurrency} clients, one for each of its \`concurrency\` transactions, got one of ${max}: raise the pool's max, or lower concurrency`)
+  }
+  const database = databaseOf('postgresInbox', db, lockTimeout + PATIENCE)
+  const ready = migrate ? creating(database, table, inboxSchema(table)) : () => undefined
+  const gate = new Gate(concurrency)
+  const pruning = new Pruning(async () => await records.prune(database))
+  // The default of the database may be a level at which one of two holders fails instead of waiting.
+  const settings = `SET TRANSACTION ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = ${lockTimeout}; SET LOCAL idle_in_transaction_session_timeout = ${idleTimeout}`
+
+  function recorded ({ log }: InboxContext): void {
+    pruning.inserted(error => log?.warn({ err: error }, 'old records of the inbox could not be deleted'))
+  }
+
+  return {
+    once<Event> (name: string, work: InboxWork<never, Event>) {
+      assertHandlerName('once', name)
+      if (typeof work !== 'function') throw new InvalidOptions(`once(): expected a function after the name, got ${typeof work}`)
+
+      return giveName(async function (this: FastifyInstance, event: Event, context: EventContext): Promise<void> {
+        await gate.pass(async () => {
+          await ready()
+          await database.transaction(settings, async (client, query) => {
+            if ((await query(records.insert, recordOf(name, context))).length === 0) return
+            const { tx, end } = lend(client, name)
+            try {
+              await work.call(this, tx as never, event, context)
+            } finally {
+              end()
+            }
+          }, () => new RolledBack(name))
+        })
+        recorded(context)
+      }, name)
+    },
+    async first (query, name, context) {
+      await ready()
+      const isFirst = await records.first(query, name, context)
+      recorded(context)
+      return isFirst
+    },
+    async close () {
+      await pruning.close()
+    }
+  }
+}
+
+/** The rows of the table. */
+class Records {
+  readonly insert: string
+  readonly #insertInside: string
+  readonly #expired: string
+  #calls = 0
+
+  constructor ({ sql }: Table, retention: number) {
+    const columns = `${sql} (endpoint, tenant, webhook_id, handler)`
+    this.insert = `INSERT INTO ${columns} VALUES ($1, $2, $3, $4) ON CONFLICT DO NOTHING RETURNING 1`
+    // Each parameter once and in order, for libraries that only know `?`. Nothing is written where the statement is in a
+    // transaction of its own: that would have committed before the effect.
+    this.#insertInside = `
+      WITH here AS (SELECT pg_current_xact_id()::text = $1::text AS inside), record AS (
+        INSERT INTO ${columns} SELECT $2::text, $3::text, $4::text, $5::text FROM here WHERE inside ON CONFLICT DO NOTHING RETURNING 1
+      ) SELECT inside, EXISTS (SELECT FROM record) AS first FROM here`
+    this.#expired = `
+      DELETE FROM ${sql} WHERE ctid IN (
+        SELECT ctid FROM ${sql} WHERE at < now() - ${retention} * interval '1 ms' LIMIT ${PRUNE_LIMIT} FOR UPDATE SKIP LOCKED
+      ) RETURNING 1`
+  }
+
+  async prune (database: Database): Promise<number> {
+    return (await database.query(this.#expired, [])).length
+  }
+
+  /** @param prunes where there is no other connection to do it by */
+  async first (query: InboxQuery<PromiseLike<unknown>>, name: string, context: InboxContext, prunes = false): Promise<boolean> {
+    assertHandlerName('first', name)
+    const [before] = rowsOf(await query('SELECT pg_current_xact_id()::text AS id', []))
+    const [row] = rowsOf(await query(this.#insertInside, [String(before?.['id']), ...recordOf(name, context)]))
+    if (row?.['inside'] !== true) throw new NoTransaction(name)
+    if (prunes && this.#calls++ % (PRUNE_LIMIT / 2) === 0) await query(this.#expired, [])
+    return row['first'] === true
+  }
+}
+
+function rowsOf (answer: unknown): Array<Record<string, unknown>> {
+  const rows = Array.isArray(answer) ? answer : (answer as { rows?: unknown } | undefined)?.rows
+  if (Array.isArray(rows)) return rows as Array<Record<string, unknown>>
+  throw new InvalidOptions('first(): expected query(text, values) to resolve to rows, or to an object that has them as `rows`')
+}

@@ -1,0 +1,8 @@
+export { postgresStore } from './store.ts'
+export type { PostgresStoreOptions } from './store.ts'
+export { postgresInbox } from './inbox.ts'
+export type { PostgresFirst, PostgresInbox, PostgresInboxOptions } from './inbox.ts'
+export { migration } from './migration.ts'
+export type { MigrationOptions } from './migration.ts'
+export type { PgClient, PgLite, PgLiteTransaction, PgPool } from './database.ts'
+export type { Inbox, InboxContext, InboxQuery, InboxWork } from '../inbox/inbox.ts'

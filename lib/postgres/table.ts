@@ -1,0 +1,23 @@
+import { InvalidOptions } from '../errors.ts'
+
+/** PostgreSQL cuts names at 63 bytes; an index has the table's name and 7 more. */
+const NAME = /^[A-Za-z_][\w$]{0,55}$/
+
+export interface Table {
+  /** Quoted, so that no name is read as anything else. */
+  readonly sql: string
+  /** Without its schema, for the names of indexes. */
+  readonly name: string
+}
+
+/**
+ * @param table `name` or `schema.name`
+ * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS
+ */
+export function tableOf (caller: string, table: unknown): Table {
+  const parts = typeof table === 'string' ? table.split('.') : []
+  if (parts.length === 0 || parts.length > 2 || !parts.every(part => NAME.test(part))) {
+    throw new InvalidOptions(`${caller}: expected table to be a name, or schema.name, of letters, digits, _ and $, at most 56 characters each`)
+  }
+  return { sql: parts.map(part => `"${part}"`).join('.'), name: parts.at(-1)! }
+}

@@ -1,0 +1,107 @@
+import { types } from 'node:util'
+import type { FastifyInstance } from 'fastify'
+import { AsyncWork, InvalidOptions, NoTransaction } from '../errors.ts'
+import { assertHandlerName, giveName } from '../handler-name.ts'
+import { INBOX_RETENTION, recordOf } from '../inbox/inbox.ts'
+import type { Inbox, InboxContext, InboxQuery, InboxWork } from '../inbox/inbox.ts'
+import { lend } from '../inbox/lend.ts'
+import { isPromise } from '../maybe-promise.ts'
+import type { EventContext } from '../pipeline/dispatch.ts'
+import { PRUNE_LIMIT, Pruning } from '../pruning.ts'
+import { assertCount } from '../runners/background.ts'
+import { Database } from './database.ts'
+import type { SqliteDatabase } from './database.ts'
+
+// `at` is ms since the epoch.
+const SCHEMA = `
+  CREATE TABLE IF NOT EXISTS openai_webhook_inbox (
+    endpoint TEXT NOT NULL,
+    tenant TEXT NOT NULL,
+    webhook_id TEXT NOT NULL,
+    handler TEXT NOT NULL,
+    at INTEGER NOT NULL,
+    PRIMARY KEY (webhook_id, handler, endpoint, tenant)
+  );
+  CREATE INDEX IF NOT EXISTS openai_webhook_inbox_at ON openai_webhook_inbox (at);
+`
+
+// The time is SQLite's, in whole seconds: the parameters of the record are all there are.
+const INSERT = `
+  INSERT INTO openai_webhook_inbox (endpoint, tenant, webhook_id, handler, at) VALUES (?, ?, ?, ?, CAST(strftime('%s', 'now') AS INTEGER) * 1000)
+  ON CONFLICT DO NOTHING RETURNING 1`
+
+export interface SqliteInboxOptions {
+  /**
+   * ms for which a record is kept.
+   *
+   * @default 2_592_000_000 (30 days)
+   */
+  retention?: number
+}
+
+export interface SqliteInbox<Tx> extends Inbox<Tx> {
+  first (query: InboxQuery<{ rows: unknown[] } | unknown[]>, name: string, context: InboxContext): boolean
+  close (): Promise<void>
+}
+
+/**
+ * Makes effects in the user's SQLite file happen once: a handler's writes and the record that it has run commit together, in
+ * a synchronous transaction on the handle. Creates the table `openai_webhook_inbox`, sets the handle to WAL with one fsync a
+ * commit, and never closes it.
+ *
+ * `tx` of `once()` is the handle. Its handlers fail with FST_OPENAI_WEBHOOK_TRANSACTION_OVER and
+ * FST_OPENAI_WEBHOOK_ASYNC_WORK, `first()` with FST_OPENAI_WEBHOOK_NO_TRANSACTION; its `query` runs on the same handle.
+ *
+ * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS, and SQLite's own error when the table cannot be made
+ */
+export function sqliteInbox<Db extends SqliteDatabase> (db: Db, { retention = INBOX_RETENTION }: SqliteInboxOptions = {}): SqliteInbox<Db> {
+  assertCount('sqliteInbox', 'retention', retention, 1)
+  const database = new Database(db, SCHEMA)
+  const insert = database.prepare(INSERT)
+  const expired = database.prepareWrite(`
+    DELETE FROM openai_webhook_inbox WHERE rowid IN (SELECT rowid FROM openai_webhook_inbox WHERE at < ? LIMIT ${PRUNE_LIMIT})`)
+  const pruning = new Pruning(async () => expired(Date.now() - retention))
+
+  function recorded ({ log }: InboxContext): void {
+    pruning.inserted(error => log?.warn({ err: error }, 'old records of the inbox could not be deleted'))
+  }
+
+  return {
+    once<Event> (name: string, work: InboxWork<Db, Event>) {
+      assertHandlerName('once', name)
+      if (typeof work !== 'function' || types.isAsyncFunction(work)) {
+        throw new InvalidOptions(`once(): expected a synchronous function after the name, got ${typeof work === 'function' ? 'an async one' : typeof work}`)
+      }
+
+      return giveName(function (this: FastifyInstance, event: Event, context: EventContext): void {
+        database.assertFile()
+        database.transaction(() => {
+          if (insert.all(...recordOf(name, context)).length === 0) return
+          const { tx, end } = lend(db, name)
+          try {
+            const result = work.call(this, tx, event, context)
+            if (!isPromise(result)) return
+            // It goes on without its `tx`, and fails: that is told by the error below.
+            result.then(undefined, () => {})
+          } finally {
+            end()
+          }
+          throw new AsyncWork(name)
+        })
+        recorded(context)
+      }, name)
+    },
+    first (query, name, context) {
+      assertHandlerName('first', name)
+      if (!database.isInTransaction()) throw new NoTransaction(name)
+      const answer = query(INSERT, recordOf(name, context))
+      const rows = Array.isArray(answer) ? answer : answer?.rows
+      if (!Array.isArray(rows)) throw new InvalidOptions('first(): expected query(text, values) to return rows, or an object that has them as `rows`, at once')
+      recorded(context)
+      return rows.length === 1
+    },
+    async close () {
+      await pruning.close()
+    }
+  }
+}
