@@ -1,5 +1,11 @@
 // Checked by tsc, never run. The guide's events change the types of two official ones, so their merging is checked in a
 // program of its own: test/events.test.ts.
+import type { PGlite } from '@electric-sql/pglite'
+import { Client } from 'pg'
+import type { Pool, PoolClient } from 'pg'
+import { postgresInbox, postgresStore } from '../lib/postgres/index.ts'
+import type { Inbox } from '../lib/postgres/index.ts'
+import { sqliteInbox } from '../lib/sqlite/index.ts'
 import { Type } from '@sinclair/typebox'
 import Fastify from 'fastify'
 import type { FastifyBaseLogger, FastifyInstance } from 'fastify'
@@ -435,3 +441,35 @@ export async function requeueAll ({ deadLetters }: typeof app.openaiWebhook): Pr
   await deadLetters.requeue({ webhookId: 'wh_1' })
   return await deadLetters.count()
 }
+
+// An inbox: `tx` is the client of what was passed in, the event is what `on` says
+
+declare const pgPool: Pool
+declare const pglite: PGlite
+declare const sqlite: { exec: (sql: string) => void, prepare: (sql: string) => { run: () => { changes: number }, get: () => unknown, all: () => unknown[] }, own: true }
+
+app.openaiWebhook.on('batch.completed', postgresInbox(pgPool).once('one', async (tx, event, { webhookId }) => {
+  const client: PoolClient = tx
+  const type: 'batch.completed' = event.type
+  await client.query('select $1, $2', [type, webhookId])
+}))
+app.openaiWebhook.on(['batch.failed', 'batch.expired'], postgresInbox(pglite).once('two', async (tx, event) => {
+  const type: 'batch.failed' | 'batch.expired' = event.type
+  // @ts-expect-error of two types
+  const narrower: 'batch.failed' = event.type
+  await tx.query<{ one: number }>('select 1 as one', [type, narrower])
+}))
+app.openaiWebhook.on('batch.*', sqliteInbox(sqlite).once('three', (tx, event) => {
+  const own: true = tx.own
+  return [own, event.data.id]
+}))
+app.openaiWebhook.route({ url: '/inbox', on: { 'response.completed': postgresInbox(pgPool).once('four', async (tx, event) => await tx.query(event.data.id)) } })
+// @ts-expect-error without a pool there is no once()
+postgresInbox().once('five', () => {})
+const answered: Promise<boolean> = postgresInbox().first(async (text, values) => (await pgPool.query(text, values)).rows, 'six', { webhookId: 'wh_1', endpoint: '/' })
+const atOnce: boolean = sqliteInbox(sqlite).first(() => [], 'seven', { webhookId: 'wh_1', endpoint: '/', tenant: 'acme' })
+// @ts-expect-error a promise is no answer of SQLite's
+sqliteInbox(sqlite).first(async () => [], 'eight', { webhookId: 'wh_1', endpoint: '/' })
+// @ts-expect-error not a client alone
+postgresStore(new Client())
+export const inboxes: Array<Inbox<PoolClient> | Promise<boolean> | boolean> = [postgresInbox(pgPool), answered, atOnce]

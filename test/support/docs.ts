@@ -109,6 +109,13 @@ declare module 'vitest' {
   function onTestFinished (run: () => Promise<void>): void
   function expect (value: unknown): { toBe (expected: unknown): void, toEqual (expected: unknown): void }
 }
+declare module '@prisma/client' {
+  interface Transaction {
+    $queryRawUnsafe (text: string, ...values: unknown[]): Promise<unknown[]>
+    readonly order: { update (change: { where: { batch: string }, data: { imports: { increment: number } } }): Promise<object> }
+  }
+  export class PrismaClient { $transaction (work: (tx: Transaction) => Promise<void>): Promise<void> }
+}
 declare module 'fastify-raw-body' {
   import type { FastifyPluginCallback } from 'fastify'
   const plugin: FastifyPluginCallback<{ field?: string, global?: boolean, encoding?: string | false, runFirst?: boolean, routes?: string[] }>

@@ -1,4 +1,6 @@
 import { spawnSync } from 'node:child_process'
+import { existsSync } from 'node:fs'
+import { join } from 'node:path'
 
 /** Named where it is missing, so that a skipped test says why; CI must have it. */
 function missing (remedy: string, ...commands: string[]): string | false {
@@ -8,3 +10,11 @@ function missing (remedy: string, ...commands: string[]): string | false {
 
 export const redisMissing = missing('redis-server (apt-get install redis-server)', 'redis-server')
 export const prometheusMissing = missing('promtool and prometheus (both in Debian\'s package prometheus)', 'promtool', 'prometheus')
+
+/** Where Debian has the server's programs, which are not on PATH. */
+export function postgresBindir (): string {
+  return spawnSync('pg_config', ['--bindir'], { encoding: 'utf8' }).stdout?.trim() ?? ''
+}
+
+const SERVER = 'PostgreSQL and PgBouncer (apt-get install postgresql pgbouncer)'
+export const postgresMissing = process.env['CI'] === undefined && !existsSync(join(postgresBindir(), 'initdb')) ? `needs ${SERVER}` : missing(SERVER, 'pgbouncer')

@@ -1,7 +1,7 @@
 // npm test, npm run test:long: tap, with the coverage that what is here allows. Arguments are files or options of tap's.
 import { spawnSync } from 'node:child_process'
 import { readdirSync } from 'node:fs'
-import { prometheusMissing, redisMissing } from './missing.ts'
+import { postgresMissing, prometheusMissing, redisMissing } from './missing.ts'
 import { missing as missingHandles } from './sqlite.mjs'
 
 const args = process.argv.slice(2)
@@ -14,7 +14,7 @@ const SIZED = ['simulation', 'torture', 'processes', 'diagnose', 'differential']
 const LONG = readdirSync('test/long').filter(file => file.endsWith('.test.ts')).map(file => `test/long/${file}`)
 const ALL = readdirSync('test').filter(file => file.endsWith('.test.ts')).map(file => `test/${file}`)
 
-const missing = [redisMissing, prometheusMissing].filter(reason => reason !== false)
+const missing = [redisMissing, prometheusMissing, postgresMissing].filter(reason => reason !== false)
 const isWhole = files.length === 0 && !isLong
 const tap = ['run', ...args]
 if (files.length === 0) tap.push(...isLong ? [...SIZED, ...LONG] : new Set([...SIZED, ...ALL]))
