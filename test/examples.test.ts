@@ -4,11 +4,13 @@ import { once } from 'node:events'
 import { readdirSync, readFileSync, writeFileSync } from 'node:fs'
 import { basename, join } from 'node:path'
 import { createInterface } from 'node:readline'
+import pg from 'pg'
 import t from 'tap'
 import { durable } from '../lib/sqlite/index.ts'
 import { SECRET, sign, thin } from './support/deliveries.ts'
 import { codeBlocks, interfaceProperties, readDocument, readDocuments, ROOT, tableRows } from './support/docs.ts'
 import { deferred } from './support/observe.ts'
+import { PostgresServer, postgresMissing } from './support/postgres.ts'
 import { RedisServer, redisMissing } from './support/redis.ts'
 import { HANDLES, missing, openSqlite } from './support/sqlite.mjs'
 import type { HandleName } from './support/sqlite.mjs'
@@ -167,6 +169,39 @@ for (const handle of HANDLES) {
     t.same(await receiver.end('SIGTERM'), [0, null])
   })
 }
+
+t.test('docs/examples/postgres.mjs needs nothing, and shows what an inbox does', async t => {
+  const program = new Program(t, 'docs/examples/postgres.mjs')
+  t.same(await program.end(undefined), [0, null])
+  t.same(program.lines, [
+    'A handler that fails after its update: 500 [ { imports: 0 } ]',
+    'OpenAI delivers again: 200 [ { imports: 1 } ]',
+    'And once more, to a replica that knows nothing of it: 200 [ { imports: 1 } ]'
+  ])
+})
+
+t.test('docs/examples/postgres-replica.mjs imports a batch once, in another process and over a restart too', { skip: postgresMissing }, async t => {
+  const server = await PostgresServer.start(t)
+  const env = { DATABASE_URL: server.url }
+  const path = 'docs/examples/postgres-replica.mjs'
+  const first = await Program.receiver(t, path, env)
+  const other = await Program.receiver(t, path, env)
+  t.equal(await first.deliver('wh_1'), `200 ${RECEIVED}`)
+  t.equal(await other.deliver('wh_1'), `200 ${DUPLICATE}`)
+  t.equal(await other.deliver('wh_2'), `200 ${RECEIVED}`)
+  t.same(await first.end('SIGTERM'), [0, null])
+
+  const client = new pg.Client(server.url)
+  await client.connect()
+  await client.query('DELETE FROM openai_webhook_deliveries')
+  const restarted = await Program.receiver(t, path, env)
+  t.equal(await restarted.deliver('wh_1'), `200 ${RECEIVED}`, 'though the store has forgotten it')
+  t.same([first.handled, other.handled, restarted.handled], [['wh_1'], ['wh_2'], []])
+  t.equal((await client.query('SELECT FROM imports')).rows.length, 2)
+  await client.end()
+  t.same(await other.end('SIGTERM'), [0, null])
+  t.same(await restarted.end('SIGINT'), [0, null])
+})
 
 t.test('with Redis', { skip: redisMissing }, async t => {
   t.test('docs/examples/redis.mjs handles a delivery once, in another process and over a restart too', async t => {
