@@ -248,10 +248,15 @@ t.test('a wall clock that is set forward or back changes nothing', async t => {
 t.test('100,000 remembered deliveries take less than 40 MB', async t => {
   setFlagsFromString('--expose-gc')
   const gc = runInNewContext('gc') as () => void
+  /** What stays: newer collectors leave some of what is dead to the next collection. */
   function heap (): number {
-    gc()
-    const { heapUsed, arrayBuffers } = process.memoryUsage()
-    return (heapUsed + arrayBuffers) / 1e6
+    for (let before = Infinity; ;) {
+      gc()
+      const { heapUsed, arrayBuffers } = process.memoryUsage()
+      const now = (heapUsed + arrayBuffers) / 1e6
+      if (now > before - 0.1) return now
+      before = now
+    }
   }
   /** As the endpoint and a header make it: one flat string of its own. */
   const keyOf = (n: number): string => Buffer.from(`/webhooks/openai wh_${n.toString(16).padStart(32, '0')}`).toString('latin1')
