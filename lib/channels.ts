@@ -1,10 +1,10 @@
 import type { AsyncLocalStorage } from 'node:async_hooks'
 import { channel, tracingChannel } from 'node:diagnostics_channel'
 import type { FastifyRequest } from 'fastify'
-import { isPromise } from './maybe-promise.ts'
+import { isPromise } from './steps.ts'
 import type { DeadDelivery } from './runners/runner.ts'
 import type { MaybePromise } from './stores/store.ts'
-import type { VerifiedRequest } from './types.ts'
+import type { VerifiedRequest } from './request.ts'
 
 /** What is told of every delivery that has been verified. */
 export interface DeliveryInfo {

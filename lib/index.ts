@@ -2,7 +2,9 @@ import type {
   ContextConfigDefault, FastifyBaseLogger, FastifySchema, FastifyTypeProvider, FastifyTypeProviderDefault, RawRequestDefaultExpression,
   RawServerBase, RawServerDefault, RouteGenericInterface
 } from 'fastify'
-import type { OpenAIWebhook, RequestDelivery, RouteOverrides } from './types.ts'
+import type { OpenAIWebhook } from './api.ts'
+import type { RouteOverrides } from './options.ts'
+import type { RequestDelivery } from './request.ts'
 
 /** The plugin: `await app.register(openaiWebhook, options)`. */
 export { default } from './plugin.ts'
@@ -10,15 +12,15 @@ export { default } from './plugin.ts'
 // Events
 export { guideEvents } from './events/index.ts'
 export type { EventsOf, GuideEvents, OfficialEvents } from './events/index.ts'
-export type {
-  EventHandler, EventMap, EventOf, EventPattern, EventType, RouteHandlers, UnknownEvent, WebhookEvent
-} from './types.ts'
+// A star, so that `declare module 'fastify-openai-webhook'` merges into what is declared there.
+export type * from './events/map.ts'
+export type { EventContext, EventHandler, RouteHandlers } from './handlers.ts'
 
 // Verification
 export { standardWebhooks } from './verifiers/standard-webhooks.ts'
 export { xOpenAISignature } from './verifiers/x-openai-signature.ts'
 export type { SignedDelivery, Verified, Verifier } from './verifiers/verifier.ts'
-export type { Secret } from './keyring.ts'
+export type { Secret } from './verifiers/keyring.ts'
 
 // Delivery guarantees
 export { memoryStore } from './stores/memory.ts'
@@ -29,7 +31,7 @@ export type { BackgroundOptions } from './runners/background.ts'
 export type {
   Attempts, DeadDelivery, DeliveryError, DeliveryRef, Job, RequeueOptions, Runner, RunnerHost
 } from './runners/runner.ts'
-export { deadDelivery } from './failure.ts'
+export { deadDelivery } from './runners/handler-failures.ts'
 export type { DeadLetters, DeadLettersOptions } from './dead-letters.ts'
 
 // Diagnosis
@@ -44,16 +46,12 @@ export type {
 } from './channels.ts'
 
 // Options and contexts
-export type { EndpointOptions, IdempotencyOptions, OpenAIWebhookOptions, ReceivingOptions } from './options.ts'
-export type { EventContext } from './pipeline/dispatch.ts'
+export type { OpenAIWebhook } from './api.ts'
+export type {
+  EndpointOptions, IdempotencyOptions, OpenAIWebhookOptions, ReceivingOptions, RouteOverrides, VerifiedHandler, WebhookRouteOptions
+} from './options.ts'
 export type { DeadHandler, ErrorHandler, FailureInfo, HandlerOptions } from './registry.ts'
-export type { OpenAIWebhook, RequestDelivery, RouteOverrides, Delivery, VerifiedHandler, VerifiedRequest, WebhookHeaders, WebhookRouteOptions } from './types.ts'
-
-/**
- * Event types of your own, for `on()` to know them:
- * `declare module 'fastify-openai-webhook' { interface OpenAIWebhookEvents extends EventsOf<typeof myEvents> {} }`
- */
-export interface OpenAIWebhookEvents {}
+export type { Delivery, RequestDelivery, VerifiedRequest, WebhookHeaders } from './request.ts'
 
 declare module 'fastify' {
   interface FastifyInstance {

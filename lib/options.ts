@@ -1,11 +1,15 @@
+import type {
+  FastifyContextConfig, RawReplyDefaultExpression, RawRequestDefaultExpression, RawServerDefault, RouteGenericInterface, RouteHandlerMethod
+} from 'fastify'
 import type { TSchema } from '@sinclair/typebox'
 import { InvalidOptions } from './errors.ts'
-import type { Secret } from './keyring.ts'
+import type { Secret } from './verifiers/keyring.ts'
 import { nearest } from './nearest.ts'
 import type { Runner } from './runners/runner.ts'
+import { RETENTION } from './stores/store.ts'
 import type { IdempotencyStore } from './stores/store.ts'
 import { KindGuard } from './typebox.ts'
-import type { RateLimit, RouteOverrides, WebhookRouteOptions } from './types.ts'
+import type { RouteHandlers } from './handlers.ts'
 import type { Verifier } from './verifiers/verifier.ts'
 
 export interface IdempotencyOptions {
@@ -98,6 +102,41 @@ export interface OpenAIWebhookOptions extends ReceivingOptions {
    * @default 10_000
    */
   closeTimeout?: number
+}
+
+/** `config.openaiWebhook` of a marked route. */
+export interface RouteOverrides extends ReceivingOptions {
+  /** Handlers by event type or pattern. */
+  on?: RouteHandlers
+}
+
+/** As @fastify/rate-limit types a route's `config.rateLimit`, where it is imported. */
+export type RateLimit = Required<FastifyContextConfig> extends { rateLimit: infer Limits } ? Limits : object | false
+
+export interface WebhookRouteOptions extends RouteOverrides {
+  /** Within the scope's prefix. */
+  url: string
+  /** Replies once the event handlers have succeeded; returns nothing → 200 `{"received":true}`. */
+  handler?: VerifiedHandler
+  /** The limits of @fastify/rate-limit for this route, as its `config.rateLimit`. */
+  rateLimit?: RateLimit
+}
+
+/** A route's handler, whose requests have passed verification. */
+export type VerifiedHandler = RouteHandlerMethod<
+  RawServerDefault, RawRequestDefaultExpression, RawReplyDefaultExpression, RouteGenericInterface, { openaiWebhook: RouteOverrides }
+>
+
+/** Where an option is left out. Each is written at its option too, as `@default`. */
+export const DEFAULTS = {
+  path: '/webhooks/openai',
+  tolerance: 300,
+  bodyLimit: 65_536,
+  bodyTimeout: 10_000,
+  lease: 30_000,
+  retention: RETENTION,
+  deadline: 4_500,
+  closeTimeout: 10_000
 }
 
 interface Rule {

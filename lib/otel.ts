@@ -4,7 +4,7 @@ import type { FastifyRequest } from 'fastify'
 import { channels } from './channels.ts'
 import type { DeliveryInfo, DeliveryMessage, EnqueueMessage, HandlerMessage, TraceChannel, TracedMessage } from './channels.ts'
 import { InvalidOptions } from './errors.ts'
-import type { VerifiedRequest } from './types.ts'
+import type { VerifiedRequest } from './request.ts'
 
 export interface WebhookTracingOptions {
   /** @default the global one, which may be registered later */

@@ -2,7 +2,7 @@ import type { FastifyInstance } from 'fastify'
 import { AlreadyStarted, InvalidOptions } from './errors.ts'
 import { assertHandlerName, givenName } from './handler-name.ts'
 import { nearest } from './nearest.ts'
-import type { EventContext, Handler } from './pipeline/dispatch.ts'
+import type { EventContext, Handler } from './handlers.ts'
 import type { DeadDelivery } from './runners/runner.ts'
 
 /** A handler whatever its event; the event's type is checked where it is registered. */

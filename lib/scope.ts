@@ -1,26 +1,27 @@
 import type { FastifyInstance } from 'fastify'
+import type { DeadLetters } from './dead-letters.ts'
 import { InvalidOptions } from './errors.ts'
 import { assertRouteOptions } from './options.ts'
-import type { Plugin } from './plugin.ts'
-import type { AnyHandler, HandlerOptions } from './registry.ts'
-import type { OpenAIWebhook } from './types.ts'
+import type { AnyHandler, HandlerOptions, Registry } from './registry.ts'
+import { ownRoute } from './routes/own.ts'
+import type { Routes } from './routes/routes.ts'
+import { unwrap } from './routes/unwrap.ts'
+import type { OpenAIWebhook } from './api.ts'
 
 /** `app.openaiWebhook` as one scope sees it: handlers get that scope as `this`, routes are added to it. */
 export class OpenAIWebhookScope implements OpenAIWebhook {
-  readonly #plugin: Plugin
+  readonly deadLetters: DeadLetters
+  readonly #routes: Routes
   readonly #scope: FastifyInstance
 
-  constructor (plugin: Plugin, scope: FastifyInstance) {
-    this.#plugin = plugin
+  constructor (routes: Routes, deadLetters: DeadLetters, scope: FastifyInstance) {
+    this.deadLetters = deadLetters
+    this.#routes = routes
     this.#scope = scope
   }
 
   get handler (): OpenAIWebhook['handler'] {
-    return this.#plugin.handler
-  }
-
-  get deadLetters (): OpenAIWebhook['deadLetters'] {
-    return this.#plugin.deadLetters
+    return this.#routes.handler
   }
 
   on (types: string | readonly string[], handler: AnyHandler, options?: HandlerOptions): this {
@@ -53,16 +54,17 @@ export class OpenAIWebhookScope implements OpenAIWebhook {
   route (options: Parameters<OpenAIWebhook['route']>[0]): this {
     this.#open('route')
     assertRouteOptions(options)
-    this.#plugin.receiveAt(this.#scope, options)
+    ownRoute(this.#routes, this.#scope, options)
     return this
   }
 
   unwrap (...[rawBody, headers, overrides]: Parameters<OpenAIWebhook['unwrap']>): ReturnType<OpenAIWebhook['unwrap']> {
-    return this.#plugin.unwrap(rawBody, headers, overrides) as ReturnType<OpenAIWebhook['unwrap']>
+    return unwrap(this.#routes, rawBody, headers, overrides) as ReturnType<OpenAIWebhook['unwrap']>
   }
 
-  #open (method: string): Plugin['registry'] {
-    this.#plugin.registry.assertOpen(method)
-    return this.#plugin.registry
+  #open (method: string): Registry {
+    const { registry } = this.#routes
+    registry.assertOpen(method)
+    return registry
   }
 }

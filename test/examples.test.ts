@@ -275,7 +275,7 @@ t.test('docs/options.md lists every option of stores and runners with its defaul
   const rows = tableRows(readDocument('docs/options.md'))
   for (const [of, file, name] of [
     ['background()', 'lib/runners/background.ts', 'BackgroundOptions'],
-    ['durable()', 'lib/runners/durable.ts', 'DurableOptions'],
+    ['durable()', 'lib/sqlite/durable.ts', 'DurableOptions'],
     ['bullmq()', 'lib/runners/bullmq.ts', 'BullMQOptions']
   ] as const) {
     const properties = interfaceProperties(file).get(name)!

@@ -323,7 +323,7 @@ t.test('every answer is documented with its code', async t => {
   /** Of docs/errors.md: what a route of the plugin answers to a sender. */
   const catalogue: Record<string, string[]> = { 408: ['FST_OPENAI_WEBHOOK_BODY_TIMEOUT'], 413: ['FST_ERR_CTP_BODY_TOO_LARGE'], 415: ['FST_ERR_CTP_INVALID_MEDIA_TYPE'] }
   const { path, text } = readDocument('docs/errors.md')
-  for (const [first, status] of tableRows({ path, text: text.slice(text.indexOf('## Verify')) })) {
+  for (const [first, status] of tableRows({ path, text: text.slice(text.indexOf('## Verify'), text.indexOf('## Queued and dead deliveries')) })) {
     const code = /^`(FST_[A-Z_]+)`$/.exec(first!)?.[1]
     if (code !== undefined) (catalogue[status!] ??= []).push(code)
   }

@@ -5,7 +5,7 @@ import * as https from 'node:https'
 import { CommandError, count, text, usageError } from './command.ts'
 import type { Arguments, Terminal } from './command.ts'
 import { readSecret } from './secret.ts'
-import { SecretSource } from '../keyring.ts'
+import { SecretSource } from '../verifiers/keyring.ts'
 
 /** For a command that delivers. */
 export const sendOptions = {

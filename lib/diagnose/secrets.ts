@@ -1,6 +1,6 @@
 import { found } from './causes.ts'
 import type { Found } from './causes.ts'
-import { keyBytes } from '../keyring.ts'
+import { keyBytes } from '../verifiers/keyring.ts'
 
 /** An HMAC key that the secret may have been meant to be. */
 export interface KeyCandidate {

@@ -1,8 +1,7 @@
 import type { FastifyInstance } from 'fastify'
 import { InvalidOptions } from '../errors.ts'
-import type { EventContext } from '../pipeline/dispatch.ts'
+import type { EventContext, EventHandler } from '../handlers.ts'
 import type { MaybePromise } from '../stores/store.ts'
-import type { EventHandler } from '../types.ts'
 
 /** Which delivery it is: an event handler's context, or `request.openaiWebhook` on a marked route. */
 export interface InboxContext {

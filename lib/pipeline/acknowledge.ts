@@ -1,5 +1,5 @@
 import type { FastifyReply } from 'fastify'
-import { acknowledged } from '../answer.ts'
+import { acknowledged } from './answer.ts'
 
 const RECEIVED = '{"received":true}'
 const DUPLICATE = '{"received":true,"duplicate":true}'

@@ -5,6 +5,7 @@ import fastify from 'fastify'
 import type { FastifyInstance, FastifyReply, FastifyRequest, RequestPayload } from 'fastify'
 import type { Deadline, Expirable } from '../deadline.ts'
 import { BodyTimeout, InvalidOptions, Overloaded } from '../errors.ts'
+import { retryLater } from './acknowledge.ts'
 import { Gathered } from './gathered.ts'
 
 /** Told once: the bytes, or why there are none. */
@@ -99,7 +100,7 @@ export function readPayload (request: FastifyRequest, payload: RequestPayload, {
  * stream is reset once the answer is out, without an error, which asks the sender to stop. HTTP/1.1 can only close the
  * connection: honest senders, and proxies before them, keep theirs for a body that still arrives in time.
  */
-export function boundRest ({ raw }: FastifyRequest, reply: FastifyReply, { deadline }: BodyBounds): void {
+function boundRest ({ raw }: FastifyRequest, reply: FastifyReply, { deadline }: BodyBounds): void {
   const { stream } = raw as { stream?: Http2ServerRequest['stream'] }
   // An injected one has no connection, and does not know.
   if (raw.complete !== false) return
@@ -117,6 +118,12 @@ export function boundRest ({ raw }: FastifyRequest, reply: FastifyReply, { deadl
     deadline.start(waiting)
     raw.once('close', () => { deadline.stop(waiting) })
   }
+}
+
+/** onError: bounds what is left of the body before the refusal is out. */
+export function boundRefused (request: FastifyRequest, reply: FastifyReply, error: Error, bounds: BodyBounds): void {
+  boundRest(request, reply, bounds)
+  if (error instanceof Overloaded) retryLater(reply)
 }
 
 /** An earlier preParsing hook may decode, or put a stream of any chunks in place of the request's. */

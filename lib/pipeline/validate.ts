@@ -1,4 +1,5 @@
 import { isUtf8 } from 'node:buffer'
+import type { FastifyInstance, FastifyRequest } from 'fastify'
 import type { TSchema } from '@sinclair/typebox'
 import type { TypeCheck } from '@sinclair/typebox/compiler'
 import { InvalidBody, InvalidEvent, InvalidOptions } from '../errors.ts'
@@ -6,6 +7,22 @@ import { TypeCompiler } from '../typebox.ts'
 
 /** Parses JSON text or throws; refuses `__proto__` and `constructor.prototype` keys. */
 export type ParseJson = (text: string) => unknown
+
+/** Fastify's own JSON parser, without its callback: it refuses prototype poisoning. */
+export function jsonParser (instance: FastifyInstance): ParseJson {
+  const parse = instance.getDefaultJsonParser('error', 'error')
+  let failure: Error | null
+  let parsed: unknown
+  const done = (error: Error | null, body?: unknown): void => {
+    failure = error
+    parsed = body
+  }
+  return text => {
+    parse(undefined as unknown as FastifyRequest, text, done)
+    if (failure !== null) throw failure
+    return parsed
+  }
+}
 
 /** The compiler of one copy of TypeBox: it knows the formats and kinds that were registered with that copy. */
 export type Compiler = Pick<typeof TypeCompiler, 'Compile'>

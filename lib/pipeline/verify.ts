@@ -1,7 +1,8 @@
 import type { IncomingHttpHeaders } from 'node:http'
+import { isRefusal } from '../coded.ts'
 import { InvalidId, InvalidSignature, InvalidTimestamp, TimestampOutOfTolerance } from '../errors.ts'
-import type { Keyring } from '../keyring.ts'
-import { isPromise } from '../maybe-promise.ts'
+import type { Keyring } from '../verifiers/keyring.ts'
+import { isPromise } from '../steps.ts'
 import type { MaybePromise } from '../stores/store.ts'
 import { judgeOf } from '../verifiers/verifier.ts'
 import type { Judge, SignedDelivery, Verified, Verifier } from '../verifiers/verifier.ts'
@@ -69,17 +70,7 @@ function answerOf<T> (ask: () => T | Error, checked: (answer: T) => T | Error): 
 
 /** What a verifier of the user's throws must be an answer. */
 function toRefusal (error: unknown): Error {
-  return isCoded(error) ? error : new InvalidSignature({ cause: error })
-}
-
-function isCoded (error: unknown): error is Error {
-  try {
-    const { code, statusCode } = error as { code?: unknown, statusCode?: unknown }
-    // What has a `then` would be waited for.
-    return error instanceof Error && !isPromise(error) && typeof code === 'string' && typeof statusCode === 'number' && statusCode >= 400 && statusCode < 500
-  } catch {
-    return false // null, or a getter that throws
-  }
+  return isRefusal(error) ? error : new InvalidSignature({ cause: error })
 }
 
 function toSeconds (timestamp: unknown): number | Error {

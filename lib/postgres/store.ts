@@ -1,6 +1,6 @@
 import { createHash, randomUUID } from 'node:crypto'
 import { PRUNE_LIMIT, Pruning } from '../pruning.ts'
-import { UNFINISHED_RETENTION } from '../stores/store.ts'
+import { RETENTION } from '../stores/store.ts'
 import type { Claim, IdempotencyStore } from '../stores/store.ts'
 import { creating, databaseOf } from './database.ts'
 import type { PgLite, PgPool } from './database.ts'
@@ -48,7 +48,7 @@ export function postgresStore (db: PgPool | PgLite, { table: tableName = STORE_T
   const begin = `
     WITH claim AS (
       INSERT INTO ${table.sql} AS d (key, token, ends, forget)
-      VALUES ($1::text, $2::text, now() + $3::float8 * interval '1 ms', now() + ${UNFINISHED_RETENTION} * interval '1 ms')
+      VALUES ($1::text, $2::text, now() + $3::float8 * interval '1 ms', now() + ${RETENTION} * interval '1 ms')
       ON CONFLICT (key) DO UPDATE SET token = excluded.token, done = false, ends = excluded.ends, forget = excluded.forget,
         finished = CASE WHEN d.done THEN '' ELSE d.finished END
         WHERE CASE WHEN d.done THEN d.forget <= now() ELSE d.token IS NULL OR d.ends <= now() END

@@ -1,6 +1,6 @@
 import { AsyncResource } from 'node:async_hooks'
 import { InvalidOptions, Overloaded } from '../errors.ts'
-import { deadDelivery } from '../failure.ts'
+import { deadDelivery } from './handler-failures.ts'
 import { keyOf, tellDead } from './runner.ts'
 import type { Job, Runner, RunnerHost } from './runner.ts'
 

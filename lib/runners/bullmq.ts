@@ -2,7 +2,8 @@ import { Queue, Worker } from 'bullmq'
 import type { BackoffOptions, ConnectionOptions, KeepJobs, WorkerOptions } from 'bullmq'
 import type { Job as BullMQJob } from 'bullmq'
 import { InvalidOptions, Overloaded, Unavailable } from '../errors.ts'
-import { causeOf, deadDelivery, describeFailure } from '../failure.ts'
+import { causeOf, deadDelivery, describeFailure } from './handler-failures.ts'
+import { RETENTION } from '../stores/store.ts'
 import { assertCount } from './background.ts'
 import { keyOf, tellDead } from './runner.ts'
 import type { DeadDelivery, DeliveryError, DeliveryRef, Job, Runner, RunnerHost } from './runner.ts'
@@ -70,7 +71,7 @@ export function bullmq ({
   worker = true,
   attempts = 16,
   backoff = 1_000,
-  removeOnComplete = { age: 270_000 },
+  removeOnComplete = { age: RETENTION / 1_000 },
   removeOnFail
 }: BullMQOptions): Runner {
   if (typeof connection !== 'object' || connection === null) {

@@ -1,7 +1,7 @@
 import { InvalidOptions } from '../errors.ts'
 import { LinkedList } from '../linked-list.ts'
 import type { Linked } from '../linked-list.ts'
-import { UNFINISHED_RETENTION } from './store.ts'
+import { RETENTION } from './store.ts'
 import type { Claim, IdempotencyStore } from './store.ts'
 
 interface Running {
@@ -109,7 +109,7 @@ export function memoryStore ({ max = 100_000 }: { max?: number } = {}): Idempote
     release (key, token) {
       const claim = held(key, token)
       // The array, without the room that it takes to grow.
-      if (claim !== undefined) settle(key, claim.finished.slice(), UNFINISHED_RETENTION)
+      if (claim !== undefined) settle(key, claim.finished.slice(), RETENTION)
     }
   }
 }

@@ -1,6 +1,6 @@
 import { createHash, randomUUID } from 'node:crypto'
 import { InvalidOptions } from '../errors.ts'
-import { UNFINISHED_RETENTION } from './store.ts'
+import { RETENTION } from './store.ts'
 import type { Claim, IdempotencyStore } from './store.ts'
 
 /** What is used of an ioredis client (`Redis` or `Cluster`). */
@@ -35,7 +35,7 @@ const HELD = 'if redis.call(\'HGET\', KEYS[1], \'token\') ~= ARGV[1] then return
 
 // A Redis that is out of memory refuses what takes more of it, but not to a script that has already written: what is
 // under way is still recorded there.
-const WRITING = `redis.call('PEXPIRE', KEYS[1], ${UNFINISHED_RETENTION})\n`
+const WRITING = `redis.call('PEXPIRE', KEYS[1], ${RETENTION})\n`
 
 const CHECKPOINT = script(`${HELD}${WRITING}
 redis.call('HSET', KEYS[1], 'f:' .. ARGV[2], 1)
@@ -99,7 +99,7 @@ export function redisStore (redis: RedisClient, { prefix = 'openai-webhook:' }: 
   return {
     async begin (key, lease): Promise<Claim> {
       const token = randomUUID()
-      const [state, ...finished] = await run(BEGIN, key, token, lease, UNFINISHED_RETENTION) as [Claim['state'], ...string[]]
+      const [state, ...finished] = await run(BEGIN, key, token, lease, RETENTION) as [Claim['state'], ...string[]]
       return state === 'claimed' ? { state, token, finished } : { state }
     },
     async checkpoint (key, token, handler) {
@@ -112,7 +112,7 @@ export function redisStore (redis: RedisClient, { prefix = 'openai-webhook:' }: 
       return await run(EXTEND, key, token, lease) === 1
     },
     async release (key, token) {
-      await run(RELEASE, key, token, UNFINISHED_RETENTION)
+      await run(RELEASE, key, token, RETENTION)
     }
   }
 }

@@ -1,4 +1,6 @@
-export type MaybePromise<T> = T | Promise<T>
+import type { MaybePromise } from '../steps.ts'
+
+export type { MaybePromise }
 
 export type Claim =
   /** The caller may run the handlers that are not in `finished`. */
@@ -8,8 +10,8 @@ export type Claim =
   /** Completed within the retention. */
   | { state: 'done' }
 
-/** ms for which a store keeps what finished of a delivery that did not: OpenAI retries for up to 72 h. */
-export const UNFINISHED_RETENTION = 75 * 3_600_000
+/** ms for which a delivery is remembered, and what finished of one that did not: OpenAI retries for up to 72 h. */
+export const RETENTION = 75 * 3_600_000
 
 /**
  * Remembers which deliveries are being processed and which have been.

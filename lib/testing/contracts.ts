@@ -1,11 +1,11 @@
 import assert from 'node:assert/strict'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { FastifyInstance } from 'fastify'
-import { handlersFailed } from '../failure.ts'
+import type { EventContext } from '../handlers.ts'
 import type { Inbox, InboxQuery } from '../inbox/inbox.ts'
-import { then } from '../maybe-promise.ts'
-import type { EventContext } from '../pipeline/dispatch.ts'
+import { handlersFailed } from '../runners/handler-failures.ts'
 import type { DeadDelivery, Job, Runner, RunnerHost } from '../runners/runner.ts'
+import { then } from '../steps.ts'
 import type { Claim, IdempotencyStore, MaybePromise } from '../stores/store.ts'
 
 /** One promise of a seam, to be run by any test framework: it rejects when the promise is broken. */

@@ -236,7 +236,9 @@ export class Simulation {
       secret: SECRET,
       idempotency: { store: this.#failing(this.#options.store), lease },
       runner: this.#watched(runner),
-      closeTimeout: 2 ** 31 - 1
+      closeTimeout: 2 ** 31 - 1,
+      // Time jumps while a body is still to be read, which takes none.
+      bodyTimeout: 2 ** 31 - 1
     })
     app.openaiWebhook
       .onAny(this.#handler('any'), { name: 'any' })

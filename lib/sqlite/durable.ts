@@ -1,13 +1,14 @@
 import { AsyncResource } from 'node:async_hooks'
 import { Overloaded } from '../errors.ts'
-import { causeOf, deadDelivery, describeFailure } from '../failure.ts'
-import type { SqliteDatabase } from '../sqlite/database.ts'
-import { DeadJobs, openJobs, parseFailure } from '../sqlite/jobs.ts'
-import type { Failure } from '../sqlite/jobs.ts'
-import { pruning } from '../sqlite/pruning.ts'
-import { assertCount } from './background.ts'
-import { keyOf, tellDead } from './runner.ts'
-import type { DeadDelivery, DeliveryRef, Job, RequeueOptions, Runner, RunnerHost } from './runner.ts'
+import { causeOf, deadDelivery, describeFailure } from '../runners/handler-failures.ts'
+import { RETENTION } from '../stores/store.ts'
+import type { SqliteDatabase } from './database.ts'
+import { DeadJobs, openJobs, parseFailure } from './jobs.ts'
+import type { Failure } from './jobs.ts'
+import { pruning } from './pruning.ts'
+import { assertCount } from '../runners/background.ts'
+import { keyOf, tellDead } from '../runners/runner.ts'
+import type { DeadDelivery, DeliveryRef, Job, RequeueOptions, Runner, RunnerHost } from '../runners/runner.ts'
 
 export interface DurableOptions {
   /**
@@ -47,8 +48,6 @@ export interface DurableRunner extends Runner {
 
 /** ms */
 const MAX_BACKOFF = 3_600_000
-/** ms for which a processed delivery is remembered, so that one that comes again is not queued again. */
-const RETENTION = 75 * 3_600_000
 /** ms after which the file is looked at again: for trouble to be over, or for what another process has queued. */
 const POLL_INTERVAL = 1_000
 const MAX_ERROR_LENGTH = 2_000

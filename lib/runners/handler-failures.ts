@@ -1,5 +1,5 @@
-import { HandlerFailed } from './errors.ts'
-import type { DeadDelivery, DeliveryError, Job } from './runners/runner.ts'
+import { HandlerFailed } from '../errors.ts'
+import type { DeadDelivery, DeliveryError, Job } from './runner.ts'
 
 /** What one handler threw. */
 export interface HandlerFailure {

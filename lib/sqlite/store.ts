@@ -1,9 +1,9 @@
 import { randomUUID } from 'node:crypto'
-import { Database } from '../sqlite/database.ts'
-import type { SqliteDatabase } from '../sqlite/database.ts'
-import { pruning } from '../sqlite/pruning.ts'
-import { UNFINISHED_RETENTION } from './store.ts'
-import type { Claim, IdempotencyStore } from './store.ts'
+import { Database } from './database.ts'
+import type { SqliteDatabase } from './database.ts'
+import { pruning } from './pruning.ts'
+import { RETENTION } from '../stores/store.ts'
+import type { Claim, IdempotencyStore } from '../stores/store.ts'
 
 // `ends` is the end of the lease while there is a token, `forget` when the row may go. All times are ms since the epoch.
 const SCHEMA = `
@@ -63,7 +63,7 @@ export function sqliteStore (db: SqliteDatabase): IdempotencyStore {
       return database.transaction(() => {
         const now = Date.now()
         prune(now)
-        const { changes } = claim.run(key, token, now + lease, now + UNFINISHED_RETENTION, now, now)
+        const { changes } = claim.run(key, token, now + lease, now + RETENTION, now, now)
         const [row] = read.all(key) as [Row]
         if (Number(changes) === 1) return { state: 'claimed', token, finished: JSON.parse(row.finished) as string[] }
         return { state: row.done === 1 ? 'done' : 'running' }

@@ -1,6 +1,7 @@
 import { AsyncLocalStorage, AsyncResource } from 'node:async_hooks'
 import type { FastifyReply, FastifyRequest } from 'fastify'
-import { isPromise } from './maybe-promise.ts'
+import { statusOf } from '../coded.ts'
+import { isPromise } from '../steps.ts'
 
 /** On a request of a receiving route: how far its answer has come. Absent: nothing but hooks of the app has run. */
 const STANDING = Symbol('openai-webhook.standing')
@@ -29,14 +30,6 @@ export function handling (request: FastifyRequest, ownHandler: boolean): void {
 export function acknowledged (request: FastifyRequest): void {
   (request as Standable)[STANDING] = 'acknowledged'
 }
-
-/** As Fastify's own error handler has it. */
-export function statusOf (error: unknown): number {
-  const { statusCode, status } = Object(error) as { statusCode?: unknown, status?: unknown }
-  return isErrorStatus(statusCode) ? statusCode : isErrorStatus(status) ? status : 500
-}
-
-const isErrorStatus = (status: unknown): status is number => typeof status === 'number' && status >= 400 && status <= 599
 
 /**
  * A route's error handler that remembers that the delivery is refused, and leaves the answer to whoever would have given

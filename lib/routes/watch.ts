@@ -1,7 +1,7 @@
 import { subscribe } from 'node:diagnostics_channel'
 import type { FastifyInstance, RouteOptions } from 'fastify'
-import { InvalidRoute, UnprotectedRoute } from './errors.ts'
-import { editDistance } from './nearest.ts'
+import { InvalidRoute, UnprotectedRoute } from '../errors.ts'
+import { editDistance } from '../nearest.ts'
 
 // A registration sees the routes of its own scope and of those below. One that is marked elsewhere would be served
 // unverified, so every app is watched from its root, where Fastify lets us.

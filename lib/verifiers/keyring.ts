@@ -1,6 +1,6 @@
 import { createSecretKey } from 'node:crypto'
 import type { KeyObject } from 'node:crypto'
-import { InvalidSecret } from './errors.ts'
+import { InvalidSecret } from '../errors.ts'
 
 /** One signing secret, several (a rotation), or a function that fetches them. */
 export type Secret = string | readonly string[] | (() => string | readonly string[] | Promise<string | readonly string[]>)

@@ -1,9 +1,9 @@
 import type { FastifyInstance, FastifyReply, FastifyRequest, RouteHandlerMethod } from 'fastify'
 import { HandlerFailed } from '../errors.ts'
 import { logError } from '../log.ts'
-import { isPromise } from '../maybe-promise.ts'
+import { isPromise } from '../steps.ts'
 import type { MaybePromise } from '../stores/store.ts'
-import { acknowledge } from './acknowledge.ts'
+import { acknowledge } from '../pipeline/acknowledge.ts'
 import { isClosed, isOut, statusOf, traceAfterReset, watchDestroy } from './raw-response.ts'
 
 /** On a request: told by `onSend` whether the route's own handler answered 2xx. */
@@ -61,7 +61,7 @@ function isMeant (error: unknown): boolean {
  * @param record told once whether it succeeded: how it answered, or after the deadline how it ended
  * @returns to be called at the deadline; tells whether somebody else may answer, which is not so once it has replied
  */
-export function respond (
+export function runOwnHandler (
   handler: RouteHandlerMethod,
   scope: FastifyInstance,
   request: FastifyRequest,

@@ -4,11 +4,11 @@ import type { TSchema } from '@sinclair/typebox'
 import {
   BodyTimeout, DeadlineExceeded, HandlerFailed, InProgress, InvalidBody, InvalidEvent, InvalidId, InvalidSignature, InvalidTimestamp, MissingHeader, Overloaded,
   TimestampOutOfTolerance, Unavailable
-} from './errors.ts'
-import { guideEntries, officialEntries } from './events/index.ts'
-import { standardWebhooks } from './verifiers/standard-webhooks.ts'
-import type { Verifier } from './verifiers/verifier.ts'
-import { xOpenAISignature } from './verifiers/x-openai-signature.ts'
+} from '../errors.ts'
+import { guideEntries, officialEntries } from '../events/index.ts'
+import { standardWebhooks } from '../verifiers/standard-webhooks.ts'
+import type { Verifier } from '../verifiers/verifier.ts'
+import { xOpenAISignature } from '../verifiers/x-openai-signature.ts'
 
 type JsonSchema = Record<string, unknown>
 

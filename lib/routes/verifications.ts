@@ -1,13 +1,12 @@
-import { InvalidSecret } from './errors.ts'
-import { SecretSource } from './keyring.ts'
-import type { Keyring, Secret, SecretOptions } from './keyring.ts'
-import type { EndpointOptions } from './options.ts'
-import { verificationBy } from './pipeline/verify.ts'
-import type { Verification } from './pipeline/verify.ts'
-import { standardWebhooks } from './verifiers/standard-webhooks.ts'
-import type { Verifier } from './verifiers/verifier.ts'
-
-const TOLERANCE = 300
+import { InvalidSecret } from '../errors.ts'
+import { SecretSource } from '../verifiers/keyring.ts'
+import type { Keyring, Secret, SecretOptions } from '../verifiers/keyring.ts'
+import { DEFAULTS } from '../options.ts'
+import type { EndpointOptions } from '../options.ts'
+import { verificationBy } from '../pipeline/verify.ts'
+import type { Verification } from '../pipeline/verify.ts'
+import { standardWebhooks } from '../verifiers/standard-webhooks.ts'
+import type { Verifier } from '../verifiers/verifier.ts'
 
 /** How each endpoint of one registration verifies: the plugin's own options, with what a route overrides. */
 export class Verifications {
@@ -36,7 +35,7 @@ export class Verifications {
    * @param atBoot whether a secret function is called by `load`, not when it first has to be
    * @throws FST_OPENAI_WEBHOOK_INVALID_SECRET
    */
-  of ({ secret, verifier = this.#verifier, tolerance = this.#own.tolerance ?? TOLERANCE }: EndpointOptions, atBoot: boolean): Verification {
+  of ({ secret, verifier = this.#verifier, tolerance = this.#own.tolerance ?? DEFAULTS.tolerance }: EndpointOptions, atBoot: boolean): Verification {
     const source = secret === undefined ? this.#sourceOfOwn() : this.#source(secret)
     const keyring = source.keyring(verifier.keyBytes)
     if (atBoot) this.#loading.add(keyring)

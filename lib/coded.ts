@@ -1,0 +1,33 @@
+import { isPromise } from './steps.ts'
+
+// What counts as a coded error.
+
+/** The status that an error is answered with, as Fastify's own error handler has it. */
+export function statusOf (error: unknown): number {
+  const { statusCode, status } = Object(error) as { statusCode?: unknown, status?: unknown }
+  return isErrorStatus(statusCode) ? statusCode : isErrorStatus(status) ? status : 500
+}
+
+const isErrorStatus = (status: unknown): status is number => typeof status === 'number' && status >= 400 && status <= 599
+
+/** Whether an error is one of this catalogue, to be sent as it is. */
+export function isCoded (error: unknown): error is Error {
+  try {
+    const { code } = error as { code?: unknown }
+    // Fastify would send any other object as a body, with the status 200.
+    return error instanceof Error && typeof code === 'string' && code.startsWith('FST_OPENAI_WEBHOOK_')
+  } catch {
+    return false // null, or a getter that throws
+  }
+}
+
+/** Whether what a verifier of the user's throws is an answer to the sender. */
+export function isRefusal (error: unknown): error is Error {
+  try {
+    const { code, statusCode } = error as { code?: unknown, statusCode?: unknown }
+    // What has a `then` would be waited for.
+    return error instanceof Error && !isPromise(error) && typeof code === 'string' && typeof statusCode === 'number' && statusCode >= 400 && statusCode < 500
+  } catch {
+    return false // null, or a getter that throws
+  }
+}

@@ -1,0 +1,34 @@
+import type { FastifyBaseLogger } from 'fastify'
+import { logFields } from '../log.ts'
+import type { EventContext } from '../handlers.ts'
+import type { VerifiedRequest } from '../request.ts'
+import type { Work } from './work.ts'
+
+/** What a handler is given beside the event. */
+export class Context implements EventContext {
+  readonly webhookId: string
+  readonly timestamp: number
+  readonly endpoint: string
+  readonly signal: AbortSignal
+  declare readonly request?: VerifiedRequest
+  readonly #work: Work
+  readonly #parentLog: FastifyBaseLogger
+  #log: FastifyBaseLogger | undefined
+
+  constructor (work: Work, log: FastifyBaseLogger, signal: AbortSignal) {
+    const { job, sender } = work
+    this.webhookId = job.webhookId
+    this.timestamp = job.timestamp
+    this.endpoint = job.endpoint
+    this.signal = signal
+    this.#work = work
+    this.#parentLog = sender?.request.log ?? log
+    if (sender !== undefined) this.request = sender.request
+  }
+
+  /** Made when it is first asked for: a child logger costs more than the dispatch. */
+  get log (): FastifyBaseLogger {
+    this.#log ??= this.#parentLog.child(logFields(this.#work.job, this.#work.attempt))
+    return this.#log
+  }
+}

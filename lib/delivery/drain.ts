@@ -1,0 +1,39 @@
+import type { Failures } from '../failures.ts'
+import type { Runner } from '../runners/runner.ts'
+import { attempt } from '../steps.ts'
+import type { Works } from './work.ts'
+
+export interface DrainOptions {
+  readonly works: Works
+  readonly runner: Runner
+  readonly failures: Failures
+  /** Aborted when `closeTimeout` is over. */
+  readonly abort: AbortController
+  /** ms */
+  readonly closeTimeout: number
+}
+
+/** Takes nothing more, and waits until nothing is running here, or until `closeTimeout` is over. */
+export async function drain ({ works, runner, failures, abort, closeTimeout }: DrainOptions): Promise<void> {
+  works.closing = true
+  let timer: NodeJS.Timeout | undefined
+  const over = new Promise<void>(resolve => {
+    timer = setTimeout(() => {
+      abort.abort(new Error('the app is closing and closeTimeout is over'))
+      // Handlers that listen to the signal get this turn to end.
+      setImmediate(resolve)
+    }, closeTimeout)
+  })
+  const runnerClosed = attempt(() => runner.close?.(abort.signal), error => failures.trouble(error))
+  await Promise.race([Promise.all([runnerClosed, works.drained()]), over])
+  clearTimeout(timer)
+}
+
+/** Fastify fails a preClose hook that outlasts its `pluginTimeout`: what is left by then is waited for in onClose. */
+export async function withinPluginTimeout (closed: Promise<void>, pluginTimeout: number): Promise<void> {
+  if (pluginTimeout === 0) return await closed
+  let timer: NodeJS.Timeout | undefined
+  const almost = new Promise<void>(resolve => { timer = setTimeout(resolve, pluginTimeout * 0.8) })
+  await Promise.race([closed, almost])
+  clearTimeout(timer)
+}

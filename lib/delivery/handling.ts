@@ -1,0 +1,108 @@
+import type { FastifyBaseLogger } from 'fastify'
+import { channels } from '../channels.ts'
+import { HandlerFailed } from '../errors.ts'
+import { handlersFailed } from '../runners/handler-failures.ts'
+import type { HandlerFailure } from '../runners/handler-failures.ts'
+import type { Claims, Held } from '../pipeline/deduplicate.ts'
+import { dispatch } from '../pipeline/dispatch.ts'
+import type { Handler } from '../handlers.ts'
+import type { HandlerTable } from '../registry.ts'
+import { attempt, drive, then } from '../steps.ts'
+import type { MaybePromise, Steps } from '../steps.ts'
+import { Context } from './context.ts'
+import { isObserved, observeDelivery } from './observe.ts'
+import type { State, Work, Works } from './work.ts'
+
+export interface HandlingOptions {
+  readonly works: Works
+  readonly claims: Claims
+  /** The handlers of an endpoint; the app's alone where this process does not have that route. */
+  readonly handlersOf: (endpoint: string) => HandlerTable
+  readonly log: FastifyBaseLogger
+  /** Aborts when the app is closing and `closeTimeout` is over. */
+  readonly signal: AbortSignal
+}
+
+/** Runs the handlers of a delivery that has been claimed, and records how they end. */
+export class Handling {
+  readonly #options: HandlingOptions
+
+  constructor (options: HandlingOptions) {
+    this.#options = options
+  }
+
+  hasRouteHandlers (endpoint: string): boolean {
+    return this.#options.handlersOf(endpoint).hasRouteHandlers
+  }
+
+  /** Starts the handlers that have not succeeded. Rejects with FST_OPENAI_WEBHOOK_HANDLER_FAILED once one has failed. */
+  start (work: Work): MaybePromise<void> {
+    const { state, job } = work
+    if (state.at !== 'claimed') throw new Error(`the handlers of a delivery that is ${state.at} cannot be started`)
+    work.move({ at: 'handling', claim: state.claim })
+    const all = this.#handlers(work)
+    const finished = work.finished = union(state.claim.finished, job.finished)
+    const handlers = finished.length === 0 ? all : all.filter(({ name }) => !finished.includes(name))
+    if (channels.unhandled.hasSubscribers) this.#tellUnhandled(work)
+    const { log } = this.#options
+    work.end = isObserved(work, log)
+      ? observeDelivery(work, handlers, log, observed => drive(this.#handle(work, observed)))
+      : drive(this.#handle(work, handlers))
+    return work.end
+  }
+
+  * #handle (work: Work, handlers: readonly Handler[]): Steps<void> {
+    const { claims, log, signal } = this.#options
+    const { claim } = work.state as Extract<State, { at: 'handling' }>
+    const ownHandler = work.sender?.ownHandler
+    const failures: readonly HandlerFailure[] = yield dispatch(handlers, work.job.event, new Context(work, log, signal), (handler, isLast) =>
+      // The last success is recorded by completing the delivery, unless the route's own handler comes after it.
+      isLast && ownHandler === undefined ? undefined : claims.checkpoint(claim, handler.name))
+    if (failures.length > 0) return yield * this.#settle(work, claim, this.#failed(work, failures))
+    if (ownHandler === undefined) return yield * this.#settle(work, claim)
+    yield new Promise<void>((resolve, reject) => {
+      ownHandler((succeeded, error) => {
+        // Its answer waits for this, and hears of no failure: the delivery does.
+        const settled = attempt(() => drive(this.#settle(work, claim, succeeded ? undefined : ownFailure(error))), reject)
+        return then(settled, () => { resolve() })
+      })
+    })
+  }
+
+  /** Records how the handlers have ended, then tells. */
+  * #settle (work: Work, claim: Held, failure?: Error): Steps<void> {
+    const { claims, works } = this.#options
+    yield failure === undefined ? claims.complete(claim) : claims.release(claim)
+    work.move({ at: 'over', failed: failure !== undefined })
+    if (work.isLeft) works.forget(works.received, work)
+    if (failure !== undefined) throw failure
+  }
+
+  /** All of them have ended: those that have not failed are finished. */
+  #failed (work: Work, failures: readonly HandlerFailure[]): Error {
+    const handlers = this.#handlers(work)
+    const succeeded = handlers.map(({ name }) => name).filter(name => !failures.some(({ handler }) => handler === name))
+    return handlersFailed(failures, handlers.length, union(work.finished, succeeded))
+  }
+
+  #handlers ({ job }: Work): readonly Handler[] {
+    return this.#options.handlersOf(job.endpoint).for(job.event.type)
+  }
+
+  #tellUnhandled ({ job, sender }: Work): void {
+    const isHandled = sender?.ownHandler !== undefined || this.#options.handlersOf(job.endpoint).matches(job.event.type)
+    if (!isHandled) channels.unhandled.publish(job)
+  }
+}
+
+/** A route's own handler, where handlers are named. */
+const OWN_HANDLER = 'handler'
+
+function ownFailure (error: unknown): Error {
+  return error === undefined ? new HandlerFailed() : handlersFailed([{ handler: OWN_HANDLER, error }], 1, [])
+}
+
+/** The names of both, each once. */
+export function union (names: readonly string[], others: readonly string[] = []): readonly string[] {
+  return others.length === 0 ? names : [...new Set([...names, ...others])]
+}

@@ -1,0 +1,92 @@
+import { InProgress, MissingRoute } from '../errors.ts'
+import type { Failures } from '../failures.ts'
+import type { Claims, Held } from '../pipeline/deduplicate.ts'
+import { keyOf } from '../runners/runner.ts'
+import type { Attempts, DeadDelivery, Job, RunnerHost } from '../runners/runner.ts'
+import type { MaybePromise } from '../steps.ts'
+import { union } from './handling.ts'
+import type { Handling } from './handling.ts'
+import { Work } from './work.ts'
+import type { Works } from './work.ts'
+
+/** ms; the waits between them add up to about five seconds. */
+const FIRST_WAIT = 20
+const LONGEST_WAIT = 5_000
+
+/** What a runner calls for the jobs that it holds. */
+export class Queued implements RunnerHost {
+  constructor (
+    readonly works: Works,
+    readonly claims: Claims,
+    readonly handling: Handling,
+    readonly failures: Failures
+  ) {}
+
+  process (job: Job, attempt?: number): MaybePromise<void> {
+    const { offered, received } = this.works
+    // inline() comes back while it is being offered the job.
+    const work = offered?.job === job ? offered : received.get(keyOf(job))
+    switch (work?.state.at) {
+      case 'claimed':
+        work.attempt = attempt
+        // One that was dead, requeued, and is being delivered again.
+        if (job.finished !== undefined) work.job = job
+        return this.handling.start(work)
+      case 'handling':
+        return work.end
+      case 'over':
+        if (!work.state.failed) return work.end
+    }
+    return this.#processQueued(job, attempt)
+  }
+
+  report (error: unknown, job?: Job, attempts?: Attempts): void {
+    this.failures.ofRunner(error, job, attempts)
+  }
+
+  dead (delivery: DeadDelivery, error: unknown): void {
+    this.failures.dead(delivery, error)
+  }
+
+  async recorded (job: Job): Promise<{ done: boolean, finished: readonly string[] }> {
+    let finished: readonly string[] | undefined
+    await this.#whenFree(job, undefined, async (_work, claim) => {
+      finished = union(claim.finished, job.finished)
+      await this.claims.release(claim)
+    })
+    return { done: finished === undefined, finished: finished ?? [] }
+  }
+
+  async #processQueued (job: Job, attempt: number | undefined): Promise<void> {
+    if (job.routeHandlers === true && !this.handling.hasRouteHandlers(job.endpoint)) throw new MissingRoute(job.endpoint)
+    await this.#whenFree(job, attempt, async work => await this.handling.start(work))
+  }
+
+  /** Does what is to be done with the claim, unless the job has been processed. */
+  async #whenFree (job: Job, attempt: number | undefined, use: (work: Work, claim: Held) => Promise<void>): Promise<void> {
+    const key = keyOf(job)
+    // Whoever received it, here or in another process, may have yet to let go of it.
+    for (let wait = FIRST_WAIT; this.works.queued.has(key) || !await this.#claim(key, job, attempt, use); wait *= 2) {
+      if (wait > LONGEST_WAIT) throw new InProgress()
+      await new Promise(resolve => setTimeout(resolve, wait))
+    }
+  }
+
+  /** @returns false when somebody else has the claim */
+  async #claim (key: string, job: Job, attempt: number | undefined, use: (work: Work, claim: Held) => Promise<void>): Promise<boolean> {
+    const work = new Work(key, job, undefined)
+    work.attempt = attempt
+    this.works.queued.set(key, work)
+    try {
+      const claim = await this.claims.begin(key)
+      if (claim.state === 'running') return false
+      if (claim.state === 'claimed') {
+        work.move({ at: 'claimed', claim })
+        await use(work, claim)
+      }
+      return true
+    } finally {
+      this.works.forget(this.works.queued, work)
+    }
+  }
+}

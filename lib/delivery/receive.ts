@@ -1,0 +1,138 @@
+import { channels, trace } from '../channels.ts'
+import type { EnqueueMessage } from '../channels.ts'
+import { isCoded } from '../coded.ts'
+import { InProgress, Overloaded, Unavailable } from '../errors.ts'
+import type { Begun, Claims } from '../pipeline/deduplicate.ts'
+import { keyOf } from '../runners/runner.ts'
+import type { Runner } from '../runners/runner.ts'
+import { drive, then } from '../steps.ts'
+import type { MaybePromise, Steps } from '../steps.ts'
+import type { Handling } from './handling.ts'
+import { observeDuplicate } from './observe.ts'
+import { Work } from './work.ts'
+import type { Sender, Verdict, Works } from './work.ts'
+
+/** What a runner says to a job that it was given. */
+type Accepted = void | 'duplicate'
+
+const PROCESSED: Verdict = { outcome: 'processed' }
+const DUPLICATE: Verdict = { outcome: 'duplicate' }
+
+/**
+ * What happens to a delivery once its event has been verified and validated: deduplicate → dispatch → acknowledge. It is
+ * handled once, however often it comes, and each sender is told a verdict.
+ */
+export class Receiver {
+  constructor (
+    readonly works: Works,
+    readonly claims: Claims,
+    readonly handling: Handling,
+    readonly runner: Runner
+  ) {}
+
+  /** @returns what the sender waits for */
+  receive (endpoint: string, sender: Sender): Work | undefined {
+    const { webhookId, timestamp, event } = sender.request.openaiWebhook
+    const key = keyOf({ endpoint, webhookId })
+    const known = this.works.find(key)
+    if (known !== undefined) return this.#join(known, sender)
+    if (this.works.closing) return this.#refuse(sender, new Overloaded())
+
+    const work = new Work(key, { webhookId, timestamp, endpoint, event }, sender)
+    this.works.received.set(key, work)
+    drive(this.#receive(work))
+    return work
+  }
+
+  * #receive (work: Work): Steps<void> {
+    let claim: Begun
+    try {
+      claim = yield this.claims.begin(work.key)
+    } catch (error) {
+      return this.#over(work, refused(error))
+    }
+    if (claim.state === 'done') return this.#duplicate(work, 'processed')
+    if (claim.state === 'running') return this.#duplicate(work, this.works.queued.has(work.key) ? 'joined' : 'elsewhere')
+    work.move({ at: 'claimed', claim })
+
+    let verdict: Verdict
+    try {
+      // A route's own handler replies once the others have succeeded: they run here, whatever the runner.
+      const accepted: Accepted = yield work.sender!.ownHandler === undefined ? this.#enqueue(work) : this.handling.start(work)
+      verdict = accepted === 'duplicate' ? DUPLICATE : PROCESSED
+    } catch (error) {
+      verdict = refused(isCoded(error) ? error : new Unavailable({ cause: error }))
+    }
+    // Handlers that were started settle the claim themselves; else the runner has the job, or did not take it.
+    if (work.state.at === 'claimed') {
+      // Before the release is awaited: whoever takes the job from the queue has to claim it for itself.
+      work.move({ at: 'handed on' })
+      yield this.claims.release(claim)
+    }
+    if (verdict === DUPLICATE) observeDuplicate(work.job, work.sender!, 'queued')
+    this.#tell(work, verdict)
+  }
+
+  #enqueue (work: Work): MaybePromise<Accepted> {
+    const { webhookId, timestamp, endpoint, event } = work.job
+    // By name: to spread a job costs a delivery 4 µs.
+    if (this.handling.hasRouteHandlers(endpoint)) work.job = { webhookId, timestamp, endpoint, event, routeHandlers: true }
+    // A runner without a queue runs the handlers now.
+    if (this.runner.depth === undefined || !channels.enqueue.hasSubscribers) return this.#offer(work)
+    const message: EnqueueMessage = { webhookId, timestamp, endpoint, event, request: work.sender!.request, carrier: {} }
+    return trace(channels.enqueue, message, () => {
+      if (Object.keys(message.carrier).length > 0) work.job = { ...work.job, carrier: message.carrier }
+      return then(this.#offer(work), accepted => {
+        message.duplicate = accepted === 'duplicate'
+        return accepted
+      })
+    })
+  }
+
+  #offer (work: Work): MaybePromise<Accepted> {
+    this.works.offered = work
+    try {
+      return this.runner.run(work.job)
+    } finally {
+      this.works.offered = undefined
+    }
+  }
+
+  /** A webhook-id that this process has already: its sender is told what the first one is. */
+  #join (work: Work, sender: Sender): Work | undefined {
+    const waits = work.verdict === undefined && work.sender !== undefined
+    if (waits && work.isCrowded) return this.#refuse(sender, new Overloaded())
+    observeDuplicate(work.job, sender, 'joined')
+    if (!waits) {
+      sender.tell(work.verdict ?? DUPLICATE)
+      return
+    }
+    work.join(sender)
+    return work
+  }
+
+  #duplicate (work: Work, state: 'processed' | 'joined' | 'elsewhere'): void {
+    observeDuplicate(work.job, work.sender!, state)
+    this.#over(work, state === 'elsewhere' ? refused(new InProgress()) : DUPLICATE)
+  }
+
+  #refuse (sender: Sender, error: Error): undefined {
+    sender.tell(refused(error))
+  }
+
+  #over (work: Work, verdict: Verdict): void {
+    work.move({ at: 'over', failed: false })
+    this.#tell(work, verdict)
+  }
+
+  #tell (work: Work, verdict: Verdict): void {
+    work.verdict = verdict
+    // A runner may acknowledge while the handlers still run: the work lasts as long as they do.
+    if (work.isLeft) this.works.forget(this.works.received, work)
+    work.tell(verdict)
+  }
+}
+
+function refused (error: unknown): Verdict {
+  return { outcome: 'refused', error: error as Error }
+}

@@ -1,0 +1,85 @@
+import type { FastifyBaseLogger, FastifyRequest } from 'fastify'
+import { channels } from './channels.ts'
+import { statusOf } from './coded.ts'
+import { causeOf, isHandlersFailure } from './runners/handler-failures.ts'
+import { RefusalLog, logError, logFields } from './log.ts'
+import type { FailureInfo, Refused, Registry } from './registry.ts'
+import type { Attempts, DeadDelivery, Job } from './runners/runner.ts'
+
+/** Every failure is logged, published and reported to the `onError` handlers here. */
+export class Failures {
+  readonly #log: FastifyBaseLogger
+  readonly #registry: Registry
+  readonly #refusals: RefusalLog
+
+  /** @param log for what comes in no request */
+  constructor (log: FastifyBaseLogger, registry: Registry) {
+    this.#log = log
+    this.#registry = registry
+    this.#refusals = new RefusalLog(log)
+  }
+
+  /** A delivery is not answered 200. It is logged with the errors behind that, or else by its code. */
+  refused (error: unknown, delivery: Refused, request: FastifyRequest): void {
+    const { code: given, cause, message } = error as { code?: unknown, cause?: unknown, message: string }
+    const statusCode = statusOf(error)
+    // A database or gRPC client, in an app's hook, may throw a number.
+    const code = typeof given === 'string' || typeof given === 'number' ? String(given) : 'UNKNOWN'
+    if (statusCode >= 500 && cause !== undefined) logError(request.log, cause, { code, ...logFields(delivery) }, message)
+    else this.#refusals.write(request.log, code, statusCode, delivery)
+    if (channels.refused.hasSubscribers) {
+      const { endpoint, webhookId, event } = delivery
+      channels.refused.publish({ endpoint, webhookId, event, code, statusCode, error, request })
+    }
+    this.report(error, delivery, request.log)
+  }
+
+  /** A delivery fails whose sender has been answered. */
+  late (error: Error, delivery: Refused, { log }: FastifyRequest): void {
+    logError(log, error.cause ?? error, logFields(delivery), error.message)
+    this.report(error, delivery, log)
+  }
+
+  /** A hook of the app has answered 2xx by itself. */
+  unprocessed (endpoint: string, { log }: FastifyRequest, statusCode: number): void {
+    this.#refusals.unprocessed(log, statusCode, endpoint)
+  }
+
+  /** What no sender hears of, such as a store that fails. */
+  trouble (error: unknown, delivery: FailureInfo = {}, attempt?: number): void {
+    logError(this.#log, error, logFields(delivery, attempt), 'webhook trouble')
+    const { endpoint, webhookId, event } = delivery
+    if (channels.trouble.hasSubscribers) channels.trouble.publish({ error, endpoint, webhookId, event })
+    this.report(error, infoOf(delivery))
+  }
+
+  /** What a runner reports: handlers that have failed a delivery after it was acknowledged, or trouble. */
+  ofRunner (error: unknown, job?: Job, attempts?: Attempts): void {
+    if (job === undefined || !isHandlersFailure(error)) return this.trouble(error, job, attempts?.attempt)
+    const fate = attempts === undefined ? '' : ' and will be attempted again'
+    logError(this.#log, causeOf(error), { ...logFields(job, attempts?.attempt), attempts: attempts?.attempts }, `webhook delivery failed${fate}`)
+    this.report(error, infoOf(job))
+  }
+
+  /** Nothing will attempt the delivery again, unless a person does. */
+  dead (delivery: DeadDelivery, error: unknown): void {
+    logError(this.#log, causeOf(error), logFields(delivery, delivery.attempts), 'webhook delivery is dead')
+    if (channels.dead.hasSubscribers) channels.dead.publish(delivery)
+    this.report(error, infoOf(delivery))
+    this.#registry.bury(delivery, thrown => logError(this.#log, thrown, logFields(delivery), 'an onDead handler failed'))
+  }
+
+  /** Tells the `onError` handlers, and nobody else. */
+  report (error: unknown, info: FailureInfo, log = this.#log): void {
+    this.#registry.report(error, info, thrown => logError(log, thrown, {}, 'an onError handler failed'))
+  }
+
+  /** Tells at once of the refusals that have been counted. */
+  flush (): void {
+    this.#refusals.flush()
+  }
+}
+
+function infoOf ({ endpoint, webhookId, event }: FailureInfo): FailureInfo {
+  return { ...(endpoint !== undefined && { endpoint }), ...(webhookId !== undefined && { webhookId }), ...(event !== undefined && { event }) }
+}

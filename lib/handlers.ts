@@ -1,0 +1,33 @@
+import type { FastifyBaseLogger, FastifyInstance } from 'fastify'
+import type { EventOf, EventPattern, EventType } from './events/map.ts'
+import type { VerifiedRequest } from './request.ts'
+
+export interface EventContext {
+  /** The idempotency key: the same for every retry of the delivery. */
+  readonly webhookId: string
+  /** When the delivery was signed, in Unix seconds. */
+  readonly timestamp: number
+  /** The receiving route's URL. */
+  readonly endpoint: string
+  /** Logs with the delivery's `webhookId`, `eventType` and `endpoint`. */
+  readonly log: FastifyBaseLogger
+  /** Aborts when the app is closing and `closeTimeout` is over; not at the deadline. */
+  readonly signal: AbortSignal
+  /** Only where the handler runs in the request (the `inline()` runner). */
+  readonly request?: VerifiedRequest
+}
+
+export interface Handler {
+  readonly name: string
+  readonly run: (event: unknown, context: EventContext) => unknown
+}
+
+/**
+ * Runs for a verified event; `this` is the Fastify scope it was registered in. When it throws or rejects, the sender
+ * is told to deliver again.
+ */
+export type EventHandler<Event> = (this: FastifyInstance, event: Event, context: EventContext) => void | Promise<void>
+
+export type RouteHandlers = {
+  [Name in EventType | EventPattern]?: EventHandler<EventOf<Name>> | ReadonlyArray<EventHandler<EventOf<Name>>>
+}

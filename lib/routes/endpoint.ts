@@ -1,0 +1,49 @@
+import type { FastifyInstance } from 'fastify'
+import { InvalidRoute } from '../errors.ts'
+import type { Verification } from '../pipeline/verify.ts'
+import { HandlerList, HandlerTable } from '../registry.ts'
+import type { Registry } from '../registry.ts'
+import type { RouteOverrides } from '../options.ts'
+import { toArray } from './hooks.ts'
+
+/** A receiving route: its own verification, and the URL that names it in jobs, logs and idempotency keys. */
+export type Endpoint = Verification & { readonly name: string }
+
+/** The receiving routes of one registration, with who handles what on each. */
+export class Endpoints {
+  readonly #registry: Registry
+  readonly #lists = new Map<string, readonly HandlerList[]>()
+  readonly #tables = new Map<string, HandlerTable>()
+  #appTable: HandlerTable | undefined
+
+  constructor (registry: Registry) {
+    this.#registry = registry
+  }
+
+  /** @throws FST_OPENAI_WEBHOOK_INVALID_ROUTE */
+  add (name: string, verification: Verification, lists: readonly HandlerList[]): Endpoint {
+    // The URL names the endpoint in jobs and idempotency keys: routes that differ by a constraint alone would share both.
+    if (this.#lists.has(name)) throw new InvalidRoute('POST', name, 'expected a URL of its own, got that of another receiving route')
+    this.#lists.set(name, lists)
+    return { ...verification, name }
+  }
+
+  /** The handlers in a route's `on`. */
+  listOf (on: RouteOverrides['on'], scope: FastifyInstance): HandlerList {
+    const list = new HandlerList(this.#registry.known, 'route')
+    for (const [type, handlers] of Object.entries(on ?? {})) {
+      for (const handler of toArray(handlers)) list.on(type, handler as never, scope)
+    }
+    return list
+  }
+
+  /** No handler is added any more: who handles what is worked out. */
+  settle (): void {
+    for (const [name, lists] of this.#lists) this.#tables.set(name, new HandlerTable(lists, this.#registry.known))
+  }
+
+  handlersOf (name: string): HandlerTable {
+    // A worker may not have the route that received the job; the app's handlers it does have.
+    return this.#tables.get(name) ?? (this.#appTable ??= new HandlerTable([this.#registry.app], this.#registry.known))
+  }
+}

@@ -1,0 +1,89 @@
+import { AsyncResource } from 'node:async_hooks'
+import fastify from 'fastify'
+import type { FastifyContextConfig, FastifyInstance, FastifyReply, FastifyRequest, RequestPayload, RouteOptions } from 'fastify'
+import { recordAnswer } from '../delivery/own-handler.ts'
+import { InvalidRoute } from '../errors.ts'
+import { assertOverrides } from '../options.ts'
+import { boundRefused, readPayload, replayPayload } from '../pipeline/capture.ts'
+import type { BodyBounds } from '../pipeline/capture.ts'
+import { keepRefusal, refuseErrors } from '../pipeline/answer.ts'
+import type { RouteErrorHandler } from '../pipeline/answer.ts'
+import type { Endpoint } from './endpoint.ts'
+import { PROTECTED, isProtected } from './guard.ts'
+import { toArray } from './hooks.ts'
+import { deliver } from './routes.ts'
+import type { Routes } from './routes.ts'
+import { assertSpelling } from './watch.ts'
+
+/** onRoute: puts the pipeline on a route that asks for it by `config.openaiWebhook`. */
+export function protectMarked (routes: Routes, scope: FastifyInstance, route: RouteOptions): void {
+  const config: unknown = route.config?.openaiWebhook
+  if (isProtected(route)) return
+  if (config === undefined) return assertSpelling(route)
+  assertMarkable(route)
+  assertOverrides(config)
+  const { on, ...overrides } = config
+  const { authentication, bounds, endpoints, failures, registry, verifications } = routes
+  const body = bounds.of(overrides, route.bodyLimit)
+  const verification = verifications.of(overrides, true)
+  const list = endpoints.listOf(on, scope)
+  const dispatches = route.handler === routes.handler
+  const endpoint = endpoints.add(route.url, verification, dispatches ? [registry.app, list] : [list])
+
+  const capture = captureAndAuthenticate(routes, endpoint, body)
+  route.config = { ...route.config, [PROTECTED]: capture } as FastifyContextConfig
+  route.bodyLimit = body.limit
+  route.onRequest = [authentication.admit(endpoint), ...toArray(route.onRequest)]
+  route.preParsing = [capture, ...toArray(route.preParsing)]
+  route.onSend = [...toArray(route.onSend), keepRefusal((request, statusCode) => failures.unprocessed(endpoint.name, request, statusCode)), recordAnswer]
+  route.errorHandler = refuseErrors(route.errorHandler as RouteErrorHandler | undefined)
+  route.onError = [...toArray(route.onError), (request, reply, error, done) => {
+    boundRefused(request, reply, error, body)
+    done()
+  }]
+  route.handler = deliver(routes, endpoint, dispatches ? undefined : route.handler)
+}
+
+/** @throws FST_OPENAI_WEBHOOK_INVALID_ROUTE */
+function assertMarkable ({ method, url, config, schema }: RouteOptions): void {
+  const fault = (reason: string): Error => new InvalidRoute(String(method), url, reason)
+  if (method !== 'POST' && !(Array.isArray(method) && method.length === 1 && method[0] === 'POST')) {
+    throw fault('expected the method POST alone, which is what OpenAI sends')
+  }
+  const asked: unknown = config?.openaiWebhook
+  if (typeof asked !== 'object' || asked === null || Array.isArray(asked)) {
+    throw fault('expected config.openaiWebhook to be an object, such as {}')
+  }
+  if ((schema as { body?: unknown } | undefined)?.body !== undefined) {
+    throw fault('schema.body would be checked before the signature, and tell unsigned senders about it: remove it, events are validated after verification')
+  }
+}
+
+/** preParsing, so that the user's parser sees nothing that was not verified. */
+function captureAndAuthenticate ({ authentication, failures }: Routes, endpoint: Endpoint, body: BodyBounds) {
+  return (request: FastifyRequest, reply: FastifyReply, payload: RequestPayload, done: (error: Error | null, payload?: RequestPayload) => void): void => {
+    const refuse = (error: Error): void => {
+      failures.refused(error, { endpoint: endpoint.name }, request)
+      done(error)
+    }
+    const { 'content-type': contentType, 'content-length': contentLength, 'transfer-encoding': transferEncoding } = request.headers
+    const isEmpty = transferEncoding === undefined && (contentLength === undefined || contentLength === '0')
+    // Without a body Fastify asks for no content type; with one, a catch-all parser of the app's must not take it.
+    if (contentType === undefined ? !isEmpty : !/^application\/json\s*(?:;|$)/i.test(contentType)) {
+      return refuse(new fastify.errorCodes.FST_ERR_CTP_INVALID_MEDIA_TYPE())
+    }
+    // The socket's events come in no request's async context, which tracers and request contexts go by. Fastify does the
+    // same for content type parsers.
+    readPayload(request, payload, body, AsyncResource.bind((error: Error | null, rawBody: Buffer = Buffer.alloc(0)) => {
+      if (error !== null) {
+        // The sender may go on sending what nobody reads.
+        reply.header('connection', 'close')
+        return refuse(error)
+      }
+      authentication.authenticate(endpoint, request, rawBody, error => {
+        if (error === undefined) done(null, replayPayload(rawBody, payload.receivedEncodedLength))
+        else done(error)
+      })
+    }))
+  }
+}

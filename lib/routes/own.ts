@@ -1,0 +1,66 @@
+import type { FastifyContextConfig, FastifyInstance, RegisterOptions, RouteHandlerMethod } from 'fastify'
+import { recordAnswer } from '../delivery/own-handler.ts'
+import { InvalidOptions } from '../errors.ts'
+import { boundRefused, captureBody } from '../pipeline/capture.ts'
+import type { WebhookRouteOptions } from '../options.ts'
+import type { VerifiedRequest } from '../request.ts'
+import { keepRefusal, refuseErrors } from '../pipeline/answer.ts'
+import { OWN, PROTECTED } from './guard.ts'
+import { documentation } from './openapi.ts'
+import { declareRoute, shareDecorators } from './own-scope.ts'
+import { deliver } from './routes.ts'
+import type { Routes } from './routes.ts'
+
+/** Adds a receiving route in a scope of its own, so that no other route's parsing changes. */
+export function ownRoute (
+  routes: Routes,
+  scope: FastifyInstance,
+  { url, on, handler, rateLimit, ...overrides }: WebhookRouteOptions,
+  options: RegisterOptions = {}
+): void {
+  const { authentication, bounds, endpoints, events, failures, registry, settles, verifications } = routes
+  // Left alone, it would limit nothing, and nobody would be told.
+  if (typeof rateLimit === 'object' && !scope.hasDecorator('rateLimit')) {
+    throw new InvalidOptions('rateLimit: expected @fastify/rate-limit to be registered before, got none')
+  }
+  const verification = verifications.of(overrides, true)
+  const list = endpoints.listOf(on, scope)
+  const own = handler === routes.handler ? undefined : handler as RouteHandlerMethod | undefined
+  const body = bounds.of(overrides)
+  scope.register(async child => {
+    captureBody(child, body)
+    shareDecorators(child)
+    child.decorate(OWN, true)
+    const endpoint = endpoints.add(child.prefix + url, verification, [registry.app, list])
+    const admit = authentication.admit(endpoint)
+    const keep = keepRefusal((request, statusCode) => failures.unprocessed(endpoint.name, request, statusCode))
+    settles.push(declareRoute(child, scope, {
+      method: 'POST',
+      url,
+      bodyLimit: body.limit,
+      config: {
+        [PROTECTED]: admit,
+        swaggerTransform: documentation({ events, verifier: verification.verifier, replies: own !== undefined }),
+        ...(rateLimit !== undefined && { rateLimit })
+      } as FastifyContextConfig,
+      onRequest: admit,
+      preHandler: (request, _reply, done) => {
+        // A request without a body and a content type is not parsed at all.
+        const rawBody = Buffer.isBuffer(request.body) ? request.body : Buffer.alloc(0)
+        authentication.authenticate(endpoint, request, rawBody, error => {
+          if (error === undefined) request.body = (request as VerifiedRequest).openaiWebhook.event
+          done(error)
+        })
+      },
+      onError: (request, reply, error, done) => {
+        boundRefused(request, reply, error, body)
+        // Fastify's own refusals: over the limit, not JSON; and those of other plugins. Ours are told where they come up.
+        if (request.openaiWebhook === null && !authentication.hasTold(error)) failures.refused(error, { endpoint: endpoint.name }, request)
+        done()
+      },
+      onSend: own === undefined ? keep : [keep, recordAnswer],
+      errorHandler: refuseErrors(undefined),
+      handler: deliver(routes, endpoint, own)
+    }))
+  }, options)
+}

@@ -1,0 +1,72 @@
+import type { FastifyInstance, RouteHandlerMethod } from 'fastify'
+import { Deadline } from '../deadline.ts'
+import { Reply } from '../delivery/reply.ts'
+import type { Receiver } from '../delivery/receive.ts'
+import { UnprotectedRoute } from '../errors.ts'
+import type { Failures } from '../failures.ts'
+import { DEFAULTS } from '../options.ts'
+import type { ReceivingOptions } from '../options.ts'
+import type { BodyBounds } from '../pipeline/capture.ts'
+import type { Registry } from '../registry.ts'
+import type { VerifiedRequest } from '../request.ts'
+import type { Verifications } from './verifications.ts'
+import { handling } from '../pipeline/answer.ts'
+import type { Authentication } from './authenticate.ts'
+import type { Endpoint, Endpoints } from './endpoint.ts'
+import { SKIPPED } from './guard.ts'
+import type { Documented } from './openapi.ts'
+
+/** What the receiving routes of one registration have in common. */
+export interface Routes {
+  readonly registry: Registry
+  readonly events: Documented['events']
+  readonly endpoints: Endpoints
+  readonly verifications: Verifications
+  readonly authentication: Authentication
+  readonly failures: Failures
+  readonly receiver: Receiver
+  readonly deadline: Deadline
+  readonly bounds: Bounds
+  /** To be called once the app is ready. */
+  readonly settles: Array<() => void>
+  /** `app.openaiWebhook.handler`: stands for a route that replies by dispatching. */
+  readonly handler: RouteHandlerMethod
+}
+
+/** A route's handler: has the delivery received, and answered by the deadline. */
+export function deliver ({ receiver, deadline, failures }: Routes, { name }: Endpoint, own: RouteHandlerMethod | undefined): RouteHandlerMethod {
+  const options = { endpoint: name, receiver, deadline, failures, own }
+  return function (request, reply) {
+    if (request.openaiWebhook === null) throw new UnprotectedRoute(`POST ${name}`, SKIPPED)
+    handling(request, own !== undefined)
+    new Reply(request as VerifiedRequest, reply, options, this).run()
+  }
+}
+
+/** What bodies may take before it is known who has sent them. */
+export class Bounds {
+  readonly #options: ReceivingOptions
+  readonly #requestTimeout: number
+  /** By their ms. */
+  readonly #deadlines = new Map<number, Deadline>()
+
+  constructor (options: ReceivingOptions, { initialConfig }: FastifyInstance) {
+    this.#options = options
+    // Node checks it every 30 s, and not under HTTP/2.
+    const { requestTimeout = 0 } = initialConfig as { requestTimeout?: number }
+    this.#requestTimeout = requestTimeout > 0 ? requestTimeout : Infinity
+  }
+
+  /** @param ofRoute a marked route's own Fastify `bodyLimit` */
+  of ({ bodyLimit, bodyTimeout }: ReceivingOptions, ofRoute?: number): BodyBounds {
+    const ms = Math.min(bodyTimeout ?? this.#options.bodyTimeout ?? DEFAULTS.bodyTimeout, this.#requestTimeout)
+    let deadline = this.#deadlines.get(ms)
+    if (deadline === undefined) this.#deadlines.set(ms, deadline = new Deadline(ms))
+    return { limit: bodyLimit ?? ofRoute ?? this.#options.bodyLimit ?? DEFAULTS.bodyLimit, deadline }
+  }
+
+  /** What arrives from now on is to come again: it must not hold the app open until it has arrived. */
+  close (): void {
+    for (const deadline of this.#deadlines.values()) deadline.close()
+  }
+}
