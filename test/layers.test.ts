@@ -20,8 +20,8 @@ const LAYERS = [
   ['runners', 'inbox'],
   ['handlers.ts'],
   ['stores', 'request.ts', 'verifiers'],
-  ['events', 'coded.ts', 'deadline.ts', 'log.ts'],
-  ['errors.ts', 'handler-name.ts', 'linked-list.ts', 'nearest.ts', 'pruning.ts', 'steps.ts', 'typebox.ts']
+  ['events', 'coded.ts', 'deadline.ts', 'handler-name.ts', 'log.ts'],
+  ['errors.ts', 'linked-list.ts', 'nearest.ts', 'pruning.ts', 'steps.ts', 'typebox.ts']
 ]
 
 const files = readdirSync('lib', { recursive: true, encoding: 'utf8' }).filter(file => file.endsWith('.ts'))
