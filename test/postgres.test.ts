@@ -148,9 +148,9 @@ t.test('postgresStore', { skip: postgresMissing }, async t => {
     const sent: string[] = []
     pool.on('connect', client => {
       const { query } = client
-      client.query = function (this: PoolClient, config: { text: string }, ...rest: unknown[]) {
-        sent.push(config.text)
-        return Reflect.apply(query, this, [config, ...rest])
+      client.query = function (this: PoolClient, text: string, ...rest: unknown[]) {
+        sent.push(text)
+        return Reflect.apply(query, this, [text, ...rest])
       } as never
     })
     const app = await build(t, { idempotency: { store: postgresStore(pool) } })
@@ -190,16 +190,17 @@ t.test('postgresStore', { skip: postgresMissing }, async t => {
   })
 
   await t.test('the server is read-only: 503, and afterwards 200', async t => {
-    const pool = await fresh(t)
+    const pool = await fresh(t, { max: 1 })
     const { app, handled } = await receiver(t, pool)
     t.equal((await post(app, sign(thin('batch.failed')))).statusCode, 200)
-    await pool.query(`ALTER DATABASE ${pool.options.database} SET default_transaction_read_only = on`)
-    await pool.query('SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND datname = current_database()')
-    await pool.query('SET default_transaction_read_only = on')
+    const admin = poolOf(t, { database: 'postgres' })
+    await admin.query(`ALTER DATABASE ${pool.options.database} SET default_transaction_read_only = on`)
+    const session = await pool.connect()
+    await session.query('SET default_transaction_read_only = on')
+    session.release()
     const delivery = sign(thin('batch.failed'))
     t.equal((await post(app, delivery)).statusCode, 503)
     t.equal((await post(app, delivery)).statusCode, 503)
-    const admin = poolOf(t, { database: 'postgres' })
     await admin.query(`ALTER DATABASE ${pool.options.database} SET default_transaction_read_only = off`)
     t.equal((await post(app, delivery)).statusCode, 200, 'a connection that was opened before is not used again')
     t.equal(handled.length, 2)
@@ -375,6 +376,19 @@ t.test('postgresInbox', { skip: postgresMissing }, async t => {
       t.equal((await post(app, delivery)).statusCode, 200)
     }
     t.same(await effects(pool), ['wh_0', 'wh_1', 'wh_2', 'wh_3', 'wh_4', 'wh_5'])
+  })
+
+  await t.test('a connection that ends in the instant in which it is ready does not end the process', async t => {
+    const pool = await withEffects(await fresh(t))
+    const proxy = await CuttingProxy.start(t, server.port)
+    const cut = poolOf(t, { database: pool.options.database, port: proxy.port })
+    const handler = postgresInbox(cut).once('settle', async tx => await add(tx, 'effect'))
+    const context = contextOf()
+    proxy.stillborn = 1
+    await t.rejects(run(handler, context), /connection/i)
+    t.equal(proxy.stillborn, 0)
+    await run(handler, context)
+    t.same(await effects(pool), ['effect'])
   })
 
   await t.test('two handlers that deadlock: one fails, and is run again by the retry', async t => {

@@ -68,6 +68,11 @@ function isLite (db: unknown): db is PgLite {
 
 function ignore (): void {}
 
+function giveBack (client: PgClient): void {
+  client.removeListener('error', ignore)
+  client.release()
+}
+
 const heard = new WeakSet<PgPool>()
 
 class Pooled implements Database {
@@ -111,8 +116,6 @@ class Pooled implements Database {
   /** A connection that has failed is not used again: after a failover it may lead to a server that cannot write. */
   async #withClient<Result> (use: (client: PgClient) => Promise<Result>): Promise<Result> {
     const client = await this.#connect()
-    // While it is lent out, the pool does not listen: a server that goes would end the process.
-    client.on('error', ignore)
     let result
     try {
       result = await use(client)
@@ -120,35 +123,47 @@ class Pooled implements Database {
       client.release(true)
       throw error
     }
-    client.removeListener('error', ignore)
-    client.release()
+    giveBack(client)
     return result
   }
 
-  /** A pool waits for ever, unless told otherwise. */
   async #connect (): Promise<PgClient> {
-    const connecting = this.#pool.connect()
-    let timer: NodeJS.Timeout | undefined
-    const late = new Promise<never>((_resolve, reject) => {
-      timer = setTimeout(() => {
-        connecting.then(client => client.release(), ignore)
-        reject(new Error(`no connection to PostgreSQL within ${this.#timeout} ms: the pool is exhausted, or the server does not answer`))
-      }, this.#timeout)
+    const connecting = new Promise<PgClient>((resolve, reject) => {
+      this.#pool.connect((error: Error | undefined, client: PgClient) => {
+        if (error !== undefined) return reject(error)
+        // While it is lent out, the pool does not listen: a server that goes would end the process. A promise would be late.
+        client.on('error', ignore)
+        resolve(client)
+      })
     })
-    try {
-      return await Promise.race([connecting, late])
-    } finally {
-      clearTimeout(timer)
-    }
+    return await this.#within(connecting, 'no connection to PostgreSQL', () => {
+      connecting.then(giveBack, ignore)
+    })
   }
 
   async #run (client: PgClient, text: string, values?: ReadonlyArray<string | number>): Promise<any[]> {
     return (await this.#send(client, text, values)).rows
   }
 
+  /** The statement has no name, so that nothing is left on the connection. */
   async #send (client: PgClient, text: string, values?: ReadonlyArray<string | number>): ReturnType<PgClient['query']> {
-    // pg knows the time limit, its types do not. Its statements have no name, so that nothing is left on the connection.
-    return await client.query({ text, ...(values !== undefined && { values }), query_timeout: this.#timeout } as unknown as string)
+    return await this.#within(client.query(text, values as any[]), 'no answer of PostgreSQL', ignore)
+  }
+
+  /** A pool and a client wait for ever, unless they are told otherwise, and not all versions of pg can be told for one query. */
+  async #within<Result> (step: Promise<Result>, what: string, givenUp: () => void): Promise<Result> {
+    let timer: NodeJS.Timeout | undefined
+    const late = new Promise<never>((_resolve, reject) => {
+      timer = setTimeout(() => {
+        givenUp()
+        reject(new Error(`${what} within ${this.#timeout} ms: the pool is exhausted, or the server does not answer`))
+      }, this.#timeout)
+    })
+    try {
+      return await Promise.race([step, late])
+    } finally {
+      clearTimeout(timer)
+    }
   }
 }
 
