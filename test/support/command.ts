@@ -77,7 +77,8 @@ export function launch (t: Teardown, argv: readonly string[], { env = {}, cwd }:
 
 /** The same from lib/ under the test runner's loaders, so that its coverage counts. */
 export function launchSource (t: Teardown, argv: readonly string[], env: Environment = {}): Session {
-  return spawned(t, [...process.execArgv, join(ROOT, 'lib/cli/bin.ts'), ...argv], ROOT, { ...process.env, NO_COLOR: '', ...env })
+  const loader = new URL('typescript.js', import.meta.url).href
+  return spawned(t, [`--import=${loader}`, ...process.execArgv, join(ROOT, 'lib/cli/bin.ts'), ...argv], ROOT, { ...process.env, NO_COLOR: '', ...env })
 }
 
 function spawned (t: Teardown, args: string[], cwd: string | undefined, env: NodeJS.ProcessEnv): Session {
