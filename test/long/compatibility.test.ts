@@ -4,6 +4,7 @@ import { join, resolve } from 'node:path'
 import { promisify } from 'node:util'
 import t from 'tap'
 import { NODES, NODE_TYPES, TYPESCRIPTS, newestOf, oldestOf, peers } from '../support/compatibility.ts'
+import { PostgresServer, postgresMissing } from '../support/postgres.ts'
 import { RedisServer, redisMissing } from '../support/redis.ts'
 
 // The packed package, as those have it who install it: with the oldest and the newest of what it names.
@@ -41,14 +42,15 @@ async function consumer (name: string, ...packages: string[]): Promise<string> {
 
 const withVersions = (version: (range: string) => string): string[] => Object.entries(peers).map(([name, range]) => `${name}@${version(range)}`)
 
-t.test('the peers of the ranges in package.json', { skip: redisMissing }, async t => {
+t.test('the peers of the ranges in package.json', { skip: redisMissing || postgresMissing }, async t => {
   const { port } = await RedisServer.start(t)
+  const { url: postgresUrl } = await PostgresServer.start(t)
   for (const [age, version] of [['oldest', oldestOf], ['newest', newestOf]] as const) {
     await t.test(withVersions(version).join(', '), async t => {
       // BullMQ 6 has its Redis client installed beside it.
       const cwd = await consumer(age, ...withVersions(version), 'ioredis')
-      const done = await run(cwd, process.execPath, 'scenario.mjs', JSON.stringify({ peers: true, redisPort: port }))
-      t.ok(done.length >= 8, done.join('\n'))
+      const done = await run(cwd, process.execPath, 'scenario.mjs', JSON.stringify({ peers: true, redisPort: port, postgresUrl }))
+      t.ok(done.length >= 9, done.join('\n'))
     })
   }
 })
@@ -84,11 +86,12 @@ const TYPED = {
 
 t.test('declarations', async t => {
   const typescripts = TYPESCRIPTS.map(version => `typescript-${version}@npm:typescript@${version}`)
-  const cwd = await consumer('typed', ...withVersions(newestOf), ...typescripts, '@types/better-sqlite3', 'libsql', 'ioredis', '--ignore-scripts')
+  const cwd = await consumer('typed', ...withVersions(newestOf), ...typescripts, '@types/better-sqlite3', '@types/pg', 'libsql', 'ioredis', '--ignore-scripts')
   for (const [file, opened] of Object.entries(TYPED)) {
     writeFileSync(join(cwd, file), `${opened}
-import { durable, sqliteStore } from 'fastify-openai-webhook/sqlite'
+import { durable, sqliteInbox, sqliteStore } from 'fastify-openai-webhook/sqlite'
 export const store = sqliteStore(db)
+export const handler = sqliteInbox(db).once('settle', tx => { tx.prepare('INSERT INTO effects VALUES (?)').run('a') })
 export const runner = durable(db, { concurrency: 10 })
 `)
   }
@@ -96,10 +99,12 @@ export const runner = durable(db, { concurrency: 10 })
 import { AsyncLocalStorage } from 'node:async_hooks'
 import Fastify from 'fastify'
 import { Redis } from 'ioredis'
+import pg from 'pg'
 import openaiWebhook, { background, channels, inline, memoryStore } from 'fastify-openai-webhook'
 import { bullmq } from 'fastify-openai-webhook/bullmq'
 import { webhookMetrics } from 'fastify-openai-webhook/metrics'
 import { webhookTracing } from 'fastify-openai-webhook/otel'
+import { postgresInbox, postgresStore } from 'fastify-openai-webhook/postgres'
 import { redisStore } from 'fastify-openai-webhook/redis'
 import { deliver, runnerContract, sampleEvent, storeContract } from 'fastify-openai-webhook/testing'
 
@@ -117,6 +122,9 @@ channels.delivery.start.bindStore(new AsyncLocalStorage<string>(), message => me
 channels.delivery.start.subscribe(({ webhookIdd }) => { console.log(webhookIdd) })
 await app.register(webhookMetrics())
 webhookTracing()
+const pool = new pg.Pool()
+export const store = postgresStore(pool)
+export const handler = postgresInbox(pool).once('settle', async tx => { await tx.query('select 1') })
 await deliver(app, sampleEvent('batch.failed'))
 export const cases = [...storeContract(() => memoryStore()), ...runnerContract(inline), ...runnerContract(() => background())]
 `)

@@ -6,7 +6,7 @@ import Fastify from 'fastify'
 import openaiWebhook, { memoryStore } from 'fastify-openai-webhook'
 import { deliver, redeliver, sampleEvent, sign, testSecret } from 'fastify-openai-webhook/testing'
 
-const { peers, redisPort } = JSON.parse(process.argv[2])
+const { peers, redisPort, postgresUrl } = JSON.parse(process.argv[2])
 const event = sampleEvent('batch.failed')
 const RECEIVED = '200 {"received":true}'
 const told = ({ statusCode, body }) => `${statusCode} ${body}`
@@ -121,6 +121,31 @@ const withPeers = {
       encoding: 'utf8', env: { ...process.env, OPENAI_API_KEY: 'none' }
     })
     assert.match(stderr, 'create' in client.webhooks ? /cannot reach/ : /needs a newer openai package/)
+  },
+
+  async 'pg: the contract of the store, and an effect that happens once' () {
+    const { default: pg } = await import('pg')
+    const { postgresInbox, postgresStore } = await import('fastify-openai-webhook/postgres')
+    const { storeContract } = await import('fastify-openai-webhook/testing')
+    const pool = new pg.Pool({ connectionString: postgresUrl })
+    const store = postgresStore(pool)
+    for (const { run } of storeContract(() => store)) await run()
+    await pool.query('DROP TABLE IF EXISTS effects, openai_webhook_inbox')
+    await pool.query('CREATE TABLE effects (row text)')
+    const inbox = postgresInbox(pool)
+    // Without a memory of deliveries: what holds is the inbox alone.
+    const { app } = await start({ idempotency: false })
+    app.openaiWebhook.on('batch.failed', inbox.once('settle', async (tx, { data }) => {
+      await tx.query('INSERT INTO effects VALUES ($1)', [data.id])
+    }))
+    const first = await deliver(app, event)
+    assert.equal(told(first), RECEIVED)
+    assert.equal(told(await redeliver(app, first)), RECEIVED)
+    assert.deepEqual((await pool.query('SELECT row FROM effects')).rows, [{ row: event.data.id }])
+    await app.close()
+    await inbox.close()
+    await store.close?.()
+    await pool.end()
   },
 
   async 'bullmq: a delivery that fails at first is handled by the worker, once for each webhook-id' () {
