@@ -56,7 +56,8 @@ async function openaiWebhook (instance: FastifyInstance, options: OpenAIWebhookO
   instance.addHook('onRoute', function (route) { protectMarked(routes, this, route) })
   instance.addHook('onReady', start)
   // preClose comes before every onClose hook, so that what handlers use is still open while they are drained.
-  instance.addHook('preClose', async () => await withinPluginTimeout(close(), instance.initialConfig.pluginTimeout ?? 0))
+  const { pluginTimeout = 0 } = instance.initialConfig
+  instance.addHook('preClose', async () => await withinPluginTimeout(close(), pluginTimeout))
   instance.addHook('onClose', close)
 
   const path = options.path ?? DEFAULTS.path

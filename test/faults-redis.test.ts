@@ -607,8 +607,10 @@ t.test('bullmq', { skip }, async t => {
     const receiving = await queueing(t, server.port, { worker: false })
     const another = await queueing(t, server.port, { worker: false })
     const delivery = batchFailed('wh_twice')
-    t.same(await Promise.all([answer(receiving.app, delivery), answer(another.app, redelivered(delivery)), answer(receiving.app, redelivered(delivery))]), ['200', '200', '200'])
-    t.match(await answer(another.app, redelivered(delivery)), /^200/)
+    const answers = await Promise.all([answer(receiving.app, delivery), answer(another.app, redelivered(delivery)), answer(receiving.app, redelivered(delivery))])
+    // Whoever asks the queue after another has put it there is told so.
+    t.ok(answers.includes('200') && answers.every(text => text === '200' || text === '200 duplicate'), answers.join(', '))
+    t.equal(await answer(another.app, redelivered(delivery)), '200 duplicate')
     t.equal(await queueAt(t, server.port).getWaitingCount(), 1)
   })
 

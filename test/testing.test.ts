@@ -16,7 +16,7 @@ const CODE = 'FST_OPENAI_WEBHOOK_'
 
 t.test('the kit is plain functions, for any test framework', async t => {
   t.same(Object.keys(kit).sort(), [
-    'deliver', 'faultNames', 'forge', 'newWebhookId', 'redeliver', 'runnerContract', 'sampleEvent', 'sampleTypes', 'sign', 'storeContract', 'testSecret'
+    'deliver', 'faultNames', 'forge', 'inboxContract', 'newWebhookId', 'redeliver', 'runnerContract', 'sampleEvent', 'sampleTypes', 'sign', 'storeContract', 'testSecret'
   ])
 })
 

@@ -46,6 +46,38 @@ t.test('a delivery changes its state in these ways and no other', async t => {
   }
 })
 
+t.test('a runner that asks again for a job before it is acknowledged is told how the first attempt has ended', async t => {
+  for (const fails of [false, true]) {
+    const list = new HandlerList(new Set([TYPE]), '')
+    let runs = 0
+    list.on(TYPE, () => { if (++runs === 1 && fails) throw new Error('the handler fails') }, {} as never)
+    const table = new HandlerTable([list], new Set([TYPE]))
+    const works = new Works()
+    const claims = new Claims({ store: memoryStore(), lease: 60_000, retention: 60_000, onTrouble () {} })
+    const handling = new Handling({ works, claims, handlersOf: () => table, log: silent, signal: new AbortController().signal })
+    const host = new Queued(works, claims, handling, {} as Failures)
+    const ends: string[] = []
+    const attempt = async (job: Job): Promise<void> => {
+      ends.push(await Promise.resolve().then(() => host.process(job)).then(() => 'succeeded', () => 'failed'))
+    }
+    const verdicts: Verdict[] = []
+    const sender = {
+      request: { log: silent, openaiWebhook: { webhookId: 'wh_1', timestamp: 1, event: { type: TYPE } } },
+      tell (verdict: Verdict) { verdicts.push(verdict) }
+    } as unknown as Sender
+    new Receiver(works, claims, handling, {
+      async run (job) {
+        await attempt(job)
+        await attempt(job)
+      }
+    }).receive(ENDPOINT, sender)
+    await works.drained()
+    t.same(ends, [fails ? 'failed' : 'succeeded', 'succeeded'])
+    t.equal(runs, fails ? 2 : 1)
+    t.same(verdicts, [{ outcome: 'processed' }])
+  }
+})
+
 /** More than a plan can spoil. */
 const ATTEMPTS = 20
 

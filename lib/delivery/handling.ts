@@ -37,11 +37,11 @@ export class Handling {
 
   /** Starts the handlers that have not succeeded. Rejects with FST_OPENAI_WEBHOOK_HANDLER_FAILED once one has failed. */
   start (work: Work): MaybePromise<void> {
-    const { state, job } = work
-    if (state.at !== 'claimed') throw new Error(`the handlers of a delivery that is ${state.at} cannot be started`)
-    work.move({ at: 'handling', claim: state.claim })
+    const { job } = work
+    const { claim } = work.state as Extract<State, { at: 'claimed' }>
+    work.move({ at: 'handling', claim })
     const all = this.#handlers(work)
-    const finished = work.finished = union(state.claim.finished, job.finished)
+    const finished = work.finished = union(claim.finished, job.finished)
     const handlers = finished.length === 0 ? all : all.filter(({ name }) => !finished.includes(name))
     if (channels.unhandled.hasSubscribers) this.#tellUnhandled(work)
     const { log } = this.#options

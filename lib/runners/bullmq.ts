@@ -201,7 +201,7 @@ function toError (error: unknown): Error {
 function deadOf (job: QueuedJob): DeadDelivery {
   const { data: { failure }, attemptsStarted: attempts, failedReason, stacktrace, finishedOn } = job
   const delivery = deliveryOf(job)
-  const { errors, ...dead } = deadDelivery(delivery, attempts, Object.assign(new Error(failedReason), { stack: stacktrace?.at(-1) ?? '' }), finishedOn)
+  const { errors, ...dead } = deadDelivery(delivery, attempts, Object.assign(new Error(failedReason), { stack: [stacktrace].flat().at(-1) }), finishedOn)
   return { ...dead, errors: failure?.attempt === attempts ? failure.errors : errors }
 }
 

@@ -429,10 +429,6 @@ class TestHost implements RunnerHost {
   dead (delivery: DeadDelivery): void {
     this.died.push(delivery)
   }
-
-  async recorded (): Promise<{ done: boolean, finished: readonly string[] }> {
-    return { done: false, finished: [] }
-  }
 }
 
 async function until (what: string, holds: () => MaybePromise<boolean>): Promise<void> {

@@ -87,15 +87,15 @@ export class SecretSource {
     const tooLate = new Promise<never>((_resolve, reject) => {
       timer = setTimeout(() => reject(new InvalidSecret(`the \`secret\` function took more than ${this.#options.patience} ms`)), this.#options.patience)
     })
+    let isAnswered = true
     try {
       this.answer = { secrets: await Promise.race([secret(), tooLate]) }
-      return true
     } catch (error) {
+      isAnswered = false
       this.#options.onTrouble(error)
-      return false
-    } finally {
-      clearTimeout(timer)
     }
+    clearTimeout(timer)
+    return isAnswered
   }
 }
 
