@@ -12,8 +12,13 @@ import { launch, start } from './support/command.ts'
 import { build, thin } from './support/deliveries.ts'
 import { readDocument } from './support/docs.ts'
 import { until } from './support/faults.ts'
+import { missing, openSqlite } from './support/sqlite.mjs'
+import type { Handle, HandleName } from './support/sqlite.mjs'
 
 const ENDPOINT = '/webhooks/openai'
+
+/** The one that the command takes: two libraries do not see each other's locks in one process. */
+const LIBRARY: HandleName = missing['node:sqlite'] === false ? 'node:sqlite' : 'libsql'
 
 async function run (t: Test, argv: string[]): Promise<{ code: number | null, out: string, err: string }> {
   const session = start(t, ['dead', ...argv])
@@ -24,9 +29,9 @@ async function run (t: Test, argv: string[]): Promise<{ code: number | null, out
 const job = (webhookId: string, more: Partial<Job> = {}): Job => ({ webhookId, timestamp: 1_750_861_210, endpoint: ENDPOINT, event: thin('batch.completed'), ...more })
 
 /** A file with these dead in it, in this order. */
-async function fileWith (t: Test, ...jobs: Job[]): Promise<{ file: string, db: InstanceType<typeof Database>, runner: ReturnType<typeof durable> }> {
+async function fileWith (t: Test, ...jobs: Job[]): Promise<{ file: string, db: Handle, runner: ReturnType<typeof durable> }> {
   const file = join(t.testdir(), 'webhooks.db')
-  const db = new Database(file)
+  const db = openSqlite(file, LIBRARY)
   t.teardown(() => db.close())
   const runner = durable(db, { attempts: 1, concurrency: 1 })
   const app = await build(t, { runner })
@@ -109,7 +114,7 @@ t.test('requeue gives those that are named their attempts anew, all or none', as
 
 t.test('what was requeued meanwhile is told', async t => {
   const { file } = await fileWith(t, job('wh_1'))
-  const other = durable(new Database(file))
+  const other = durable(openSqlite(file, LIBRARY))
   const terminal = { out: (text: string) => { told += text }, err () {}, isTTY: false, env: {}, signal: new AbortController().signal }
   let told = ''
   // The other one is faster between the look at the file and the write.
@@ -147,7 +152,7 @@ t.test('a file is never created, and nothing in one of something else', async t 
 t.test('a file that is locked is told', async t => {
   const { file, db } = await fileWith(t, job('wh_1'))
   const command = deadCommand([path => {
-    const opened = new Database(path)
+    const opened = openSqlite(path, LIBRARY)
     opened.exec('PRAGMA busy_timeout = 1')
     return opened as never
   }])

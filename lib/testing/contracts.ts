@@ -355,7 +355,7 @@ export function inboxContract<Tx> (create: () => MaybePromise<InboxUnderTest<Tx>
     contract('an effect that fails is undone, and made by the next attempt', async (under, context, id) => {
       let fails = true
       const handler = under.inbox.once('settle', tx => then(under.write(tx, id), () => { if (fails) throw failure }))
-      await assert.rejects(async () => { await handler.call(app, {}, context) }, failure)
+      await assert.rejects(async () => await handler.call(app, {}, context), failure)
       assert.equal(await times(under, id), 0)
       fails = false
       await handler.call(app, {}, context)
@@ -372,7 +372,7 @@ export function inboxContract<Tx> (create: () => MaybePromise<InboxUnderTest<Tx>
     contract('tx cannot be used once the work is over', async (under, context, id) => {
       let kept!: Tx
       await under.inbox.once('settle', tx => { kept = tx }).call(app, {}, context)
-      await assert.rejects(async () => { await under.write(kept, id) }, { code: 'FST_OPENAI_WEBHOOK_TRANSACTION_OVER' })
+      await assert.rejects(async () => await under.write(kept, id), { code: 'FST_OPENAI_WEBHOOK_TRANSACTION_OVER' })
       assert.equal(await times(under, id), 0)
     }),
     contract('first() is true once, in a transaction that commits', async (under, context, id) => {
