@@ -17,7 +17,7 @@ t.setTimeout(sized(300_000, 3_000_000))
 
 const DELIVERIES = sized(2_000, 100_000)
 /** A real queue goes by a clock that cannot be stepped. */
-const QUEUED = sized(1_000, 60_000)
+const QUEUED = sized(1_000, 20_000)
 
 type Test = typeof t
 
