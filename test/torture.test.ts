@@ -1,11 +1,13 @@
 import t from 'tap'
+import { PostgresServer, postgresMissing } from './support/postgres.ts'
 import { RedisServer, redisMissing } from './support/redis.ts'
-import { sized } from './support/size.ts'
+import { isLong, sized } from './support/size.ts'
 import { missing } from './support/sqlite.mjs'
 import type { HandleName } from './support/sqlite.mjs'
 // @ts-expect-error plain JavaScript, which `npm run torture` runs as it is
-import { PAIRS, torture } from './support/torture/torture.mjs'
+import { EXACT, PAIRS, torture } from './support/torture/torture.mjs'
 
+interface Pair { store: string, runner: string, inbox: string, zombies: boolean, small: boolean, needsPostgres: boolean, needsRedis: boolean }
 interface Result { kills: number, acknowledged: number, lost: string[], rerun: string[], repeated: number }
 
 /** For each store and runner; `npm run torture` does it hundreds of times each. */
@@ -23,6 +25,27 @@ t.test('a receiver killed with SIGKILL at random instants, under load', { timeou
       // What background() promises over a crash is nothing, and that is documented.
       if (!losesOnCrash) t.same(result.lost, [], 'every acknowledged delivery has had its handlers run')
       t.same(result.rerun, [], 'no handler ran again whose success was on record')
+    })
+  }
+})
+
+t.test('with an inbox every effect is there exactly once, whoever is killed: the receiver, PostgreSQL', { timeout: sized(300_000, 1_800_000) }, async t => {
+  const seed = Number(process.env['SEED'] ?? Date.now() % 1_000_000)
+  t.comment(`SEED=${seed}`)
+  const redis = redisMissing === false ? await RedisServer.start(t) : undefined
+  const server = postgresMissing === false ? await PostgresServer.start(t, '-c', 'fsync=on') : undefined
+  const dir = t.testdir()
+  for (const { needsRedis, needsPostgres, small, ...pair } of EXACT as Pair[]) {
+    if (!small && !isLong) continue
+    const { store, runner, inbox, zombies } = pair
+    const kills = zombies ? sized(1, 10) : sized(2, 40)
+    const skip = (needsPostgres && postgresMissing) || (needsRedis && redisMissing)
+    await t.test(`${inbox} inbox, ${store} store, ${runner} runner${zombies ? ', a receiver that is stopped beyond its lease' : ''}`, { skip }, async t => {
+      const postgres = needsPostgres ? { url: server!.url, crash: async () => await server!.restart() } : undefined
+      const { acknowledged, lost, repeated } = await torture({ ...pair, kills, seed, dir, redisPort: redis?.port, postgres }) as Result
+      t.ok(acknowledged > kills, `${acknowledged} deliveries were acknowledged`)
+      t.same(lost, [], 'every effect has been made')
+      t.equal(repeated, 0, 'and none twice')
     })
   }
 })

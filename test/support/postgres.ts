@@ -85,6 +85,12 @@ export class PostgresServer {
     process.kill(pid!, signal)
   }
 
+  /** An immediate shutdown, and its recovery. */
+  async restart (): Promise<void> {
+    await this.stop()
+    await this.start()
+  }
+
   /** @param signal SIGQUIT, unless told: an immediate shutdown, after which it recovers as after a crash */
   async stop (signal: NodeJS.Signals = 'SIGQUIT'): Promise<void> {
     const child = this.#process

@@ -12,6 +12,8 @@ import { openSqlite } from '../sqlite.mjs'
 
 const SECRET = randomBytes(32)
 const HANDLERS = ['first', 'second']
+/** ms, of the store's claims and of the runner's attempts */
+const LEASE = 1_000
 const APP = fileURLToPath(new URL('app.mjs', import.meta.url))
 
 /** `losesOnCrash`: what was acknowledged may be lost with the process, as its documentation says. */
@@ -26,6 +28,21 @@ export const PAIRS = [
   { store: 'memory', runner: 'bullmq', needsRedis: true, losesOnCrash: false },
   { store: 'redis', runner: 'bullmq', needsRedis: true, losesOnCrash: false }
 ]
+
+/**
+ * With an inbox an effect is there exactly once: nothing is lost, and nothing repeated. Where PostgreSQL is needed, it is shut
+ * down at once in turn with the receiver. `zombies`: nothing is killed, one of two receivers is stopped for longer than a
+ * lease, and goes on. `small`: at the small size too.
+ */
+export const EXACT = [
+  { store: 'memory', runner: 'inline', inbox: 'sqlite' },
+  { store: 'sqlite', runner: 'durable', inbox: 'sqlite', small: true },
+  { store: 'memory', runner: 'inline', inbox: 'postgres' },
+  { store: 'postgres', runner: 'inline', inbox: 'postgres', small: true },
+  { store: 'postgres', runner: 'inline', inbox: 'postgres', zombies: true, small: true },
+  { store: 'memory', runner: 'durable', inbox: 'postgres' },
+  { store: 'memory', runner: 'bullmq', inbox: 'postgres', needsRedis: true }
+].map(pair => ({ needsRedis: false, needsPostgres: pair.inbox === 'postgres', small: false, zombies: false, ...pair }))
 
 /** The receiver is a user's program: nothing of a test runner's in its environment. */
 const env = Object.fromEntries(Object.entries(process.env).filter(([name]) => !/^(?:NODE_OPTIONS|_TAPJS|TAP)/.test(name)))
@@ -52,7 +69,7 @@ export async function freePort () {
 
 /**
  * @param {object} options
- * @param {'memory' | 'sqlite' | 'redis'} options.store
+ * @param {'memory' | 'sqlite' | 'redis' | 'postgres'} options.store
  * @param {'inline' | 'background' | 'durable' | 'bullmq'} options.runner
  * @param {number} options.kills how often the receiver is killed with SIGKILL
  * @param {number} options.seed of the instants
@@ -60,12 +77,15 @@ export async function freePort () {
  * @param {number} [options.redisPort]
  * @param {'libsql' | 'node:sqlite'} [options.handle] of SQLite; default libsql
  * @param {number} [options.senders] at once
+ * @param {'sqlite' | 'postgres'} [options.inbox] by which the handlers make their effects
+ * @param {{ url: string, crash: () => Promise<void> }} [options.postgres] crashed in turn with the receiver
+ * @param {boolean} [options.zombies] stops one of two receivers instead of killing
  * @returns {Promise<{ kills: number, acknowledged: number, attempts: number, effects: number, repeated: number, lost: string[], rerun: string[] }>}
  * `lost`: acknowledged, and a handler has not run; `rerun`: ran again although its success had been recorded
  */
-export async function torture ({ store, runner, kills, seed, dir, redisPort, handle, senders = 16, failureRate = 0.05 }) {
+export async function torture ({ store, runner, kills, seed, dir, redisPort, handle, senders = 16, failureRate = 0.05, inbox, postgres, zombies = false }) {
   const random = randomFrom(seed)
-  const prefix = `torture-${store}-${runner}${handle === 'node:sqlite' ? '-node' : ''}`
+  const prefix = `torture-${store}-${runner}${handle === 'node:sqlite' ? '-node' : ''}${inbox === undefined ? '' : `-${inbox}`}${zombies ? '-zombies' : ''}`
   const config = {
     secret: `whsec_${SECRET.toString('base64')}`,
     port: await freePort(),
@@ -76,16 +96,23 @@ export async function torture ({ store, runner, kills, seed, dir, redisPort, han
     handle,
     redisPort,
     prefix,
-    failureRate
+    failureRate,
+    lease: LEASE,
+    // One that is stopped is to be in the midst of something.
+    delay: zombies ? 50 : 4,
+    inbox,
+    postgresUrl: postgres?.url
   }
+  const ports = zombies ? [config.port, await freePort()] : [config.port]
+  const table = inbox === undefined ? undefined : await effectsTable(inbox, config)
   const agent = new http.Agent({ keepAlive: true, maxSockets: senders })
   const acknowledged = new Set()
   let attempts = 0
   let sent = 0
   const ending = new AbortController()
 
-  async function boot () {
-    const child = fork(APP, [JSON.stringify(config)], { env, execArgv: [], serialization: 'json' })
+  async function boot (port = config.port) {
+    const child = fork(APP, [JSON.stringify({ ...config, port })], { env, execArgv: [], serialization: 'json' })
     const [message] = await Promise.race([once(child, 'message'), once(child, 'exit')])
     if (message !== 'ready') throw new Error(`the receiver did not start: ${message}`)
     return child
@@ -93,21 +120,29 @@ export async function torture ({ store, runner, kills, seed, dir, redisPort, han
 
   async function sender () {
     while (!ending.signal.aborted) {
-      const webhookId = `wh_${seed}_${sent++}`
-      while (!await deliver(webhookId)) await sleep(25)
-      acknowledged.add(webhookId)
+      const webhookId = `wh_${prefix}_${seed}_${sent++}`
+      // With an inbox some are given up by their sender: what became of them is there once, or not at all.
+      if (await (inbox !== undefined && sent % 10 === 0 ? deliver(webhookId) : deliverUntilAcknowledged(webhookId))) acknowledged.add(webhookId)
     }
   }
 
-  function deliver (webhookId) {
+  async function deliverUntilAcknowledged (webhookId) {
+    for (let attempt = sent; !await deliver(webhookId, ports[attempt % ports.length]); attempt++) await sleep(25)
+    return true
+  }
+
+  /** @returns whether it was answered 200 */
+  function deliver (webhookId, port = config.port) {
     attempts++
     const body = JSON.stringify({ id: `evt_${webhookId}`, object: 'event', created_at: 1, type: 'batch.failed', data: { id: 'batch_1' } })
     const timestamp = String(Math.floor(Date.now() / 1000))
     const signature = createHmac('sha256', SECRET).update(`${webhookId}.${timestamp}.${body}`).digest('base64')
     return new Promise(resolve => {
       const request = http.request({
-        port: config.port,
+        port,
         host: '127.0.0.1',
+        // One that is stopped answers nothing.
+        ...(zombies && { timeout: LEASE / 5 }),
         path: '/webhooks/openai',
         method: 'POST',
         agent,
@@ -117,12 +152,17 @@ export async function torture ({ store, runner, kills, seed, dir, redisPort, han
         response.on('close', () => resolve(response.statusCode === 200))
       })
       request.on('error', () => resolve(false))
+      request.on('timeout', () => request.destroy())
       request.end(body)
     })
   }
 
-  function effectCounts () {
+  async function effectCounts () {
     const counts = new Map()
+    if (table !== undefined) {
+      for (const { webhook_id: id, name } of await table.rows()) counts.set(`${id} ${name}`, (counts.get(`${id} ${name}`) ?? 0) + 1)
+      return counts
+    }
     if (!existsSync(config.effects)) return counts
     for (const line of readFileSync(config.effects, 'utf8').split('\n')) {
       if (line !== '') counts.set(line, (counts.get(line) ?? 0) + 1)
@@ -133,16 +173,29 @@ export async function torture ({ store, runner, kills, seed, dir, redisPort, han
   /** Handlers whose success the store has on record, with how often they had run by then. */
   const recorded = new Map()
   async function record () {
-    const counts = effectCounts()
+    if (table !== undefined) return
+    const counts = await effectCounts()
     for (const effect of await recordedSuccesses(config)) {
       if (!recorded.has(effect)) recorded.set(effect, counts.get(effect) ?? 0)
     }
   }
 
   let child = await boot()
+  const other = zombies ? await boot(ports[1]) : undefined
   const senderLoops = Array.from({ length: senders }, sender)
   for (let kill = 0; kill < kills; kill++) {
-    await sleep(random() * 100)
+    // One that goes on has what is over to do away with first.
+    await sleep(random() * 100 + (zombies ? 400 : 0))
+    if (zombies) {
+      child.kill('SIGSTOP')
+      await sleep(LEASE * 1.5)
+      child.kill('SIGCONT')
+      continue
+    }
+    if (postgres !== undefined && kill % 2 === 1) {
+      await postgres.crash()
+      continue
+    }
     const exited = once(child, 'exit')
     child.kill('SIGKILL')
     await exited
@@ -152,29 +205,48 @@ export async function torture ({ store, runner, kills, seed, dir, redisPort, han
   ending.abort()
   await Promise.all(senderLoops)
 
-  const missing = () => {
-    const counts = effectCounts()
+  const missing = async () => {
+    const counts = await effectCounts()
     return [...acknowledged].flatMap(id => HANDLERS.map(name => `${id} ${name}`)).filter(effect => !counts.has(effect))
   }
   // A queue goes on with what was acknowledged; what is in memory only is gone.
   if (runner === 'durable' || runner === 'bullmq') {
     const end = Date.now() + 30_000
-    while (missing().length > 0 && Date.now() < end) await sleep(50)
+    while ((await missing()).length > 0 && Date.now() < end) await sleep(50)
   }
-  child.send('close')
-  await once(child, 'exit')
+  for (const each of [child, other]) {
+    each?.send('close')
+    if (each !== undefined) await once(each, 'exit')
+  }
   agent.destroy()
 
-  const counts = effectCounts()
+  const counts = await effectCounts()
+  const lost = await missing()
+  await table?.close()
   return {
     kills,
     acknowledged: acknowledged.size,
     attempts,
     effects: counts.size,
     repeated: [...counts.values()].reduce((sum, count) => sum + count - 1, 0),
-    lost: missing(),
+    lost,
     rerun: [...recorded].filter(([effect, count]) => counts.get(effect) !== count).map(([effect]) => effect)
   }
+}
+
+/** A table of effects without a constraint, so that one made twice is there twice. */
+async function effectsTable (inbox, { file, handle, postgresUrl, prefix }) {
+  const create = 'CREATE TABLE IF NOT EXISTS effects (webhook_id TEXT, name TEXT)'
+  if (inbox === 'sqlite') {
+    const db = openSqlite(file, handle)
+    db.exec(create)
+    return { rows: () => db.prepare('SELECT webhook_id, name FROM effects').all(), close: () => db.close() }
+  }
+  const { default: pg } = await import('pg')
+  const pool = new pg.Pool({ connectionString: postgresUrl, max: 1 })
+  pool.on('error', () => {})
+  await pool.query(`DROP TABLE IF EXISTS effects; ${create}`)
+  return { rows: async () => (await pool.query('SELECT webhook_id, name FROM effects')).rows, close: async () => await pool.end() }
 }
 
 async function recordedSuccesses ({ store, runner, file, handle, redisPort, prefix }) {
