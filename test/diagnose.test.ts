@@ -532,7 +532,7 @@ function healthy (seed: number): Healthy {
   return { delivery: { headers, rawBody: Buffer.from(body), secret: secrets, now: NOW }, signer, cut, random }
 }
 
-const SEEDS = sized(200, 1_000)
+const SEEDS = sized(100, 1_000)
 
 t.test('healthy deliveries verify, and nothing is found', async t => {
   const found: unknown[] = []
@@ -656,16 +656,17 @@ t.test('its work is bounded', async t => {
     'a thousand secrets': { secret: Array.from({ length: 1000 }, (_, i) => `whsec_${Buffer.alloc(32, `${i}`).toString('base64')}`) },
     'a long secret': { secret: `whsec_${'AAAA'.repeat(20_000)}` }
   }
+  const diagnoses = new Map<string, Diagnosis>()
   for (const [name, fixture] of Object.entries(nasty)) {
     const { diagnosis, hmacs, bytes } = counted(() => judge(fixture))
+    diagnoses.set(name, diagnosis)
     t.equal(diagnosis.verified, false, name)
     t.ok(hmacs <= Math.max(500, [fixture.secret].flat().length), `${name}: ${hmacs} HMACs`)
     t.ok(bytes < 70_000_000, `${name}: over ${bytes} bytes`)
   }
-  t.equal(judge(nasty['a thousand secrets']!).verified, false)
   t.same(judge({ secret: [...nasty['a thousand secrets']!.secret as string[], SECRET] }), { verified: true, keyIndex: 1000, ruledOut: [] }, 'every secret is tried as it is')
 
-  const { ruledOut, likely } = judge(nasty['a megabyte of JSON']!)
+  const { ruledOut, likely } = diagnoses.get('a megabyte of JSON')!
   t.notMatch(ruledOut.join(), 'serialised', 'what was not tried to the end is not ruled out')
   t.match(likely, /too large to try every change/)
 })

@@ -11,7 +11,7 @@ interface Pair { store: string, runner: string, inbox: string, zombies: boolean,
 interface Result { kills: number, acknowledged: number, lost: string[], rerun: string[], repeated: number }
 
 /** For each store and runner; `npm run torture` does it hundreds of times each. */
-const KILLS = sized(3, 25)
+const KILLS = sized(2, 25)
 
 t.test('a receiver killed with SIGKILL at random instants, under load', { timeout: sized(300_000, 1_800_000) }, async t => {
   const seed = Number(process.env['SEED'] ?? Date.now() % 1_000_000)

@@ -277,6 +277,8 @@ export class Simulation {
     const steps = time instanceof RealTime ? 200_000 : 20_000
     for (let step = 0; step < steps && !holds(); step++) {
       time.advance(time.now + SECOND)
+      // A runner starts in the turn after; no timer of its handlers is there before.
+      await turn()
       await this.#settled()
       // Another process answers in its own time.
       if (time instanceof RealTime) await new Promise(resolve => setTimeout(resolve, 1))
