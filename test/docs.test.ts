@@ -34,6 +34,51 @@ t.test('every TypeScript and JavaScript block type-checks', async t => {
   t.ok(checked > 20, `${checked} blocks were checked`)
 })
 
+t.test('the guide\'s events, merged as a user does', async t => {
+  const code = `
+import type { EventType, GuideEvents, OfficialEvents } from 'fastify-openai-webhook'
+import { guideEvents } from 'fastify-openai-webhook'
+declare module 'fastify-openai-webhook' {
+  interface OpenAIWebhookEvents extends GuideEvents {}
+}
+await app.register(openaiWebhook, { events: guideEvents })
+app.openaiWebhook
+  .on('batch.completed', event => {
+    const id: string | undefined = event.id
+    const file: string | undefined = event.data.output_file_id
+    const done: number | undefined = event.data.request_counts?.completed
+    // @ts-expect-error the guide's events may come without an id
+    const must: string = event.id
+    console.log(id, file, done, must)
+  })
+  .on('batch.in_progress', event => { console.log(event.data.request_counts?.total) })
+  .on('batch.*', event => {
+    if (event.type === 'batch.failed') console.log(event.data.errors?.code)
+    if (event.type === 'batch.expired') {
+      const id: string = event.id
+      console.log(id)
+    }
+  })
+  .on('fine_tune.*', event => { console.log(event.data.status) })
+  .on('file.processed', event => {
+    const bytes: number | undefined = event.data.bytes
+    console.log(bytes)
+  })
+  .on('response.completed', event => {
+    const same: OfficialEvents['response.completed'] = event
+    console.log(same.id.length)
+  })
+// @ts-expect-error misspelt
+app.openaiWebhook.on('file.process', () => {})
+const event = await app.openaiWebhook.unwrap('', {})
+if (event.type === 'batch.completed') console.log(event.data.output_file_id)
+export const type: EventType = 'fine_tune.failed'
+`
+  const { faults, checked } = typeCheck([{ path: 'docs/a-user.md', line: 0, language: 'ts', code }])
+  t.equal(checked, 1)
+  t.same(faults, [])
+})
+
 t.test('a block that does not type-check is reported by document and line', async t => {
   const block = (line: number, code: string): CodeBlock => ({ path: 'docs/made-up.md', line, language: 'ts', code })
   const { faults } = typeCheck([

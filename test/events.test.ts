@@ -4,7 +4,6 @@ import t from 'tap'
 import { guideEntries, officialEntries, officialEvents } from '../lib/events/index.ts'
 import { guideEvents } from '../lib/index.ts'
 import { build, post, sign } from './support/deliveries.ts'
-import { typeCheck } from './support/docs.ts'
 
 // The public promise: every event type, the keys of its `data` ("?" where it may be absent), and whether
 // `object: 'event'` is always there.
@@ -195,49 +194,4 @@ t.test('the guide\'s schemas are taken by the events option, and keep the guide\
 
   const strict = await build(t)
   t.equal((await post(strict, sign(events.find(({ type }) => type === 'batch.completed')))).statusCode, 400, 'without them, OpenAI\'s own envelope is asked for')
-})
-
-t.test('the guide\'s events, merged as a user does', async t => {
-  const code = `
-import type { EventType, GuideEvents, OfficialEvents } from 'fastify-openai-webhook'
-import { guideEvents } from 'fastify-openai-webhook'
-declare module 'fastify-openai-webhook' {
-  interface OpenAIWebhookEvents extends GuideEvents {}
-}
-await app.register(openaiWebhook, { events: guideEvents })
-app.openaiWebhook
-  .on('batch.completed', event => {
-    const id: string | undefined = event.id
-    const file: string | undefined = event.data.output_file_id
-    const done: number | undefined = event.data.request_counts?.completed
-    // @ts-expect-error the guide's events may come without an id
-    const must: string = event.id
-    console.log(id, file, done, must)
-  })
-  .on('batch.in_progress', event => { console.log(event.data.request_counts?.total) })
-  .on('batch.*', event => {
-    if (event.type === 'batch.failed') console.log(event.data.errors?.code)
-    if (event.type === 'batch.expired') {
-      const id: string = event.id
-      console.log(id)
-    }
-  })
-  .on('fine_tune.*', event => { console.log(event.data.status) })
-  .on('file.processed', event => {
-    const bytes: number | undefined = event.data.bytes
-    console.log(bytes)
-  })
-  .on('response.completed', event => {
-    const same: OfficialEvents['response.completed'] = event
-    console.log(same.id.length)
-  })
-// @ts-expect-error misspelt
-app.openaiWebhook.on('file.process', () => {})
-const event = await app.openaiWebhook.unwrap('', {})
-if (event.type === 'batch.completed') console.log(event.data.output_file_id)
-export const type: EventType = 'fine_tune.failed'
-`
-  const { faults, checked } = typeCheck([{ path: 'test/events.test.ts', line: 0, language: 'ts', code }])
-  t.equal(checked, 1)
-  t.same(faults, [])
 })

@@ -1,6 +1,6 @@
 // npm test, npm run test:long: tap, with the coverage that what is here allows. Arguments are files or options of tap's.
 import { spawnSync } from 'node:child_process'
-import { readdirSync } from 'node:fs'
+import { readFileSync, readdirSync } from 'node:fs'
 import { postgresMissing, prometheusMissing, redisMissing } from './missing.ts'
 import { missing as missingHandles } from './sqlite.mjs'
 
@@ -10,14 +10,15 @@ if (isLong) args.shift()
 const files = args.filter(arg => !arg.startsWith('-'))
 
 // What takes longest comes first, so that no core waits for it at the end.
-const SIZED = ['simulation', 'torture', 'processes', 'diagnose', 'differential'].map(name => `test/${name}.test.ts`)
+const FIRST = ['torture', 'simulation', 'processes', 'docs', 'cli', 'diagnose'].map(name => `test/${name}.test.ts`)
 const LONG = readdirSync('test/long').filter(file => file.endsWith('.test.ts')).map(file => `test/long/${file}`)
 const ALL = readdirSync('test').filter(file => file.endsWith('.test.ts')).map(file => `test/${file}`)
+const SIZED = ALL.filter(file => readFileSync(file, 'utf8').includes('support/size.ts'))
 
 const missing = [redisMissing, prometheusMissing, postgresMissing].filter(reason => reason !== false)
 const isWhole = files.length === 0 && !isLong
 const tap = ['run', ...args]
-if (files.length === 0) tap.push(...isLong ? [...SIZED, ...LONG] : new Set([...SIZED, ...ALL]))
+if (files.length === 0) tap.push(...isLong ? [...SIZED, ...LONG] : new Set([...FIRST, ...ALL]))
 // Every line of lib is covered by npm test, where nothing is skipped.
 if (!isWhole || missing.length > 0) tap.push('--disable-coverage', '--allow-empty-coverage')
 if (isLong) tap.push('--timeout=3600')
