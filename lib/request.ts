@@ -1,7 +1,7 @@
 import type { FastifyRequest } from 'fastify'
 import type { WebhookEvent } from './events/map.ts'
 
-/** A verified and valid delivery: what a request carries once it has passed. */
+/** A verified and valid delivery: what a request carries once it has passed. `inbox.first()` takes it as its context. */
 export interface Delivery {
   /** Verified, and of its type's shape. */
   readonly event: WebhookEvent
@@ -11,6 +11,8 @@ export interface Delivery {
   readonly webhookId: string
   /** When it was signed, in Unix seconds. */
   readonly timestamp: number
+  /** The receiving route's URL. */
+  readonly endpoint: string
 }
 
 export type WebhookHeaders = Headers | Readonly<Record<string, string | readonly string[] | undefined>> | FastifyRequest['headers']

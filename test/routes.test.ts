@@ -209,13 +209,14 @@ t.test('a marked route', async t => {
       .onAny(() => { seen.push('app, any') })
       .onUnhandled(() => { seen.push('app, unhandled') })
     app.post('/own', marked, async request => {
-      const { event, rawBody, webhookId, timestamp } = request.openaiWebhook
+      const { event, rawBody, webhookId, timestamp, endpoint } = request.openaiWebhook
       seen.push('own')
-      return { type: event.type, bytes: rawBody.toString('base64'), webhookId, timestamp, parsed: (request.body as { id: string }).id }
+      return { endpoint, type: event.type, bytes: rawBody.toString('base64'), webhookId, timestamp, parsed: (request.body as { id: string }).id }
     })
     const delivery = sign(thin('batch.failed'))
 
     t.same((await post(app, delivery, '/own')).json(), {
+      endpoint: '/own',
       type: 'batch.failed',
       bytes: delivery.body.toString('base64'),
       webhookId: delivery.headers['webhook-id'],

@@ -234,7 +234,7 @@ app.post('/marked', { config: { openaiWebhook: { tolerance: 60, secret: async ()
   const { event } = request.openaiWebhook
   same<typeof request.openaiWebhook, Delivery>()
   same<typeof event, WebhookEvent>()
-  same<Pick<Delivery, 'rawBody' | 'webhookId' | 'timestamp'>, { readonly rawBody: Buffer, readonly webhookId: string, readonly timestamp: number }>()
+  same<Omit<Delivery, 'event'>, { readonly rawBody: Buffer, readonly webhookId: string, readonly timestamp: number, readonly endpoint: string }>()
   if (event.type === 'batch.completed') same<typeof event.data.id, string>()
   // @ts-expect-error read-only
   request.openaiWebhook.webhookId = 'another'
@@ -467,6 +467,7 @@ app.openaiWebhook.route({ url: '/inbox', on: { 'response.completed': postgresInb
 // @ts-expect-error without a pool there is no once()
 postgresInbox().once('five', () => {})
 const answered: Promise<boolean> = postgresInbox().first(async (text, values) => (await pgPool.query(text, values)).rows, 'six', { webhookId: 'wh_1', endpoint: '/' })
+app.post('/settle', { config: { openaiWebhook: {} } }, async request => await postgresInbox().first(async () => [], 'seven', request.openaiWebhook))
 const atOnce: boolean = sqliteInbox(sqlite).first(() => [], 'seven', { webhookId: 'wh_1', endpoint: '/', tenant: 'acme' })
 // @ts-expect-error a promise is no answer of SQLite's
 sqliteInbox(sqlite).first(async () => [], 'eight', { webhookId: 'wh_1', endpoint: '/' })

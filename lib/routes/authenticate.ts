@@ -15,8 +15,7 @@ import { Explainer } from './explain.ts'
 
 type Done = (error?: Error) => void
 
-interface Authentic {
-  readonly delivery: Delivery
+type Authentic = Pick<Delivery, 'webhookId' | 'timestamp' | 'event'> & {
   /** Which secret matched: for the channels, and nobody else. */
   readonly secretIndex: number | undefined
 }
@@ -54,10 +53,9 @@ export class Authentication {
         this.#explainer.explain(authentic, endpoint, request, rawBody)
         return done(authentic)
       }
-      const { delivery, secretIndex } = authentic
-      request.openaiWebhook = delivery
+      const { webhookId, timestamp, event, secretIndex } = authentic
+      request.openaiWebhook = { webhookId, timestamp, endpoint: endpoint.name, rawBody, event }
       if (channels.verified.hasSubscribers) {
-        const { webhookId, timestamp, event } = delivery
         channels.verified.publish({ endpoint: endpoint.name, webhookId, timestamp, event, secretIndex, bodySize: rawBody.length, request: request as VerifiedRequest })
       }
       done()
@@ -79,7 +77,7 @@ export class Authentication {
       const { webhookId, timestamp, keyIndex } = verified
       const event = validate(rawBody, this.#parse, this.#validators)
       if (event instanceof Error) return event
-      return { delivery: { webhookId, timestamp, rawBody, event: event as WebhookEvent }, secretIndex: keyIndex }
+      return { webhookId, timestamp, event: event as WebhookEvent, secretIndex: keyIndex }
     })
   }
 

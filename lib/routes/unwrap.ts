@@ -14,5 +14,5 @@ export async function unwrap ({ verifications, authentication }: Routes, rawBody
   if (fault !== undefined) throw fault
   const authentic = await authentication.verify(verification, plain, body)
   if (authentic instanceof Error) throw authentic
-  return authentic.delivery.event
+  return authentic.event
 }
