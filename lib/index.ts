@@ -32,6 +32,7 @@ export type {
   Attempts, DeadDelivery, DeliveryError, DeliveryRef, Job, RequeueOptions, Runner, RunnerHost
 } from './runners/runner.ts'
 export { deadDelivery } from './runners/handler-failures.ts'
+export { assertRemembered } from './runners/runner.ts'
 export type { DeadLetters, DeadLettersOptions } from './dead-letters.ts'
 
 // Diagnosis

@@ -4,6 +4,7 @@ import t from 'tap'
 import type { EventContext, EventHandler } from '../lib/index.ts'
 import { durable, sqliteInbox, sqliteStore } from '../lib/sqlite/index.ts'
 import { build, post, sign, thin } from './support/deliveries.ts'
+import { until } from './support/faults.ts'
 import { HANDLES, closeSqlite, missing, openSqlite } from './support/sqlite.mjs'
 import type { Handle } from './support/sqlite.mjs'
 
@@ -178,6 +179,129 @@ t.test('the name of a handler', async t => {
       // It may come later.
       app.openaiWebhook.on('batch.failed', () => {}, { name: 'settle' })
       await t.rejects(Promise.resolve(app.ready()), { code: INVALID_OPTIONS, message: taken })
+    }
+  })
+})
+
+t.test('request.openaiWebhook of a marked route is the context of first()', async t => {
+  const db = openSqlite(':memory:')
+  t.teardown(() => { db.close() })
+  db.exec('CREATE TABLE effects (row TEXT)')
+  const inbox = sqliteInbox(db)
+  // It remembers nothing by itself.
+  const app = await build(t, { idempotency: false })
+  let fails = true
+  await app.register(async scope => {
+    for (const url of ['/one', '/other']) {
+      scope.post(url, { config: { openaiWebhook: {} } }, async request => {
+        db.exec('BEGIN IMMEDIATE')
+        try {
+          if (inbox.first((text, values) => db.prepare(text).all(...values), 'settle', request.openaiWebhook)) {
+            db.prepare('INSERT INTO effects VALUES (?)').run(request.openaiWebhook.endpoint)
+          }
+          if (fails) throw new Error('after the effect')
+          db.exec('COMMIT')
+        } catch (error) {
+          db.exec('ROLLBACK')
+          throw error
+        }
+      })
+    }
+  }, { prefix: '/teams' })
+  const delivery = sign(thin('batch.failed'))
+  t.equal((await post(app, delivery, '/teams/one')).statusCode, 500)
+  t.equal(count(db, 'effects'), 0)
+  fails = false
+  for (const url of ['/teams/one', '/teams/one', '/teams/other']) t.equal((await post(app, delivery, url)).body, '{"received":true}')
+  t.same(db.prepare('SELECT row FROM effects').all().map(row => (row as { row: string }).row), ['/teams/one', '/teams/other'], 'an endpoint each')
+})
+
+t.test('a dead delivery that an inbox may have forgotten is requeued by force alone', async t => {
+  const NEEDS_FORCE = {
+    code: 'FST_OPENAI_WEBHOOK_NEEDS_FORCE',
+    message: 'the delivery wh_1 is older than what the inbox remembers of its handler "settle", whose effect could happen twice: look whether it has happened, and say { force: true } if it is to'
+  }
+  const REF = { endpoint: '/webhooks/openai', webhookId: 'wh_1' }
+  const fail = (): never => { throw new Error('each time') }
+  type App = Awaited<ReturnType<typeof build>>
+
+  /** An app whose delivery is dead, by handlers on a file with inboxes that forget at once, or late. */
+  async function dead (t: { teardown: (fn: () => unknown) => void }, add: (app: App, db: Handle) => void, attempts = 1) {
+    const db = openSqlite(':memory:')
+    t.teardown(() => { db.close() })
+    const runner = durable(db, { attempts, backoff: 0 })
+    const app = await build(t, { runner })
+    add(app, db)
+    await post(app, sign(thin('batch.failed'), { webhookId: 'wh_1' }))
+    await until('it to be dead', () => runner.deadCount() === 1)
+    return { app, db, runner, deadLetters: app.openaiWebhook.deadLetters }
+  }
+  const brief = (db: Handle) => sqliteInbox(db, { retention: 1 })
+
+  await t.test('by once()', async t => {
+    const { deadLetters, runner } = await dead(t, (app, db) => { app.openaiWebhook.on('batch.failed', brief(db).once('settle', fail)) })
+    await t.rejects(deadLetters.requeue(REF), NEEDS_FORCE)
+    t.throws(() => runner.requeue(REF), NEEDS_FORCE)
+    t.equal(await deadLetters.count(), 1)
+    t.equal(await deadLetters.requeue(REF, { force: true }), true)
+    await until('it to be dead again', () => runner.deadCount() === 1)
+    await t.rejects(deadLetters.requeue(REF), NEEDS_FORCE, 'what may have happened in its first life is not remembered any better')
+  })
+
+  await t.test('by first(), in a handler that failed before it in the attempts that came after', async t => {
+    const { deadLetters } = await dead(t, (app, db) => {
+      const inbox = brief(db)
+      let attempts = 0
+      app.openaiWebhook.on('batch.failed', (_event, context) => {
+        if (++attempts > 1) fail()
+        db.exec('BEGIN')
+        inbox.first((text, values) => db.prepare(text).all(...values), 'settle', context)
+        db.exec('ROLLBACK')
+        fail()
+      }, { name: 'settle' })
+    }, 3)
+    await t.rejects(deadLetters.requeue(REF), NEEDS_FORCE)
+  })
+
+  await t.test('by the one of two inboxes that forgets first', async t => {
+    const { deadLetters, runner } = await dead(t, (app, db) => {
+      const [late, early] = [sqliteInbox(db), brief(db)]
+      app.openaiWebhook.on('batch.failed', (_event, context) => {
+        for (const inbox of [late, early, late]) {
+          db.exec('BEGIN')
+          inbox.first((text, values) => db.prepare(text).all(...values), 'settle', context)
+          db.exec('ROLLBACK')
+        }
+        fail()
+      }, { name: 'settle' })
+    })
+    const { timestamp, remembered } = runner.dead()[0]!
+    t.same(remembered, { settle: timestamp * 1_000 + 1 })
+    await t.rejects(deadLetters.requeue(REF), NEEDS_FORCE)
+  })
+
+  await t.test('where its process ended in the last attempt, by any inbox that there is', async t => {
+    const db = openSqlite(':memory:')
+    t.teardown(() => { db.close() })
+    const runner = durable(db, { attempts: 1 })
+    const app = await build(t, { runner })
+    brief(db)
+    app.openaiWebhook.on('batch.failed', () => {}, { name: 'settle' })
+    db.prepare('INSERT INTO openai_webhook_jobs (key, job, attempts, due) VALUES (?, ?, 1, 0)').run('/webhooks/openai wh_1', JSON.stringify({ ...REF, timestamp: 1, event: thin('batch.failed') }))
+    await app.ready()
+    await until('it to be dead', () => runner.deadCount() === 1)
+    t.match(runner.dead(), [{ remembered: { settle: 1_001 } }])
+    await t.rejects(app.openaiWebhook.deadLetters.requeue(REF), NEEDS_FORCE)
+  })
+
+  await t.test('and any other is requeued at any age', async t => {
+    for (const add of [
+      (app: App, db: Handle) => { app.openaiWebhook.on('batch.failed', sqliteInbox(db).once('settle', fail)) },
+      (app: App, db: Handle) => { app.openaiWebhook.on('batch.failed', brief(db).once('settle', () => {})).on('batch.failed', fail) },
+      (app: App, db: Handle) => { app.openaiWebhook.on('batch.completed', brief(db).once('settle', () => {})).on('batch.failed', fail) }
+    ]) {
+      const { deadLetters } = await dead(t, add)
+      t.equal(await deadLetters.requeue(REF), true)
     }
   })
 })

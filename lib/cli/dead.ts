@@ -5,6 +5,7 @@ import { CommandError, EXIT, count, text, usageError } from './command.ts'
 import type { Arguments, Command, Terminal } from './command.ts'
 import { paint, printable } from './table.ts'
 import { nearest } from '../nearest.ts'
+import { assertRemembered } from '../runners/runner.ts'
 import type { DeadDelivery } from '../runners/runner.ts'
 import type { SqliteDatabase } from '../sqlite/database.ts'
 import { DeadJobs, openJobs } from '../sqlite/jobs.ts'
@@ -37,7 +38,8 @@ Options:
   --type TYPE          of this event type alone, such as batch.completed
   --limit N            how many are listed (${LIMIT})
   --all                list: all of them; requeue: all that the options above select
-  --force              requeue: also where an effect could happen twice
+  --force              requeue: also what is older than what the inbox of a handler remembers, so that its effect could
+                       happen twice
   --json               a JSON object a line
 
 Exit code 0 when it was done, 1 when there is no such delivery or the file cannot be used.
@@ -129,15 +131,16 @@ const actions: Readonly<Record<string, (args: Arguments, terminal: Terminal, ids
   },
 
   requeue (args, terminal, ids) {
-    const all = args.values['all'] === true
+    const { all = false, force = false } = args.values as { all?: boolean, force?: boolean }
     if (all === (ids.length > 0)) throw usageError('requeue: expected webhook-ids, or --all')
     return jobs => {
       const filter = filterOf(args)
       // Before the first is requeued: all or none.
       const chosen = all ? jobs.list(-1, filter) : [...new Set(ids)].map(id => find(jobs, id, filter))
+      if (!force) chosen.forEach(assertSafe)
       let missed = 0
       for (const delivery of chosen) {
-        const done = jobs.revive(delivery)
+        const done = jobs.revive(delivery, force)
         if (!done) missed++
         print(terminal, args, { webhookId: delivery.webhookId, endpoint: delivery.endpoint, requeued: done }, `${printable(delivery.webhookId, 256)}  ${done ? 'requeued' : 'was requeued meanwhile'}\n`)
       }
@@ -188,6 +191,15 @@ function find (jobs: DeadJobs, webhookId: string, filter: DeadFilter): DeadDeliv
   if (found === undefined) throw new CommandError(`${printable(webhookId, 256)}: there is no such dead delivery`)
   if (others.length > 0) throw new CommandError(`${printable(webhookId, 256)}: there are several, at different endpoints or of different tenants: say which by --endpoint or --tenant`)
   return found
+}
+
+/** @throws CommandError */
+function assertSafe (delivery: DeadDelivery): void {
+  try {
+    assertRemembered(delivery)
+  } catch {
+    throw new CommandError(`${printable(delivery.webhookId, 256)}: it is older than what the inbox remembers, so an effect could happen twice: see by \`show\` what has failed, look whether it has taken effect, and say --force if it is to`)
+  }
 }
 
 function print ({ out }: Terminal, { values }: Arguments, document: object, readable: string): void {

@@ -1,4 +1,5 @@
 import type { FastifyBaseLogger } from 'fastify'
+import { KEEPS } from '../inbox/inbox.ts'
 import { logFields } from '../log.ts'
 import type { EventContext } from '../handlers.ts'
 import type { VerifiedRequest } from '../request.ts'
@@ -24,6 +25,11 @@ export class Context implements EventContext {
     this.#work = work
     this.#parentLog = sender?.request.log ?? log
     if (sender !== undefined) this.request = sender.request
+  }
+
+  /** For an inbox. */
+  [KEEPS] (handler: string, retention: number): void {
+    this.#work.keeps(handler, retention)
   }
 
   /** Made when it is first asked for: a child logger costs more than the dispatch. */

@@ -5,7 +5,9 @@ import { handlersFailed } from '../runners/handler-failures.ts'
 import type { HandlerFailure } from '../runners/handler-failures.ts'
 import type { Claims, Held } from '../pipeline/deduplicate.ts'
 import { dispatch } from '../pipeline/dispatch.ts'
+import { shortestRetention } from '../inbox/inbox.ts'
 import type { Handler } from '../handlers.ts'
+import type { Job } from '../runners/runner.ts'
 import type { HandlerTable } from '../registry.ts'
 import { attempt, drive, then } from '../steps.ts'
 import type { MaybePromise, Steps } from '../steps.ts'
@@ -42,6 +44,7 @@ export class Handling {
     work.move({ at: 'handling', claim })
     const all = this.#handlers(work)
     const finished = work.finished = union(claim.finished, job.finished)
+    work.remembered = job.remembered
     const handlers = finished.length === 0 ? all : all.filter(({ name }) => !finished.includes(name))
     if (channels.unhandled.hasSubscribers) this.#tellUnhandled(work)
     const { log } = this.#options
@@ -82,7 +85,15 @@ export class Handling {
   #failed (work: Work, failures: readonly HandlerFailure[]): Error {
     const handlers = this.#handlers(work)
     const succeeded = handlers.map(({ name }) => name).filter(name => !failures.some(({ handler }) => handler === name))
-    return handlersFailed(failures, handlers.length, union(work.finished, succeeded))
+    return handlersFailed(failures, handlers.length, union(work.finished, succeeded), work.remembered)
+  }
+
+  /** How long inboxes remember an attempt that ended with its process: each handler may have used any of them. */
+  mayBeRemembered ({ endpoint, event, timestamp, remembered }: Job): Job['remembered'] {
+    const retention = shortestRetention()
+    if (retention === undefined) return remembered
+    const handlers = this.#options.handlersOf(endpoint).for(event.type)
+    return { ...Object.fromEntries(handlers.map(({ name }) => [name, timestamp * 1_000 + retention])), ...remembered }
   }
 
   #handlers ({ job }: Work): readonly Handler[] {

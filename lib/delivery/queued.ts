@@ -30,7 +30,7 @@ export class Queued implements RunnerHost {
       case 'claimed':
         work.attempt = attempt
         // One that was dead, requeued, and is being delivered again.
-        if (job.finished !== undefined) work.job = job
+        if (job.finished !== undefined || job.remembered !== undefined) work.job = job
         return this.handling.start(work)
       case 'handling':
         return work.end
@@ -48,13 +48,15 @@ export class Queued implements RunnerHost {
     this.failures.dead(delivery, error)
   }
 
-  async recorded (job: Job): Promise<{ done: boolean, finished: readonly string[] }> {
+  async recorded (job: Job): Promise<{ done: boolean } & Required<Pick<Job, 'finished'>> & Pick<Job, 'remembered'>> {
     let finished: readonly string[] | undefined
     await this.#whenFree(job, undefined, async (_work, claim) => {
       finished = union(claim.finished, job.finished)
       await this.claims.release(claim)
     })
-    return { done: finished === undefined, finished: finished ?? [] }
+    if (finished === undefined) return { done: true, finished: [] }
+    const remembered = this.handling.mayBeRemembered(job)
+    return { done: false, finished, ...(remembered !== undefined && { remembered }) }
   }
 
   async #processQueued (job: Job, attempt: number | undefined): Promise<void> {

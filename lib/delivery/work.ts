@@ -50,6 +50,8 @@ export class Work {
   verdict: Verdict | undefined = undefined
   /** Handlers that had succeeded before they were started. */
   finished: readonly string[] = NONE
+  /** Handlers that have used an inbox, as a job has them. */
+  remembered: Job['remembered'] = undefined
   /** Resolves once its handlers have succeeded, rejects once one has failed, and that is on record. */
   end: MaybePromise<void> = undefined
   /** How often a runner has started its handlers, this time included. */
@@ -87,6 +89,12 @@ export class Work {
   /** It has been answered otherwise. The handlers may run for hours: nothing of its request is kept for that. */
   leave (sender: Sender): void {
     this.#joined?.delete(sender)
+  }
+
+  /** An inbox is to remember a handler for so many ms; in an earlier attempt it may have begun to. */
+  keeps (handler: string, retention: number): void {
+    const until = this.job.timestamp * 1_000 + retention
+    this.remembered = { ...this.remembered, [handler]: Math.min(until, this.remembered?.[handler] ?? until) }
   }
 
   /** Tells everybody who waits. */

@@ -42,10 +42,31 @@ export interface Inbox<Tx> {
 /** ms for which a record is kept, unless told otherwise: 30 days. */
 export const INBOX_RETENTION = 30 * 24 * 3_600_000
 
+/**
+ * On a handler's context: told that an inbox is to keep a record of the handler for so many ms. Shared by all copies of the
+ * package in a process.
+ */
+export const KEEPS = Symbol.for('fastify-openai-webhook.inboxKeeps')
+
+/** Of the inboxes of this process. */
+let shortest: number | undefined
+
+/** An inbox is made. */
+export function keepsFor (retention: number): void {
+  shortest = Math.min(shortest ?? retention, retention)
+}
+
+/** ms, of the inbox of this process that forgets first; `undefined` where there is none */
+export function shortestRetention (): number | undefined {
+  return shortest
+}
+
 /** In the order of the columns. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
-export function recordOf (name: string, { endpoint, tenant = '', webhookId }: InboxContext): [string, string, string, string] {
+export function recordOf (name: string, context: InboxContext, retention: number): [string, string, string, string] {
+  const { endpoint, tenant = '', webhookId } = context
   if (typeof endpoint !== 'string' || typeof webhookId !== 'string') {
     throw new InvalidOptions(`inbox: expected the context of a delivery for "${name}", with its endpoint and webhookId`)
   }
+  ;(context as { [KEEPS]?: (name: string, retention: number) => void })[KEEPS]?.(name, retention)
   return [endpoint, tenant, webhookId, name]
 }

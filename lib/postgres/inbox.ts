@@ -1,7 +1,7 @@
 import type { FastifyInstance } from 'fastify'
 import { InvalidOptions, NoTransaction, RolledBack } from '../errors.ts'
 import { assertHandlerName, giveName } from '../handler-name.ts'
-import { INBOX_RETENTION, recordOf } from '../inbox/inbox.ts'
+import { INBOX_RETENTION, keepsFor, recordOf } from '../inbox/inbox.ts'
 import type { Inbox, InboxContext, InboxQuery, InboxWork } from '../inbox/inbox.ts'
 import { lend } from '../inbox/lend.ts'
 import type { EventContext } from '../handlers.ts'
@@ -83,6 +83,7 @@ export function postgresInbox (db?: PgPool | PgLite, options: PostgresInboxOptio
   const table = tableOf('postgresInbox', tableName)
   for (const [name, value] of Object.entries({ retention, lockTimeout, idleTimeout, concurrency })) assertCount('postgresInbox', name, value, 1)
   const records = new Records(table, retention)
+  keepsFor(retention)
   if (db === undefined) return { first: async (query, name, context) => await records.first(query, name, context, true) }
 
   const max = isPool(db) ? (db as { options?: { max?: unknown } }).options?.max : undefined
@@ -109,7 +110,7 @@ export function postgresInbox (db?: PgPool | PgLite, options: PostgresInboxOptio
         await gate.pass(async () => {
           await ready()
           await database.transaction(settings, async (client, query) => {
-            if ((await query(records.insert, recordOf(name, context))).length === 0) return
+            if ((await query(records.insert, recordOf(name, context, retention))).length === 0) return
             const { tx, end } = lend(client, name)
             try {
               await work.call(this, tx as never, event, context)
@@ -138,9 +139,11 @@ class Records {
   readonly insert: string
   readonly #insertInside: string
   readonly #expired: string
+  readonly #retention: number
   #calls = 0
 
   constructor ({ sql }: Table, retention: number) {
+    this.#retention = retention
     const columns = `${sql} (endpoint, tenant, webhook_id, handler)`
     this.insert = `INSERT INTO ${columns} VALUES ($1, $2, $3, $4) ON CONFLICT DO NOTHING RETURNING 1`
     // Each parameter once and in order, for libraries that only know `?`. Nothing is written where the statement is in a
@@ -163,7 +166,7 @@ class Records {
   async first (query: InboxQuery<PromiseLike<unknown>>, name: string, context: InboxContext, prunes = false): Promise<boolean> {
     assertHandlerName('first', name)
     const [before] = rowsOf(await query('SELECT pg_current_xact_id()::text AS id', []))
-    const [row] = rowsOf(await query(this.#insertInside, [String(before?.['id']), ...recordOf(name, context)]))
+    const [row] = rowsOf(await query(this.#insertInside, [String(before?.['id']), ...recordOf(name, context, this.#retention)]))
     if (row?.['inside'] !== true) throw new NoTransaction(name)
     if (prunes && this.#calls++ % (PRUNE_LIMIT / 2) === 0) await query(this.#expired, [])
     return row['first'] === true

@@ -5,7 +5,7 @@ import { InvalidOptions, Overloaded, Unavailable } from '../errors.ts'
 import { causeOf, deadDelivery, describeFailure } from './handler-failures.ts'
 import { RETENTION } from '../stores/store.ts'
 import { assertCount } from './background.ts'
-import { keyOf, tellDead } from './runner.ts'
+import { assertRemembered, keyOf, tellDead } from './runner.ts'
 import type { DeadDelivery, DeliveryError, DeliveryRef, Job, Runner, RunnerHost } from './runner.ts'
 
 export interface BullMQOptions {
@@ -103,9 +103,14 @@ export function bullmq ({
         try {
           await host.process(delivery, attempt)
         } catch (error) {
-          const { errors, finished } = describeFailure(delivery, error)
+          const { errors, finished, remembered } = describeFailure(delivery, error)
           try {
-            await job.updateData({ ...delivery, ...(finished.length > 0 && { finished }), failure: { attempt, errors } })
+            await job.updateData({
+              ...delivery,
+              ...(finished.length > 0 && { finished }),
+              ...(remembered !== undefined && { remembered }),
+              failure: { attempt, errors }
+            })
           } catch (trouble) {
             host.report(trouble, delivery)
           }
@@ -157,9 +162,10 @@ export function bullmq ({
     async deadCount () {
       return await opened().getFailedCount()
     },
-    async requeue (delivery) {
+    async requeue (delivery, { force = false } = {}) {
       const job = await opened().getJob(idOf(delivery))
       if (job === undefined) return false
+      if (!force && await job.isFailed()) assertRemembered(job.data)
       try {
         await job.retry('failed', { resetAttemptsMade: true, resetAttemptsStarted: true })
         return true
@@ -210,6 +216,9 @@ async function abandoned (host: RunnerHost, job: QueuedJob, error: Error): Promi
   const delivery = deliveryOf(job)
   const known = await host.recorded?.(delivery)
   if (known?.done === true) return await job.retry('failed') // it had only not been told
-  if (known !== undefined) await job.updateData({ ...job.data, finished: known.finished })
+  if (known !== undefined) {
+    const { done, ...left } = known
+    await job.updateData({ ...job.data, ...left })
+  }
   tellDead(host, deadOf(job), error)
 }

@@ -21,6 +21,7 @@ const MAX_INNER = 3
 interface Failed {
   readonly failures: readonly HandlerFailure[]
   readonly finished: readonly string[]
+  readonly remembered: Job['remembered']
 }
 
 /** Not on the error itself: a logger would write it out. */
@@ -31,8 +32,9 @@ const failed = new WeakMap<Error, Failed>()
  *
  * @param handlers how many there were
  * @param finished those that have succeeded, in this attempt and before
+ * @param remembered those that have used an inbox, likewise
  */
-export function handlersFailed (failures: readonly HandlerFailure[], handlers: number, finished: readonly string[]): Error {
+export function handlersFailed (failures: readonly HandlerFailure[], handlers: number, finished: readonly string[], remembered?: Job['remembered']): Error {
   const errors = failures.map(({ error }) => error)
   const summary = `${errors.length} of ${handlers} handlers failed: ${errors.map(error => textOf(error)).join('; ').slice(0, MAX_SUMMARY)}`
   const cause = new AggregateError(errors, summary)
@@ -40,7 +42,7 @@ export function handlersFailed (failures: readonly HandlerFailure[], handlers: n
   cause.stack = `AggregateError: ${summary}${failures.map(named).join('')}`.slice(0, MAX_TEXT)
   const error = new HandlerFailed({ cause })
   // A queue may be told of the cause alone.
-  for (const each of [error, cause]) failed.set(each, { failures, finished })
+  for (const each of [error, cause]) failed.set(each, { failures, finished, remembered })
   return error
 }
 
@@ -63,13 +65,15 @@ export function causeOf (error: unknown): unknown {
 }
 
 /** What is kept of a failed attempt. @param error as `host.process` rejected */
-export function describeFailure (job: Job, error: unknown): Pick<DeadDelivery, 'errors' | 'finished'> {
+export function describeFailure (job: Job, error: unknown): Pick<DeadDelivery, 'errors' | 'finished' | 'remembered'> {
   const handlers = failed.get(error as Error)
   if (handlers !== undefined) {
-    const errors = handlers.failures.slice(0, MAX_ERRORS).map(({ handler, error }) => describe(handler, error))
-    return { errors, finished: handlers.finished }
+    const { failures, finished, remembered } = handlers
+    const errors = failures.slice(0, MAX_ERRORS).map(({ handler, error }) => describe(handler, error))
+    return { errors, finished, ...(remembered !== undefined && { remembered }) }
   }
-  return { errors: [describe(null, causeOf(error))], finished: job.finished ?? [] }
+  const { finished = [], remembered } = job
+  return { errors: [describe(null, causeOf(error))], finished, ...(remembered !== undefined && { remembered }) }
 }
 
 function describe (handler: string | null, error: unknown): DeliveryError {

@@ -1,3 +1,4 @@
+import { NeedsForce } from '../errors.ts'
 import type { MaybePromise } from '../stores/store.ts'
 
 /** One verified delivery, as plain JSON, so that any queue can carry it. */
@@ -16,6 +17,8 @@ export interface Job {
   readonly routeHandlers?: true
   /** Handlers that succeeded in earlier attempts: they do not run again, whatever the store has forgotten. */
   readonly finished?: readonly string[]
+  /** Handlers that have used an inbox, each with the time until which that is sure to remember it, in ms since the epoch. */
+  readonly remembered?: Readonly<Record<string, number>>
 }
 
 /** Which delivery. */
@@ -49,7 +52,7 @@ export interface DeadDelivery extends Job {
 
 export interface RequeueOptions {
   /**
-   * Also where an effect could happen twice, because what prevents it no longer remembers the delivery.
+   * Also where an effect could happen twice, because the inbox that prevents it may no longer remember the delivery.
    *
    * @default false
    */
@@ -90,9 +93,10 @@ export interface RunnerHost {
    * What the idempotency store knows of a job whose last attempt ended with its process. Rejects as `process` does. As for
    * `dead`, the plugin has it.
    *
-   * @returns whether it has been processed, or else the handlers that have succeeded
+   * @returns whether it has been processed, or else the handlers that have succeeded, and how long an inbox that any of them
+   * may have used remembers it
    */
-  recorded? (job: Job): MaybePromise<{ done: boolean, finished: readonly string[] }>
+  recorded? (job: Job): MaybePromise<{ done: boolean } & Required<Pick<Job, 'finished'>> & Pick<Job, 'remembered'>>
 }
 
 /**
@@ -118,8 +122,25 @@ export interface Runner {
   dead? (limit?: number, type?: string): MaybePromise<DeadDelivery[]>
   /** How many there are. */
   deadCount? (): MaybePromise<number>
-  /** Gives a dead delivery its attempts anew, with the `finished` that it died with. @returns whether there was one */
+  /**
+   * Gives a dead delivery its attempts anew, with the `finished` that it died with. Unless by `force`, it rejects with
+   * FST_OPENAI_WEBHOOK_NEEDS_FORCE where `assertRemembered(delivery)` throws it.
+   *
+   * @returns whether there was one
+   */
   requeue? (delivery: DeliveryRef, options?: RequeueOptions): MaybePromise<boolean>
+}
+
+/**
+ * To run a delivery again is safe where handlers that used an inbox, and have not succeeded, are remembered there: one of them
+ * may have taken effect all the same.
+ *
+ * @throws FST_OPENAI_WEBHOOK_NEEDS_FORCE
+ */
+export function assertRemembered ({ webhookId, finished = [], remembered = {} }: Job): void {
+  for (const [handler, until] of Object.entries(remembered)) {
+    if (until <= Date.now() && !finished.includes(handler)) throw new NeedsForce(webhookId, handler)
+  }
 }
 
 /** Tells a host that a delivery is dead; one that cannot hear it is told of the failure. */

@@ -42,7 +42,11 @@ export interface DurableRunner extends Runner {
   dead (limit?: number, type?: string): DeadDelivery[]
   /** How many there are. */
   deadCount (): number
-  /** Gives a dead delivery its attempts anew; what had succeeded of it does not run again. @returns whether there was one */
+  /**
+   * Gives a dead delivery its attempts anew; what had succeeded of it does not run again. @returns whether there was one
+   *
+   * @throws FST_OPENAI_WEBHOOK_NEEDS_FORCE
+   */
   requeue (delivery: DeliveryRef, options?: RequeueOptions): boolean
 }
 
@@ -133,8 +137,8 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
     const entry: Active = { until, done: Promise.resolve() }
     active.set(key, entry)
     renewal ??= setInterval(renewAll, lease / 3).unref()
-    const { finished = [] } = parseFailure(failure)
-    const job = { ...JSON.parse(text) as Job, ...(finished.length > 0 && { finished }) }
+    const { finished = [], remembered } = parseFailure(failure)
+    const job = { ...JSON.parse(text) as Job, ...(finished.length > 0 && { finished }), ...(remembered !== undefined && { remembered }) }
     const work = isOver ? giveUp(host, key, job, before, entry) : attempt(host, key, job, before + 1, entry)
     entry.done = work.then(() => {
       active.delete(key)
@@ -178,16 +182,17 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
       // The lease runs out, and it is looked at again.
       return host.report(trouble, job)
     }
+    const { done: isDone = false, ...left } = known ?? {}
     // Where it is not there any more, another process has done the same.
-    if (known?.done === true) done(host, key, job, entry)
-    else die(host, key, { ...job, ...(known !== undefined && { finished: known.finished }) }, count, entry, new Error('the process ended while the handlers ran'), false)
+    if (isDone) done(host, key, job, entry)
+    else die(host, key, { ...job, ...left }, count, entry, new Error('the process ended while the handlers ran'), false)
   }
 
   /** @returns whether it is dead by now, and told */
   function die (host: RunnerHost, key: string, job: Job, count: number, entry: Active, error: unknown, ran = true): boolean {
     const delivery = deadDelivery(job, count, error)
-    const { errors, finished, diedAt } = delivery
-    const failure: Failure = { attempt: count, errors, finished }
+    const { errors, finished, remembered, diedAt } = delivery
+    const failure: Failure = { attempt: count, errors, finished, remembered }
     const recorded = record(host, job, () => end('dead', describe(error), JSON.stringify(failure), diedAt, key, entry.until), ran)
     if (recorded) tellDead(host, delivery, error)
     return recorded
@@ -243,8 +248,8 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
     },
     dead: (limit = 100, type) => deadJobs.list(limit, { type }),
     deadCount: () => deadJobs.count(),
-    requeue (delivery) {
-      const revived = deadJobs.revive(delivery)
+    requeue (delivery, { force = false } = {}) {
+      const revived = deadJobs.revive(delivery, force)
       if (revived) schedule()
       return revived
     }

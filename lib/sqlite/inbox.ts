@@ -2,7 +2,7 @@ import { types } from 'node:util'
 import type { FastifyInstance } from 'fastify'
 import { AsyncWork, InvalidOptions, NoTransaction } from '../errors.ts'
 import { assertHandlerName, giveName } from '../handler-name.ts'
-import { INBOX_RETENTION, recordOf } from '../inbox/inbox.ts'
+import { INBOX_RETENTION, keepsFor, recordOf } from '../inbox/inbox.ts'
 import type { Inbox, InboxContext, InboxQuery, InboxWork } from '../inbox/inbox.ts'
 import { lend } from '../inbox/lend.ts'
 import { isPromise } from '../steps.ts'
@@ -57,6 +57,7 @@ export interface SqliteInbox<Tx> extends Inbox<Tx> {
 export function sqliteInbox<Db extends SqliteDatabase> (db: Db, { retention = INBOX_RETENTION }: SqliteInboxOptions = {}): SqliteInbox<Db> {
   assertCount('sqliteInbox', 'retention', retention, 1)
   const database = new Database(db, SCHEMA)
+  keepsFor(retention)
   const insert = database.prepare(INSERT)
   const expired = database.prepareWrite(`
     DELETE FROM openai_webhook_inbox WHERE rowid IN (SELECT rowid FROM openai_webhook_inbox WHERE at < ? LIMIT ${PRUNE_LIMIT})`)
@@ -76,7 +77,7 @@ export function sqliteInbox<Db extends SqliteDatabase> (db: Db, { retention = IN
       return giveName(function (this: FastifyInstance, event: Event, context: EventContext): void {
         database.assertFile()
         database.transaction(() => {
-          if (insert.all(...recordOf(name, context)).length === 0) return
+          if (insert.all(...recordOf(name, context, retention)).length === 0) return
           const { tx, end } = lend(db, name)
           try {
             const result = work.call(this, tx, event, context)
@@ -94,7 +95,7 @@ export function sqliteInbox<Db extends SqliteDatabase> (db: Db, { retention = IN
     first (query, name, context) {
       assertHandlerName('first', name)
       if (!database.isInTransaction()) throw new NoTransaction(name)
-      const answer = query(INSERT, recordOf(name, context))
+      const answer = query(INSERT, recordOf(name, context, retention))
       const rows = Array.isArray(answer) ? answer : answer?.rows
       if (!Array.isArray(rows)) throw new InvalidOptions('first(): expected query(text, values) to return rows, or an object that has them as `rows`, at once')
       recorded(context)

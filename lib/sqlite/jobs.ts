@@ -1,4 +1,4 @@
-import { keyOf } from '../runners/runner.ts'
+import { assertRemembered, keyOf } from '../runners/runner.ts'
 import type { DeadDelivery, DeliveryError, DeliveryRef, Job } from '../runners/runner.ts'
 import { Database } from './database.ts'
 import type { SqliteDatabase } from './database.ts'
@@ -38,6 +38,7 @@ export interface Failure {
   readonly attempt: number
   readonly errors: readonly DeliveryError[]
   readonly finished: readonly string[]
+  readonly remembered?: Job['remembered']
 }
 
 const PATHS: Readonly<Record<keyof DeadFilter, string>> = {
@@ -55,10 +56,12 @@ interface Row {
 /** The dead rows of `openai_webhook_jobs`. */
 export class DeadJobs {
   readonly #database: Database
+  readonly #find
   readonly #revive
 
   constructor (database: Database) {
     this.#database = database
+    this.#find = database.prepare("SELECT job, attempts, error, failure, ended FROM openai_webhook_jobs WHERE key = ? AND state = 'dead'")
     // What had finished stays on record; the errors were those of its last life.
     this.#revive = database.prepareWrite(`
       UPDATE openai_webhook_jobs
@@ -79,8 +82,10 @@ export class DeadJobs {
     return count
   }
 
-  /** @returns whether there was one */
-  revive (delivery: DeliveryRef): boolean {
+  /** @returns whether there was one. @throws FST_OPENAI_WEBHOOK_NEEDS_FORCE */
+  revive (delivery: DeliveryRef, force: boolean): boolean {
+    const [row] = this.#find.all(keyOf(delivery)) as Row[]
+    if (row !== undefined && !force) assertRemembered(read(row))
     return this.#revive(Date.now(), keyOf(delivery)) === 1
   }
 }
@@ -94,13 +99,14 @@ function condition (filter: DeadFilter): { where: string, values: string[] } {
 }
 
 function read ({ job, attempts, error, failure, ended }: Row): DeadDelivery {
-  const { attempt, errors = [], finished = [] } = parseFailure(failure)
+  const { attempt, errors = [], finished = [], remembered } = parseFailure(failure)
   return {
     ...JSON.parse(job) as Job,
     attempts,
     // Before 0.2 the error was one text, and a process of that version may have been the last to write it.
     errors: attempt === attempts ? errors : [{ handler: null, message: error ?? '', stack: '' }],
     finished,
+    ...(remembered !== undefined && { remembered }),
     diedAt: ended
   }
 }

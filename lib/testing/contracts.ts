@@ -276,6 +276,25 @@ export function runnerContract (create: () => MaybePromise<Runner>, { attempts: 
       assert.equal(await runner.requeue({ endpoint, webhookId }), false, 'it is not dead any more')
       assert.equal(await runner.requeue({ endpoint, webhookId: 'wh_unknown' }), false)
     }),
+    dying('a dead job that an inbox may have forgotten is requeued by force alone', async (runner, host) => {
+      const given = job()
+      const { endpoint, webhookId } = given
+      const remembered = { bill: Date.now() + LONG, import: 1 }
+      host.work = failing(remembered)
+      await runner.run(given)
+      await until('the job to be kept', async () => await runner.deadCount() === 1)
+      assert.deepEqual((await runner.dead())[0]!.remembered, remembered)
+      host.work = failing({ ...remembered, bill: 1 })
+      assert.equal(await runner.requeue({ endpoint, webhookId }), true, 'the inbox remembers what has not finished')
+      await until('the job to be told as dead again', () => host.died.length === 2)
+      await until('the job to be kept', async () => await runner.deadCount() === 1)
+      await assert.rejects(async () => await runner.requeue({ endpoint, webhookId }, { force: false }), { code: 'FST_OPENAI_WEBHOOK_NEEDS_FORCE' })
+      assert.equal(await runner.deadCount(), 1)
+      host.work = async () => {}
+      assert.equal(await runner.requeue({ endpoint, webhookId }, { force: true }), true)
+      await until('the job to be processed', () => host.processed.length > 0)
+      assert.equal(await runner.requeue({ endpoint, webhookId }), false, 'it is not dead any more')
+    }),
     dying('a dead job that is delivered again stays dead', async (runner, host) => {
       const given = job()
       await runner.run(given)
@@ -293,8 +312,8 @@ function keepsTheDead (runner: Runner): runner is KeepingRunner {
 }
 
 /** One handler has succeeded, another one fails, as the plugin tells it. */
-function failing (): TestHost['work'] {
-  return async () => { throw handlersFailed([{ handler: 'bill', error: new Error('no such customer') }], 2, ['import']) }
+function failing (remembered?: Job['remembered']): TestHost['work'] {
+  return async () => { throw handlersFailed([{ handler: 'bill', error: new Error('no such customer') }], 2, ['import'], remembered) }
 }
 
 /** An inbox, with a table of the test's own that its transactions write to. */
