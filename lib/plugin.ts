@@ -2,7 +2,6 @@ import type { FastifyInstance, RegisterOptions } from 'fastify'
 import fp from 'fastify-plugin'
 import { RunnerDeadLetters } from './dead-letters.ts'
 import type { DeadLetters } from './dead-letters.ts'
-import { Deadline } from './deadline.ts'
 import { drain, withinPluginTimeout } from './delivery/drain.ts'
 import { Handling } from './delivery/handling.ts'
 import { Queued } from './delivery/queued.ts'
@@ -91,8 +90,8 @@ function assemble (instance: FastifyInstance, options: OpenAIWebhookOptions, com
   const onTrouble = (error: unknown): void => failures.trouble(error)
   const claims = new Claims({ store: options.idempotency === false ? noStore : store ?? memoryStore(), lease, retention, onTrouble })
   const handling = new Handling({ works, claims, log: instance.log, signal: abort.signal, handlersOf: name => endpoints.handlersOf(name) })
-  const deadline = new Deadline(options.deadline ?? DEFAULTS.deadline)
-  const verifications = new Verifications(options, { patience: deadline.ms, warn: message => { instance.log.warn(message) }, onTrouble })
+  const deadline = options.deadline ?? DEFAULTS.deadline
+  const verifications = new Verifications(options, { patience: deadline, warn: message => { instance.log.warn(message) }, onTrouble })
   const bounds = new Bounds(options, instance)
   const routes: Routes = {
     registry,

@@ -10,9 +10,8 @@ const DUPLICATE = '{"received":true,"duplicate":true}'
 /** Starts a wait; what it returns calls it off. */
 function starter (deadline: Deadline): (expired: () => void) => () => void {
   return expired => {
-    const waiting = { expiresAt: 0, earlier: undefined, later: undefined, expired }
-    deadline.start(waiting)
-    return () => { deadline.stop(waiting) }
+    const timer = deadline.start(expired)
+    return () => { deadline.stop(timer) }
   }
 }
 

@@ -144,7 +144,9 @@ const failures: Record<string, [RouteHandlerMethod, number]> = {
     return 'own'
   }, 500],
   'returns nothing, with a serializer that fails': [async (_request, reply) => { unserializable(reply) }, 500],
-  'returns nothing at once, with a serializer that fails': [(_request, reply) => { unserializable(reply) }, 500]
+  'returns nothing at once, with a serializer that fails': [(_request, reply) => { unserializable(reply) }, 500],
+  // Fastify throws after its onSend hooks what it cannot write: the store has heard of the failure by then.
+  'sends a failure that has no text': [async (_request, reply) => reply.code(400).type('text/plain').send({ no: 'text' }), 500]
 }
 
 for (const [name, [handler, expected]] of Object.entries(failures)) {
@@ -178,6 +180,28 @@ t.test('an answer that cannot be sent is a 500, as a plain route\'s, whether the
     const plain = await app.inject({ method: 'POST', url: '/plain' })
     t.equal(await answer(app), `500 ${plain.body}`)
     t.match(plain.body, 'ERR_INVALID_CHAR')
+  }
+})
+
+t.test('an answer that a hook of the app sends while the handler runs counts as the handler\'s', async t => {
+  for (const [first, slow, retried] of [['of the hook', false, DUPLICATE], [new Error('of the hook'), false, '200 again'], [new Error('of the hook'), true, DUPLICATE]] as const) {
+    const { app, runs } = await route(t, async (_request, reply) => {
+      if (runs() > 1) return 'again'
+      finish.resolve()
+      await answered.promise
+      reply.send('of the handler')
+      await tick()
+    })
+    const finish = deferred()
+    const answered = deferred()
+    app.addHook('preHandler', async (_request, reply) => {
+      const { send } = reply
+      if (runs() === 0) finish.promise.then(() => { send.call(reply, first) }).then(answered.resolve, answered.resolve)
+    })
+    if (slow) app.addHook('onError', async () => { await tick() })
+    const delivery = sign(thin('batch.failed'))
+    t.match(await answer(app, delivery), 'of the hook')
+    t.equal(await answer(app, redelivered(delivery)), retried)
   }
 })
 

@@ -8,8 +8,9 @@ import { durable, sqliteStore } from '../lib/sqlite/index.ts'
 import { redisStore } from '../lib/stores/redis.ts'
 import { RedisServer, redisMissing } from './support/redis.ts'
 import { sized } from './support/size.ts'
-import { RealTime, Simulation, SteppedTime } from './support/simulation.ts'
+import { RealTime, Simulation } from './support/simulation.ts'
 import type { SimulationOptions } from './support/simulation.ts'
+import { SteppedTime } from './support/time.ts'
 
 const seed = Number(process.env['SEED'] ?? Date.now() % 1_000_000)
 t.comment(`SEED=${seed}`)

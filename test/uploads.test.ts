@@ -403,15 +403,13 @@ t.test('a closed deadline', async t => {
   const clock = stoppedClock(t)
   const deadline = new Deadline(100)
   const seen: string[] = []
-  const waiting = (name: string) => ({ expiresAt: 0, earlier: undefined, later: undefined, expired () { seen.push(name) } })
+  const waiting = (name: string) => () => { seen.push(name) }
   deadline.start(waiting('first'))
   deadline.start(waiting('second'))
   deadline.close()
   t.same(seen, ['first', 'second'])
-  deadline.start(waiting('third'))
-  t.same(seen, ['first', 'second', 'third'])
   clock.advance(1_000)
-  t.equal(seen.length, 3)
+  t.equal(seen.length, 2, 'each once')
 })
 
 t.test('the memory that a body takes', async t => {

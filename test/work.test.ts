@@ -5,6 +5,8 @@ import t from 'tap'
 import { Handling } from '../lib/delivery/handling.ts'
 import { Queued } from '../lib/delivery/queued.ts'
 import { Receiver } from '../lib/delivery/receive.ts'
+import { Standing } from '../lib/delivery/standing.ts'
+import type { ReplyState } from '../lib/delivery/standing.ts'
 import { Work, Works } from '../lib/delivery/work.ts'
 import type { Sender, State, Verdict } from '../lib/delivery/work.ts'
 import type { Failures } from '../lib/failures.ts'
@@ -41,6 +43,42 @@ t.test('a delivery changes its state in these ways and no other', async t => {
       } else {
         t.throws(() => { work.move(STATES[to]) }, { message: `a delivery that is ${from} cannot be ${to}` })
         t.equal(work.state.at, from)
+      }
+    }
+  }
+})
+
+t.test('a reply changes its state in these ways and no other', async t => {
+  const judge = (): boolean => true
+  const states: Record<ReplyState['at'], ReplyState> = {
+    open: { at: 'open' },
+    replying: { at: 'replying', judge, isOverdue: false },
+    'cut off': { at: 'cut off', judge },
+    late: { at: 'late', statusCode: 200 },
+    recorded: { at: 'recorded' },
+    closed: { at: 'closed' }
+  }
+  const legal: Record<ReplyState['at'], ReadonlyArray<ReplyState['at']>> = {
+    open: ['replying', 'late', 'recorded', 'closed'],
+    replying: ['replying', 'open', 'cut off', 'recorded'],
+    'cut off': ['recorded'],
+    late: ['late', 'recorded', 'closed'],
+    recorded: ['recorded'],
+    closed: []
+  }
+  const ways: Record<ReplyState['at'], ReadonlyArray<ReplyState['at']>> = {
+    open: [], replying: ['replying'], 'cut off': ['replying', 'cut off'], late: ['late'], recorded: ['recorded'], closed: ['closed']
+  }
+  for (const from of Object.keys(states) as Array<ReplyState['at']>) {
+    for (const to of Object.keys(states) as Array<ReplyState['at']>) {
+      const standing = new Standing()
+      for (const step of ways[from]) standing.move(states[step])
+      if (legal[from].includes(to)) {
+        standing.move(states[to])
+        t.equal(standing.state, states[to])
+      } else {
+        t.throws(() => { standing.move(states[to]) }, { message: `a reply that is ${from} cannot be ${to}` })
+        t.equal(standing.state.at, from)
       }
     }
   }

@@ -1,25 +1,24 @@
 import type { FastifyInstance, FastifyReply, FastifyRequest, RouteHandlerMethod } from 'fastify'
 import { HandlerFailed } from '../errors.ts'
 import { logError } from '../log.ts'
-import { isPromise } from '../steps.ts'
-import type { MaybePromise } from '../stores/store.ts'
 import { acknowledge } from '../pipeline/acknowledge.ts'
+import { isPromise } from '../steps.ts'
+import type { MaybePromise } from '../steps.ts'
 import { isClosed, isOut, statusOf, traceAfterReset, watchDestroy } from './raw-response.ts'
+import type { Standing } from './standing.ts'
+import type { RecordEnd } from './work.ts'
 
-/** On a request: told by `onSend` whether the route's own handler answered 2xx. */
-const RECORD = Symbol('openai-webhook.record')
+/** On a request: its route's own handler, once that has been started. */
+const STARTED = Symbol('openai-webhook.own-handler')
 
-/** @param isWhole whether the answer is all there: a stream that fails, or a Response with a status of its own, may still be a failure */
-type RecordAnswer = (succeeded: boolean, isWhole: boolean) => MaybePromise<void>
+type Started = FastifyRequest & { [STARTED]?: OwnHandler }
 
-type Recordable = FastifyRequest & { [RECORD]?: RecordAnswer | undefined }
-
-/** onSend: the store hears of the answer before the sender does. */
+/** onSend: the store hears of an own handler's answer before the sender does. */
 export function recordAnswer (request: FastifyRequest, reply: FastifyReply, payload: unknown, done: (error?: Error) => void): void {
-  const recorded = (request as Recordable)[RECORD]?.(isSuccess(reply.statusCode), isText(payload))
+  const recorded = (request as Started)[STARTED]?.answers(isSuccess(reply.statusCode), isText(payload))
   if (!isPromise<void>(recorded)) return done()
-  // What it throws, such as a header that cannot be sent, ends the process where it is nobody's to catch: before 5.11
-  // Fastify catches nothing after a hook that was asynchronous.
+  // `done` may throw, over a header that cannot be sent. Before 5.11 Fastify catches nothing after an asynchronous hook, so
+  // that would end the process.
   const send = (): void => {
     try {
       done()
@@ -28,6 +27,220 @@ export function recordAnswer (request: FastifyRequest, reply: FastifyReply, payl
     }
   }
   recorded.then(send, done)
+}
+
+/**
+ * One run of a route's own handler, which replies; where it returns nothing and has not replied, the delivery is
+ * acknowledged. How it answered, or after the deadline how it ended, is recorded once.
+ */
+export class OwnHandler {
+  readonly #standing: Standing
+  readonly #request: FastifyRequest
+  readonly #reply: FastifyReply
+  readonly #record: RecordEnd
+  /** Fastify's own `reply.send`. */
+  readonly #sendPlainly: FastifyReply['send']
+  #call: 'runs' | 'returned' | 'threw' = 'runs'
+  /** What it threw in place of an answer. */
+  #thrown: unknown
+
+  constructor (standing: Standing, request: FastifyRequest, reply: FastifyReply, record: RecordEnd) {
+    this.#standing = standing
+    this.#request = request
+    this.#reply = reply
+    this.#record = record
+    this.#sendPlainly = reply.send
+  }
+
+  run (handler: RouteHandlerMethod, scope: FastifyInstance): void {
+    const reply = this.#reply
+    ;(this.#request as Started)[STARTED] = this
+    // An async onSend hook delays `reply.sent`; whether the handler has replied must be known at once.
+    reply.send = payload => this.#send(payload)
+    traceAfterReset(reply.raw)
+    if (this.#standing.state.at === 'late') this.#divertStatus()
+    let result
+    let pending = false
+    try {
+      result = handler.call(scope, this.#request, reply)
+      pending = isPromise(result) // reads its `then`, which may be a getter
+    } catch (error) {
+      return this.#threw(error)
+    }
+    if (pending && result !== (reply as unknown)) Promise.resolve(result).then(payload => this.#returned(payload), error => this.#threw(error))
+    else this.#returned(result)
+  }
+
+  /** The deadline is over. @returns whether somebody else may answer, which is not so once the handler has replied */
+  giveUp (): boolean {
+    const { state } = this.#standing
+    if (state.at === 'recorded') state.release?.()
+    else if (state.at === 'replying') this.#standing.move({ ...state, isOverdue: true })
+    else if (state.at === 'open' && !this.#isSent) {
+      this.#leave()
+      return true
+    }
+    return false
+  }
+
+  /**
+   * Its answer, or that of somebody else, is about to leave.
+   *
+   * @param isWhole whether nothing can go wrong any more: a stream may fail, and a Response has a status of its own
+   */
+  answers (succeeded: boolean, isWhole: boolean): MaybePromise<void> {
+    const { state } = this.#standing
+    switch (state.at) {
+      case 'late':
+        // A 2xx can only be the handler's own: it was faster than hooks that hold the refusal.
+        return succeeded && isWhole ? this.#settle(true) : undefined
+      case 'open':
+      case 'replying':
+      case 'cut off':
+        if (succeeded && !isWhole) return watchDestroy(this.#reply.raw, () => this.#broke())
+        return this.#settleFirst(succeeded, state.at === 'replying' && state.isOverdue)
+    }
+  }
+
+  /** The answer waits until it is on record, but not beyond the deadline. */
+  #settleFirst (succeeded: boolean, isOverdue: boolean): MaybePromise<void> {
+    const recording = this.#settle(succeeded)
+    if (!isPromise<void>(recording) || isOverdue) return
+    return new Promise((resolve, reject) => {
+      this.#standing.move({ at: 'recorded', release: resolve })
+      recording.then(resolve, reject)
+    })
+  }
+
+  #settle (succeeded: boolean, error = this.#thrown): MaybePromise<void> {
+    this.#standing.move({ at: 'recorded' })
+    return this.#record(succeeded, error)
+  }
+
+  /** In place of `reply.send`. */
+  #send (payload: unknown): FastifyReply {
+    const standing = this.#standing
+    const reply = this.#reply
+    if (standing.state.at === 'late' && reply.sent) return this.#sentLate(payload)
+    // Fastify's `handlerTimeout` is a deadline too: the handler runs on.
+    if (standing.state.at === 'open' && codeOf(payload) === 'FST_ERR_HANDLER_TIMEOUT') this.#leave()
+    const { at } = standing.state
+    const succeeds = isSuccessful(payload, reply.statusCode)
+    if (at === 'open') standing.move({ at: 'replying', judge: () => succeeds && isSuccess(reply.raw.statusCode), isOverdue: false })
+    try {
+      this.#sendPlainly.call(reply, payload)
+    } catch (error) {
+      // While an async onError hook holds somebody else's answer, Fastify refuses all others.
+      if ((at === 'open' || at === 'late') && codeOf(error) === 'FST_ERR_SEND_INSIDE_ONERR') return this.#sentLate(payload)
+      // A serializer of the app has thrown: nothing is on its way.
+      if (at === 'open') standing.move({ at: 'open' })
+      throw error
+    }
+    // An onSend hook that fails keeps the answer from being recorded as it is sent.
+    if (at === 'open') this.#awaitClose()
+    return reply
+  }
+
+  /** Nobody waits for this reply: it tells how the handler ended. */
+  #sentLate (payload: unknown): FastifyReply {
+    const { state } = this.#standing
+    const succeeded = isSuccessful(payload, state.at === 'late' ? state.statusCode : 200)
+    this.#settle(succeeded, payload instanceof Error ? payload : undefined)
+    return this.#reply
+  }
+
+  #returned (payload: unknown): void {
+    const { state } = this.#standing
+    this.#call = 'returned'
+    switch (state.at) {
+      case 'late':
+        if (payload === undefined) this.#settle(true)
+        else if (payload !== this.#reply) this.#sentLate(payload)
+        return
+      case 'cut off':
+        this.#settle(state.judge())
+        return
+      case 'open':
+        if (this.#isSent) this.#wroteItself()
+        else if (payload !== this.#reply) this.#answerWith(payload)
+    }
+  }
+
+  #answerWith (payload: unknown): void {
+    try {
+      if (payload === undefined) acknowledge(this.#reply, 'processed')
+      else this.#reply.send(payload)
+    } catch (error) {
+      this.#threw(error) // by a serializer of the app
+    }
+  }
+
+  #threw (error: unknown): void {
+    const { at } = this.#standing.state
+    this.#call = 'threw'
+    if (at === 'late') {
+      this.#settle(false, error)
+    } else if (at === 'open' && !this.#reply.sent) {
+      this.#thrown = error
+      this.#reply.send(isMeant(error) ? error : new HandlerFailed({ cause: new AggregateError([error], 'the route\'s handler failed') }))
+    } else {
+      logError(this.#request.log, error, {}, 'a webhook route\'s handler failed after the answer')
+      if (at === 'cut off') this.#settle(false)
+      else this.#wroteItself()
+    }
+  }
+
+  /** Whether it has hijacked the reply or written to the socket. */
+  get #isSent (): boolean {
+    return this.#reply.sent || this.#reply.raw.headersSent
+  }
+
+  #wroteItself (): void {
+    const { raw } = this.#reply
+    if (this.#standing.state.at !== 'open') return
+    this.#standing.move({ at: 'replying', judge: () => raw.writableEnded && isSuccess(statusOf(raw)), isOverdue: false })
+    this.#awaitClose()
+  }
+
+  /**
+   * An answer counts once it is out, by its status. One that the sender did not wait for is judged by what the handler did:
+   * whether it came to its end, and what it had made of the answer.
+   */
+  #awaitClose (): void {
+    const { raw } = this.#reply
+    const closed = (): void => {
+      const { state } = this.#standing
+      if (state.at !== 'replying') return
+      if (isOut(raw)) this.#settle(isSuccess(statusOf(raw)))
+      else if (this.#call === 'runs') this.#standing.move({ at: 'cut off', judge: state.judge })
+      else this.#settle(this.#call === 'returned' && state.judge())
+    }
+    if (isClosed(raw)) closed()
+    else raw.once('close', closed)
+  }
+
+  /** The source of its answer has failed. */
+  #broke (): void {
+    const { state } = this.#standing
+    if (state.at === 'replying') this.#standing.move({ ...state, judge: () => false })
+  }
+
+  /** Somebody else answers. */
+  #leave (): void {
+    this.#standing.move({ at: 'late', statusCode: this.#reply.statusCode })
+    this.#divertStatus()
+  }
+
+  /** The status of a sent refusal stays; the handler's own tells how it ended. */
+  #divertStatus (): void {
+    const reply = this.#reply
+    const { code } = reply
+    reply.code = reply.status = statusCode => {
+      if (!reply.sent) return code.call(reply, statusCode)
+      if (this.#standing.state.at === 'late') this.#standing.move({ at: 'late', statusCode })
+      return reply
+    }
+  }
 }
 
 const isSuccess = (statusCode: number): boolean => statusCode >= 200 && statusCode < 300
@@ -51,182 +264,5 @@ function isMeant (error: unknown): boolean {
     return error instanceof Error && typeof (error as { statusCode?: unknown }).statusCode === 'number'
   } catch {
     return false // a getter that throws
-  }
-}
-
-/**
- * Runs a route's own handler, which replies; where it returns nothing and has not replied, the delivery is acknowledged.
- *
- * @param late whether the deadline has passed already, and the sender been answered
- * @param record told once whether it succeeded: how it answered, or after the deadline how it ended
- * @returns to be called at the deadline; tells whether somebody else may answer, which is not so once it has replied
- */
-export function runOwnHandler (
-  handler: RouteHandlerMethod,
-  scope: FastifyInstance,
-  request: FastifyRequest,
-  reply: FastifyReply,
-  late: boolean,
-  record: (succeeded: boolean, error?: unknown) => MaybePromise<void>
-): () => boolean {
-  let recorded = false
-  let thrown: unknown
-  let replied = false
-  let overdue = late
-  /** The status that it replies with after the deadline, when `reply` has that of the refusal. */
-  let lateStatus = 200
-  let endWait: (() => void) | undefined
-  const { raw } = reply
-  /** Whether its call has come to an end. */
-  let ended = false
-  let threwAfterReply = false
-  /** Whether the source of its answer has failed. */
-  let broken = false
-  /** How the answer stands that was cut off before the handler's end. */
-  let cutOff: (() => boolean) | undefined
-
-  function recordOnce (succeeded: boolean): MaybePromise<void> {
-    if (recorded) return
-    recorded = true
-    return record(succeeded, thrown)
-  }
-
-  /** The answer waits until it is on record, but not beyond the deadline. */
-  function recordAnswered (succeeded: boolean, isWhole: boolean): MaybePromise<void> {
-    if (succeeded && !isWhole) return watchDestroy(raw, () => { broken = true })
-    const recording = recordOnce(succeeded)
-    if (!isPromise<void>(recording) || overdue) return
-    return new Promise((resolve, reject) => {
-      endWait = resolve
-      recording.then(resolve, reject)
-    })
-  }
-
-  /** After the deadline nobody waits for the reply: it tells how the handler ended. */
-  function recordLate (payload: unknown): void {
-    if (payload instanceof Error) thrown = payload
-    recordOnce(isSuccessful(payload, lateStatus))
-  }
-
-  function returned (payload: unknown): void {
-    ended = true
-    if (late) {
-      if (payload === undefined) recordOnce(true)
-      else if (payload !== reply) recordLate(payload)
-    } else if (replied) {
-      // Recorded as it is sent, or has been cut off.
-      if (cutOff !== undefined) recordOnce(cutOff())
-    } else if (reply.sent || raw.headersSent) {
-      recordWhenClosed(judgeRaw) // hijacked, or written to the socket
-    } else if (payload !== reply) {
-      try {
-        if (payload === undefined) acknowledge(reply, 'processed')
-        else reply.send(payload)
-      } catch (error) {
-        threw(error) // by a serializer of the user's
-      }
-    }
-  }
-
-  function threw (error: unknown): void {
-    ended = true
-    if (late) {
-      thrown = error
-      recordOnce(false)
-    } else if (replied || reply.sent) {
-      logError(request.log, error, {}, 'a webhook route\'s handler failed after the answer')
-      threwAfterReply = true
-      recordWhenClosed(judgeRaw)
-    } else {
-      thrown = error
-      reply.send(isMeant(error) ? error : new HandlerFailed({ cause: new AggregateError([error], 'the route\'s handler failed') }))
-    }
-  }
-
-  /**
-   * An answer counts once it is out, as what it is. One that the sender did not wait for is judged by what the handler did:
-   * whether it came to its end, and what it had made of the answer.
-   */
-  function recordWhenClosed (judge: () => boolean): void {
-    const closed = (): void => {
-      if (isOut(raw)) recordOnce(isSuccess(statusOf(raw)))
-      else if (ended) recordOnce(!threwAfterReply && judge())
-      else cutOff = judge
-    }
-    if (isClosed(raw)) closed()
-    else raw.once('close', closed)
-  }
-
-  /** Of what it has written by itself. */
-  function judgeRaw (): boolean {
-    return raw.writableEnded && isSuccess(statusOf(raw))
-  }
-
-  /** Somebody else answers, or has answered. */
-  function leave (): void {
-    late = true
-    // A 2xx can only be the handler's own: it was faster than hooks that hold the refusal.
-    ;(request as Recordable)[RECORD] = (succeeded, isWhole) => succeeded && isWhole ? recordOnce(true) : undefined
-    const { code } = reply
-    reply.code = reply.status = function (status: number): FastifyReply {
-      if (!reply.sent) return code.call(reply, status)
-      lateStatus = status
-      return reply
-    }
-  }
-
-  // An async onSend hook delays `reply.sent`; whether the handler has replied must be known at once.
-  const send = reply.send
-  reply.send = function (payload?: unknown): FastifyReply {
-    if (late && reply.sent) {
-      recordLate(payload)
-      return reply
-    }
-    const isFirst = !late && !replied
-    if (isFirst && codeOf(payload) === 'FST_ERR_HANDLER_TIMEOUT') {
-      // Fastify's `handlerTimeout` is a deadline too: the handler runs on.
-      lateStatus = reply.statusCode
-      leave()
-    } else if (isFirst) {
-      replied = true
-    }
-    const succeeds = isSuccessful(payload, reply.statusCode)
-    try {
-      send.call(reply, payload)
-    } catch (error) {
-      // While an async onError hook holds somebody else's answer, Fastify refuses all others.
-      if ((late || isFirst) && codeOf(error) === 'FST_ERR_SEND_INSIDE_ONERR') {
-        recordLate(payload)
-        return reply
-      }
-      if (isFirst) replied = false // a serializer of the user's has thrown: nothing is on its way
-      throw error
-    }
-    // An onSend hook that fails keeps the answer from being recorded as it is sent.
-    if (isFirst && !late) recordWhenClosed(() => succeeds && !broken && isSuccess(raw.statusCode))
-    return reply
-  }
-  traceAfterReset(raw)
-  if (late) leave()
-  else (request as Recordable)[RECORD] = recordAnswered
-
-  let result
-  let pending = false
-  try {
-    result = handler.call(scope, request, reply)
-    pending = isPromise(result) // reads its `then`, which may be a getter
-  } catch (error) {
-    threw(error)
-  }
-  if (pending && result !== (reply as unknown)) Promise.resolve(result).then(returned, threw)
-  else returned(result)
-
-  return () => {
-    overdue = true
-    endWait?.()
-    if (replied || late || reply.sent || raw.headersSent) return false
-    lateStatus = reply.statusCode
-    leave()
-    return true
   }
 }

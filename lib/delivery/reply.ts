@@ -5,37 +5,30 @@ import { logError } from '../log.ts'
 import { acknowledge, refuse } from '../pipeline/acknowledge.ts'
 import type { Refused } from '../registry.ts'
 import type { VerifiedRequest } from '../request.ts'
-import type { Deadline, Expirable } from '../deadline.ts'
-import { runOwnHandler } from './own-handler.ts'
+import { OwnHandler } from './own-handler.ts'
 import type { Receiver } from './receive.ts'
+import { Standing } from './standing.ts'
 import type { Sender, Verdict, Work } from './work.ts'
 
 export interface ReplyOptions {
   readonly endpoint: string
   readonly receiver: Receiver
-  readonly deadline: Deadline
+  /** ms */
+  readonly deadline: number
   readonly failures: Failures
   /** The route's own handler, which replies. */
   readonly own: RouteHandlerMethod | undefined
 }
 
-/**
- * How a request stands: `open` until it is answered; `late` where the deadline has answered it, `replied` where the route's
- * own handler has, and the delivery goes on; `over` with the delivery's verdict.
- */
-type Standing = 'open' | 'late' | 'replied' | 'over'
-
 /** One request and its one answer: the delivery's verdict, the own handler's reply, or the deadline's 503. */
-export class Reply implements Sender, Expirable {
+export class Reply implements Sender {
   readonly ownHandler: Sender['ownHandler']
-  expiresAt = 0
-  earlier: Expirable | undefined = undefined
-  later: Expirable | undefined = undefined
-  #standing: Standing = 'open'
+  readonly #standing = new Standing()
+  /** Set once the own handler has been started. */
+  #own: OwnHandler | undefined
   /** What it waits for. */
-  #work: Work | undefined = undefined
-  /** Tells the own handler that it is too late. @returns whether somebody else may answer */
-  #giveUp: (() => boolean) | undefined = undefined
+  #work: Work | undefined
+  #timer: NodeJS.Timeout | undefined
 
   constructor (
     readonly request: VerifiedRequest,
@@ -45,13 +38,11 @@ export class Reply implements Sender, Expirable {
   ) {
     const { own } = options
     this.ownHandler = own && (record => {
-      this.#giveUp = runOwnHandler(own, scope, request, reply, this.#standing === 'late', (succeeded, error) => {
-        if (this.#standing === 'open') {
-          this.#standing = 'replied'
-          this.#closeConnection()
-        }
+      this.#own = new OwnHandler(this.#standing, request, reply, (succeeded, error) => {
+        this.#closeConnection()
         return record(succeeded, error)
       })
+      this.#own.run(own, scope)
     })
   }
 
@@ -59,25 +50,27 @@ export class Reply implements Sender, Expirable {
   run (): void {
     const { receiver, deadline, endpoint } = this.options
     this.#work = receiver.receive(endpoint, this)
-    // An own handler may have replied; what it has replied is yet to be recorded.
-    if (this.#standing === 'open' || this.#standing === 'replied') deadline.start(this)
+    // Unref'd: the sender's socket keeps the process alive, and the timer alone must not.
+    if (this.#standing.state.at !== 'closed') this.#timer = setTimeout(expire, deadline, this).unref()
   }
 
   tell (verdict: Verdict): void {
-    const isOpen = this.#standing === 'open'
-    this.#standing = 'over'
-    this.options.deadline.stop(this)
+    clearTimeout(this.#timer)
+    const { at } = this.#standing.state
+    // An own handler has answered by itself where it is recorded.
+    if (at !== 'recorded') this.#standing.move({ at: 'closed' })
     if (verdict.outcome === 'refused') {
-      if (isOpen) this.#refuse(verdict.error)
+      if (at === 'open') this.#refuse(verdict.error)
       else this.options.failures.late(verdict.error, this.#delivery, this.request)
-    } else if (isOpen) {
+    } else if (at === 'open') {
       this.#send(() => { acknowledge(this.reply, verdict.outcome) })
     }
   }
 
+  /** The deadline is over. */
   expired (): void {
-    if (this.#giveUp?.() === false) return
-    this.#standing = 'late'
+    if (this.#own === undefined) this.#standing.move({ at: 'late', statusCode: this.reply.statusCode })
+    else if (!this.#own.giveUp()) return
     this.#work?.leave(this)
     this.#refuse(this.#work?.state.at === 'claiming' ? new Unavailable() : new DeadlineExceeded())
   }
@@ -102,8 +95,10 @@ export class Reply implements Sender, Expirable {
     }
   }
 
-  /** What is kept alive keeps a closing server open until its own timeout, 72 s by default. */
+  /** A connection that is kept alive keeps a closing server open until its own timeout, 72 s by default. */
   #closeConnection (): void {
     if (this.options.receiver.works.closing && !this.reply.raw.headersSent) this.reply.header('connection', 'close')
   }
 }
+
+function expire (reply: Reply): void { reply.expired() }

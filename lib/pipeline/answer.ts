@@ -19,8 +19,11 @@ type Standable = FastifyRequest & { [STANDING]?: Standing }
 
 export type RouteErrorHandler = (error: unknown, request: FastifyRequest, reply: FastifyReply) => unknown
 
-/** What is sent in here is an error handler's. Only where a handler may answer too: it makes every promise cost more. */
-const errorHandlers = new AsyncLocalStorage<FastifyRequest>()
+/**
+ * Whatever is sent in here, an error handler sends. Entered only where a handler may answer too, since it makes every promise
+ * cost more. Holds the request weakly: timers keep the context that they were set in, such as node:http's for its Date header.
+ */
+const errorHandlers = new AsyncLocalStorage<WeakRef<FastifyRequest>>()
 
 /** The delivery has been verified: what is answered from here on, the plugin or the route's own handler answers. */
 export function handling (request: FastifyRequest, ownHandler: boolean): void {
@@ -49,7 +52,7 @@ export function refuseErrors (own: RouteErrorHandler | undefined): RouteErrorHan
 
 /** As Fastify asks an error handler, but so that what is sent can be told from what the route's own handler sends. */
 function contested (answer: () => unknown, request: FastifyRequest, reply: FastifyReply): unknown {
-  return errorHandlers.run(request, () => {
+  return errorHandlers.run(new WeakRef(request), () => {
     try {
       const result = answer()
       if (isPromise<unknown>(result)) return { then: AsyncResource.bind(result.then.bind(result)) }
@@ -92,7 +95,7 @@ export function keepRefusal (unprocessed: (request: FastifyRequest, statusCode: 
     const statusCode = response?.status ?? reply.statusCode
     if (typeof standing !== 'object') {
       if (standing === undefined && isSuccess(statusCode)) unprocessed(request, statusCode)
-    } else if (standing.isContested && errorHandlers.getStore() !== request) {
+    } else if (standing.isContested && errorHandlers.getStore()?.deref() !== request) {
       handling(request, true)
     } else if (statusCode < 400) {
       if (response !== undefined) return done(null, new Response(response.body, { status: standing.statusCode, headers: response.headers }))

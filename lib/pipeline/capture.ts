@@ -3,7 +3,7 @@ import type { Http2ServerRequest } from 'node:http2'
 import { Readable } from 'node:stream'
 import fastify from 'fastify'
 import type { FastifyInstance, FastifyReply, FastifyRequest, RequestPayload } from 'fastify'
-import type { Deadline, Expirable } from '../deadline.ts'
+import type { Deadline } from '../deadline.ts'
 import { BodyTimeout, InvalidOptions, Overloaded } from '../errors.ts'
 import { retryLater } from './acknowledge.ts'
 import { Gathered } from './gathered.ts'
@@ -39,19 +39,14 @@ export function readPayload (request: FastifyRequest, payload: RequestPayload, {
   // Only a stream in place of the request's can end elsewhere, or hold other bytes than were declared.
   const isReplaced = payload !== request.raw as RequestPayload
   let gathered: Gathered | undefined = new Gathered(isReplaced ? limit : Number(declared) || limit)
-  const waiting: Expirable = {
-    expiresAt: 0,
-    earlier: undefined,
-    later: undefined,
-    expired () { giveUp(deadline.closed ? new Overloaded() : new BodyTimeout(deadline.ms)) }
-  }
   payload.on('data', onData)
   payload.on('end', onEnd)
   payload.on('error', fail)
   // A request that is cut off fails; a stream that an earlier preParsing hook has put in its place may only close.
   if (isReplaced) payload.on('close', onClose)
   payload.resume() // @fastify/compress hands on a paused one
-  deadline.start(waiting)
+  const timer = deadline.closed ? undefined : deadline.start(() => { giveUp(deadline.closed ? new Overloaded() : new BodyTimeout(deadline.ms)) })
+  if (timer === undefined) giveUp(new Overloaded())
 
   function onData (data: unknown): void {
     const chunk = toChunk(data)
@@ -89,7 +84,7 @@ export function readPayload (request: FastifyRequest, payload: RequestPayload, {
 
   function settle (error: Error | null, bytes?: Buffer): void {
     gathered = undefined
-    deadline.stop(waiting)
+    deadline.stop(timer)
     payload.off('data', onData) // node:http removes one that is left, for 0.7 µs
     captured(error, bytes)
   }
@@ -114,9 +109,8 @@ function boundRest ({ raw }: FastifyRequest, reply: FastifyReply, { deadline }: 
   } else if (deadline.closed) {
     reply.header('connection', 'close')
   } else {
-    const waiting: Expirable = { expiresAt: 0, earlier: undefined, later: undefined, expired () { raw.destroy() } }
-    deadline.start(waiting)
-    raw.once('close', () => { deadline.stop(waiting) })
+    const timer = deadline.start(() => { raw.destroy() })
+    raw.once('close', () => { deadline.stop(timer) })
   }
 }
 

@@ -25,7 +25,8 @@ export interface Routes {
   readonly authentication: Authentication
   readonly failures: Failures
   readonly receiver: Receiver
-  readonly deadline: Deadline
+  /** ms */
+  readonly deadline: number
   readonly bounds: Bounds
   /** To be called once the app is ready. */
   readonly settles: Array<() => void>

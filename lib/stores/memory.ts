@@ -1,6 +1,4 @@
 import { InvalidOptions } from '../errors.ts'
-import { LinkedList } from '../linked-list.ts'
-import type { Linked } from '../linked-list.ts'
 import { RETENTION } from './store.ts'
 import type { Claim, IdempotencyStore } from './store.ts'
 
@@ -12,12 +10,15 @@ interface Running {
 }
 
 /** Processed, or given up. */
-interface Settled extends Linked<Settled> {
+interface Settled {
   readonly key: string
   /** The handlers that had finished when it was given up; undefined once it has been processed. */
   finished: readonly string[] | undefined
   /** The second of the monotonic clock at which it is forgotten: a whole number, which takes no room of its own. */
   forgottenAt: number
+  /** The ones that were seen before and after it. */
+  earlier: Settled | undefined
+  later: Settled | undefined
 }
 
 const NONE: readonly string[] = []
@@ -32,9 +33,10 @@ export function memoryStore ({ max = 100_000 }: { max?: number } = {}): Idempote
   if (!Number.isSafeInteger(max) || max < 1) throw new InvalidOptions(`expected memoryStore's max to be a whole number of deliveries, 1 or more, got ${String(max)}`)
   const running = new Map<string, Running>()
   const settled = new Map<string, Settled>()
-  // Not the order of the Map: to delete a key and set it again, each time it is seen, leaves a chain of holes in V8's table,
-  // and a duplicate soon takes 40 µs or more.
-  const bySight = new LinkedList<Settled>()
+  // A list of its own, not the order of the Map: to delete a key and set it again, each time it is seen, leaves a chain of holes
+  // in V8's table, and a duplicate soon takes 40 µs or more.
+  let first: Settled | undefined
+  let last: Settled | undefined
   let claims = 0
 
   function held (key: string, token: string): Running | undefined {
@@ -50,8 +52,8 @@ export function memoryStore ({ max = 100_000 }: { max?: number } = {}): Idempote
     if (before === undefined) {
       const entry = { key, finished, forgottenAt, earlier: undefined, later: undefined }
       settled.set(key, entry)
-      bySight.append(entry)
-      if (settled.size > max) forget(bySight.first!)
+      append(entry)
+      if (settled.size > max) forget(first!)
     } else {
       before.finished = finished
       before.forgottenAt = forgottenAt
@@ -59,13 +61,29 @@ export function memoryStore ({ max = 100_000 }: { max?: number } = {}): Idempote
     }
   }
 
+  function append (entry: Settled): void {
+    entry.earlier = last
+    if (last === undefined) first = entry
+    else last.later = entry
+    last = entry
+  }
+
+  function unlink (entry: Settled): void {
+    const { earlier, later } = entry
+    if (earlier === undefined) first = later
+    else earlier.later = later
+    if (later === undefined) last = earlier
+    else later.earlier = earlier
+    entry.earlier = entry.later = undefined
+  }
+
   function seen (entry: Settled): void {
-    bySight.remove(entry)
-    bySight.append(entry)
+    unlink(entry)
+    append(entry)
   }
 
   function forget (entry: Settled): void {
-    bySight.remove(entry)
+    unlink(entry)
     settled.delete(entry.key)
   }
 

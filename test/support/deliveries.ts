@@ -1,10 +1,10 @@
 import { randomUUID } from 'node:crypto'
-import { Clock } from 'clock-mock'
 import Fastify from 'fastify'
 import type { FastifyInstance, FastifyServerOptions } from 'fastify'
 import { Webhook } from 'standardwebhooks'
 import openaiWebhook from '../../lib/index.ts'
 import type { OpenAIWebhookOptions } from '../../lib/index.ts'
+import { SteppedTime } from './time.ts'
 
 /** The secret of the known-good vector below. */
 export const SECRET = 'whsec_RdvaYFYUXuIFuEbvZHwMfYFhUf7aMYjYcmM24+Aj40c='
@@ -67,13 +67,6 @@ export async function post (app: FastifyInstance, { headers, body }: Signed, url
 }
 
 /** A clock that only moves when the test moves it, until the test ends. Boot the app before: booting takes timers. */
-export function stoppedClock (t: { teardown: (fn: () => unknown) => void }, ms = Date.now()): Clock {
-  const clock = new Clock()
-  const { setImmediate } = globalThis
-  clock.enter()
-  // Streams and injected requests go on: only what measures time stands still.
-  globalThis.setImmediate = setImmediate
-  clock.travel(ms)
-  t.teardown(() => clock.exit())
-  return clock
+export function stoppedClock (t: { teardown: (fn: () => unknown) => void }, ms?: number): SteppedTime {
+  return new SteppedTime(t, ms)
 }

@@ -4,114 +4,21 @@ import type { FastifyInstance } from 'fastify'
 import openaiWebhook from '../../lib/index.ts'
 import type { IdempotencyStore, Runner } from '../../lib/index.ts'
 import { SECRET } from './deliveries.ts'
-
-/** A binary heap of what is to happen, by time and then in the order in which it was put in. */
-export class Agenda<T> {
-  readonly #heap: Array<{ at: number, order: number, what: T }> = []
-  #orders = 0
-
-  get size (): number { return this.#heap.length }
-  get next (): number { return this.#heap[0]?.at ?? Number.POSITIVE_INFINITY }
-
-  add (at: number, what: T): void {
-    const heap = this.#heap
-    const entry = { at, order: this.#orders++, what }
-    let index = heap.length
-    while (index > 0) {
-      const parent = (index - 1) >> 1
-      if (!this.#before(entry, heap[parent]!)) break
-      heap[index] = heap[parent]!
-      index = parent
-    }
-    heap[index] = entry
-  }
-
-  take (): T {
-    const heap = this.#heap
-    const first = heap[0]!
-    const last = heap.pop()!
-    if (heap.length === 0) return first.what
-    let index = 0
-    for (;;) {
-      let child = 2 * index + 1
-      if (child >= heap.length) break
-      if (child + 1 < heap.length && this.#before(heap[child + 1]!, heap[child]!)) child++
-      if (!this.#before(heap[child]!, last)) break
-      heap[index] = heap[child]!
-      index = child
-    }
-    heap[index] = last
-    return first.what
-  }
-
-  #before (a: { at: number, order: number }, b: { at: number, order: number }): boolean {
-    return a.at < b.at || (a.at === b.at && a.order < b.order)
-  }
-}
-
-/** `setTimeout`, as the plugin and the handlers call it. */
-interface Timer { run: () => void, every: number | undefined, cleared: boolean, unref: () => Timer, ref: () => Timer }
+import { Agenda } from './time.ts'
 
 export interface Time {
   /** ms since the epoch, for whoever sends. */
   readonly now: number
   /** What a delivery that is signed now bears, ms since the epoch. */
   readonly stamp: number
-  advance (to: number): void
-}
-
-/**
- * Time that only moves when it is told to, in Date.now, performance.now, timeouts and intervals. Timers go off in their
- * order and see the time they were set for, which clock-mock's do not, and cost the logarithm of their number.
- */
-export class SteppedTime implements Time {
-  now: number
-  readonly #timers = new Agenda<Timer>()
-
-  constructor (t: { teardown: (fn: () => unknown) => void }, now = Date.now()) {
-    this.now = now
-    const { setTimeout, setInterval, clearTimeout, clearInterval } = globalThis
-    const { now: dateNow } = Date
-    const add = (run: () => void, ms: number, every?: number): Timer => {
-      const timer: Timer = { run, every, cleared: false, unref: () => timer, ref: () => timer }
-      this.#timers.add(this.now + Math.max(ms, 1), timer)
-      return timer
-    }
-    const clear = (timer: Timer | undefined): void => { if (timer !== undefined) timer.cleared = true }
-    Object.assign(globalThis, {
-      setTimeout: (run: (...args: unknown[]) => void, ms = 1, ...args: unknown[]) => add(() => run(...args), ms),
-      setInterval: (run: (...args: unknown[]) => void, ms = 1, ...args: unknown[]) => add(() => run(...args), ms, Math.max(ms, 1)),
-      clearTimeout: clear,
-      clearInterval: clear
-    })
-    Date.now = () => Math.floor(this.now)
-    performance.now = () => this.now
-    t.teardown(() => {
-      Object.assign(globalThis, { setTimeout, setInterval, clearTimeout, clearInterval })
-      Date.now = dateNow
-      Reflect.deleteProperty(performance, 'now')
-    })
-  }
-
-  get stamp (): number { return this.now }
-
-  advance (to: number): void {
-    while (this.#timers.next <= to) {
-      this.now = Math.max(this.now, this.#timers.next)
-      const timer = this.#timers.take()
-      if (timer.cleared) continue
-      if (timer.every !== undefined) this.#timers.add(this.now + timer.every, timer)
-      timer.run()
-    }
-    this.now = Math.max(this.now, to)
-  }
+  advanceTo (to: number): void
 }
 
 /** For what lives by timers that are not ours: the sender's hours pass, the receiver's clock goes on as it does. */
 export class RealTime implements Time {
   now = Date.now()
   get stamp (): number { return Date.now() }
-  advance (to: number): void { this.now = Math.max(this.now, to) }
+  advanceTo (to: number): void { this.now = Math.max(this.now, to) }
 }
 
 const SECOND = 1_000
@@ -255,13 +162,13 @@ export class Simulation {
     for (let group = 0; this.#agenda.size > 0 || this.#unanswered > 0; group++) {
       const end = this.#agenda.next + TOGETHER
       for (let left = 1 + this.#chance(Chance.Group, group) * 64; left > 0 && this.#agenda.next <= end && this.#agenda.size > 0; left--) {
-        time.advance(this.#agenda.next)
+        time.advanceTo(this.#agenda.next)
         const { delivery, retries } = this.#agenda.take()
         this.#send(app, delivery, retries)
       }
       await this.#settled()
       // Only time ends what sleeps.
-      if (this.#agenda.size === 0 || this.#unanswered > 100) time.advance(time.now + 500)
+      if (this.#agenda.size === 0 || this.#unanswered > 100) time.advanceTo(time.now + 500)
     }
     if (promise === 'will succeed') await this.#until(() => this.#deliveries.every(delivery => !delivery.answered200 || delivery.succeeded === delivery.all))
     let closed = false
@@ -276,7 +183,7 @@ export class Simulation {
     const { time } = this.#options
     const steps = time instanceof RealTime ? 200_000 : 20_000
     for (let step = 0; step < steps && !holds(); step++) {
-      time.advance(time.now + SECOND)
+      time.advanceTo(time.now + SECOND)
       // A runner starts in the turn after; no timer of its handlers is there before.
       await turn()
       await this.#settled()

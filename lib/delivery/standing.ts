@@ -1,0 +1,51 @@
+/**
+ * Where the one answer to a request stands.
+ *
+ *     open ─ verdict ──────────────────────────► closed
+ *     open ─ deadline ─► late ─ verdict ───────► closed
+ *                        late ─ own handler ends ► recorded
+ *     open ─ own handler sends ─► replying ────► recorded
+ */
+export type ReplyState =
+  /** Nobody has answered. */
+  | { readonly at: 'open' }
+  /**
+   * The route's own handler answers, and the answer is not out yet.
+   *
+   * `judge`: whether it is a success where the sender does not wait for it. `isOverdue`: the deadline is over.
+   */
+  | { readonly at: 'replying', readonly judge: () => boolean, readonly isOverdue: boolean }
+  /** The sender went away before the answer was out, and the own handler runs on: its end decides. */
+  | { readonly at: 'cut off', readonly judge: () => boolean }
+  /**
+   * The deadline has answered, or Fastify's `handlerTimeout`. An own handler runs on, and how it ends is recorded.
+   *
+   * `statusCode`: what it would answer with; `reply` has the status of the refusal.
+   */
+  | { readonly at: 'late', readonly statusCode: number }
+  /** How the own handler ended has been told. `release` lets go of an answer that waits for that to be on record. */
+  | { readonly at: 'recorded', readonly release?: () => void }
+  /** The delivery's verdict is known: it is the answer, or comes after the deadline's. */
+  | { readonly at: 'closed' }
+
+const NEXT: Readonly<Record<ReplyState['at'], ReadonlyArray<ReplyState['at']>>> = {
+  open: ['replying', 'late', 'recorded', 'closed'],
+  // Back to open where a serializer of the app has thrown: nothing is on its way.
+  replying: ['replying', 'open', 'cut off', 'recorded'],
+  'cut off': ['recorded'],
+  late: ['late', 'recorded', 'closed'],
+  recorded: ['recorded'],
+  closed: []
+}
+
+export class Standing {
+  #state: ReplyState = { at: 'open' }
+
+  get state (): ReplyState { return this.#state }
+
+  /** The one place where a reply changes its state. */
+  move (state: ReplyState): void {
+    if (!NEXT[this.#state.at].includes(state.at)) throw new Error(`a reply that is ${this.#state.at} cannot be ${state.at}`)
+    this.#state = state
+  }
+}
