@@ -1,13 +1,16 @@
 import { join } from 'node:path'
 import { Redis } from 'ioredis'
+import { PgBoss } from 'pg-boss'
 import t from 'tap'
 import { bullmq } from '../lib/runners/bullmq.ts'
+import { pgboss } from '../lib/runners/pgboss.ts'
 import { background, inline, memoryStore } from '../lib/index.ts'
 import type { IdempotencyStore, Runner } from '../lib/index.ts'
 import { redisStore } from '../lib/stores/redis.ts'
 import { durable, sqliteStore } from '../lib/sqlite/index.ts'
 import { runnerContract, storeContract } from '../lib/testing/index.ts'
 import type { ContractCase } from '../lib/testing/index.ts'
+import { PostgresServer, postgresMissing } from './support/postgres.ts'
 import { RedisServer, redisMissing } from './support/redis.ts'
 import { HANDLES, READING, closeSqlite, missing, openSqlite } from './support/sqlite.mjs'
 import type { Handle, HandleName } from './support/sqlite.mjs'
@@ -93,6 +96,13 @@ t.test('runners', async t => {
     const fresh = (): Runner => bullmq({ connection: { host: '127.0.0.1', port }, queueName: `contract-${++queues}`, backoff: 5, attempts: 2, removeOnFail: { count: 100 } })
     await keeps(t, runnerContract(fresh, { attempts: 2 }))
   })
+
+  await t.test('pgboss', { skip: postgresMissing }, async t => {
+    const boss = await new PgBoss((await PostgresServer.start(t)).url).on('error', () => {}).start()
+    t.teardown(async () => await boss.stop({ graceful: false }))
+    let queues = 0
+    await keeps(t, runnerContract(() => pgboss({ boss, queueName: `contract-${++queues}`, backoff: 0, attempts: 2 }), { attempts: 2 }))
+  })
 })
 
 t.test('what cannot serve is told when it is given', async t => {
@@ -117,6 +127,17 @@ t.test('what cannot serve is told when it is given', async t => {
   t.throws(() => bullmq({ connection: 'redis://127.0.0.1' as never }), { code })
   t.throws(() => bullmq({ connection: {}, attempts: 0 }), { code, message: 'bullmq: expected attempts to be a whole number, 1 or more, got 0' })
   t.throws(() => bullmq({ connection: {}, worker: { concurrency: 0 } }), { code })
+  const boss = { work () {}, previewRedrive () {} } as unknown as PgBoss
+  for (const each of [undefined, {}, { work () {} }, { previewRedrive () {} }]) {
+    t.throws(() => pgboss({ boss: each as never }), { code, message: 'pgboss: expected boss to be a PgBoss, of pg-boss 12.35 or later' })
+  }
+  for (const [option, least] of [['attempts', 1], ['backoff', 0], ['heartbeatSeconds', 10], ['expireInSeconds', 1]] as const) {
+    t.throws(() => pgboss({ boss, [option]: least - 1 }), { code, message: `pgboss: expected ${option} to be a whole number, ${least} or more, got ${least - 1}` })
+    t.ok(pgboss({ boss, [option]: least }))
+  }
+  t.throws(() => pgboss({ boss, expireInSeconds: 86_401 }), { code, message: 'pgboss: expected expireInSeconds to be at most 86400, got 86401' })
+  t.throws(() => pgboss({ boss, worker: { concurrency: 0 } }), { code, message: /worker\.concurrency/ })
+  for (const pollingIntervalSeconds of [0.4, Number.NaN, 'x' as never]) t.throws(() => pgboss({ boss, worker: { pollingIntervalSeconds } }), { code, message: /worker\.pollingIntervalSeconds/ })
 })
 
 t.test('bullmq takes nothing before it was started', async t => {

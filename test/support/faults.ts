@@ -158,14 +158,15 @@ export interface MemberOptions {
   effects: string
   path?: false
   store?: 'memory' | 'sqlite' | 'redis'
-  runner?: 'inline' | 'durable' | 'bullmq'
+  runner?: 'inline' | 'durable' | 'bullmq' | 'pgboss'
   /** Of SQLite. */
   file?: string
   /** Opens it. */
   handle?: HandleName
   redisPort?: number
+  postgresUrl?: string
   lease?: number
-  worker?: boolean | { concurrency?: number, lockDuration?: number, stalledInterval?: number }
+  worker?: boolean | { concurrency?: number, lockDuration?: number, stalledInterval?: number, pollingIntervalSeconds?: number }
   /** The handler blocks the event loop until this file exists. */
   blockedUntil?: string
   /** The handler fails in the end. */

@@ -4,7 +4,7 @@ import Fastify from 'fastify'
 import openaiWebhook, { inline, memoryStore } from 'fastify-openai-webhook'
 import { openSqlite } from '../sqlite.mjs'
 
-const { secret, path, effects, store = 'memory', runner = 'inline', file, handle, redisPort, lease = 30_000, worker, blockedUntil, fails, hangs } = JSON.parse(process.argv[2])
+const { secret, path, effects, store = 'memory', runner = 'inline', file, handle, redisPort, postgresUrl, lease = 30_000, worker, blockedUntil, fails, hangs } = JSON.parse(process.argv[2])
 
 let db
 function openFile () {
@@ -25,10 +25,16 @@ const stores = {
   }
 }
 
+let boss
 const runners = {
   inline: () => inline(),
   durable: async () => (await import('fastify-openai-webhook/sqlite')).durable(openFile(), { lease, backoff: 1 }),
-  bullmq: async () => (await import('fastify-openai-webhook/bullmq')).bullmq({ connection: { host: '127.0.0.1', port: redisPort }, worker, backoff: 1 })
+  bullmq: async () => (await import('fastify-openai-webhook/bullmq')).bullmq({ connection: { host: '127.0.0.1', port: redisPort }, worker, backoff: 1 }),
+  pgboss: async () => {
+    const { PgBoss } = await import('pg-boss')
+    boss = await new PgBoss(postgresUrl).on('error', () => {}).start()
+    return (await import('fastify-openai-webhook/pgboss')).pgboss({ boss, worker, backoff: 0 })
+  }
 }
 
 const app = Fastify()
@@ -57,5 +63,6 @@ process.once('message', async () => {
   await app.close()
   // It ends by itself, since nothing is left open; the user's connections apart.
   redis?.disconnect()
+  await boss?.stop()
   process.disconnect()
 })

@@ -1,0 +1,328 @@
+import { createHash } from 'node:crypto'
+import { setMaxListeners } from 'node:events'
+import { setTimeout as sleep } from 'node:timers/promises'
+import type { JobInsert, JobResult, JobWithMetadata, PgBoss } from 'pg-boss'
+import { InvalidOptions, Overloaded } from '../errors.ts'
+import { RETENTION } from '../stores/store.ts'
+import { assertCount } from './background.ts'
+import { grouped } from './grouped.ts'
+import { deadDelivery, describeFailure } from './handler-failures.ts'
+import { keyOf, tellDead } from './runner.ts'
+import type { DeadDelivery, DeliveryError, DeliveryRef, Job, Runner, RunnerHost } from './runner.ts'
+
+export interface PgBossOptions {
+  /** A started `PgBoss` of pg-boss 12.35 or later. It stays the user's, who stops it after `app.close()`. */
+  boss: PgBoss
+  /**
+   * Its dead letter queue has this name with `-dead` behind it. Both are created where they are missing.
+   *
+   * @default 'openai-webhook'
+   */
+  queueName?: string
+  /**
+   * Whether this process runs handlers; or how many deliveries at once (`concurrency`), and how often pg-boss is asked for
+   * what no notification has told of (`pollingIntervalSeconds`, 0.5 or more).
+   *
+   * @default true, with a concurrency of 10, and every 2 s
+   */
+  worker?: boolean | { concurrency?: number, pollingIntervalSeconds?: number }
+  /**
+   * How often the handlers of a delivery are started before it goes to the dead letter queue. A start that a crash ended counts.
+   *
+   * @default 16
+   */
+  attempts?: number
+  /**
+   * ms before the second attempt, in whole seconds for pg-boss. It doubles with each, up to an hour; a random part of up to
+   * as much is added. 0: at once.
+   *
+   * @default 1_000
+   */
+  backoff?: number
+  /**
+   * For how long a worker may be silent before another one attempts what it was running, 10 or more. It is looked for every
+   * `monitorIntervalSeconds` of the PgBoss.
+   *
+   * @default 30
+   */
+  heartbeatSeconds?: number
+  /**
+   * For how long an attempt may take, up to 86_400.
+   *
+   * @default 3_600
+   */
+  expireInSeconds?: number
+}
+
+/** What pg-boss keeps of a delivery. */
+interface QueuedDelivery {
+  /** Tells a delivery, in all its lives. */
+  readonly key: string
+  readonly type: string
+  /** The job as JSON, a text since jsonb refuses U+0000. */
+  readonly delivery: string
+}
+
+type QueuedJob = JobWithMetadata<QueuedDelivery>
+
+/** What an attempt has left behind, as JSON for the same reason. */
+interface Failure {
+  readonly attempts: number
+  readonly errors: readonly DeliveryError[]
+  readonly finished: readonly string[]
+  readonly diedAt?: number
+}
+
+/** One that pg-boss has asked for a job, or that runs one. */
+interface Slot {
+  id: string
+  busy: boolean
+}
+
+/** Deliveries that are inserted by one statement. */
+const GROUP = 100
+/** Seconds */
+const MAX_BACKOFF = 3_600
+const MAX_EXPIRY = 86_400
+/** Seconds, ten years: nothing that was acknowledged is deleted before it has run, and nothing dead before a person has acted. */
+const KEPT = 315_360_000
+/** Characters */
+const MAX_SUMMARY = 1_000
+/** Jobs that pg-boss lists. */
+const MAX_LIST = 100_000
+/** ms for which a job is looked at, until it is on record as dead. */
+const PATIENCE = 10_000
+const WORKER_DEFAULTS = { concurrency: 10, pollingIntervalSeconds: 2 }
+
+/**
+ * Puts a delivery into a queue of the user's pg-boss, in PostgreSQL, before it is acknowledged; workers in this process or in
+ * others (`path: false`, the same handlers) run it. Attempts, backoff, heartbeats and dead letters are pg-boss's own. The
+ * job's id is made of the endpoint, the tenant and the webhook-id, so that queueing a delivery twice queues it once.
+ *
+ * While PostgreSQL cannot be reached the sender is answered 503.
+ *
+ * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS; pg-boss's own error at boot, where it has not been started
+ */
+export function pgboss ({
+  boss,
+  queueName = 'openai-webhook',
+  worker = true,
+  attempts = 16,
+  backoff = 1_000,
+  heartbeatSeconds = 30,
+  expireInSeconds = 3_600
+}: PgBossOptions): Runner {
+  const { concurrency, pollingIntervalSeconds } = { ...WORKER_DEFAULTS, ...(typeof worker === 'object' ? worker : undefined) }
+  if (typeof boss?.previewRedrive !== 'function' || typeof boss.work !== 'function') {
+    throw new InvalidOptions('pgboss: expected boss to be a PgBoss, of pg-boss 12.35 or later')
+  }
+  assertCount('pgboss', 'attempts', attempts, 1)
+  assertCount('pgboss', 'backoff', backoff, 0)
+  assertCount('pgboss', 'heartbeatSeconds', heartbeatSeconds, 10)
+  assertCount('pgboss', 'expireInSeconds', expireInSeconds, 1)
+  if (expireInSeconds > MAX_EXPIRY) throw new InvalidOptions(`pgboss: expected expireInSeconds to be at most ${MAX_EXPIRY}, got ${expireInSeconds}`)
+  assertCount('pgboss', 'worker.concurrency', concurrency, 1)
+  if (!(pollingIntervalSeconds >= 0.5)) throw new InvalidOptions('pgboss: expected worker.pollingIntervalSeconds to be a number, 0.5 or more')
+  const deadName = `${queueName}-dead`
+  const settings = {
+    // One more than is told: what an attempt that ended with its process has left behind is seen to in it.
+    retryLimit: attempts,
+    retryDelay: Math.ceil(backoff / 1_000),
+    ...(backoff > 0 && { retryBackoff: true, retryDelayMax: MAX_BACKOFF }),
+    heartbeatSeconds,
+    expireInSeconds,
+    retentionSeconds: KEPT,
+    // While it is kept, a delivery that comes again is not queued again.
+    deleteAfterSeconds: RETENTION / 1_000,
+    deadLetter: deadName
+  }
+  const insert = grouped<JobInsert, boolean>(GROUP, async jobs => {
+    const inserted = new Set(await boss.insert(queueName, jobs, { returnId: true }))
+    return jobs.map(({ id }) => inserted.has(id!))
+  })
+  const slots: Slot[] = []
+  /** Dead deliveries that are told once pg-boss has them on record. */
+  const dying = new Set<Promise<void>>()
+  const drained = new AbortController()
+  setMaxListeners(0, drained.signal)
+  let nextSlot = 0
+  let host: RunnerHost | undefined
+  let closing = false
+
+  function onError (error: Error & { queue?: string }): void {
+    // An 'error' that nobody listened for would have ended the process: what is not of this queue is the user's, who may not listen.
+    if ((error.queue ?? queueName) !== queueName && boss.listenerCount('error') > 1) return
+    // pg-boss tells an object with the fields of an error.
+    host?.report(error instanceof Error ? error : Object.assign(new Error(), error))
+  }
+
+  /** @returns whether it was not there before */
+  async function enqueue (id: string, job: Job): Promise<boolean> {
+    const data: QueuedDelivery = { key: idOf(job), type: storable(job.event.type), delivery: JSON.stringify(job) }
+    const isNew = await insert({ ...settings, id, data })
+    if (isNew) wakeOne()
+    return isNew
+  }
+
+  /** Otherwise it would wait for the next poll, where pg-boss does not listen to PostgreSQL. */
+  function wakeOne (): void {
+    const inTurn = slots.map((_, nth) => slots[(nextSlot + nth) % slots.length]!)
+    const idle = inTurn.findIndex(({ busy }) => !busy)
+    if (idle === -1) return
+    nextSlot = (nextSlot + idle + 1) % slots.length
+    boss.notifyWorker(inTurn[idle]!.id)
+  }
+
+  async function handle (host: RunnerHost, job: QueuedJob): Promise<JobResult> {
+    const { id, data, output, retryCount, retryLimit: attempts } = job
+    const finished = failureOf(output)?.finished ?? []
+    const delivery: Job = { ...JSON.parse(data.delivery) as Job, ...(finished.length > 0 && { finished }) }
+    const attempt = retryCount + 1
+    if (attempt > attempts) return await giveUp(host, job, delivery, attempts)
+    try {
+      await host.process(delivery, attempt)
+    } catch (error) {
+      if (attempt === attempts) return bury(host, job, deadDelivery(delivery, attempts, error), error)
+      host.report(error, delivery, { attempt, attempts })
+      return { id, status: 'failed', output: outputOf({ attempts: attempt, ...describeFailure(delivery, error) }) }
+    }
+    return { id, status: 'completed' }
+  }
+
+  /** No attempt is left, and the last one has not come to its end. The store may know what had succeeded. */
+  async function giveUp (host: RunnerHost, job: QueuedJob, delivery: Job, attempts: number): Promise<JobResult> {
+    let known
+    try {
+      known = await host.recorded?.(delivery)
+    } catch (trouble) {
+      host.report(trouble, delivery)
+    }
+    if (known?.done === true) return { id: job.id, status: 'completed' }
+    const error = new Error('the process ended, or the job expired, while the handlers ran')
+    return bury(host, job, deadDelivery({ ...delivery, ...(known !== undefined && { finished: known.finished }) }, attempts, error), error)
+  }
+
+  function bury (host: RunnerHost, job: QueuedJob, dead: DeadDelivery, error: unknown): JobResult {
+    const telling = tellOnceRecorded(host, job, dead, error).finally(() => dying.delete(telling))
+    dying.add(telling)
+    const { attempts, errors, finished, diedAt } = dead
+    return { id: job.id, status: 'deadletter', output: outputOf({ attempts, errors, finished, diedAt }) }
+  }
+
+  /** pg-boss records what a handler has returned, and tells nobody when it has. Where it cannot, the job is attempted again. */
+  async function tellOnceRecorded (host: RunnerHost, { id, retryCount }: QueuedJob, dead: DeadDelivery, error: unknown): Promise<void> {
+    for (let wait = 10; wait < PATIENCE; wait *= 2) {
+      await sleep(wait, undefined, { ref: false, signal: drained.signal }).catch(() => {})
+      const [job] = await boss.findJobs(queueName, { id }).catch(() => [])
+      // Another attempt tells of itself.
+      if (job?.state === 'failed' && job.retryCount === retryCount) return tellDead(host, dead, error)
+    }
+  }
+
+  return {
+    async start (startedBy) {
+      host = startedBy
+      boss.on('error', onError)
+      await boss.createQueue(deadName, { retentionSeconds: KEPT })
+      await boss.createQueue(queueName, { ...settings, notify: true })
+      if (worker === false) return
+      const options = { includeMetadata: true, perJobResults: true, pollingIntervalSeconds, notifyPollingIntervalSeconds: pollingIntervalSeconds } as const
+      for (let nth = 0; nth < concurrency; nth++) {
+        // One each, as the id of none but the first is given where pg-boss is asked for several.
+        const slot: Slot = { id: '', busy: false }
+        slots.push(slot)
+        slot.id = await boss.work<QueuedDelivery, JobResult[], typeof options>(queueName, options, async jobs => {
+          slot.busy = true
+          try {
+            return await Promise.all(jobs.map(async job => await handle(startedBy, job)))
+          } finally {
+            slot.busy = false
+            // There may be more: pg-boss would ask for the next one with its next poll.
+            boss.notifyWorker(slot.id)
+          }
+        })
+      }
+    },
+    async run (job) {
+      if (closing || host === undefined) throw new Overloaded()
+      return await enqueue(idOf(job), job) ? undefined : 'duplicate'
+    },
+    async dead (limit = 100, type) {
+      const jobs = await boss.findJobs<QueuedDelivery>(deadName, {
+        queued: true,
+        limit: Math.min(limit, MAX_LIST),
+        ...(type !== undefined && { data: { type: storable(type) } })
+      })
+      // Before 12.38 they come in any order, and all of them.
+      return jobs.sort((a, b) => deathOf(a) - deathOf(b)).slice(0, limit).map(deadOf)
+    },
+    async deadCount () {
+      return (await boss.previewRedrive(deadName, { limit: MAX_LIST })).total
+    },
+    async requeue (delivery) {
+      let requeued = false
+      for (const job of await boss.findJobs<QueuedDelivery>(deadName, { queued: true, data: { key: idOf(delivery) } })) {
+        const { attempts, errors, diedAt, finished, ...again } = deadOf(job)
+        // Its id is made of the dead letter's: any number of requeues, or one that a crash has cut off, make one job.
+        const isNew = await enqueue(uuidOf(`requeued ${job.id}`), { ...again, ...(finished.length > 0 && { finished }) })
+        await boss.deleteJob(deadName, job.id)
+        if (isNew) requeued = true
+      }
+      return requeued
+    },
+    async close () {
+      closing = true
+      await Promise.all(slots.map(async ({ id }) => await boss.offWork(queueName, { id, wait: true })))
+      drained.abort()
+      await Promise.all(dying)
+      boss.off('error', onError)
+    },
+    async depth () {
+      const [stats] = await boss.getQueueStats(queueName)
+      return stats?.queuedCount ?? 0
+    }
+  }
+}
+
+function idOf (delivery: DeliveryRef): string {
+  return uuidOf(keyOf(delivery))
+}
+
+/** Of version 8: the first bits of a SHA-256. */
+function uuidOf (text: string): string {
+  const bytes = createHash('sha256').update(text).digest().subarray(0, 16)
+  bytes[6] = bytes[6]! & 0x0f | 0x80
+  bytes[8] = bytes[8]! & 0x3f | 0x80
+  return bytes.toString('hex').replace(/^(.{8})(.{4})(.{4})(.{4})/, '$1-$2-$3-$4-')
+}
+
+/** What jsonb takes: neither U+0000 nor half a character. */
+function storable (text: string): string {
+  return text.replaceAll(/[\0\ud800-\udfff]/gu, '\ufffd')
+}
+
+/** What an attempt has left behind, with a line for people who look at the queue. */
+function outputOf (failure: Failure): { message: string, failure: string } {
+  const summary = failure.errors.map(({ handler, message }) => handler === null ? message : `${handler}: ${message}`).join('; ')
+  return { message: storable(summary.slice(0, MAX_SUMMARY)), failure: JSON.stringify(failure) }
+}
+
+function failureOf (output: object | null): Failure | undefined {
+  const { failure } = (output ?? {}) as { failure?: string }
+  return failure === undefined ? undefined : JSON.parse(failure) as Failure
+}
+
+function deathOf ({ createdOn }: QueuedJob): number {
+  return new Date(createdOn).getTime()
+}
+
+/** A job of the dead letter queue. */
+function deadOf (job: QueuedJob): DeadDelivery {
+  const delivery = JSON.parse(job.data.delivery) as Job
+  const failure = failureOf(job.sourceOutput)
+  if (failure !== undefined) return { ...delivery, diedAt: deathOf(job), ...failure }
+  // pg-boss, or a person, has given it up.
+  const { value } = (job.sourceOutput ?? {}) as { value?: { message?: string } }
+  const error = Object.assign(new Error(value?.message ?? 'pg-boss failed the job'), { stack: '' })
+  return deadDelivery(delivery, Number(job.sourceRetryCount) + 1, error, deathOf(job))
+}
