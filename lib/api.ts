@@ -39,7 +39,7 @@ export interface OpenAIWebhook {
    * @returns the event; rejects with the coded errors of the verify and validate steps
    */
   unwrap (rawBody: string | Uint8Array, headers: WebhookHeaders, overrides?: Omit<EndpointOptions, 'bodyLimit'>): Promise<WebhookEvent>
-  /** The deliveries whose attempts are used up, where the runner keeps them: `durable()`, `bullmq()`. */
+  /** The deliveries whose attempts are used up, where the runner keeps them: `durable()`, `bullmq()`, `pgboss()`. */
   readonly deadLetters: DeadLetters
   /** A marked route's handler that runs the event handlers, the app's included, and acknowledges. */
   readonly handler: RouteHandlerMethod

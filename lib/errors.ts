@@ -55,7 +55,7 @@ export const Unavailable = refusal('UNAVAILABLE', 'the store or queue cannot be 
 // Dead deliveries
 
 export const NoDeadLetters = coded('NO_DEAD_LETTERS',
-  'the runner keeps no dead deliveries: expected durable(), bullmq(), or one with dead(), deadCount() and requeue()', 500)
+  'the runner keeps no dead deliveries: expected durable(), bullmq(), pgboss(), or one with dead(), deadCount() and requeue()', 500)
 
 export const NeedsForce = coded('NEEDS_FORCE',
   'the delivery %s is older than what the inbox remembers of its handler "%s", whose effect could happen twice: look whether it has happened, and say { force: true } if it is to', 500)

@@ -203,6 +203,25 @@ t.test('docs/examples/postgres-replica.mjs imports a batch once, in another proc
   t.same(await restarted.end('SIGINT'), [0, null])
 })
 
+t.test('docs/examples/pgboss.mjs queues a delivery once, and handles it once, in any process', { skip: postgresMissing }, async t => {
+  const server = await PostgresServer.start(t)
+  const env = { DATABASE_URL: server.url }
+  const path = 'docs/examples/pgboss.mjs'
+  const first = await Program.receiver(t, path, env)
+  const other = await Program.receiver(t, path, env)
+  t.equal(await first.deliver('wh_1'), `200 ${RECEIVED}`)
+  t.equal(await other.deliver('wh_1'), `200 ${DUPLICATE}`)
+  t.equal(await other.deliver('wh_2'), `200 ${RECEIVED}`)
+  const client = new pg.Client(server.url)
+  await client.connect()
+  while ((await client.query('SELECT FROM imports')).rows.length < 2) await new Promise(resolve => setTimeout(resolve, 10))
+  t.same(await first.end('SIGTERM'), [0, null])
+  t.same(await other.end('SIGINT'), [0, null])
+  t.same([...first.handled, ...other.handled].sort(), ['wh_1', 'wh_2'])
+  t.same((await client.query('SELECT batch FROM imports ORDER BY batch')).rows, [{ batch: 'batch_of_wh_1' }, { batch: 'batch_of_wh_2' }])
+  await client.end()
+})
+
 t.test('with Redis', { skip: redisMissing }, async t => {
   t.test('docs/examples/redis.mjs handles a delivery once, in another process and over a restart too', async t => {
     const { port } = await RedisServer.start(t)
@@ -276,7 +295,8 @@ t.test('docs/options.md lists every option of stores and runners with its defaul
   for (const [of, file, name] of [
     ['background()', 'lib/runners/background.ts', 'BackgroundOptions'],
     ['durable()', 'lib/sqlite/durable.ts', 'DurableOptions'],
-    ['bullmq()', 'lib/runners/bullmq.ts', 'BullMQOptions']
+    ['bullmq()', 'lib/runners/bullmq.ts', 'BullMQOptions'],
+    ['pgboss()', 'lib/runners/pgboss.ts', 'PgBossOptions']
   ] as const) {
     const properties = interfaceProperties(file).get(name)!
     const listed = new Map(rows.filter(([first]) => first!.startsWith(`\`${of}\` `)).map(([first, fallback]) => [first!.slice(of.length + 4, -1), fallback!.replaceAll('`', '')]))

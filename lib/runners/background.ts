@@ -25,7 +25,7 @@ export interface BackgroundOptions {
  * What was acknowledged and has not run yet lives in memory only: a crash loses it, and OpenAI, which was answered 200,
  * does not send it again. A delivery that fails is not run again either: it is told as dead, to the log, `onDead` and
  * `onError`, and kept nowhere. `app.close()` runs what is queued first, up to `closeTimeout`. Where that is not enough, use
- * `durable()` or `bullmq()`.
+ * `durable()`, `bullmq()` or `pgboss()`.
  *
  * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS
  */

@@ -148,6 +148,26 @@ const withPeers = {
     await pool.end()
   },
 
+  async 'pg-boss: the contract of the runner, and workers that share a queue' () {
+    const { PgBoss } = await import('pg-boss')
+    const { pgboss } = await import('fastify-openai-webhook/pgboss')
+    const { runnerContract } = await import('fastify-openai-webhook/testing')
+    const schema = `boss_${Date.now()}`
+    const [boss, other] = await Promise.all([{}, { useListenNotify: true }].map(async options => await new PgBoss({ connectionString: postgresUrl, schema, ...options }).on('error', () => {}).start()))
+    let queues = 0
+    for (const { run } of runnerContract(() => pgboss({ boss, queueName: `queue-${++queues}`, backoff: 0, attempts: 2 }), { attempts: 2 })) await run()
+    const receiving = await start({ runner: pgboss({ boss, worker: false }) })
+    const working = await start({ path: false, runner: pgboss({ boss: other }) })
+    await working.app.ready()
+    const first = await deliver(receiving.app, event, { webhookId: 'wh_1' })
+    assert.equal(told(first), RECEIVED)
+    await until('the delivery to be handled', () => working.handled.length === 1)
+    assert.equal(told(await redeliver(receiving.app, first)), '200 {"received":true,"duplicate":true}')
+    await receiving.app.close()
+    await working.app.close()
+    await Promise.all([boss.stop(), other.stop()])
+  },
+
   async 'bullmq: a delivery that fails at first is handled by the worker, once for each webhook-id' () {
     const { bullmq } = await import('fastify-openai-webhook/bullmq')
     const runner = bullmq({ connection: { url: `redis://127.0.0.1:${redisPort}` }, queueName: `compatibility-${Date.now()}`, backoff: 5 })

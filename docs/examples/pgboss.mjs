@@ -1,0 +1,41 @@
+// Puts each delivery into a queue of pg-boss, in PostgreSQL, and acknowledges it. Any of the processes that run this handles
+// it, and imports each batch exactly once.
+//
+//   OPENAI_WEBHOOK_SECRET=whsec_… DATABASE_URL=postgres://127.0.0.1/webhooks PORT=3000 node docs/examples/pgboss.mjs
+import Fastify from 'fastify'
+import openaiWebhook from 'fastify-openai-webhook'
+import { pgboss } from 'fastify-openai-webhook/pgboss'
+import { postgresInbox, postgresStore } from 'fastify-openai-webhook/postgres'
+import pg from 'pg'
+import { PgBoss } from 'pg-boss'
+
+const connectionString = process.env.DATABASE_URL ?? 'postgres://127.0.0.1/webhooks'
+const app = Fastify({ logger: true })
+const pool = new pg.Pool({ connectionString, max: 12, connectionTimeoutMillis: 4_000, query_timeout: 30_000 })
+await pool.query('create table if not exists imports (batch text not null)')
+
+// It listens to PostgreSQL, and so learns at once of what another process has queued.
+const boss = new PgBoss({ connectionString, useListenNotify: true })
+boss.on('error', error => app.log.warn(error, 'pg-boss'))
+await boss.start()
+
+await app.register(openaiWebhook, {
+  idempotency: { store: postgresStore(pool) },
+  runner: pgboss({ boss, worker: { concurrency: 8 } })
+})
+const inbox = postgresInbox(pool)
+
+app.openaiWebhook.on('batch.completed', inbox.once('import-batch', async (tx, event, { log }) => {
+  await tx.query('insert into imports (batch) values ($1)', [event.data.id])
+  log.info({ batch: event.data.id }, 'batch completed')
+}))
+
+async function shutDown () {
+  await app.close()
+  await boss.stop()
+  await inbox.close()
+  await pool.end()
+}
+for (const signal of ['SIGINT', 'SIGTERM']) process.once(signal, shutDown)
+
+await app.listen({ port: Number(process.env.PORT ?? 3000) })
