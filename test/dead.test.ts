@@ -410,7 +410,7 @@ t.test('deadLetters', async t => {
       const { deadLetters } = (await build(t, runner === undefined ? {} : { runner })).openaiWebhook
       for (const ask of [() => deadLetters.list(), () => deadLetters.count(), () => deadLetters.requeue(REF)]) {
         t.equal(await codeOf(ask), 'NO_DEAD_LETTERS')
-        t.match(await messageOf(ask), /^the runner keeps no dead deliveries: expected durable\(\), bullmq\(\), or one with dead\(\)/)
+        t.match(await messageOf(ask), /^the runner keeps no dead deliveries: expected durable\(\), bullmq\(\), pgboss\(\), or one with dead\(\)/)
       }
     }
   })
