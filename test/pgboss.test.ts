@@ -3,6 +3,7 @@ import { PgBoss } from 'pg-boss'
 import type { JobInsert } from 'pg-boss'
 import pg from 'pg'
 import t from 'tap'
+import type { Job } from '../lib/index.ts'
 import { pgboss } from '../lib/runners/pgboss.ts'
 import { build, sign, thin } from './support/deliveries.ts'
 import { Member, answer, batchFailed, effectsIn, until } from './support/faults.ts'
@@ -349,7 +350,7 @@ t.test('dead deliveries', { skip }, async t => {
     const pool = admin(t)
     const recorded: Record<string, () => unknown> = {
       wh_unknown: () => undefined,
-      wh_partly: () => ({ done: false, finished: ['import'] }),
+      wh_partly: () => ({ done: false, finished: ['import'], remembered: { import: 1 } }),
       wh_done: () => ({ done: true, finished: [] }),
       wh_trouble: () => { throw new Error('the store is down') }
     }
@@ -415,6 +416,21 @@ t.test('dead deliveries', { skip }, async t => {
       { webhookId: 'wh_1', attempts: 2, finished: [], errors: [{ handler: null, message: 'pg-boss failed the job', stack: '' }], diedAt: Number },
       { webhookId: 'wh_2', attempts: 2, finished: [], errors: [{ handler: null, message: 'by hand', stack: '' }] }
     ])
+
+    const runner = pgboss({ boss, queueName: state.queueName, worker: { concurrency: 1 } })
+    t.equal(await runner.requeue!(dead[0]!), true, 'by one that was not started')
+    const processed: Job[] = []
+    await runner.start!({
+      process (job) { processed.push(job) },
+      report () {},
+      recorded: () => ({ done: false, finished: ['import'], remembered: { import: 1, bill: 2 } })
+    })
+    await t.rejects(async () => await runner.requeue!(dead[1]!), { code: 'FST_OPENAI_WEBHOOK_NEEDS_FORCE' }, 'an inbox may have forgotten it')
+    t.equal(await runner.requeue!(dead[1]!, { force: true }), true)
+    await until('both to run', () => processed.length === 2)
+    await runner.close!()
+    const { errors, attempts, diedAt, finished, ...job } = dead[1]!
+    t.same(processed.find(({ webhookId }) => webhookId === 'wh_2'), { ...job, finished: ['import'], remembered: { import: 1, bill: 2 } }, 'with what the store knew')
   })
 
   t.test('a delivery that was redriven by pg-boss runs again too', async t => {

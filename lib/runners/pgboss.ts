@@ -7,8 +7,8 @@ import { RETENTION } from '../stores/store.ts'
 import { assertCount } from './background.ts'
 import { grouped } from './grouped.ts'
 import { deadDelivery, describeFailure } from './handler-failures.ts'
-import { keyOf, tellDead } from './runner.ts'
-import type { DeadDelivery, DeliveryError, DeliveryRef, Job, Runner, RunnerHost } from './runner.ts'
+import { assertRemembered, keyOf, tellDead } from './runner.ts'
+import type { DeadDelivery, DeliveryRef, Job, Runner, RunnerHost } from './runner.ts'
 
 export interface PgBossOptions {
   /** A started `PgBoss` of pg-boss 12.35 or later. It stays the user's, who stops it after `app.close()`. */
@@ -66,12 +66,7 @@ interface QueuedDelivery {
 type QueuedJob = JobWithMetadata<QueuedDelivery>
 
 /** What an attempt has left behind, as JSON for the same reason. */
-interface Failure {
-  readonly attempts: number
-  readonly errors: readonly DeliveryError[]
-  readonly finished: readonly string[]
-  readonly diedAt?: number
-}
+type Failure = Pick<DeadDelivery, 'attempts' | 'errors' | 'finished' | 'remembered'> & Partial<Pick<DeadDelivery, 'diedAt'>>
 
 /** One that pg-boss has asked for a job, or that runs one. */
 interface Slot {
@@ -175,8 +170,8 @@ export function pgboss ({
 
   async function handle (host: RunnerHost, job: QueuedJob): Promise<JobResult> {
     const { id, data, output, retryCount, retryLimit: attempts } = job
-    const finished = failureOf(output)?.finished ?? []
-    const delivery: Job = { ...JSON.parse(data.delivery) as Job, ...(finished.length > 0 && { finished }) }
+    const { finished = [], remembered } = failureOf(output) ?? {}
+    const delivery: Job = { ...JSON.parse(data.delivery) as Job, ...(finished.length > 0 && { finished }), ...(remembered !== undefined && { remembered }) }
     const attempt = retryCount + 1
     if (attempt > attempts) return await giveUp(host, job, delivery, attempts)
     try {
@@ -197,16 +192,17 @@ export function pgboss ({
     } catch (trouble) {
       host.report(trouble, delivery)
     }
-    if (known?.done === true) return { id: job.id, status: 'completed' }
+    const { done = false, ...left } = known ?? {}
+    if (done) return { id: job.id, status: 'completed' }
     const error = new Error('the process ended, or the job expired, while the handlers ran')
-    return bury(host, job, deadDelivery({ ...delivery, ...(known !== undefined && { finished: known.finished }) }, attempts, error), error)
+    return bury(host, job, deadDelivery({ ...delivery, ...left }, attempts, error), error)
   }
 
   function bury (host: RunnerHost, job: QueuedJob, dead: DeadDelivery, error: unknown): JobResult {
     const telling = tellOnceRecorded(host, job, dead, error).finally(() => dying.delete(telling))
     dying.add(telling)
-    const { attempts, errors, finished, diedAt } = dead
-    return { id: job.id, status: 'deadletter', output: outputOf({ attempts, errors, finished, diedAt }) }
+    const { attempts, errors, finished, remembered, diedAt } = dead
+    return { id: job.id, status: 'deadletter', output: outputOf({ attempts, errors, finished, ...(remembered !== undefined && { remembered }), diedAt }) }
   }
 
   /** pg-boss records what a handler has returned, and tells nobody when it has. Where it cannot, the job is attempted again. */
@@ -217,6 +213,14 @@ export function pgboss ({
       // Another attempt tells of itself.
       if (job?.state === 'failed' && job.retryCount === retryCount) return tellDead(host, dead, error)
     }
+  }
+
+  /** A dead job, with what the store knows of it where pg-boss has given it up. */
+  async function asLeft (job: QueuedJob): Promise<DeadDelivery> {
+    const dead = deadOf(job)
+    if (failureOf(job.sourceOutput) !== undefined) return dead
+    const { done, ...left } = await host?.recorded?.(dead) ?? {}
+    return { ...dead, ...left }
   }
 
   return {
@@ -259,10 +263,11 @@ export function pgboss ({
     async deadCount () {
       return (await boss.previewRedrive(deadName, { limit: MAX_LIST })).total
     },
-    async requeue (delivery) {
+    async requeue (delivery, { force = false } = {}) {
       let requeued = false
       for (const job of await boss.findJobs<QueuedDelivery>(deadName, { queued: true, data: { key: idOf(delivery) } })) {
-        const { attempts, errors, diedAt, finished, ...again } = deadOf(job)
+        const { attempts, errors, diedAt, finished, ...again } = await asLeft(job)
+        if (!force) assertRemembered({ ...again, finished })
         // Its id is made of the dead letter's: any number of requeues, or one that a crash has cut off, make one job.
         const isNew = await enqueue(uuidOf(`requeued ${job.id}`), { ...again, ...(finished.length > 0 && { finished }) })
         await boss.deleteJob(deadName, job.id)
