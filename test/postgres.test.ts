@@ -93,7 +93,7 @@ t.test('what cannot serve is told when it is given', async t => {
 t.test('migration() prints what is created, table by table', async t => {
   t.match(migration(), /CREATE TABLE IF NOT EXISTS "openai_webhook_deliveries"[^]*CREATE TABLE IF NOT EXISTS "openai_webhook_inbox"/)
   t.equal(migration({ tables: { store: false, inbox: false } }), '')
-  t.match(migration({ tables: { store: 'app.seen', inbox: false } }), /^CREATE TABLE IF NOT EXISTS "app"\."seen" [^]*CREATE INDEX IF NOT EXISTS "seen_forget" ON "app"\."seen" \(forget\);\n$/)
+  t.match(migration({ tables: { store: 'app.seen', inbox: false } }), /^SELECT pg_advisory_xact_lock\(\d+\);\nCREATE TABLE IF NOT EXISTS "app"\."seen" [^]*CREATE INDEX IF NOT EXISTS "seen_forget" ON "app"\."seen" \(forget\);\n$/)
   t.throws(() => migration({ tables: { inbox: 'a;b' } }), { code: INVALID_OPTIONS })
 })
 
@@ -110,6 +110,16 @@ t.test('tables', { skip: postgresMissing }, async t => {
     }))
     t.equal((await pool.query('SELECT 1 FROM openai_webhook_deliveries')).rows.length, 12)
     t.equal((await pool.query('SELECT 1 FROM openai_webhook_inbox')).rows.length, 12)
+  })
+
+  await t.test('so do programs that run migration() as they start', async t => {
+    const pool = await fresh(t, { max: 12 })
+    const clients = await Promise.all(Array.from({ length: 12 }, async () => await pool.connect()))
+    t.teardown(() => { for (const client of clients) client.release() })
+    for (let round = 0; round < 3; round++) {
+      const sql = migration({ tables: { store: `seen_${round}`, inbox: `inbox_${round}` } })
+      await t.resolves(Promise.all(clients.map(async client => await client.query(sql))))
+    }
   })
 
   await t.test('a role that may create nothing, tables of another name, in another schema', async t => {

@@ -1,4 +1,5 @@
 import { InvalidOptions } from '../errors.ts'
+import { ALONE } from './migration.ts'
 import type { Table } from './table.ts'
 
 /** What is used of a client that a pool of `pg` gives. */
@@ -66,6 +67,11 @@ function isLite (db: unknown): db is PgLite {
   return [query, exec, transaction].every(method => typeof method === 'function')
 }
 
+/** A session that began while its server was read-only stays so, where that is the default of its database or role. */
+function isReadOnly (error: unknown): boolean {
+  return (error as { code?: unknown } | null | undefined)?.code === '25006'
+}
+
 function ignore (): void {}
 
 function giveBack (client: PgClient): void {
@@ -103,6 +109,7 @@ class Pooled implements Database {
         result = await work(client, async (text, values) => await this.#run(client, text, values))
       } catch (error) {
         await this.#send(client, 'ROLLBACK').catch(() => { throw error })
+        if (isReadOnly(error)) throw error
         return { error }
       }
       // Where this fails, whether it has committed is not known: the next attempt finds out.
@@ -192,9 +199,6 @@ class Lite implements Database {
   }
 }
 
-/** Any number: what all processes that create tables take, so that they do not do it at the same instant. */
-const LOCK = 1_868_658_536
-
 /**
  * Creates a table where it is missing.
  *
@@ -208,7 +212,7 @@ export function creating (database: Database, { sql }: Table, schema: string): (
     try {
       // Where it is there, the right to create it is not needed.
       const [{ missing }] = await database.query('SELECT to_regclass($1) IS NULL AS missing', [sql]) as [{ missing: boolean }]
-      if (missing) await database.script(`SELECT pg_advisory_xact_lock(${LOCK}); ${schema}`)
+      if (missing) await database.script(ALONE + schema)
       created = true
     } finally {
       creation = undefined

@@ -4,6 +4,9 @@ import type { Table } from './table.ts'
 export const STORE_TABLE = 'openai_webhook_deliveries'
 export const INBOX_TABLE = 'openai_webhook_inbox'
 
+/** Processes that create tables at the same instant would fail on PostgreSQL's own catalogue. Any number. */
+export const ALONE = 'SELECT pg_advisory_xact_lock(1868658536);\n'
+
 export interface MigrationOptions {
   /** Names, or `schema.name`; `false`: not this one. */
   tables?: {
@@ -43,11 +46,12 @@ CREATE INDEX IF NOT EXISTS "${name}_at" ON ${sql} (at);
 
 /**
  * What `postgresStore` and `postgresInbox` create by themselves, for those who say `migrate: false` and run it by tools of
- * their own. It may be run again.
+ * their own. It may be run again, and by several processes at once if each runs it in one transaction, or as one query.
  *
  * @returns SQL: several statements
  * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS
  */
 export function migration ({ tables: { store = STORE_TABLE, inbox = INBOX_TABLE } = {} }: MigrationOptions = {}): string {
-  return (store === false ? '' : storeSchema(tableOf('migration', store))) + (inbox === false ? '' : inboxSchema(tableOf('migration', inbox)))
+  const schemas = (store === false ? '' : storeSchema(tableOf('migration', store))) + (inbox === false ? '' : inboxSchema(tableOf('migration', inbox)))
+  return schemas === '' ? '' : ALONE + schemas
 }
