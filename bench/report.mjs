@@ -1,7 +1,6 @@
-// Measurements become docs/performance.md and its chart: nothing here measures.
+// Measurements become docs/performance.md: nothing here measures.
 import { decimals, table } from './markdown.mjs'
 import { sections } from './sections/index.mjs'
-import { barChart } from './svg.mjs'
 
 /**
  * @param {string} template Markdown with `{{machine}}`, `{{targets}}`, and `{{…}}` for each section
@@ -42,18 +41,4 @@ function renderMachine ({ date, commit, cpu, cores, memory, load, os, node, open
     ['Redis', redis ?? 'not installed']
   ]
   return table(['', ''], rows, 2)
-}
-
-/** CPU a delivery of the small sizes, each contender with its least and greatest. */
-export function renderChart ({ results, labels }) {
-  const drawn = results.filter(({ size }) => size < 10_000)
-  return barChart({
-    title: 'CPU µs of the server a delivery: median, least and greatest of the rounds',
-    series: drawn.map(({ label }) => label),
-    rows: Object.entries(labels).map(([name, label]) => ({
-      label,
-      isOurs: name.startsWith('ours'),
-      values: drawn.map(({ contenders }) => contenders[name].cpu)
-    }))
-  })
 }

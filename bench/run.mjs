@@ -6,7 +6,7 @@ import { parseArgs } from 'node:util'
 import { Bench } from './bench.mjs'
 import { contenders } from './contenders/index.mjs'
 import { describeMachine } from './machine.mjs'
-import { renderChart, renderReport, renderTargets, targetsOf } from './report.mjs'
+import { renderReport, renderTargets, targetsOf } from './report.mjs'
 import { SIZES } from './sections/comparison.mjs'
 import { sections } from './sections/index.mjs'
 
@@ -73,8 +73,6 @@ if (targets.length > 0) console.log(renderTargets(targets))
 const isComplete = !flags.quick && flags.only === undefined && flags.profile === undefined && Object.keys(choice).length === 0
 if (isComplete && !flags['no-write']) {
   const template = await readFile(new URL('performance.template.md', import.meta.url), 'utf8')
-  const docs = new URL('../docs/', import.meta.url)
-  await writeFile(new URL('performance.md', docs), renderReport(template, machine, results))
-  await writeFile(new URL('performance.svg', docs), renderChart(results.comparison))
-  log('docs/performance.md and docs/performance.svg are written')
+  await writeFile(new URL('../docs/performance.md', import.meta.url), renderReport(template, machine, results))
+  log('docs/performance.md is written')
 }

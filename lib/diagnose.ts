@@ -169,21 +169,21 @@ function guideCause (headers: HeaderMap, secrets: ReadonlyArray<string | Uint8Ar
 
 const notTheBody: readonly string[] = [
   'an API key, an identifier or nothing in place of the signing secret',
-  'quotes, white space, a name or an escape around the secret; a missing, mangled or doubled whsec_',
-  'the secret\'s base64 in another alphabet, padded wrongly, encoded twice, decoded already, or without its last character',
+  'quotes or white space around the secret; a missing, mangled or doubled whsec_',
+  'the secret\'s base64 encoded twice, or without its last character',
   'the secret\'s text used as the key',
-  'headers that are missing, renamed, doubled, quoted, escaped or cut; names in another case do no harm',
+  'headers that are missing, renamed or doubled, or have white space around them; names in another case do no harm',
   'a timestamp in milliseconds or as a date',
   'a signature of another version, in hexadecimal, without its prefix, or of another provider'
 ]
 
 const notItsBody: readonly string[] = [
-  'an empty or cut body',
-  'a newline or white space at its ends, CRLF line ends, a byte order mark',
-  'another charset',
+  'an empty body',
+  'a newline at its end, added or removed',
+  'Latin-1',
   'gzip, deflate or Brotli',
-  'form data, URL, HTML or base64 encoding, a JSON string, a Buffer\'s JSON, a gateway\'s envelope',
-  'JSON parsed and serialised again: compact, Python\'s, indented, with sorted keys, with escapes as PHP, Go or .NET write them'
+  'form data, base64, a Buffer\'s JSON, a gateway\'s envelope',
+  'JSON parsed and serialised again: compact, Python\'s, indented by 2, with sorted keys, with escapes as PHP or Go write them'
 ]
 
 /** OpenAI's signing secrets stand for this many bytes. */
@@ -256,7 +256,6 @@ function * twoChanges (keys: readonly KeyCandidate[], heads: readonly HeadCandid
   const farHeads = heads.filter(head => !nearHeads.includes(head))
   yield * pairs(farKeys, farHeads, { bytes: body, causes: [] })
   for (const changed of bodyCandidates(body, maxBody)) {
-    if (changed.guess) return
     yield * pairs(farKeys, nearHeads, changed)
     yield * pairs(nearKeys, farHeads, changed)
   }

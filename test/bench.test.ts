@@ -6,7 +6,7 @@ interface Spread { rounds: number[], median: number, min: number, max: number }
 
 const load = async (file: string): Promise<any> => await import(new URL(`../bench/${file}`, import.meta.url).href)
 
-const { renderChart, renderReport, renderTargets, targetsOf } = await load('report.mjs')
+const { renderReport, renderTargets, targetsOf } = await load('report.mjs')
 const { compared, quantile } = await load('statistics.mjs') as { compared: (measured: object, other: object) => object, quantile: (values: number[], share: number) => number }
 
 // Measurements that no machine has made: `cpu` µs, and 10 % less and more.
@@ -119,29 +119,4 @@ t.test('docs/performance.md is made of a template and of measurements alone', as
   const { redis, ...withoutOne } = results
   t.throws(() => renderReport(template, machine, withoutOne), { message: 'there is nothing for {{redis}}' })
   t.throws(() => renderReport('{{machine}} {{targets}}', machine, { redis }), { message: 'the template has no place for redis' })
-})
-
-t.test('the chart draws each contender to scale, with its least and greatest round', async t => {
-  const svg = renderChart(results.comparison) as string
-  const bars = [...svg.matchAll(/<rect class="(ours )?s([01])" x="300" y="[\d.]+" width="([\d.]+)"/g)].map(([, ours, series, width]) => ({ ours: ours !== undefined, series, width: Number(width) }))
-  t.equal(bars.length, 2 * Object.keys(small).length, 'two sizes; 64 KB is out of scale')
-  t.equal(bars.filter(({ ours }) => ours).length, 4)
-  const [bare, , hmac] = bars as [{ width: number }, unknown, { width: number }]
-  t.ok(Math.abs(hmac.width / bare.width - 2) < 0.02, 'twice the CPU, twice the length')
-
-  const whiskers = [...svg.matchAll(/d="M([\d.]+) [\d.]+H([\d.]+)M/g)].map(([, min, max]) => [Number(min), Number(max)] as const)
-  t.equal(whiskers.length, bars.length)
-  for (const [index, [min, max]] of whiskers.entries()) {
-    const end = 300 + bars[index]!.width
-    t.ok(min < end && end < max && max < 800, `${min} < ${end} < ${max}`)
-  }
-
-  t.match(svg, '&lt;hmac> &amp; co')
-  t.match(svg, 'prefers-color-scheme: dark')
-  const open: string[] = []
-  for (const [, close, name, empty] of svg.matchAll(/<(\/?)(\w+)[^<]*?(\/?)>/g)) {
-    if (close === '/') t.equal(open.pop(), name)
-    else if (empty === '') open.push(name!)
-  }
-  t.same(open, [], 'every element is closed')
 })

@@ -49,7 +49,6 @@ const v1 = (digest: Buffer): Headers => ({ 'webhook-signature': `v1,${digest.toS
 /** Without some headers, and with others. */
 const changed = (headers: Headers, changes: Record<string, string | undefined>): Headers =>
   Object.fromEntries(Object.entries({ ...headers, ...changes }).filter((entry): entry is [string, string] => entry[1] !== undefined))
-const none = { 'webhook-id': undefined, 'webhook-timestamp': undefined, 'webhook-signature': undefined }
 const renamed = (to: (name: string) => string, headers = signed()): Headers =>
   Object.fromEntries(Object.entries(headers).map(([name, value]) => [name.startsWith('webhook-') ? to(name) : name, value]))
 const each = (change: (value: string) => string, ...names: string[]): Headers =>
@@ -66,12 +65,7 @@ const arrived = (rawBody: string | Buffer, was: string | Buffer = BODY, headers:
 
 const python = (json: string): string => json.replaceAll('":', '": ').replaceAll(',"', ', "').replaceAll(',{', ', {').replaceAll('1,2', '1, 2')
 const ascii = (json: string): string => json.replaceAll(/[\u0080-\uffff]/g, char => `\\u${char.charCodeAt(0).toString(16).padStart(4, '0')}`)
-const reordered = { type: EVENT.type, data: EVENT.data, id: EVENT.id, object: EVENT.object, created_at: EVENT.created_at }
-/** Its signature has a "+", which a form decoder turns into a space. */
-const withPlus = Array.from({ length: 100 }, (_, i) => signed(BODY, { webhookId: `wh_${i}` })).find(headers => /\+/.test(headers['webhook-signature']!))!
-const crlf = (text: string): string => text.replaceAll('\n', '\r\n')
 const pretty = JSON.stringify(EVENT, null, 2)
-const utf16 = (text: string): Buffer => Buffer.concat([Buffer.of(0xff, 0xfe), Buffer.from(text, 'utf16le')])
 const cafe = '{"type":"response.completed","data":{"id":"resp_PAYLOAD4711","note":"caf\u00e9"}}'
 const umlaut = (note: Buffer): Buffer => Buffer.concat([Buffer.from('{"type":"response.completed","note":"'), note, Buffer.from('"}')])
 
@@ -113,16 +107,6 @@ const fixtures: Record<string, Record<string, Fixture>> = {
     'a line break within': { secret: `${SECRET.slice(0, 30)}\n${SECRET.slice(30)}` },
     'a line break within another secret': { secret: `${OTHER.slice(0, 30)}\n${OTHER.slice(30)}` }
   },
-  'secret-with-name': {
-    'a line of an env file': { secret: `OPENAI_WEBHOOK_SECRET=${SECRET}` },
-    'with quotes': { secret: `export SECRET="${SECRET}"`, also: ['secret-quoted'] },
-    YAML: { secret: `secret: ${SECRET}` }
-  },
-  'secret-list': {
-    comma: { secret: `${OTHER},${SECRET}` },
-    space: { secret: `${SECRET} ${OTHER}` },
-    'of other secrets': { secret: `${OTHER},${VECTOR.secret}` }
-  },
   'secret-prefix-missing': {
     'its base64 alone': { secret: BASE64 },
     'used as text by the plugin': { secret: Buffer.from(BASE64) }
@@ -132,22 +116,8 @@ const fixtures: Record<string, Record<string, Fixture>> = {
     hyphen: { secret: `whsec-${BASE64}` },
     'no underscore': { secret: `whsec${BASE64}` },
     doubled: { secret: `whsec_${SECRET}` },
+    'with the version of a signature': { secret: `v1,${SECRET}` },
     'of another secret': { secret: `whsec_${OTHER}`, says: /that is not all/ }
-  },
-  'secret-escaped': {
-    'URL-encoded': { secret: encodeURIComponent(SECRET), says: /URL-encoded/ },
-    'URL-decoded': { secret: SECRET.replaceAll('+', ' '), says: /became a space/ },
-    'JSON, slashes': { secret: SECRET.replaceAll('/', '\\/'), says: /JSON or shell/ },
-    'JSON, \\u': { secret: SECRET.replaceAll('=', '\\u003d').replaceAll('+', '\\u002B') },
-    'of another secret': { secret: encodeURIComponent(OTHER) }
-  },
-  'secret-base64-urlsafe': {
-    'as it is': { secret: `whsec_${KEY.toString('base64url')}=` },
-    'without padding': { secret: `whsec_${KEY.toString('base64url')}` }
-  },
-  'secret-base64-padding': {
-    'one too many': { secret: `${SECRET}=` },
-    'of another secret': { secret: `${OTHER}==` }
   },
   'secret-base64-twice': {
     'all of it': { secret: Buffer.from(SECRET).toString('base64') },
@@ -155,12 +125,6 @@ const fixtures: Record<string, Record<string, Fixture>> = {
     'after the prefix': { secret: `whsec_${Buffer.from(BASE64).toString('base64')}` },
     'all of it, read as text': { secret: Buffer.from(Buffer.from(SECRET).toString('base64')) },
     'of which only the key is left': { secret: Buffer.from(SECRET) }
-  },
-  'secret-base64-decoded': {
-    hexadecimal: { secret: KEY.toString('hex'), says: /hexadecimal/ },
-    'hexadecimal with the prefix': { secret: `whsec_${KEY.toString('hex')}` },
-    Latin1: { secret: KEY.toString('latin1'), says: /Latin-1/ },
-    'UTF-8 with the prefix': { secret: 'whsec_Schlüssel, der Text ist', headers: changed(signed(), v1(mac('Schlüssel, der Text ist'))), says: /UTF-8/ }
   },
   'secret-cut': {
     'two characters': { secret: SECRET.slice(0, -2), says: /last character/ },
@@ -170,10 +134,6 @@ const fixtures: Record<string, Record<string, Fixture>> = {
   },
   'secret-not-base64': {
     'another text': { secret: 'whsec_your secret goes here!' }
-  },
-  'secret-case-changed': {
-    lower: { secret: SECRET.toLowerCase() },
-    upper: { secret: `whsec_${BASE64.toUpperCase()}` }
   },
   'secret-as-text': {
     'with the prefix': { headers: changed(signed(), v1(mac(SECRET))) },
@@ -210,16 +170,6 @@ const fixtures: Record<string, Record<string, Fixture>> = {
     'tab between signatures': { headers: each(value => `v1,${'A'.repeat(43)}=\t${value}`, 'webhook-signature') },
     'space in a signature': { headers: each(value => value.replace(',', ', '), 'webhook-signature') },
     'with another secret': { headers: each(value => ` ${value}`, 'webhook-timestamp'), secret: OTHER }
-  },
-  'header-quoted': {
-    id: { headers: each(value => `"${value}"`, 'webhook-id') },
-    signature: { headers: each(value => `"${value}"`, 'webhook-signature') },
-    'a list of one': { headers: each(value => `["${value}"]`, 'webhook-id', 'webhook-timestamp', 'webhook-signature') }
-  },
-  'header-escaped': {
-    'URL-encoded': { headers: each(encodeURIComponent, 'webhook-signature') },
-    'URL-decoded': { headers: { ...withPlus, 'webhook-signature': withPlus['webhook-signature']!.replaceAll('+', ' ') } },
-    'with another secret': { headers: each(encodeURIComponent, 'webhook-signature'), secret: OTHER }
   },
   'webhook-id-dot': {
     signed: { headers: signed(BODY, { webhookId: 'wh_1.2' }), says: /with that undone/ },
@@ -270,16 +220,6 @@ const fixtures: Record<string, Record<string, Fixture>> = {
     'in base64': { headers: each(() => `v1,${Buffer.from(mac(KEY).toString('hex')).toString('base64')}`, 'webhook-signature') },
     'with another secret': { headers: each(() => `v1,${mac(KEY).toString('hex')}`, 'webhook-signature'), secret: OTHER }
   },
-  'signature-base64': {
-    unpadded: { headers: each(value => value.replace('=', ''), 'webhook-signature') },
-    'URL-safe': { headers: { ...withPlus, 'webhook-signature': withPlus['webhook-signature']!.replaceAll('+', '-').replaceAll('/', '_') } }
-  },
-  'signature-case-changed': {
-    lower: { headers: each(value => value.toLowerCase(), 'webhook-signature') }
-  },
-  'signature-cut': {
-    'ten characters': { headers: each(value => value.slice(0, -10), 'webhook-signature') }
-  },
   'signature-malformed': {
     'a word': { headers: each(() => 'yes', 'webhook-signature') },
     'too short': { headers: each(() => `v1,${'A'.repeat(24)}`, 'webhook-signature') }
@@ -295,33 +235,12 @@ const fixtures: Record<string, Record<string, Fixture>> = {
     'another product': { headers: renamed(name => name.replace('webhook', 'svix')), rawBody: '{"type":"user.created","data":{}}' },
     'no JSON': { headers: renamed(name => name.replace('webhook', 'svix')), rawBody: 'hello' }
   },
-  'provider-github': {
-    'X-Hub-Signature-256': { headers: changed(signed(), { ...none, 'X-Hub-Signature-256': `sha256=${'ab'.repeat(32)}` }) },
-    'X-Hub-Signature': { headers: changed(signed(), { ...none, 'X-Hub-Signature': `sha1=${'ab'.repeat(20)}` }) }
-  },
-  'provider-stripe': {
-    'Stripe-Signature': { headers: changed(signed(), { ...none, 'Stripe-Signature': `t=${SECONDS},v1=${'ab'.repeat(32)}` }) }
-  },
   'body-empty': {
     'no bytes': arrived('')
   },
   'body-not-captured': {
     '[object Object]': arrived('[object Object]', BODY, { 'content-length': String(BODY.length) }),
     undefined: arrived('undefined')
-  },
-  'body-cut': {
-    'at a limit': arrived(BODY.slice(0, 100), BODY, { 'content-length': String(Buffer.byteLength(BODY)) }),
-    'in a text, before any is told': { ...arrived(BODY.slice(0, 150)), says: /after 15\d bytes/ },
-    'after an escape': arrived(BODY.slice(0, BODY.indexOf('\\"') + 1)),
-    list: arrived('[1,[2]'),
-    'after a key': arrived('{"type"'),
-    'after a colon': arrived('{"type":'),
-    'after a comma': arrived('{"type":"a",'),
-    'in a key': arrived('{"ty'),
-    'in a number': arrived('{"a":[1,-2.'),
-    'in a literal': arrived('{"a":tru'),
-    'in an escape': arrived('{"a":"\\u00f'),
-    'with bytes after the signed ones lost': { ...arrived(BODY.slice(0, 120), BODY, { 'content-length': '500' }), says: /12\d of 500 bytes/ }
   },
   'body-length-differs': {
     'a value changed': { ...arrived(BODY.replace('resp_', 'res_'), BODY, { 'content-length': '999' }), says: /says 999 bytes/ },
@@ -337,43 +256,16 @@ const fixtures: Record<string, Record<string, Fixture>> = {
     LF: arrived(BODY, `${BODY}\n`),
     CRLF: arrived(BODY, `${BODY}\r\n`)
   },
-  'body-whitespace': {
-    around: arrived(`  ${BODY} \t`)
-  },
-  'body-crlf': {
-    'LF became CRLF': { ...arrived(crlf(pretty), pretty), says: /LF became CRLF/ },
-    'CRLF became LF': { ...arrived(pretty, crlf(pretty)), says: /CRLF became LF/ }
-  },
-  'body-bom-added': {
-    UTF8: arrived(`\ufeff${BODY}`)
-  },
-  'body-bom-removed': {
-    UTF8: arrived(BODY, `\ufeff${BODY}`)
-  },
   'body-charset': {
     'read as Latin-1, encoded as UTF-8': arrived(Buffer.from(cafe).toString('latin1'), cafe),
-    'read as windows-1252, encoded as UTF-8': arrived('{"note":"itâ€™s ðŸ˜€"}', '{"note":"it’s 😀"}'),
     'turned into Latin-1': { ...arrived(Buffer.from(cafe, 'latin1'), cafe), says: /turned into Latin-1/ },
-    'turned into windows-1252': { ...arrived(Buffer.from('{"note":"\x80 \x92"}', 'latin1'), '{"note":"€ ’"}'), says: /windows-1252/ },
     'Latin-1 turned into UTF-8': arrived(cafe, Buffer.from(cafe, 'latin1')),
-    'UTF-16': { ...arrived(utf16(BODY)), says: /UTF-16/ },
-    'UTF-16 without a mark': arrived(Buffer.from(BODY, 'utf16le')),
-    'composed characters': { ...arrived(cafe, cafe.normalize('NFD')), says: /Unicode normalization/ },
-    'decomposed characters': arrived(cafe.normalize('NFD'), cafe),
-    'signed as text with U+FFFD': { ...arrived(umlaut(Buffer.of(0xfc)), umlaut(Buffer.of(0xfc)).toString()), says: /sender signed the text/ },
-    'a byte lost to U+FFFD': { ...arrived(umlaut(Buffer.of(0xfc)).toString(), umlaut(Buffer.of(0xfc))), says: /lost to U\+FFFD/ },
-    'two bytes of a character lost to U+FFFD': arrived(umlaut(Buffer.from('\ufffd\ufffd')), umlaut(Buffer.from('ü')))
+    'signed as text with U+FFFD': { ...arrived(umlaut(Buffer.of(0xfc)), umlaut(Buffer.of(0xfc)).toString()), says: /sender signed the text/ }
   },
   'body-compressed': {
     gzip: { ...arrived(zlib.gzipSync(BODY)), says: /gzip/ },
     deflate: { ...arrived(zlib.deflateSync(BODY)), says: /\(deflate/ },
-    'raw deflate': { ...arrived(zlib.deflateRawSync(BODY)), says: /raw deflate/ },
     br: { ...arrived(zlib.brotliCompressSync(BODY)), says: /br/ }
-  },
-  'body-decompressed': {
-    gzip: arrived(BODY, zlib.gzipSync(BODY)),
-    deflate: arrived(BODY, zlib.deflateSync(BODY, { level: 9 })),
-    br: arrived(BODY, zlib.brotliCompressSync(BODY))
   },
   'body-form-encoded': {
     whole: arrived(encodeURIComponent(BODY)),
@@ -382,18 +274,6 @@ const fixtures: Record<string, Record<string, Fixture>> = {
     'field, "+" not encoded': arrived(`payload=${encodeURIComponent(BODY).replaceAll('%2B', '+')}`),
     'a "%" of its own': arrived('payload={"id":"evt_1","note":"100%25"}', '{"id":"evt_1","note":"100%"}'),
     'not well encoded': arrived('payload={"id":"evt_1","note":"50%"}', '{"id":"evt_1","note":"50%"}')
-  },
-  'body-url-decoded': {
-    '"+" became a space': arrived('{"note":"a b"}', '{"note":"a+b"}'),
-    'all of it': arrived(BODY, encodeURIComponent(BODY)),
-    'all of a form': arrived('{"note": "a b"}', encodeURIComponent('{"note": "a b"}').replaceAll('%20', '+'))
-  },
-  'body-html-escaped': {
-    named: arrived(BODY.replaceAll('&', '&amp;').replaceAll('"', '&quot;').replaceAll('<', '&lt;').replaceAll('>', '&gt;')),
-    numbered: arrived('{&#34;note&#34;:&#34;it&#39;s&#34;}', '{"note":"it\'s"}')
-  },
-  'body-stringified': {
-    'JSON.stringify of a text': arrived(JSON.stringify(BODY))
   },
   'body-buffer-json': {
     'JSON.stringify of a Buffer': arrived(JSON.stringify(Buffer.from(BODY)))
@@ -411,25 +291,15 @@ const fixtures: Record<string, Record<string, Fixture>> = {
     "Python's with ASCII, was compact": arrived(ascii(python(BODY))),
     "compact, was Python's with ASCII": { ...arrived(BODY, ascii(python(BODY))), says: /Python's json\.dumps\(value\).*\\u escapes/ },
     'was indented by 2': { ...arrived(BODY, pretty), says: /indented by 2/ },
-    'was indented by 4': { ...arrived(BODY, JSON.stringify(EVENT, null, 4)), says: /indented by 4/ },
-    'was indented by tabs': { ...arrived(BODY, JSON.stringify(EVENT, null, '\t')), says: /tabs/ },
-    'was indented, with CRLF': { ...arrived(BODY, crlf(pretty)), says: /CRLF/ },
     'is indented': arrived(pretty),
     'was Python\'s with a newline': { ...arrived(BODY, `${python(BODY)}\n`), says: /a newline at the end/ },
     'was of PHP': { ...arrived(BODY, ascii(BODY).replaceAll('/', '\\/')), says: /PHP/ },
     'was with escaped slashes': { ...arrived(BODY, BODY.replaceAll('/', '\\/')), says: /escaped slashes/ },
     'is of PHP': arrived(ascii(BODY).replaceAll('/', '\\/')),
     'was of Go': { ...arrived(BODY, BODY.replaceAll('<', '\\u003c').replaceAll('>', '\\u003e').replaceAll('&', '\\u0026')), says: /Go and Rails/ },
-    'was of .NET': {
-      ...arrived('{"note":"ü\\n\\"<\'+"}', '{"note":"\\u00FC\\n\\u0022\\u003C\\u0027\\u002B"}'),
-      says: /\.NET/
-    },
     'was with upper-case escapes': { ...arrived(cafe, cafe.replace('\u00e9', '\\u00E9')), says: /upper-case/ },
-    'its keys in another order': { ...arrived(JSON.stringify(reordered)), says: /keys in the order of OpenAI's events/ },
     'was sorted': { ...arrived('{"b":[{"d":1,"c":2}],"a":3,"a":4}', '{"a":3,"a":4,"b":[{"c":2,"d":1}]}'), says: /sorted/ },
-    'numbers rewritten': { ...arrived('{"n":1.0,"m":[10e1,-2],"s":"1.0","t":true}', '{"n":1,"m":[100,-2],"s":"1.0","t":true}'), says: /numbers/ },
     'numbers that JavaScript would lose': arrived('{"n": 12345678901234567890, "m": 1.0}', '{"n":12345678901234567890,"m":1.0}'),
-    'with a byte order mark': arrived(`\ufeff${BODY}`, python(BODY)),
     'a list': arrived('[ 1, {} ]', '[1,{}]')
   }
 }
@@ -458,14 +328,6 @@ t.test('each cause is named rightly', async t => {
   t.same(Object.keys(fixtures).sort(), Object.keys(causes).sort(), 'every cause has a fixture')
 })
 
-t.test('what a forger sends as a signature is only compared where it is long enough to prove something', async t => {
-  const digest = mac(KEY).toString('base64')
-  for (const text of [digest.slice(0, 19), `${digest.slice(0, 42)}A=`]) {
-    t.equal(judge({ headers: each(() => `v1,${text}`, 'webhook-signature'), secret: SECRET }).verified, false)
-    t.not(judge({ headers: each(() => `v1,${text}`, 'webhook-signature') }).finding?.cause, 'signature-cut')
-  }
-})
-
 // Deliveries of many kinds, the same in every run.
 
 function randomness (seed: number) {
@@ -490,17 +352,15 @@ function randomness (seed: number) {
     if (kind === 4) return Array.from({ length: below(4) }, () => value(depth + 1))
     return Object.fromEntries(Array.from({ length: below(5) }, () => [text(10), value(depth + 1)]))
   }
-  const body = (): { content: string | Buffer, cut: boolean } => {
+  const body = (): string | Buffer => {
     const event = sampleEvent(pick(sampleTypes))
     if (below(3) > 0) Object.assign(event.data, { extra: value(0) })
     const json = JSON.stringify(event, null, pick([0, 0, 0, 2, '\t']))
-    if (below(18) === 0) return { content: json.slice(0, -2), cut: true }
-    const content = pick<() => string | Buffer>([
-      () => json, () => json, () => json, () => python(json), () => ascii(json), () => `${json}\n`, () => crlf(json), () => `\ufeff${json}`,
+    return pick<() => string | Buffer>([
+      () => json, () => json, () => json, () => python(json), () => ascii(json), () => `${json}\n`, () => `\ufeff${json}`,
       () => JSON.stringify(value(0)), () => bytes(below(200)), () => text(100), () => '', () => zlib.gzipSync(json), () => encodeURIComponent(json),
       () => Buffer.from(json).toString('base64'), () => Buffer.from(json, 'latin1'), () => JSON.stringify({ body: json })
     ])()
-    return { content, cut: false }
   }
   const secret = (): string => {
     const base64 = bytes(24 + below(41)).toString('base64')
@@ -514,7 +374,6 @@ interface Healthy {
   delivery: { headers: Headers, rawBody: Buffer, secret: string | string[], now: number }
   /** The index of the secret that signed it. */
   signer: number
-  cut: boolean
   random: ReturnType<typeof randomness>
 }
 
@@ -522,14 +381,14 @@ function healthy (seed: number): Healthy {
   const random = randomness(seed)
   const { below, pick } = random
   const secret = random.secret()
-  const { content: body, cut } = random.body()
+  const body = random.body()
   const headers = { ...signed(Buffer.from(body), { secret, webhookId: random.id(), timestamp: SECONDS - 300 + below(601) }) }
   if (below(2) === 0) headers['content-length'] = String(Buffer.byteLength(body))
   if (below(4) === 0) headers['webhook-signature'] = `v1,${Buffer.alloc(32, below(256)).toString('base64')} ${headers['webhook-signature']!} v1a,${Buffer.alloc(64).toString('base64')}`
   if (below(8) === 0) headers['x-openai-signature'] = 'ab'.repeat(32)
   const secrets = pick<() => string | string[]>([() => secret, () => [secret], () => [random.secret(), secret], () => [secret, OTHER]])()
   const signer = Array.isArray(secrets) ? secrets.indexOf(secret) : 0
-  return { delivery: { headers, rawBody: Buffer.from(body), secret: secrets, now: NOW }, signer, cut, random }
+  return { delivery: { headers, rawBody: Buffer.from(body), secret: secrets, now: NOW }, signer, random }
 }
 
 const SEEDS = sized(100, 1_000)
@@ -552,10 +411,10 @@ t.test('healthy deliveries verify, and nothing is found', async t => {
 t.test('deliveries signed with another secret: no cause is claimed', async t => {
   const found: unknown[] = []
   for (let seed = 1_000; seed < 1_000 + SEEDS; seed++) {
-    const { delivery, cut, random } = healthy(seed)
+    const { delivery, random } = healthy(seed)
     const { verified, finding, ruledOut, likely } = judge({ ...delivery, secret: random.pick([random.secret(), [random.secret(), random.secret()], Buffer.from(random.secret())]) })
-    // Two facts explain a refusal by themselves, whatever the secret: no body, and one that ends within its JSON.
-    const fact = delivery.rawBody.length === 0 ? 'body-empty' : cut ? 'body-cut' : undefined
+    // One fact explains a refusal by itself, whatever the secret: no body.
+    const fact = delivery.rawBody.length === 0 ? 'body-empty' : undefined
     const tellsRest = ruledOut.length === 13 && likely?.includes('another endpoint or project') === true
     if (verified || finding?.cause !== fact || tellsRest !== (fact === undefined)) found.push({ seed, finding, ruledOut })
   }
@@ -724,7 +583,7 @@ t.test('it finds there what there is time for', async t => {
       if (finding?.cause !== cause) missed.push(`${cause}: ${name}`)
     }
   }
-  t.same(missed, ['body-compressed: br', 'body-decompressed: br'], 'Brotli takes some ms to begin')
+  t.same(missed, ['body-compressed: br'], 'Brotli takes some ms to begin')
 })
 
 t.test('a body above a megabyte is judged as it arrived', async t => {

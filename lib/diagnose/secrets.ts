@@ -60,12 +60,11 @@ export function readSecret (secret: unknown, index: number): SecretReading {
 }
 
 const PREFIX = 'whsec_'
-const PREFIX_LIKE = /^(?:whsec[_:.=\s-]?)+/i
+const PREFIX_LIKE = /^(?:v\d,)?(?:whsec[_:.=\s-]?)+/i
 
 /** What surrounds a secret that was pasted with too much. `\n` may be two characters: env files are not unescaped. */
 const wrappings = [
   [found('secret-whitespace'), /^[\s\u200b-\u200d\u2060]+|(?:[\s\u200b-\u200d\u2060]|\\[nrt])+$/g],
-  [found('secret-with-name'), /^(?:export\s+|set\s+)?(?!whsec)[A-Za-z_][\w.]*\s*[=:]\s*(?=["'\s]*(?:whsec|sk-))/i],
   [found('secret-quoted'), /^["'`\u2018-\u201f\u00ab\u00bb<]+|["'`\u2018-\u201f\u00ab\u00bb>]+[,;]?$/g]
 ] as const
 
@@ -83,58 +82,28 @@ function peel (text: string): { bare: string, peeled: Found[] } {
   return { bare, peeled: [...peeled] }
 }
 
-/** The secret's text without its prefix, and what is wrong with that. */
+/** The secret's text without its prefix, nor line breaks where base64 is left, and what is wrong with it. */
 function unprefixed (bare: string): { rest: string, causes: Found[] } {
   const prefix = PREFIX_LIKE.exec(bare)?.[0]
-  if (prefix === undefined) return { rest: bare, causes: [found('secret-prefix-missing')] }
-  return { rest: bare.slice(prefix.length), causes: prefix === PREFIX ? [] : [found('secret-prefix-mangled')] }
+  const after = bare.slice(prefix?.length ?? 0)
+  const causes = prefix === undefined ? [found('secret-prefix-missing')] : prefix === PREFIX ? [] : [found('secret-prefix-mangled')]
+  const joined = after.replace(/\s+/g, '')
+  return joined === after || strictBase64(joined) === undefined ? { rest: after, causes } : { rest: joined, causes: [...causes, found('secret-whitespace')] }
 }
 
 /** Every key that the text may stand for, the likelier first. */
 function * readings (bare: string): Generator<Reading> {
   const { rest, causes } = unprefixed(bare)
-  for (const [bytes, ...more] of base64Readings(rest)) {
-    yield [bytes, ...causes, ...more]
+  const bytes = strictBase64(rest)
+  if (bytes !== undefined) {
+    yield [bytes, ...causes]
     const inner = peel(bytes.toString('latin1')).bare
     // Encoded twice, with the prefix within or without.
     const bytesOfInner = strictBase64(inner.startsWith(PREFIX) ? inner.slice(PREFIX.length) : inner)
-    if (bytesOfInner !== undefined) yield [bytesOfInner, ...(inner.startsWith(PREFIX) ? [] : causes), ...more, found('secret-base64-twice')]
-  }
-  const parts = bare.split(/[\s,;|]+/)
-  if (parts.length > 1) {
-    for (const part of parts) {
-      const bytes = part.startsWith(PREFIX) ? strictBase64(part.slice(PREFIX.length)) : undefined
-      if (bytes !== undefined) yield [bytes, found('secret-list')]
-    }
-  }
-  if (isHex(rest)) yield [Buffer.from(rest, 'hex'), found('secret-base64-decoded', 'hexadecimal')]
-  if (/[^\x20-\x7e]/.test(rest)) {
-    yield [Buffer.from(rest), found('secret-base64-decoded', 'its bytes as UTF-8 text')]
-    yield [Buffer.from(rest, 'latin1'), found('secret-base64-decoded', 'its bytes as Latin-1 text')]
+    if (bytesOfInner !== undefined) yield [bytesOfInner, ...(inner.startsWith(PREFIX) ? [] : causes), found('secret-base64-twice')]
   }
   yield [Buffer.from(bare), found('secret-as-text')]
   yield [Buffer.from(rest), found('secret-as-text')]
-}
-
-/** The base64 that the text may have been before it was escaped, wrapped or rewritten. */
-function * base64Readings (rest: string): Generator<readonly [bytes: Buffer, ...causes: Found[]]> {
-  const forms: Array<readonly [text: string, ...causes: Found[]]> = [[rest]]
-  const change = (cause: Found, to: (text: string) => string): void => {
-    for (const [text, ...causes] of [...forms]) {
-      const changed = to(text)
-      if (changed !== text) forms.push([changed, ...causes, cause])
-    }
-  }
-  change(found('secret-escaped', 'URL-encoded'), text => text.replace(/%(2b|2f|3d)/gi, (_, hex: string) => String.fromCharCode(parseInt(hex, 16))))
-  change(found('secret-escaped', 'JSON or shell escapes'), text => text.replace(/\\u00(2b|2f|3d)/gi, (_, hex: string) => String.fromCharCode(parseInt(hex, 16))).replace(/\\(?=[/+=])/g, ''))
-  change(found('secret-escaped', '"+" became a space'), text => text.replaceAll(' ', '+'))
-  change(found('secret-whitespace'), text => text.replace(/\s+/g, ''))
-  change(found('secret-base64-urlsafe'), text => text.replaceAll('-', '+').replaceAll('_', '/'))
-  change(found('secret-base64-padding'), unpadded)
-  for (const [text, ...causes] of forms) {
-    const bytes = strictBase64(text)
-    if (bytes !== undefined) yield [bytes, ...causes]
-  }
 }
 
 const ALPHABET = 'ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/'
@@ -142,9 +111,8 @@ const ALPHABET = 'ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789
 /** Where one character is gone from the end of the base64, it can be found. */
 function * guesses (bare: string): Generator<Reading> {
   const { rest, causes } = unprefixed(bare)
-  const text = unpadded(rest)
   for (const last of ALPHABET) {
-    const bytes = strictBase64(text + last)
+    const bytes = strictBase64(rest.replace(/=+$/, '') + last)
     if (bytes !== undefined && bytes.length % 8 === 0) yield [bytes, ...causes, found('secret-cut', 'its last character is missing')]
   }
 }
@@ -154,28 +122,8 @@ function faults (bare: string): Found[] {
   const { rest, causes } = unprefixed(bare)
   // Without the prefix any text is a secret.
   if (causes.some(({ cause }) => cause === 'secret-prefix-missing')) return []
-  const letters = rest.replace(/[^A-Za-z]/g, '')
-  const isOneCase = letters.length >= MIN_LETTERS && (letters === letters.toLowerCase() || letters === letters.toUpperCase())
-  if (isOneCase && !isHex(rest)) return [...causes, found('secret-case-changed')]
   if (strictBase64(rest) !== undefined) return causes
-  if (bare.split(/[\s,;|]+/).filter(part => part.startsWith(PREFIX)).length > 1) return [found('secret-list')]
-  const [readable] = base64Readings(rest)
-  if (readable !== undefined) {
-    const [, ...faults] = readable
-    return [...causes, ...faults]
-  }
   return [...causes, /^[A-Za-z0-9+/]*=*$/.test(rest) ? found('secret-cut', 'what follows whsec_ is no whole base64') : found('secret-not-base64')]
-}
-
-/** As many letters as chance does not leave in one case. */
-const MIN_LETTERS = 20
-
-function isHex (text: string): boolean {
-  return /^(?:[0-9a-f]{2}){16,}$/i.test(text)
-}
-
-function unpadded (text: string): string {
-  return text.replace(/=+$/, '')
 }
 
 /** As the plugin reads what follows the prefix. */

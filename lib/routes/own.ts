@@ -6,7 +6,6 @@ import type { WebhookRouteOptions } from '../options.ts'
 import type { VerifiedRequest } from '../request.ts'
 import { keepRefusal, refuseErrors } from '../pipeline/answer.ts'
 import { OWN, PROTECTED } from './guard.ts'
-import { documentation } from './openapi.ts'
 import { declareRoute, shareDecorators } from './own-scope.ts'
 import { deliver } from './routes.ts'
 import type { Routes } from './routes.ts'
@@ -33,6 +32,8 @@ export function ownRoute (
     child.decorate(OWN, true)
     const endpoint = endpoints.add(child.prefix + url, verification, [registry.app, list])
     const admit = authentication.admit(endpoint)
+    // Loaded where there is somebody to ask for it: @fastify/swagger sees routes that are declared after it.
+    const documents = scope.hasPlugin('@fastify/swagger') ? await import('./openapi.ts') : undefined
     const keep = keepRefusal((request, statusCode) => failures.unprocessed(endpoint.name, request, statusCode))
     settles.push(declareRoute(child, scope, {
       method: 'POST',
@@ -40,7 +41,7 @@ export function ownRoute (
       bodyLimit: body.limit,
       config: {
         [PROTECTED]: admit,
-        swaggerTransform: documentation({ events, verifier: verification.verifier, replies: own !== undefined }),
+        ...(documents !== undefined && { swaggerTransform: documents.documentation({ events, verifier: verification.verifier, replies: own !== undefined }) }),
         ...(rateLimit !== undefined && { rateLimit })
       } as FastifyContextConfig,
       onRequest: admit,

@@ -1,3 +1,4 @@
+import type { TSchema } from '@sinclair/typebox'
 import type { FastifyInstance, RouteHandlerMethod } from 'fastify'
 import { Deadline } from '../deadline.ts'
 import { Reply } from '../delivery/reply.ts'
@@ -14,12 +15,11 @@ import { handling } from '../pipeline/answer.ts'
 import type { Authentication } from './authenticate.ts'
 import type { Endpoint, Endpoints } from './endpoint.ts'
 import { SKIPPED } from './guard.ts'
-import type { Documented } from './openapi.ts'
 
 /** What the receiving routes of one registration have in common. */
 export interface Routes {
   readonly registry: Registry
-  readonly events: Documented['events']
+  readonly events: Readonly<Record<string, TSchema>>
   readonly endpoints: Endpoints
   readonly verifications: Verifications
   readonly authentication: Authentication
