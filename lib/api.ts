@@ -19,11 +19,11 @@ export interface OpenAIWebhook {
   onAny (handler: EventHandler<WebhookEvent>, options?: HandlerOptions): this
   /** Runs the handler for verified events that no `on` handler matches, unknown types included. */
   onUnhandled (handler: EventHandler<WebhookEvent | UnknownEvent>, options?: HandlerOptions): this
-  /** Tells the handler of every failure. What it returns or throws changes nothing for the sender. */
+  /** Reports every failure to the handler. What it returns or throws changes nothing for the sender. */
   onError (handler: ErrorHandler): this
   /**
-   * Tells the handler of each delivery whose attempts are used up, once, in the process that made the last one. What it
-   * throws is logged. A crash may swallow the telling: what counts is `deadLetters`.
+   * Calls the handler with each delivery whose attempts are used up, once, in the process that made the last attempt. What it
+   * throws is logged. A crash may swallow the call, so rely on `deadLetters`.
    */
   onDead (handler: DeadHandler): this
   /**

@@ -6,7 +6,7 @@ import type { DeadDelivery } from './runners/runner.ts'
 import type { MaybePromise } from './stores/store.ts'
 import type { VerifiedRequest } from './request.ts'
 
-/** What is told of every delivery that has been verified. */
+/** Published for every verified delivery. */
 export interface DeliveryInfo {
   /** The receiving route's URL. */
   readonly endpoint: string
@@ -25,20 +25,20 @@ export interface VerifiedMessage extends DeliveryInfo {
   readonly request: VerifiedRequest
 }
 
-/** A delivery that was not answered 200: a stranger's, or one that has to come again. */
+/** A delivery that was not answered 200: a stranger's, or one that OpenAI has to send again. */
 export interface RefusedMessage {
-  /** The answer: a code of ours, or Fastify's own. */
+  /** The code of the answer: one of ours, or Fastify's own. */
   readonly code: string
   readonly statusCode: number
   readonly error: unknown
   readonly endpoint: string
-  /** Known once the delivery is verified, as the event is. */
+  /** Known once the delivery is verified. So is the event. */
   readonly webhookId?: string | undefined
   readonly event?: DeliveryInfo['event'] | undefined
   readonly request: FastifyRequest
 }
 
-/** A delivery of a webhook-id that has been seen. */
+/** A delivery whose webhook-id has been seen. */
 export interface DuplicateMessage extends DeliveryInfo {
   /**
    * `processed` before; `joined` one that is running in this process; `elsewhere`: running in another process; `queued`: the
@@ -48,40 +48,40 @@ export interface DuplicateMessage extends DeliveryInfo {
   readonly request: VerifiedRequest
 }
 
-/** What the messages of the tracing channels have in common. */
+/** The messages of all tracing channels have these. */
 export interface TracedMessage {
   /**
-   * At `start` a subscriber may set this, to have the work run within something of its own, such as the context of a
-   * tracer; one that is set already belongs within it. It has to call `work`, once and at once.
+   * A subscriber of `start` may set this to run the work within something of its own, such as the context of a tracer. Where it
+   * is set already, the new one has to call the old one within. It has to call `work` once, at once.
    *
-   * `start.bindStore` would take an AsyncLocalStorage alone, and since Node 26 enters it without calling its `run`.
+   * Not `start.bindStore`: it takes nothing but an AsyncLocalStorage, and since Node 26 enters it without calling its `run`.
    */
   around?: <T>(work: () => T) => T
   /** Set from the `error` message on: what the work threw. */
   error?: unknown
 }
 
-/** A delivery on its way into the queue of a runner. */
+/** A runner with a queue is given a delivery. */
 export interface EnqueueMessage extends DeliveryInfo, TracedMessage {
   readonly request: VerifiedRequest
   /**
-   * At `start` a subscriber may put strings here, such as W3C's `traceparent`. They travel with the job, and the
-   * `DeliveryMessage` of the process that runs it has them.
+   * A subscriber of `start` may put strings here, such as W3C's `traceparent`. They travel with the job to the
+   * `DeliveryMessage` of the process that runs it.
    */
   readonly carrier: Record<string, string>
-  /** Set once the runner has answered: whether it had the delivery already, where it can tell. */
+  /** Set once the runner has answered: whether it had the delivery already. `undefined` where it cannot tell. */
   duplicate?: boolean
   /** Set from the `error` message on: why the runner did not take it. */
   error?: unknown
 }
 
-/** The handlers of one delivery, from their start to their end on record; in a request or out of a queue. */
+/** The handlers of one delivery run, in a request or out of a queue, until their end is recorded. */
 export interface DeliveryMessage extends DeliveryInfo, TracedMessage {
-  /** How often its handlers have been started, this time included; where the runner knows. */
+  /** How often its handlers have been started, this time included. `undefined` where the runner does not know. */
   readonly attempt: number | undefined
-  /** Handlers that run: those that have not succeeded before. */
+  /** The number of handlers that run. Those that have succeeded before do not. */
   readonly handlers: number
-  /** Whether it comes out of a queue: then it has been acknowledged. */
+  /** Whether it comes out of a queue, so that it has been acknowledged. */
   readonly queued: boolean
   readonly carrier: Readonly<Record<string, string>> | undefined
   /** Only where the handlers run in the request. */
@@ -90,16 +90,16 @@ export interface DeliveryMessage extends DeliveryInfo, TracedMessage {
   error?: unknown
 }
 
-/** One handler of one delivery. */
+/** One handler of one delivery runs. */
 export interface HandlerMessage extends TracedMessage {
-  /** Its name: the user's, or its place in the order of registration. */
+  /** Its name, or else its place in the order of registration. */
   readonly handler: string
   readonly delivery: DeliveryInfo & Pick<DeliveryMessage, 'attempt' | 'queued' | 'carrier'>
   /** Set from the `error` message on: what the handler threw. */
   error?: unknown
 }
 
-/** What no sender is told: a store, a runner or a `secret` function that failed. */
+/** A store, a runner or a `secret` function has failed, and no sender hears of it. */
 export interface TroubleMessage {
   readonly error: unknown
   readonly endpoint?: string | undefined
@@ -116,7 +116,7 @@ export interface MessageChannel<Message> {
   publish (message: Message): void
 }
 
-/** A part of a tracing channel: what is bound to it is the async context of the work. */
+/** A part of a tracing channel. The work runs in the stores that are bound to it. */
 export interface TracePart<Message> extends MessageChannel<Message> {
   bindStore<Store> (store: AsyncLocalStorage<Store>, transform: (message: Message) => Store): void
   unbindStore (store: AsyncLocalStorage<any>): boolean
@@ -132,7 +132,7 @@ export interface TraceSubscribers<Message> {
 }
 
 /**
- * A tracing channel whose messages are typed. Not Node's own type: its parameters change places between the versions of
+ * A tracing channel whose messages are typed. Not Node's own type, whose parameters change places between versions of
  * @types/node.
  */
 export interface TraceChannel<Message> extends Record<keyof TraceSubscribers<Message>, TracePart<Message>> {
@@ -145,8 +145,8 @@ const named = <Message>(name: string): MessageChannel<Message> => channel(`fasti
 const traced = <Message>(name: string): TraceChannel<Message> => tracingChannel(`fastify-openai-webhook.${name}`) as unknown as TraceChannel<Message>
 
 /**
- * Everything that happens to deliveries in this process, over all registrations of the plugin. Nothing is published, and
- * no message built, without a subscriber.
+ * Everything that happens to deliveries in this process, over all registrations of the plugin. Without a subscriber no message
+ * is built.
  *
  * `enqueue`, `delivery` and `handler` are tracing channels: `start` and `end` around the synchronous part, then
  * `asyncStart` and `asyncEnd`, once, even where nothing was asynchronous; `error` before them.
@@ -163,7 +163,7 @@ export const channels = {
   handler: traced<HandlerMessage>('handler')
 } as const
 
-/** Runs `work` between the messages of a tracing channel, in the async contexts of its subscribers. */
+/** Runs `work` between the messages of a tracing channel, in the stores that are bound to `start`. */
 export function trace<Message extends TracedMessage, T> (
   { start, end, asyncStart, asyncEnd, error: failed }: TraceChannel<Message>,
   message: Message,
@@ -205,7 +205,7 @@ export function trace<Message extends TracedMessage, T> (
   })
 }
 
-/** Whatever a subscriber makes of it, `work` runs, and once: a delivery of which nothing ran would be acknowledged. */
+/** Runs `work` once, whatever the subscriber does: else a delivery would be acknowledged whose handlers never ran. */
 function within<T> (around: NonNullable<TracedMessage['around']>, work: () => T): T {
   let outcome: (() => T) | undefined
   const once = (): T => {

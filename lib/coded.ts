@@ -1,8 +1,6 @@
 import { isPromise } from './steps.ts'
 
-// What counts as a coded error.
-
-/** The status that an error is answered with, as Fastify's own error handler has it. */
+/** The status that Fastify's own error handler answers an error with. */
 export function statusOf (error: unknown): number {
   const { statusCode, status } = Object(error) as { statusCode?: unknown, status?: unknown }
   return isErrorStatus(statusCode) ? statusCode : isErrorStatus(status) ? status : 500
@@ -10,7 +8,7 @@ export function statusOf (error: unknown): number {
 
 const isErrorStatus = (status: unknown): status is number => typeof status === 'number' && status >= 400 && status <= 599
 
-/** Whether an error is one of this catalogue, to be sent as it is. */
+/** Whether an error is one of our catalogue, to be sent as it is. */
 export function isCoded (error: unknown): error is Error {
   try {
     const { code } = error as { code?: unknown }
@@ -21,11 +19,11 @@ export function isCoded (error: unknown): error is Error {
   }
 }
 
-/** Whether what a verifier of the user's throws is an answer to the sender. */
+/** Whether what a user's verifier throws may be sent as it is. */
 export function isRefusal (error: unknown): error is Error {
   try {
     const { code, statusCode } = error as { code?: unknown, statusCode?: unknown }
-    // What has a `then` would be waited for.
+    // Fastify would await an error with a `then`.
     return error instanceof Error && !isPromise(error) && typeof code === 'string' && typeof statusCode === 'number' && statusCode >= 400 && statusCode < 500
   } catch {
     return false // null, or a getter that throws

@@ -21,7 +21,7 @@ export interface DeadLettersOptions {
 export interface DeadLetters {
   /** The dead deliveries, oldest first. */
   list (options?: DeadLettersOptions): Promise<DeadDelivery[]>
-  /** How many there are. */
+  /** The number of dead deliveries. */
   count (): Promise<number>
   /**
    * Gives a dead delivery its attempts anew. Handlers that had succeeded do not run again.
@@ -31,7 +31,7 @@ export interface DeadLetters {
   requeue (delivery: DeliveryRef, options?: RequeueOptions): Promise<boolean>
 }
 
-/** Over any runner that keeps them. */
+/** The dead letters of any runner that keeps them. */
 export class RunnerDeadLetters implements DeadLetters {
   readonly #runner: Runner
 

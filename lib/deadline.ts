@@ -8,7 +8,7 @@ export class Deadline {
 
   /** Calls `expired` after `ms`, unless it is stopped before. */
   start (expired: () => void): NodeJS.Timeout {
-    // Unref'd: whoever waits here holds a socket open; the timer alone must not keep a process alive.
+    // Unref'd: whoever waits holds a socket open, and the timer alone must not keep the process alive.
     const timer = setTimeout(() => this.#end(timer, expired), this.ms).unref()
     this.#waiting.set(timer, expired)
     return timer

@@ -56,7 +56,7 @@ export interface Diagnosis {
   readonly likely?: string
 }
 
-/** A diagnosis is bounded work for any delivery. */
+/** The bounds of a diagnosis's work, whatever the delivery. */
 interface Bounds {
   readonly hmacs: number
   /** Bytes that they run over. */
@@ -82,7 +82,7 @@ export function diagnose (options: DiagnoseOptions): Diagnosis {
   return diagnoseWithin(THOROUGH, options)
 }
 
-/** Of a delivery that was refused: takes some ms, and so leaves what is seldom and what is large untried. */
+/** Diagnoses in some ms, for a server. Rare causes and large bodies are left untried. */
 export function diagnoseQuickly (options: DiagnoseOptions): Diagnosis {
   return diagnoseWithin(QUICK, options)
 }
@@ -232,7 +232,7 @@ function isOwn ({ causes }: { causes: readonly Found[] }): boolean {
   return causes.length === 0
 }
 
-/** Where nothing is as it should be, the least wrong stands in. */
+/** The candidates with nothing wrong, or else those with the least. */
 function nearest (keys: readonly KeyCandidate[], heads: readonly HeadCandidate[]): { nearKeys: KeyCandidate[], nearHeads: HeadCandidate[] } {
   return {
     nearKeys: keys.some(isOwn) ? keys.filter(isOwn) : keys.filter(({ guess }) => !guess).slice(0, 4),

@@ -1,14 +1,14 @@
 import createError from '@fastify/error'
 import type { FastifyErrorConstructor } from '@fastify/error'
 
-// The one catalogue of coded errors, by pipeline step. Messages say what was expected, what came and what to do;
-// they never carry a secret, an expected signature or a value out of a payload.
+// All coded errors, by pipeline step. A message says what was expected, what came and what to do. It never carries a secret, an
+// expected signature or a value out of a payload.
 
 function coded (name: string, message: string, statusCode: number, Base: ErrorConstructor | TypeErrorConstructor = Error, stack = true): FastifyErrorConstructor {
   return createError(`FST_OPENAI_WEBHOOK_${name}`, message, statusCode, Base as ErrorConstructor, stack)
 }
 
-/** A refusal: no stack, which says nothing about a stranger's request and costs several µs under a flood. */
+/** Without a stack: that says nothing about a stranger's request and costs several µs under a flood. */
 const refusal = (name: string, message: string, statusCode: number) => coded(name, message, statusCode, Error, false)
 
 // At boot
@@ -60,7 +60,7 @@ export const NoDeadLetters = coded('NO_DEAD_LETTERS',
 export const NeedsForce = coded('NEEDS_FORCE',
   'the delivery %s is older than what the inbox remembers of its handler "%s", whose effect could happen twice: look whether it has happened, and say { force: true } if it is to', 500)
 
-// Inbox: what a handler fails with
+// Inbox: handlers fail with these
 
 export const TransactionOver = coded('TRANSACTION_OVER',
   'the transaction of the handler "%s" is over: use `tx` only before the work that was given to once() has returned, and await what it does', 500)

@@ -6,24 +6,24 @@ import { RefusalLog, logError, logFields } from './log.ts'
 import type { FailureInfo, Refused, Registry } from './registry.ts'
 import type { Attempts, DeadDelivery, Job } from './runners/runner.ts'
 
-/** Every failure is logged, published and reported to the `onError` handlers here. */
+/** The one place where a failure is logged, published and reported to the `onError` handlers. */
 export class Failures {
   readonly #log: FastifyBaseLogger
   readonly #registry: Registry
   readonly #refusals: RefusalLog
 
-  /** @param log for what comes in no request */
+  /** @param log for failures outside a request */
   constructor (log: FastifyBaseLogger, registry: Registry) {
     this.#log = log
     this.#registry = registry
     this.#refusals = new RefusalLog(log)
   }
 
-  /** A delivery is not answered 200. It is logged with the errors behind that, or else by its code. */
+  /** A delivery is not answered 200. The log gets the cause where there is one, else the code alone. */
   refused (error: unknown, delivery: Refused, request: FastifyRequest): void {
     const { code: given, cause, message } = error as { code?: unknown, cause?: unknown, message: string }
     const statusCode = statusOf(error)
-    // A database or gRPC client, in an app's hook, may throw a number.
+    // A database or gRPC client in a hook of the app may give a number as code.
     const code = typeof given === 'string' || typeof given === 'number' ? String(given) : 'UNKNOWN'
     if (statusCode >= 500 && cause !== undefined) logError(request.log, cause, { code, ...logFields(delivery) }, message)
     else this.#refusals.write(request.log, code, statusCode, delivery)
@@ -34,18 +34,18 @@ export class Failures {
     this.report(error, delivery, request.log)
   }
 
-  /** A delivery fails whose sender has been answered. */
+  /** A delivery fails after its sender has been answered. */
   late (error: Error, delivery: Refused, { log }: FastifyRequest): void {
     logError(log, error.cause ?? error, logFields(delivery), error.message)
     this.report(error, delivery, log)
   }
 
-  /** A hook of the app has answered 2xx by itself. */
+  /** A hook of the app has answered 2xx, so the handlers did not run. */
   unprocessed (endpoint: string, { log }: FastifyRequest, statusCode: number): void {
     this.#refusals.unprocessed(log, statusCode, endpoint)
   }
 
-  /** What no sender hears of, such as a store that fails. */
+  /** Something fails that no sender hears of, such as a store after the handlers have run. */
   trouble (error: unknown, delivery: FailureInfo = {}, attempt?: number): void {
     logError(this.#log, error, logFields(delivery, attempt), 'webhook trouble')
     const { endpoint, webhookId, event } = delivery
@@ -53,7 +53,7 @@ export class Failures {
     this.report(error, infoOf(delivery))
   }
 
-  /** What a runner reports: handlers that have failed a delivery after it was acknowledged, or trouble. */
+  /** A runner reports trouble, or a job whose handlers failed after it was acknowledged. */
   ofRunner (error: unknown, job?: Job, attempts?: Attempts): void {
     if (job === undefined || !isHandlersFailure(error)) return this.trouble(error, job, attempts?.attempt)
     const fate = attempts === undefined ? '' : ' and will be attempted again'
@@ -61,7 +61,7 @@ export class Failures {
     this.report(error, infoOf(job))
   }
 
-  /** Nothing will attempt the delivery again, unless a person does. */
+  /** The attempts of a delivery are used up. */
   dead (delivery: DeadDelivery, error: unknown): void {
     logError(this.#log, causeOf(error), logFields(delivery, delivery.attempts), 'webhook delivery is dead')
     if (channels.dead.hasSubscribers) channels.dead.publish(delivery)
@@ -69,12 +69,12 @@ export class Failures {
     this.#registry.bury(delivery, thrown => logError(this.#log, thrown, logFields(delivery), 'an onDead handler failed'))
   }
 
-  /** Tells the `onError` handlers, and nobody else. */
+  /** Reports to the `onError` handlers alone. */
   report (error: unknown, info: FailureInfo, log = this.#log): void {
     this.#registry.report(error, info, thrown => logError(log, thrown, {}, 'an onError handler failed'))
   }
 
-  /** Tells at once of the refusals that have been counted. */
+  /** Logs the refusals that were counted and not logged, now. */
   flush (): void {
     this.#refusals.flush()
   }

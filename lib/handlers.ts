@@ -13,7 +13,7 @@ export interface EventContext {
   readonly log: FastifyBaseLogger
   /** Aborts when the app is closing and `closeTimeout` is over; not at the deadline. */
   readonly signal: AbortSignal
-  /** Only where the handler runs in the request (the `inline()` runner). */
+  /** Present only where the handler runs in the request, by the `inline()` runner. */
   readonly request?: VerifiedRequest
 }
 

@@ -1,16 +1,16 @@
 import { AsyncResource } from 'node:async_hooks'
 import type { FastifyBaseLogger } from 'fastify'
 
-/** Characters of an error's message, and of its stack, that are logged. */
+/** Characters of an error's message and of its stack. */
 const MAX_TEXT = 10_000
-/** Causes of an error, and of its causes, that are logged. */
+/** Levels of causes. */
 const MAX_CAUSES = 5
-/** Errors of an AggregateError that are logged. */
+/** Errors of an AggregateError. */
 const MAX_ERRORS = 100
 
 /**
- * Logs what a user's code threw: clipped where it is huge, and in place of one that cannot be read (a getter that
- * throws) a line that says so. A logger reads errors as it is called, and must not fail the delivery with them.
+ * Logs what a user's code threw. A huge error is clipped. One that cannot be read, since a getter throws, is replaced by a line
+ * that says so: a logger reads the error when it is called, and must not fail the delivery.
  */
 export function logError (log: FastifyBaseLogger, error: unknown, fields: object, message: string): void {
   try {
@@ -20,7 +20,7 @@ export function logError (log: FastifyBaseLogger, error: unknown, fields: object
   }
 }
 
-/** A line that cannot be written, because a disk is full or a user's `mixin` throws, fails no delivery. */
+/** Logs a line. A full disk, or a `mixin` of the user's that throws, must not fail the delivery. */
 export function write (log: FastifyBaseLogger, level: 'info' | 'warn' | 'error', fields: object, message: string): void {
   try {
     log[level](fields, message)
@@ -42,7 +42,7 @@ function clipped (error: unknown, causes = MAX_CAUSES): unknown {
   return copy
 }
 
-/** Characters of an event's id and type, which a schema need not bound. */
+/** Characters of an event's id and type: a schema need not bound them. */
 const MAX_NAME = 256
 
 const nameOf = (value: unknown): string | undefined => typeof value === 'string' ? value.slice(0, MAX_NAME) : undefined
@@ -53,30 +53,30 @@ interface Described {
   readonly event?: { readonly type: string, readonly id?: unknown } | undefined
 }
 
-/** What names a delivery on every line about it. */
+/** The fields of every line about a delivery. */
 export function logFields ({ endpoint, webhookId, event }: Described, attempt?: number): object {
   return { webhookId, eventId: nameOf(event?.id), eventType: nameOf(event?.type), endpoint, ...(attempt !== undefined && { attempt }) }
 }
 
-/** Whether a line of this level goes anywhere: the fields of one cost more than the dispatch. */
+/** Whether a line of this level is written. To be asked first: the fields of a line cost more than the dispatch. */
 export function logs (log: FastifyBaseLogger, level: 'info' | 'warn'): boolean {
   const { isLevelEnabled } = log as { isLevelEnabled?: (level: string) => boolean }
   // Fastify's `logger: false` has one function for all levels.
   return isLevelEnabled === undefined ? log[level] !== log.fatal : isLevelEnabled.call(log, level)
 }
 
-/** What to do where a wrong setting is behind a refusal, by its code. */
+/** What to do, by the code of a refusal that a wrong setting can be behind. */
 const FIXES: Readonly<Record<string, string>> = {
   FST_OPENAI_WEBHOOK_INVALID_SIGNATURE: 'where the sender is OpenAI: compare OPENAI_WEBHOOK_SECRET, or the secret option, with the signing secret ' +
     '(whsec_…) of the endpoint that has this URL at OpenAI, and give both while one replaces another; if it is the same, something in ' +
     'front of the app rewrites the body. Log level debug and `npx openai-webhook diagnose` say which'
 }
 
-/** Lines about refusals with one code at one endpoint that are written in a window; the others are counted. */
+/** Lines in a window about refusals with one code at one endpoint. Further ones are counted. */
 const MAX_LINES = 5
 /** ms */
 const WINDOW = 10_000
-/** A verifier of the user's may throw any code. */
+/** Bounded, since a user's verifier may throw any code. */
 const MAX_WINDOWS = 200
 const OTHERS = 'others'
 
@@ -88,14 +88,14 @@ interface Window {
   readonly endpoint: string | undefined
 }
 
-/** Refused deliveries, at `warn`: bounded, so that a flood of forgeries cannot fill a disk. Nothing of a payload is in it. */
+/** Logs refused deliveries at `warn`, without the payload. Bounded, so that a flood of forgeries cannot fill a disk. */
 export class RefusalLog {
   readonly #log: FastifyBaseLogger
   readonly #windows = new Map<string, Window>()
-  // What is told as a window ends is of many requests, whose async contexts a logger may read.
+  // Bound here: the line at the end of a window is about many requests, and a logger may read the async context of one.
   readonly #endOutside = AsyncResource.bind((key: string) => this.#end(key))
 
-  /** @param log for what is told when a window ends */
+  /** @param log for the lines at the end of windows */
   constructor (log: FastifyBaseLogger) {
     this.#log = log
   }
@@ -104,13 +104,12 @@ export class RefusalLog {
     if (this.#hasRoom(log, code, delivery.endpoint)) write(log, 'warn', { code, statusCode, ...logFields(delivery), fix: FIXES[code] }, 'webhook delivery refused')
   }
 
-  /** A hook of the app has answered in place of the plugin. */
   unprocessed (log: FastifyBaseLogger, statusCode: number, endpoint: string): void {
     const code = 'ANSWERED_BY_A_HOOK'
     if (this.#hasRoom(log, code, endpoint)) write(log, 'warn', { code, statusCode, endpoint }, 'the delivery was not processed')
   }
 
-  /** Whether there is room for another line. */
+  /** Whether the window has room for another line. */
   #hasRoom (log: FastifyBaseLogger, code: string, endpoint: string): boolean {
     if (!logs(log, 'warn')) return false
     const own = `${code} ${endpoint}`
@@ -127,7 +126,7 @@ export class RefusalLog {
     return hasRoom
   }
 
-  /** Tells at once what has been counted. */
+  /** Ends all windows now. */
   flush (): void {
     for (const key of [...this.#windows.keys()]) this.#end(key)
   }

@@ -35,7 +35,7 @@ export interface MetricsRouteOptions {
 
 /** A Fastify plugin with one route, for those who want it: the metrics are collected without it. */
 export interface WebhookMetrics extends FastifyPluginAsync<MetricsRouteOptions> {
-  /** Collects no more, and takes the metrics out of the registry. */
+  /** Stops collecting and takes the metrics out of the registry. */
   close (): void
 }
 
@@ -60,7 +60,7 @@ export function webhookMetrics (options: WebhookMetricsOptions = {}): WebhookMet
   const collector = new Collector({ register: registry, eventTypes, buckets })
 
   const plugin: FastifyPluginAsync<MetricsRouteOptions> = async (app, routeOptions) => {
-    // Those of Fastify's `register` itself are beside it.
+    // Beside the options of Fastify's `register`.
     assertNames(routeOptions, ['path', 'prefix', 'logLevel', 'logSerializers'])
     const { path = '/metrics' } = routeOptions
     if (typeof path !== 'string' || !path.startsWith('/')) throw new InvalidOptions('webhookMetrics(): expected path to begin with "/"')

@@ -12,7 +12,7 @@ export function nearest (given: string, names: readonly string[]): string {
   return best === '' ? '' : `, did you mean "${best}"?`
 }
 
-/** How many characters differ. */
+/** The Levenshtein distance. */
 export function editDistance (a: string, b: string): number {
   let previous = Array.from({ length: b.length + 1 }, (_, j) => j)
   for (let i = 1; i <= a.length; i++) {

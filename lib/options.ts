@@ -110,7 +110,7 @@ export interface RouteOverrides extends ReceivingOptions {
   on?: RouteHandlers
 }
 
-/** As @fastify/rate-limit types a route's `config.rateLimit`, where it is imported. */
+/** The type that @fastify/rate-limit gives `config.rateLimit`, where it is imported. */
 export type RateLimit = Required<FastifyContextConfig> extends { rateLimit: infer Limits } ? Limits : object | false
 
 export interface WebhookRouteOptions extends RouteOverrides {
@@ -127,7 +127,7 @@ export type VerifiedHandler = RouteHandlerMethod<
   RawServerDefault, RawRequestDefaultExpression, RawReplyDefaultExpression, RouteGenericInterface, { openaiWebhook: RouteOverrides }
 >
 
-/** Where an option is left out. Each is written at its option too, as `@default`. */
+/** The defaults of options. Each stands at its option too, as `@default`. */
 export const DEFAULTS = {
   path: '/webhooks/openai',
   tolerance: 300,
@@ -203,10 +203,10 @@ const idempotencyRules: Record<keyof Required<IdempotencyOptions>, Rule> = {
   retention: wholeNumber('ms', 1)
 }
 
-/** One of them is in any JSON Schema that says something of an event. */
+/** Any JSON Schema that describes an event has one of these. */
 const JSON_SCHEMA_KEYWORDS = ['type', 'properties', 'required', '$ref', 'allOf', 'anyOf', 'oneOf', 'const', 'enum']
 
-/** What Fastify itself takes from the options of `register`. */
+/** Options of `register` that Fastify itself reads. */
 const FASTIFY_OPTIONS = ['logLevel', 'logSerializers']
 
 /** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
@@ -255,7 +255,7 @@ function assertSchema (type: string, schema: TSchema): void {
   }
 }
 
-/** What people have in place of a schema of TypeBox 0.34. */
+/** Names what was given in place of a schema of TypeBox 0.34. */
 function showSchema (value: unknown): string {
   if ((typeof value !== 'object' && typeof value !== 'function') || value === null) return show(value)
   const { '~kind': kind, '~standard': standard, constructor } = value as { '~kind'?: unknown, '~standard'?: { vendor?: unknown }, constructor?: unknown }
@@ -265,7 +265,7 @@ function showSchema (value: unknown): string {
   return isObject(value) && typeof constructor === 'function' && constructor !== Object ? `an instance of ${constructor.name}` : show(value)
 }
 
-/** Kinds and short values: what stands in the wrong place may be a secret. */
+/** Shows short values and the kind of others: what stands in the wrong place may be a secret. */
 function show (value: unknown): string {
   if (typeof value === 'string') return value.length <= 16 && !/^(?:whsec_|sk-)/.test(value) ? `"${value}"` : 'a string'
   if (typeof value === 'number' || typeof value === 'boolean' || value === null || value === undefined) return String(value)

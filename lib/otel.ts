@@ -12,16 +12,16 @@ export interface WebhookTracingOptions {
 }
 
 export interface WebhookTracing {
-  /** Makes no more spans. Those of what is running end now. */
+  /** Makes no more spans, and ends those that are open. */
   close (): void
 }
 
 const NAME = 'fastify-openai-webhook'
 
 /**
- * Makes OpenTelemetry spans of all deliveries in this process: `process <endpoint>` with a span for each handler below
- * it, under the request's span; and where a runner has a queue, `send <endpoint>` in the request, which the `process`
- * span of whoever runs the handlers links to. To be called once.
+ * Makes OpenTelemetry spans of all deliveries in this process. Below the request's span there is `process <endpoint>`, with a span
+ * for each handler. Where the runner has a queue there is `send <endpoint>` instead, and the `process` span of the process that
+ * runs the handlers links to it. To be called once.
  *
  * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS
  */
@@ -89,16 +89,16 @@ class Spans {
       kind: SpanKind.PRODUCER,
       attributes: { ...operation('send'), ...describe(message), ...bodySize(message.request) }
     }, parent))
-    // Baggage may be out of the request's headers, which nobody has signed: it has no business in a queue.
+    // Baggage may come from the request's headers, which are not signed, so it must not get into a queue.
     harmless(() => { propagation.inject(propagation.deleteBaggage(active), message.carrier) })
     return active
   }
 
   #process (message: DeliveryMessage): Context {
     const { request, carrier, queued, attempt } = message
-    // A worker of this process may take a job while its request still waits for the queue: the carrier tells that too.
+    // Found by the carrier: a worker of this process may take a job while its request still waits for the queue.
     const fromQueue = queued || carrier !== undefined
-    // The context in which a queue starts a job is that of another delivery, or of none.
+    // A queue starts a job in the context of another delivery, or of none.
     const parent = fromQueue ? propagation.extract(ROOT_CONTEXT, carrier ?? {}) : contextOf(request!)
     const accepted = fromQueue ? trace.getSpanContext(parent) : undefined
     return trace.setSpan(parent, this.#tracer.startSpan(`process ${message.endpoint}`, {
@@ -170,7 +170,7 @@ function within<T> (active: Context, work: () => T): T {
 function recordFailure (span: Span | undefined, error: unknown): void {
   if (span === undefined) return
   const { name } = readable(error)
-  // An error of ours says what the sender is told; its cause is what happened.
+  // A coded error says what the sender is answered. Its cause is what happened.
   const cause = name.startsWith('FST_OPENAI_WEBHOOK_') ? (error as Error).cause ?? error : error
   const thrown: readonly unknown[] = cause !== error && cause instanceof AggregateError ? cause.errors : [cause]
   span.setAttribute('error.type', name)
@@ -178,7 +178,7 @@ function recordFailure (span: Span | undefined, error: unknown): void {
   for (const each of thrown) span.recordException(readable(each))
 }
 
-/** What a span can take of whatever was thrown. The `name` is the one that the SDK would choose as the exception's type. */
+/** Makes an exception of whatever was thrown, as a span takes it. The SDK takes `name` for its type. */
 function readable (thrown: unknown): { name: string, message: string, stack?: string } {
   try {
     if (thrown instanceof Error) {

@@ -33,7 +33,7 @@ import { TypeCompiler } from './typebox.ts'
 import type { OpenAIWebhook } from './api.ts'
 import { Verifications } from './routes/verifications.ts'
 
-// No default for `options`: Fastify gives an object, and could not infer the type of an optional parameter.
+// `options` has no default: Fastify always gives an object, and could not infer the type of an optional parameter.
 async function openaiWebhook (instance: FastifyInstance, options: OpenAIWebhookOptions): Promise<void> {
   assertOptions(options)
   if (instance.hasDecorator('openaiWebhook')) throw new AlreadyRegistered()
@@ -49,22 +49,22 @@ async function openaiWebhook (instance: FastifyInstance, options: OpenAIWebhookO
     }
   })
   instance.decorateRequest('openaiWebhook', null)
-  // Instance hooks bind late: this one reaches routes that were declared before the plugin had loaded.
+  // Instance hooks bind late, so this one reaches routes that were declared before the plugin had loaded.
   const guarded = registeredIn(instance) ?? instance
   guarded.addHook('onRequest', guard(routes.failures))
   instance.addHook('onRoute', function (route) { protectMarked(routes, this, route) })
   instance.addHook('onReady', start)
-  // preClose comes before every onClose hook, so that what handlers use is still open while they are drained.
+  // preClose comes before every onClose hook: the app's databases are still open while handlers are drained.
   const { pluginTimeout = 0 } = instance.initialConfig
   instance.addHook('preClose', async () => await withinPluginTimeout(close(), pluginTimeout))
   instance.addHook('onClose', close)
 
   const path = options.path ?? DEFAULTS.path
-  // A secret that is missing or unusable is told at once.
+  // Throws where the secret is missing or unusable.
   if (path !== false || options.secret !== undefined) routes.verifications.of({}, true)
   if (path !== false) {
     const { rateLimit, prefix = '', logLevel, logSerializers } = options as OpenAIWebhookOptions & RegisterOptions
-    // Fastify gives these to what has a scope of its own, which a plugin of fastify-plugin's has not.
+    // Fastify applies these to a scope of its own, which a plugin wrapped by fastify-plugin does not have.
     const scope = { prefix, ...(logLevel !== undefined && { logLevel }), ...(logSerializers !== undefined && { logSerializers }) }
     ownRoute(routes, instance, { url: path, ...(rateLimit !== undefined && { rateLimit }) }, scope)
   }
@@ -116,7 +116,7 @@ function assemble (instance: FastifyInstance, options: OpenAIWebhookOptions, com
       await verifications.load()
       registry.closed = true
       endpoints.settle()
-      // A runner has one host: what this registration acknowledged would run the handlers of the other.
+      // A runner has one host: with two, what one registration acknowledged would run the handlers of the other.
       if (runnersInUse.has(runner)) throw new InvalidOptions('expected a runner of its own, got one that another registration of the plugin uses')
       runnersInUse.add(runner)
       await runner.start?.(new Queued(works, claims, handling, failures))
@@ -134,7 +134,7 @@ function assemble (instance: FastifyInstance, options: OpenAIWebhookOptions, com
 
 /** The user's copy of TypeBox compiles the user's schemas: it has the formats and kinds that were registered with it. */
 async function usersCompiler (): Promise<Compiler> {
-  // A name that the build cannot see: it would put a copy in our own file.
+  // A name that the bundler cannot see, or it would bundle our copy.
   const name: string = '@sinclair/typebox/compiler'
   const module = await import(name) as typeof import('@sinclair/typebox/compiler')
   return module.TypeCompiler

@@ -1,11 +1,11 @@
-/** Inserts between two looks for expired rows, and how many of those go at once: more than came. */
+/** Inserts between two prunings, and how many expired rows each deletes at most: more than were inserted. */
 const INTERVAL = 50
 export const PRUNE_LIMIT = 100
 
 /** Deletes expired rows in the background, in step with inserts, so that a table holds what is alive whatever the rate. */
 export class Pruning {
   readonly #prune: () => Promise<number>
-  // A process that ends before it has inserted many prunes as well.
+  // 0, so that a process that ends before it has inserted many prunes too.
   #left = 0
   #running: Promise<void> | undefined
   #closed = false
@@ -15,7 +15,7 @@ export class Pruning {
     this.#prune = prune
   }
 
-  /** After each insert. @param onFailure told when it fails; the next look tries again */
+  /** To be called after each insert. @param onFailure called when pruning fails; the next one tries again */
   inserted (onFailure: (error: unknown) => void): void {
     if (this.#left-- > 0 || this.#running !== undefined || this.#closed) return
     this.#left = INTERVAL - 1
@@ -24,7 +24,7 @@ export class Pruning {
 
   async #run (onFailure: (error: unknown) => void): Promise<void> {
     try {
-      // Where the insert is part of a synchronous transaction, that is over then.
+      // Waits for the end of a synchronous transaction that the insert may be part of.
       do await new Promise(resolve => setImmediate(resolve))
       while (!this.#closed && await this.#prune() === PRUNE_LIMIT)
     } catch (error) {

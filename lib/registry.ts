@@ -5,7 +5,7 @@ import { nearest } from './nearest.ts'
 import type { EventContext, Handler } from './handlers.ts'
 import type { DeadDelivery } from './runners/runner.ts'
 
-/** A handler whatever its event; the event's type is checked where it is registered. */
+/** A handler of any event. Its event's type is checked where it is registered. */
 export type AnyHandler = (this: FastifyInstance, event: never, context: EventContext) => unknown
 
 export interface HandlerOptions {
@@ -22,7 +22,7 @@ export type ErrorHandler = (error: Error, info: FailureInfo) => unknown
 
 export type DeadHandler = (delivery: DeadDelivery) => unknown
 
-/** What is known of the delivery that failed; nothing is for a refusal by header. */
+/** What is known of the delivery that failed. For a refusal by header that is nothing. */
 export interface FailureInfo {
   endpoint?: string
   webhookId?: string
@@ -43,7 +43,7 @@ interface Registration {
 export class HandlerList {
   readonly #known: ReadonlySet<string>
   readonly #label: string
-  /** Of a route, not the app's. */
+  /** Whether it is a route's list and not the app's. */
   readonly isRoutes: boolean
   readonly #names = new Set<string>()
   readonly #matching: Registration[] = []
@@ -72,7 +72,7 @@ export class HandlerList {
       throw new InvalidOptions('on(): expected an event type, a pattern such as "batch.*" or a non-empty array of them')
     }
     for (const type of list) this.#assertKnown(type)
-    // One handler for several types is one name: a delivery has one type, and runs it once.
+    // One name for all its types: a delivery has one type and runs the handler once.
     const handler = this.#handler('on', fn, scope, options)
     for (const pattern of new Set(list)) this.#matching.push({ pattern, handler })
   }
@@ -97,7 +97,7 @@ export class HandlerList {
     const given = givenName(fn)
     const name = options.name ?? given ?? `${this.#label}#${this.#count}`
     assertHandlerName(method, name)
-    // The inbox records it under the name that it was given.
+    // The inbox has recorded it under the name of once().
     if (given !== undefined && name !== given) throw new InvalidOptions(`${method}(): expected the name that once() gave the handler, "${given}", or none, got "${name}"`)
     if (this.#names.has(name)) throw new InvalidOptions(`${method}(): the handler name "${name}" is taken: names tell finished handlers apart, so each is used once`)
     this.#names.add(name)
@@ -111,7 +111,7 @@ export class HandlerList {
       ? [...this.#known].some(name => matches(type, name))
       : this.#known.has(type)
     if (known) return
-    // A handler for a misspelt type would never run, and its events would be acknowledged all the same.
+    // A handler for a misspelt type would never run, while its events would be acknowledged.
     throw new InvalidOptions(`on(): unknown event type "${type}"${nearest(type, [...this.#known, ...families(this.#known)])}; a type of your own needs a schema in the \`events\` option`)
   }
 }
@@ -128,7 +128,7 @@ function families (types: Iterable<string>): Set<string> {
   return patterns
 }
 
-/** The handlers of one registration of the plugin. Closed when the app is ready. */
+/** The handlers of one registration of the plugin. None can be added once the app is ready. */
 export class Registry {
   readonly app: HandlerList
   readonly errorHandlers: ErrorHandler[] = []
@@ -143,12 +143,12 @@ export class Registry {
     if (this.closed) throw new AlreadyStarted(method)
   }
 
-  /** Tells every `onError` handler. What a handler throws is handed to `fallback`, never to the delivery. */
+  /** Calls every `onError` handler. What one throws goes to `fallback` and never fails the delivery. */
   report (error: unknown, info: FailureInfo, fallback: (error: unknown) => void): void {
     tell(this.errorHandlers, handler => handler(error as Error, info), fallback)
   }
 
-  /** Tells every `onDead` handler, likewise. */
+  /** Calls every `onDead` handler, likewise. */
   bury (delivery: DeadDelivery, fallback: (error: unknown) => void): void {
     tell(this.deadHandlers, handler => handler(delivery), fallback)
   }
@@ -169,14 +169,14 @@ function isThenable (value: unknown): value is PromiseLike<unknown> {
   return typeof (value as PromiseLike<unknown> | null | undefined)?.then === 'function'
 }
 
-/** Who handles what on one endpoint: worked out per known type when the app is ready, so that a request looks it up. */
+/** The handlers of one endpoint by event type, worked out when the app is ready so that a request only looks them up. */
 export class HandlerTable {
   readonly #byType = new Map<string, readonly Handler[]>()
-  /** Known types that a handler of `on` matches. */
+  /** Known types that an `on` handler matches. */
   readonly #handled = new Set<string>()
   /**
-   * Those of every type that is not known. A family does not take them: its handlers are typed by the known types, and
-   * nothing has checked the shape.
+   * The handlers of unknown types. A family such as `batch.*` does not match those: its handlers are typed by the known types,
+   * and nothing has checked the shape.
    */
   readonly #unknown: readonly Handler[]
   /** Whether the route has handlers of its own, beside the app's. */
@@ -204,7 +204,7 @@ export class HandlerTable {
     return this.#byType.get(type) ?? this.#unknown
   }
 
-  /** Whether a handler of `on` matches. */
+  /** Whether an `on` handler matches. */
   matches (type: string): boolean {
     return this.#handled.has(type)
   }

@@ -20,5 +20,5 @@ export type WebhookHeaders = Headers | Readonly<Record<string, string | readonly
 /** A request that has passed verification. */
 export type VerifiedRequest = FastifyRequest & { openaiWebhook: Delivery }
 
-/** `request.openaiWebhook`: a delivery where the route's config says so, else one or `null`. */
+/** The type of `request.openaiWebhook`: a delivery where the route's config asks for one, else a delivery or `null`. */
 export type RequestDelivery<ContextConfig> = ContextConfig extends { openaiWebhook: object } ? Delivery : Delivery | null

@@ -5,12 +5,12 @@ export function isPromise<T> (value: MaybePromise<T> | unknown): value is Promis
 }
 
 /**
- * A story that waits only where it has to: it yields what may be a promise and is given what that resolves to, or has
- * thrown at it what it rejects with.
+ * A story that waits only where it has to. It yields what may be a promise, and gets what that resolves to, or throws what it
+ * rejects with.
  */
 export type Steps<T> = Generator<unknown, T, any>
 
-/** Runs a story to its end. No promise is made where none was yielded: a delivery that waits for nothing is answered in one tick. */
+/** Runs a story to its end. Where it yields no promise it makes none, so a delivery that waits for nothing is answered in one tick. */
 export function drive<T> (steps: Steps<T>): MaybePromise<T> {
   let step = steps.next()
   while (step.done !== true) {
@@ -57,6 +57,6 @@ export function attempt<T> (work: () => MaybePromise<T>, recover: (error: unknow
   } catch (error) {
     return recover(error)
   }
-  // What is no promise but has a `then` may throw as it is called, or return nothing.
+  // Promise.resolve: the `then` of a thenable may throw or return nothing.
   return pending ? Promise.resolve(result).then(undefined, recover) : result
 }

@@ -3,7 +3,7 @@ import { main } from './main.ts'
 
 const interrupted = new AbortController()
 for (const name of ['SIGINT', 'SIGTERM'] as const) process.once(name, () => interrupted.abort())
-// The reader has gone, as with `| head`: nothing is left to say.
+// The reader has gone, as with `| head`: that is no failure.
 process.stdout.on('error', () => process.exit())
 
 process.exitCode = await main(process.argv.slice(2), {

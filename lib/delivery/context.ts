@@ -5,7 +5,7 @@ import type { EventContext } from '../handlers.ts'
 import type { VerifiedRequest } from '../request.ts'
 import type { Work } from './work.ts'
 
-/** What a handler is given beside the event. */
+/** The second argument of a handler. */
 export class Context implements EventContext {
   readonly webhookId: string
   readonly timestamp: number
@@ -32,7 +32,7 @@ export class Context implements EventContext {
     this.#work.keeps(handler, retention)
   }
 
-  /** Made when it is first asked for: a child logger costs more than the dispatch. */
+  /** Made at first use: a child logger costs more than the dispatch. */
   get log (): FastifyBaseLogger {
     this.#log ??= this.#parentLog.child(logFields(this.#work.job, this.#work.attempt))
     return this.#log

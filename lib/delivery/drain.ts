@@ -7,20 +7,20 @@ export interface DrainOptions {
   readonly works: Works
   readonly runner: Runner
   readonly failures: Failures
-  /** Aborted when `closeTimeout` is over. */
+  /** Is aborted when `closeTimeout` is over. */
   readonly abort: AbortController
   /** ms */
   readonly closeTimeout: number
 }
 
-/** Takes nothing more, and waits until nothing is running here, or until `closeTimeout` is over. */
+/** Refuses new deliveries, and waits until none is in hand or `closeTimeout` is over. */
 export async function drain ({ works, runner, failures, abort, closeTimeout }: DrainOptions): Promise<void> {
   works.closing = true
   let timer: NodeJS.Timeout | undefined
   const over = new Promise<void>(resolve => {
     timer = setTimeout(() => {
       abort.abort(new Error('the app is closing and closeTimeout is over'))
-      // Handlers that listen to the signal get this turn to end.
+      // Handlers that listen to the signal may end in this turn.
       setImmediate(resolve)
     }, closeTimeout)
   })
@@ -29,7 +29,7 @@ export async function drain ({ works, runner, failures, abort, closeTimeout }: D
   clearTimeout(timer)
 }
 
-/** Fastify fails a preClose hook that outlasts its `pluginTimeout`: what is left by then is waited for in onClose. */
+/** Fastify fails a preClose hook that outlasts its `pluginTimeout`. Whatever runs longer is awaited in onClose. */
 export async function withinPluginTimeout (closed: Promise<void>, pluginTimeout: number): Promise<void> {
   if (pluginTimeout === 0) return await closed
   let timer: NodeJS.Timeout | undefined

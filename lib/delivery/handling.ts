@@ -18,14 +18,14 @@ import type { State, Work, Works } from './work.ts'
 export interface HandlingOptions {
   readonly works: Works
   readonly claims: Claims
-  /** The handlers of an endpoint; the app's alone where this process does not have that route. */
+  /** The handlers of an endpoint. Where this process lacks that route, the app's alone. */
   readonly handlersOf: (endpoint: string) => HandlerTable
   readonly log: FastifyBaseLogger
   /** Aborts when the app is closing and `closeTimeout` is over. */
   readonly signal: AbortSignal
 }
 
-/** Runs the handlers of a delivery that has been claimed, and records how they end. */
+/** Runs the handlers of a claimed delivery and records how they end. */
 export class Handling {
   readonly #options: HandlingOptions
 
@@ -37,7 +37,7 @@ export class Handling {
     return this.#options.handlersOf(endpoint).hasRouteHandlers
   }
 
-  /** Starts the handlers that have not succeeded. Rejects with FST_OPENAI_WEBHOOK_HANDLER_FAILED once one has failed. */
+  /** Starts the handlers that have not succeeded yet. Rejects with FST_OPENAI_WEBHOOK_HANDLER_FAILED when one has failed. */
   start (work: Work): MaybePromise<void> {
     const { job } = work
     const { claim } = work.state as Extract<State, { at: 'claimed' }>
@@ -59,20 +59,20 @@ export class Handling {
     const { claim } = work.state as Extract<State, { at: 'handling' }>
     const ownHandler = work.sender?.ownHandler
     const failures: readonly HandlerFailure[] = yield dispatch(handlers, work.job.event, new Context(work, log, signal), (handler, isLast) =>
-      // The last success is recorded by completing the delivery, unless the route's own handler comes after it.
+      // The last success needs no checkpoint, since it completes the delivery, unless the route's own handler is still to come.
       isLast && ownHandler === undefined ? undefined : claims.checkpoint(claim, handler.name))
     if (failures.length > 0) return yield * this.#settle(work, claim, this.#failed(work, failures))
     if (ownHandler === undefined) return yield * this.#settle(work, claim)
     yield new Promise<void>((resolve, reject) => {
       ownHandler((succeeded, error) => {
-        // Its answer waits for this, and hears of no failure: the delivery does.
+        // The answer waits for this and hears of no failure: that is for the delivery.
         const settled = attempt(() => drive(this.#settle(work, claim, succeeded ? undefined : ownFailure(error))), reject)
         return then(settled, () => { resolve() })
       })
     })
   }
 
-  /** Records how the handlers have ended, then tells. */
+  /** Records how the handlers have ended, then passes it on. */
   * #settle (work: Work, claim: Held, failure?: Error): Steps<void> {
     const { claims, works } = this.#options
     yield failure === undefined ? claims.complete(claim) : claims.release(claim)
@@ -81,7 +81,7 @@ export class Handling {
     if (failure !== undefined) throw failure
   }
 
-  /** All of them have ended: those that have not failed are finished. */
+  /** To be called when all have ended: whatever has not failed has succeeded. */
   #failed (work: Work, failures: readonly HandlerFailure[]): Error {
     const handlers = this.#handlers(work)
     const succeeded = handlers.map(({ name }) => name).filter(name => !failures.some(({ handler }) => handler === name))
@@ -106,14 +106,14 @@ export class Handling {
   }
 }
 
-/** A route's own handler, where handlers are named. */
+/** The name of a route's own handler in errors and dead letters. */
 const OWN_HANDLER = 'handler'
 
 function ownFailure (error: unknown): Error {
   return error === undefined ? new HandlerFailed() : handlersFailed([{ handler: OWN_HANDLER, error }], 1, [])
 }
 
-/** The names of both, each once. */
+/** All names, each once. */
 export function union (names: readonly string[], others: readonly string[] = []): readonly string[] {
   return others.length === 0 ? names : [...new Set([...names, ...others])]
 }

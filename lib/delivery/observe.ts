@@ -8,12 +8,12 @@ import { then } from '../steps.ts'
 import type { MaybePromise } from '../steps.ts'
 import type { Sender, Work } from './work.ts'
 
-/** Whether anybody hears of it. */
+/** Whether a log or a channel takes note of it. */
 export function isObserved ({ sender }: Work, log: FastifyBaseLogger): boolean {
   return channels.delivery.hasSubscribers || channels.handler.hasSubscribers || logs(sender?.request.log ?? log, 'info')
 }
 
-/** Runs the handlers of a delivery between the messages of its channels, and logs that it was processed. */
+/** Runs the handlers between the messages of the tracing channels, and logs that the delivery was processed. */
 export function observeDelivery (
   work: Work,
   handlers: readonly Handler[],
@@ -34,7 +34,7 @@ function tracedDelivery (work: Work, handlers: readonly Handler[], run: (handler
   const observesHandlers = handler.hasSubscribers
   if (!observesHandlers && !delivery.hasSubscribers) return run(handlers)
   const { job: { webhookId, timestamp, endpoint, event, carrier }, attempt, sender } = work
-  // Each property by name: to spread the job costs a delivery 4 µs, and a queue may have added an `error` to it.
+  // Field by field: a spread costs a delivery 4 µs, and a queue may have added an `error` to the job.
   const message: DeliveryMessage = { webhookId, timestamp, endpoint, event, carrier, attempt, queued: sender === undefined, handlers: handlers.length, request: sender?.request }
   const observed = !observesHandlers
     ? handlers
@@ -46,7 +46,7 @@ function tracedDelivery (work: Work, handlers: readonly Handler[], run: (handler
 }
 
 export function observeDuplicate ({ endpoint }: Job, { request }: Sender, state: DuplicateMessage['state']): void {
-  // Of the duplicate itself, which was signed later than the one it joins.
+  // The duplicate's own: it was signed later than the delivery that it joins.
   const { webhookId, timestamp, event } = request.openaiWebhook
   if (logs(request.log, 'info')) write(request.log, 'info', { ...logFields({ endpoint, webhookId, event }), state }, 'webhook delivery is a duplicate')
   if (channels.duplicate.hasSubscribers) channels.duplicate.publish({ endpoint, webhookId, timestamp, event, state, request })

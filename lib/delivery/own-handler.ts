@@ -2,6 +2,7 @@ import type { FastifyInstance, FastifyReply, FastifyRequest, RouteHandlerMethod 
 import { HandlerFailed } from '../errors.ts'
 import { logError } from '../log.ts'
 import { acknowledge } from '../pipeline/acknowledge.ts'
+import { isResponse, isSuccess } from '../pipeline/answer.ts'
 import { isPromise } from '../steps.ts'
 import type { MaybePromise } from '../steps.ts'
 import { isClosed, isOut, statusOf, traceAfterReset, watchDestroy } from './raw-response.ts'
@@ -30,8 +31,8 @@ export function recordAnswer (request: FastifyRequest, reply: FastifyReply, payl
 }
 
 /**
- * One run of a route's own handler, which replies; where it returns nothing and has not replied, the delivery is
- * acknowledged. How it answered, or after the deadline how it ended, is recorded once.
+ * One run of a route's own handler, which replies. Where it returns nothing and has not replied, the delivery is
+ * acknowledged. It is recorded once: how it answered, or after the deadline how it ended.
  */
 export class OwnHandler {
   readonly #standing: Standing
@@ -84,9 +85,9 @@ export class OwnHandler {
   }
 
   /**
-   * Its answer, or that of somebody else, is about to leave.
+   * An answer is about to leave: the handler's, or somebody else's.
    *
-   * @param isWhole whether nothing can go wrong any more: a stream may fail, and a Response has a status of its own
+   * @param isWhole whether nothing can go wrong any more. A stream may fail, and a Response has a status of its own
    */
   answers (succeeded: boolean, isWhole: boolean): MaybePromise<void> {
     const { state } = this.#standing
@@ -243,16 +244,12 @@ export class OwnHandler {
   }
 }
 
-const isSuccess = (statusCode: number): boolean => statusCode >= 200 && statusCode < 300
-
 const isText = (payload: unknown): boolean => typeof payload === 'string' || Buffer.isBuffer(payload) || payload === undefined || payload === null
 
 /** Whether a reply would be answered 2xx. */
 function isSuccessful (payload: unknown, statusCode: number): boolean {
   if (payload instanceof Error) return false
-  // Fastify goes by the tag: a Response of undici's is of another class.
-  const isResponse = Object.prototype.toString.call(payload) === '[object Response]'
-  return isSuccess(isResponse ? (payload as Response).status : statusCode)
+  return isSuccess(isResponse(payload) ? payload.status : statusCode)
 }
 
 const codeOf = (error: unknown): unknown => (error as { code?: unknown } | null | undefined)?.code

@@ -9,11 +9,11 @@ import type { Handling } from './handling.ts'
 import { Work } from './work.ts'
 import type { Works } from './work.ts'
 
-/** ms; the waits between them add up to about five seconds. */
+/** ms. The waits double from the first on, up to the longest, and add up to about five seconds. */
 const FIRST_WAIT = 20
 const LONGEST_WAIT = 5_000
 
-/** What a runner calls for the jobs that it holds. */
+/** The host of a runner: handles the jobs that come out of its queue. */
 export class Queued implements RunnerHost {
   constructor (
     readonly works: Works,
@@ -24,12 +24,12 @@ export class Queued implements RunnerHost {
 
   process (job: Job, attempt?: number): MaybePromise<void> {
     const { offered, received } = this.works
-    // inline() comes back while it is being offered the job.
+    // inline() handles the job while it is being offered it.
     const work = offered?.job === job ? offered : received.get(keyOf(job))
     switch (work?.state.at) {
       case 'claimed':
         work.attempt = attempt
-        // One that was dead, requeued, and is being delivered again.
+        // A dead delivery that was requeued, and is being sent again at the same time.
         if (job.finished !== undefined || job.remembered !== undefined) work.job = job
         return this.handling.start(work)
       case 'handling':
@@ -64,10 +64,10 @@ export class Queued implements RunnerHost {
     await this.#whenFree(job, attempt, async work => await this.handling.start(work))
   }
 
-  /** Does what is to be done with the claim, unless the job has been processed. */
+  /** Calls `use` with the claim once nobody else has it; not at all where the job has been processed. */
   async #whenFree (job: Job, attempt: number | undefined, use: (work: Work, claim: Held) => Promise<void>): Promise<void> {
     const key = keyOf(job)
-    // Whoever received it, here or in another process, may have yet to let go of it.
+    // The process that received it releases its claim a moment after the runner has the job.
     for (let wait = FIRST_WAIT; this.works.queued.has(key) || !await this.#claim(key, job, attempt, use); wait *= 2) {
       if (wait > LONGEST_WAIT) throw new InProgress()
       await new Promise(resolve => setTimeout(resolve, wait))

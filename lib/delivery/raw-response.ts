@@ -4,18 +4,18 @@ import type { FastifyReply } from 'fastify'
 
 type RawResponse = FastifyReply['raw']
 
-// Over HTTP/2 a response stands for a stream, and knows less of it than one of HTTP/1.1 knows of itself.
+// Over HTTP/2 a response wraps a stream and lacks some of the properties that an HTTP/1.1 response has.
 const streamOf = (raw: RawResponse): ServerHttp2Stream | undefined => (raw as { stream?: ServerHttp2Stream }).stream
 
-/** Whether nothing more of it leaves: its 'close' may have been emitted. */
+/** Whether it is closed. Its 'close' may have been emitted already. */
 export function isClosed (raw: RawResponse): boolean {
   const stream = streamOf(raw)
   return stream === undefined ? raw.closed : stream.closed || stream.destroyed
 }
 
 /**
- * Whether all of it had left as it closed. What is written after a reset looks finished too, and Node itself ends a stream
- * that is reset, and may destroy one whose answer is out before it is finished.
+ * Whether it had left whole when it closed. `writableFinished` does not tell: what is written after a reset looks finished, Node
+ * ends a stream that is reset, and may destroy one whose answer is out before it is finished.
  */
 export function isOut (raw: RawResponse): boolean {
   const stream = streamOf(raw)
@@ -27,9 +27,9 @@ export function statusOf (raw: RawResponse): number {
 }
 
 /**
- * What is written to an HTTP/2 response after its stream was reset leaves no trace in it. With this it does as over
- * HTTP/1.1: a status can still be told, and whether it is the end. And whoever asks only then learns that it is closed:
- * Fastify waits for that, and an async handler that returns the reply waits for Fastify.
+ * An HTTP/2 response keeps no trace of what is written after its stream was reset. This makes it keep the status, that headers
+ * were sent and that it ended, as over HTTP/1.1. It also shows `closed`: Fastify waits for that, and an async handler that
+ * returns the reply waits for Fastify.
  */
 export function traceAfterReset (raw: RawResponse): void {
   const stream = streamOf(raw)
@@ -57,7 +57,7 @@ export function traceAfterReset (raw: RawResponse): void {
   }
 }
 
-/** Calls `broken` where this side destroys it before it is out, as Fastify does when the source of a stream fails. */
+/** Calls `broken` when this side destroys it before it is out. Fastify does so when the source of a stream fails. */
 export function watchDestroy (raw: RawResponse, broken: () => void): void {
   const { destroy } = raw
   raw.destroy = function (error) {

@@ -12,15 +12,15 @@ import { observeDuplicate } from './observe.ts'
 import { Work } from './work.ts'
 import type { Sender, Verdict, Works } from './work.ts'
 
-/** What a runner says to a job that it was given. */
+/** A runner's answer to a job. */
 type Accepted = void | 'duplicate'
 
 const PROCESSED: Verdict = { outcome: 'processed' }
 const DUPLICATE: Verdict = { outcome: 'duplicate' }
 
 /**
- * What happens to a delivery once its event has been verified and validated: deduplicate → dispatch → acknowledge. It is
- * handled once, however often it comes, and each sender is told a verdict.
+ * The story of a verified delivery: deduplicate → dispatch → acknowledge. Its handlers run once, however often it comes, and
+ * each sender is told one verdict.
  */
 export class Receiver {
   constructor (
@@ -30,7 +30,7 @@ export class Receiver {
     readonly runner: Runner
   ) {}
 
-  /** @returns what the sender waits for */
+  /** @returns the delivery whose verdict the sender waits for; `undefined` where it has been told one */
   receive (endpoint: string, sender: Sender): Work | undefined {
     const { webhookId, timestamp, event } = sender.request.openaiWebhook
     const key = keyOf({ endpoint, webhookId })
@@ -63,9 +63,9 @@ export class Receiver {
     } catch (error) {
       verdict = refused(isCoded(error) ? error : new Unavailable({ cause: error }))
     }
-    // Handlers that were started settle the claim themselves; else the runner has the job, or did not take it.
+    // Where handlers were started, they settle the claim. Otherwise the runner has queued the job, or has refused it.
     if (work.state.at === 'claimed') {
-      // Before the release is awaited: whoever takes the job from the queue has to claim it for itself.
+      // Moved before the release is awaited: whoever takes the job from the queue must not use this claim.
       work.move({ at: 'handed on' })
       yield this.claims.release(claim)
     }
@@ -75,9 +75,9 @@ export class Receiver {
 
   #enqueue (work: Work): MaybePromise<Accepted> {
     const { webhookId, timestamp, endpoint, event } = work.job
-    // By name: to spread a job costs a delivery 4 µs.
+    // Field by field: a spread costs a delivery 4 µs.
     if (this.handling.hasRouteHandlers(endpoint)) work.job = { webhookId, timestamp, endpoint, event, routeHandlers: true }
-    // A runner without a queue runs the handlers now.
+    // A runner without a queue runs the handlers now, so there is nothing to trace.
     if (this.runner.depth === undefined || !channels.enqueue.hasSubscribers) return this.#offer(work)
     const message: EnqueueMessage = { webhookId, timestamp, endpoint, event, request: work.sender!.request, carrier: {} }
     return trace(channels.enqueue, message, () => {
@@ -98,7 +98,7 @@ export class Receiver {
     }
   }
 
-  /** A webhook-id that this process has already: its sender is told what the first one is. */
+  /** A delivery that this process has in hand already: its sender gets the verdict of the first one. */
   #join (work: Work, sender: Sender): Work | undefined {
     const waits = work.verdict === undefined && work.sender !== undefined
     if (waits && work.isCrowded) return this.#refuse(sender, new Overloaded())
@@ -127,7 +127,7 @@ export class Receiver {
 
   #tell (work: Work, verdict: Verdict): void {
     work.verdict = verdict
-    // A runner may acknowledge while the handlers still run: the work lasts as long as they do.
+    // A runner may acknowledge while the handlers run on: the work stays until they end.
     if (work.isLeft) this.works.forget(this.works.received, work)
     work.tell(verdict)
   }

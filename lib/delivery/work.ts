@@ -6,15 +6,15 @@ import type { VerifiedRequest } from '../request.ts'
 
 /** Where a delivery stands in this process. */
 export type State =
-  /** The store has been asked, and has not answered. */
+  /** The store has been asked for the claim and has not answered. */
   | { readonly at: 'claiming' }
-  /** Nobody else may run its handlers. */
+  /** This process has the claim: nobody else may run the handlers. */
   | { readonly at: 'claimed', readonly claim: Held }
-  /** Its handlers have been started with the claim: they settle it. */
+  /** The handlers run. Their end completes or releases the claim. */
   | { readonly at: 'handling', readonly claim: Held }
-  /** A queue has it: the claim is left to whoever takes it from there. */
+  /** The runner has put the job into a queue. Whoever takes it from there makes a claim of its own. */
   | { readonly at: 'handed on' }
-  /** Nothing is left to do here. `failed`: whoever asks for its handlers again has them started anew. */
+  /** Nothing is left to do. `failed`: whoever asks for the handlers again starts them anew. */
   | { readonly at: 'over', readonly failed: boolean }
 
 const NEXT: Readonly<Record<State['at'], ReadonlyArray<State['at']>>> = {
@@ -31,13 +31,13 @@ export type Verdict =
   /** Coded. */
   | { readonly outcome: 'refused', readonly error: Error }
 
-/** The request that a delivery came with: told its verdict once. */
+/** The request that a delivery came with. It is told the verdict once. */
 export interface Sender {
   readonly request: VerifiedRequest
   tell (verdict: Verdict): void
   /**
-   * A route's own handler, which replies. It reports once whether it answered 2xx, or what it threw, and waits for that to
-   * be recorded before the answer leaves.
+   * Runs the route's own handler, which replies. It calls `record` once, with whether it answered 2xx or with what it threw,
+   * and the answer waits for what `record` returns.
    */
   readonly ownHandler: ((record: RecordEnd) => void) | undefined
 }
@@ -48,45 +48,45 @@ export type RecordEnd = (succeeded: boolean, error?: unknown) => MaybePromise<vo
 export class Work {
   #state: State = { at: 'claiming' }
   verdict: Verdict | undefined = undefined
-  /** Handlers that had succeeded before they were started. */
+  /** Handlers that had succeeded before this attempt. */
   finished: readonly string[] = NONE
   /** Handlers that have used an inbox, as a job has them. */
   remembered: Job['remembered'] = undefined
-  /** Resolves once its handlers have succeeded, rejects once one has failed, and that is on record. */
+  /** Resolves when the handlers have succeeded and rejects when one has failed, once that is recorded. */
   end: MaybePromise<void> = undefined
-  /** How often a runner has started its handlers, this time included. */
+  /** How often a runner has started the handlers, this time included. */
   attempt: number | undefined = undefined
-  /** Other requests with the same webhook-id that wait for the verdict. */
+  /** Other senders with the same webhook-id, which wait for the verdict. */
   #joined: Map<Sender, (verdict: Verdict) => void> | undefined
 
-  /** @param sender absent where the job comes out of a queue: it has been acknowledged then */
+  /** @param sender absent where the job comes out of a queue: its sender has been answered */
   constructor (readonly key: string, public job: Job, readonly sender: Sender | undefined) {}
 
   get state (): State { return this.#state }
 
-  /** The one place where a delivery changes its state. */
+  /** A delivery changes its state here and nowhere else. */
   move (state: State): void {
     if (!NEXT[this.#state.at].includes(state.at)) throw new Error(`a delivery that is ${this.#state.at} cannot be ${state.at}`)
     this.#state = state
   }
 
-  /** Whether nothing is left to do for it in this process: neither its handlers nor an answer. */
+  /** Whether this process has nothing left to do for it: no handlers and no answer. */
   get isLeft (): boolean {
     return this.verdict !== undefined && (this.#state.at === 'over' || this.#state.at === 'handed on')
   }
 
-  /** Whether as many wait for its verdict as may. */
+  /** Whether no more senders may wait for the verdict. */
   get isCrowded (): boolean {
     return this.#joined !== undefined && this.#joined.size >= MAX_JOINED
   }
 
-  /** The sender is told this delivery's verdict, in the async context of its own request. */
+  /** Has the sender told this delivery's verdict, in the async context of its own request. */
   join (sender: Sender): void {
     this.#joined ??= new Map()
     this.#joined.set(sender, AsyncResource.bind((verdict: Verdict) => sender.tell(verdict)))
   }
 
-  /** It has been answered otherwise. The handlers may run for hours: nothing of its request is kept for that. */
+  /** The sender has been answered by the deadline. Its request is not kept while the handlers run, which may be for hours. */
   leave (sender: Sender): void {
     this.#joined?.delete(sender)
   }
@@ -97,7 +97,6 @@ export class Work {
     this.remembered = { ...this.remembered, [handler]: Math.min(until, this.remembered?.[handler] ?? until) }
   }
 
-  /** Tells everybody who waits. */
   tell (verdict: Verdict): void {
     this.sender?.tell(verdict)
     const joined = this.#joined
@@ -107,16 +106,18 @@ export class Work {
   }
 }
 
-/** OpenAI sends one at a time. */
+/** OpenAI waits for an answer before it retries, so more than a few are no retries. */
 const MAX_JOINED = 100
 
 const NONE: readonly string[] = []
 
-/** The deliveries that this process has: received, and out of a queue. */
+/** The deliveries that this process has in hand. */
 export class Works {
+  /** Those that came in a request: a sender waits, or the handlers run. */
   readonly received = new Map<string, Work>()
+  /** Those that came out of a queue. */
   readonly queued = new Map<string, Work>()
-  /** The one that a runner is being given. A runner that handles it at once comes back for it: no look-up. */
+  /** The one that the runner is being offered. A runner that handles it at once comes back for it without a look-up. */
   offered: Work | undefined
   closing = false
   #onIdle: (() => void) | undefined
@@ -130,7 +131,7 @@ export class Works {
     if (this.#onIdle !== undefined && this.#isIdle) this.#onIdle()
   }
 
-  /** Resolves when nothing is running here. */
+  /** Resolves when this process has no delivery in hand. */
   async drained (): Promise<void> {
     if (!this.#isIdle) await new Promise<void>(resolve => { this.#onIdle = resolve })
   }

@@ -5,7 +5,7 @@ import type { Found } from './causes.ts'
 import { parseJson, serialize, sorted } from './json.ts'
 import type { Escaping, Json, Layout } from './json.ts'
 
-/** What may have been signed in place of the bytes that arrived. */
+/** Bytes that may have been signed in place of those that arrived. */
 export interface BodyCandidate {
   readonly bytes: Buffer
   readonly causes: readonly Found[]

@@ -15,12 +15,12 @@ export interface CollectorOptions {
 }
 
 const STATUSES = ['processed', 'failed', 'duplicate', 'queued', 'refused'] as const
-/** Told as soon as a type has been seen; the others once there are any. */
+/** Outcomes that have a sample as soon as a type has been seen. Others have one once they happen. */
 const FROM_ZERO: ReadonlySet<string> = new Set(['processed', 'failed'])
 
 /**
- * What became of the deliveries of one event type since the last scrape. `Counter.inc()` makes a text of its labels at
- * every call: plain numbers, added at the scrape, cost a delivery half a microsecond less.
+ * Counts the outcomes of one event type since the last scrape. Plain numbers, which the scrape adds, cost a delivery half a
+ * microsecond less than `Counter.inc()`, which makes a text of its labels at every call.
  */
 type Tally = Record<typeof STATUSES[number], number> & { readonly labels: { readonly event_type: string } }
 
@@ -71,7 +71,7 @@ export class Collector {
       collect () {
         for (const tally of tallies.values()) {
           for (const status of STATUSES) {
-            // What appears with its first increment has not increased for Prometheus, and a rate of failures would miss it.
+            // For Prometheus a sample that first appears has not increased, so a rate of failures would miss the first one.
             if (tally[status] === 0 && !FROM_ZERO.has(status)) continue
             this.inc({ ...tally.labels, status }, tally[status])
             tally[status] = 0
@@ -80,7 +80,7 @@ export class Collector {
       }
     })
     this.#subscribe(channels.enqueue.asyncEnd, message => {
-      // One that the runner had already is told by the channel below.
+      // Where the runner had it already, the channel below counts it.
       if (message.error === undefined && message.duplicate !== true) this.#tally(message).queued++
     })
 
@@ -132,7 +132,7 @@ export class Collector {
       collect () { this.set(inFlight) }
     })
 
-    // Kept on the message, which is one object from the first to the last; another collector has its own.
+    // Kept on the message, which is the same object from start to end. The symbol is this collector's own.
     const startedAt = Symbol('webhook-metrics.startedAt')
     const handlerFailed = Symbol('webhook-metrics.handlerFailed')
     this.#subscribe(channels.delivery.start, message => {
@@ -140,7 +140,7 @@ export class Collector {
       note(message, startedAt, performance.now())
       const now = Date.now() / 1_000
       const { timestamp, event: { created_at: createdAt } } = message
-      // What comes out of a queue has been in other hands.
+      // A queue may hand back anything.
       if (Number.isFinite(timestamp)) deliveryAge.observe(Math.max(0, now - timestamp))
       if (isPlausible(createdAt, now)) eventAge.observe(Math.max(0, now - createdAt))
     })
@@ -150,7 +150,7 @@ export class Collector {
     })
     this.#subscribe(channels.delivery.asyncEnd, message => {
       const started = noted(message, startedAt)
-      if (started === undefined) return // before this collector was there
+      if (started === undefined) return // it began before this collector
       inFlight--
       const tally = this.#tally(message)
       duration.observe(tally.labels, (performance.now() - (started as number)) / 1_000)
@@ -173,7 +173,7 @@ export class Collector {
     for (const code of refusalCodes) refusals.inc({ code }, 0)
     this.#subscribe(channels.refused, ({ code, event }) => {
       refusals.inc({ code: codeLabel(code) })
-      // The other refusals of a verified delivery are counted as what they are about: a duplicate, or the end of its handlers.
+      // Other refusals of a verified delivery are counted elsewhere, as a duplicate or by the end of its handlers.
       if (event !== undefined && (code === OVERLOADED || code === UNAVAILABLE)) this.#tally({ event }).refused++
     })
   }
@@ -222,11 +222,11 @@ export class Collector {
     this.#gauge({
       name,
       help,
-      // Of the processes of a cluster that share a queue, each tells of the whole.
+      // Processes that share a queue each report the whole of it.
       aggregator: 'max',
       async collect () {
         const sum = await sumOfRunners(question)
-        // No sample rather than an old one.
+        // Better no sample than an old one.
         if (sum === undefined) this.remove()
         else this.set(sum)
       }

@@ -5,7 +5,7 @@ import {
 } from '../errors.ts'
 import { guideEntries, officialEntries } from '../events/index.ts'
 
-/** In place of a value that comes from outside: each value of a label is a time series, which nothing deletes. */
+/** Stands for any value from outside: each value of a label is a time series that nothing deletes. */
 export const OTHER = 'other'
 
 /** The event types that have a label of their own. */
@@ -26,12 +26,12 @@ export const refusalCodes: readonly string[] = [
 
 const knownCodes = new Set([...refusalCodes, ...Object.keys(fastify.errorCodes).filter(code => code.startsWith('FST_ERR_CTP_'))])
 
-/** A verifier, an error handler's plugin or a rate limit of the user's may refuse with any code. */
+/** A user's verifier, error handler or rate limit may refuse with any code. */
 export function codeLabel (code: string): string {
   return knownCodes.has(code) ? code : OTHER
 }
 
-/** More than one rotation needs, and a bound for what a verifier of the user's calls an index. */
+/** More than a rotation needs. A bound, since a user's verifier may give any number. */
 const MAX_SECRETS = 20
 
 export function secretLabel (index: number | undefined): string {

@@ -6,12 +6,12 @@ const PATIENCE = 1_000
 
 type Question = 'depth' | 'deadCount'
 
-/** Runners that have been asked and have not answered: not asked again, or questions would pile up while Redis is down. */
+/** Runners that have not answered yet. They are not asked again, or questions would pile up while Redis is down. */
 const asked: Readonly<Record<Question, WeakMap<Runner, Promise<number | undefined>>>> = { depth: new WeakMap(), deadCount: new WeakMap() }
 
 /**
- * The sum of what this process's runners that have an answer tell: how many deliveries wait in their queues, or are dead.
- * One that fails, or does not answer in time, is left out.
+ * Adds up the answers of this process's runners: how many deliveries wait in their queues, or are dead. A runner that fails or does
+ * not answer in time is left out.
  *
  * @returns `undefined` when some could be asked and none can tell
  */

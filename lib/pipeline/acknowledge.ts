@@ -4,10 +4,10 @@ import { acknowledged } from './answer.ts'
 const RECEIVED = '{"received":true}'
 const DUPLICATE = '{"received":true,"duplicate":true}'
 
-/** Seconds. OpenAI backs off on its own; this is for whatever stands between. */
+/** Seconds. OpenAI has a backoff of its own; this is for proxies. */
 const RETRY_AFTER = '5'
 
-/** 200: OpenAI's guide has it that any other status is retried. */
+/** Answers 200: OpenAI retries after any other status. */
 export function acknowledge (reply: FastifyReply, outcome: 'processed' | 'duplicate'): void {
   acknowledged(reply.request)
   reply
@@ -16,7 +16,7 @@ export function acknowledge (reply: FastifyReply, outcome: 'processed' | 'duplic
     .send(outcome === 'duplicate' ? DUPLICATE : RECEIVED)
 }
 
-/** Not 200, so the delivery comes again. Answered by the app's own error handler. */
+/** Answers through the app's error handler, and not 200, so that the delivery comes again. */
 export function refuse (reply: FastifyReply, error: unknown): void {
   const { statusCode } = error as { statusCode?: number }
   if (statusCode === 409 || statusCode === 503) retryLater(reply)

@@ -3,19 +3,19 @@ import type { FastifyReply, FastifyRequest } from 'fastify'
 import { statusOf } from '../coded.ts'
 import { isPromise } from '../steps.ts'
 
-/** On a request of a receiving route: how far its answer has come. Absent: nothing but hooks of the app has run. */
-const STANDING = Symbol('openai-webhook.standing')
+/** On a request of a receiving route: how far its answer has come. Absent until the delivery is verified: only hooks of the app have run. */
+const PROGRESS = Symbol('openai-webhook.progress')
 
-/** `replying`: the route has a handler of its own, which may answer. */
-type Standing = 'handling' | 'replying' | 'acknowledged' | Refusal
+/** `handling`: the plugin answers. `replying`: so may the route's own handler. */
+type Progress = 'handling' | 'replying' | 'acknowledged' | Refusal
 
 interface Refusal {
   readonly statusCode: number
-  /** Whether the route's own handler may still answer in its place: it can be faster than hooks that hold a refusal. */
+  /** Whether the route's own handler may still answer in its place: it may be faster than hooks that hold the refusal. */
   readonly isContested: boolean
 }
 
-type Standable = FastifyRequest & { [STANDING]?: Standing }
+type Answerable = FastifyRequest & { [PROGRESS]?: Progress }
 
 export type RouteErrorHandler = (error: unknown, request: FastifyRequest, reply: FastifyReply) => unknown
 
@@ -25,32 +25,32 @@ export type RouteErrorHandler = (error: unknown, request: FastifyRequest, reply:
  */
 const errorHandlers = new AsyncLocalStorage<WeakRef<FastifyRequest>>()
 
-/** The delivery has been verified: what is answered from here on, the plugin or the route's own handler answers. */
+/** The delivery has been verified: from here on the plugin answers, or the route's own handler. */
 export function handling (request: FastifyRequest, ownHandler: boolean): void {
-  (request as Standable)[STANDING] = ownHandler ? 'replying' : 'handling'
+  (request as Answerable)[PROGRESS] = ownHandler ? 'replying' : 'handling'
 }
 
 export function acknowledged (request: FastifyRequest): void {
-  (request as Standable)[STANDING] = 'acknowledged'
+  (request as Answerable)[PROGRESS] = 'acknowledged'
 }
 
 /**
- * A route's error handler that remembers that the delivery is refused, and leaves the answer to whoever would have given
- * it on a plain route.
+ * A route's error handler that notes that the delivery is refused, and has the answer given by whoever would give it on a plain
+ * route.
  *
  * @param own the route's own
  */
 export function refuseErrors (own: RouteErrorHandler | undefined): RouteErrorHandler {
   return (error, request, reply) => {
-    const standing = (request as Standable)[STANDING]
+    const progress = (request as Answerable)[PROGRESS]
     // An onSend hook that fails on an acknowledgement does not undo what the handlers have done.
-    if (standing !== 'acknowledged') refuseWith({ statusCode: statusOf(error), isContested: standing === 'replying' }, request, reply)
+    if (progress !== 'acknowledged') refuseWith({ statusCode: statusOf(error), isContested: progress === 'replying' }, request, reply)
     const answer = (): unknown => own === undefined ? passOn(error, reply) : own(error, request, reply)
-    return standing === 'replying' ? contested(answer, request, reply) : answer()
+    return progress === 'replying' ? contested(answer, request, reply) : answer()
   }
 }
 
-/** As Fastify asks an error handler, but so that what is sent can be told from what the route's own handler sends. */
+/** Calls an error handler as Fastify does, within `errorHandlers`, so that its answer differs from the route's own handler's. */
 function contested (answer: () => unknown, request: FastifyRequest, reply: FastifyReply): unknown {
   return errorHandlers.run(new WeakRef(request), () => {
     try {
@@ -63,51 +63,51 @@ function contested (answer: () => unknown, request: FastifyRequest, reply: Fasti
   })
 }
 
-function refuseWith (refusal: Refusal, request: Standable, { raw }: FastifyReply): void {
-  request[STANDING] = refusal
+function refuseWith (refusal: Refusal, request: Answerable, { raw }: FastifyReply): void {
+  request[PROGRESS] = refusal
   // An onSend hook that throws undefined has Fastify skip those that come after it.
   const writeHead = raw.writeHead as (statusCode: number, ...rest: unknown[]) => typeof raw
   raw.writeHead = (statusCode: number, ...rest: unknown[]) =>
-    writeHead.call(raw, statusCode < 400 && request[STANDING] === refusal ? refusal.statusCode : statusCode, ...rest)
+    writeHead.call(raw, statusCode < 400 && request[PROGRESS] === refusal ? refusal.statusCode : statusCode, ...rest)
 }
 
-/** To the error handler that comes next. */
+/** Has Fastify call the next error handler. */
 function passOn (error: unknown, reply: FastifyReply): PromiseLike<never> | undefined {
-  // To send what is no Error would answer 200 with it; a rejection is an error whatever it is.
+  // Sending what is no Error would answer 200 with it. A rejection counts as an error whatever it is.
   if (!(error instanceof Error)) return rejected(error)
   reply.send(error)
 }
 
-/** Rejects at once, where a promise would have Fastify wait. */
+/** A thenable that rejects at once. A promise would reject a turn later. */
 function rejected (reason: unknown): PromiseLike<never> {
   return { then (_resolve, reject) { return reject!(reason) as never } }
 }
 
 /**
- * onSend, after the app's: what an error handler makes of a refusal is not a success.
+ * onSend, after the app's hooks: an error handler cannot make a success of a refusal.
  *
- * @param unprocessed told of a hook of the app that answers 2xx by itself
+ * @param unprocessed called where a hook of the app answers 2xx by itself
  */
 export function keepRefusal (unprocessed: (request: FastifyRequest, statusCode: number) => void) {
   return (request: FastifyRequest, reply: FastifyReply, payload: unknown, done: (error?: null, payload?: unknown) => void): void => {
-    const standing = (request as Standable)[STANDING]
+    const progress = (request as Answerable)[PROGRESS]
     const response = isResponse(payload) ? payload : undefined
     const statusCode = response?.status ?? reply.statusCode
-    if (typeof standing !== 'object') {
-      if (standing === undefined && isSuccess(statusCode)) unprocessed(request, statusCode)
-    } else if (standing.isContested && errorHandlers.getStore()?.deref() !== request) {
+    if (typeof progress !== 'object') {
+      if (progress === undefined && isSuccess(statusCode)) unprocessed(request, statusCode)
+    } else if (progress.isContested && errorHandlers.getStore()?.deref() !== request) {
       handling(request, true)
     } else if (statusCode < 400) {
-      if (response !== undefined) return done(null, new Response(response.body, { status: standing.statusCode, headers: response.headers }))
-      reply.code(standing.statusCode)
+      if (response !== undefined) return done(null, new Response(response.body, { status: progress.statusCode, headers: response.headers }))
+      reply.code(progress.statusCode)
     }
     done()
   }
 }
 
-const isSuccess = (statusCode: number): boolean => statusCode >= 200 && statusCode < 300
+export const isSuccess = (statusCode: number): boolean => statusCode >= 200 && statusCode < 300
 
 /** Fastify goes by the tag: a Response of undici's is of another class. */
-function isResponse (payload: unknown): payload is Response {
+export function isResponse (payload: unknown): payload is Response {
   return Object.prototype.toString.call(payload) === '[object Response]'
 }

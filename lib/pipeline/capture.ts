@@ -8,27 +8,27 @@ import { BodyTimeout, InvalidOptions, Overloaded } from '../errors.ts'
 import { retryLater } from './acknowledge.ts'
 import { Gathered } from './gathered.ts'
 
-/** Told once: the bytes, or why there are none. */
+/** Called once, with the bytes or with the error. */
 type Captured = (error: Error | null, bytes?: Buffer) => void
 
-/** What a body may take before anybody knows who has sent it. */
+/** The bounds of a body, whose sender is not known yet. */
 export interface BodyBounds {
   /** Bytes. */
   readonly limit: number
-  /** Until the whole body has arrived; closed where the app has no time left for it. */
+  /** For the whole body to arrive. Closed while the app is closing. */
   readonly deadline: Deadline
 }
 
-/** Makes the routes of this scope take JSON as the bytes that arrived, and nothing else. No other scope changes. */
+/** Makes the routes of this scope take JSON alone, as the bytes that arrived. No other scope changes. */
 export function captureBody (scope: FastifyInstance, bounds: BodyBounds): void {
   scope.removeAllContentTypeParsers() // text/plain has a default parser too
-  // Not `parseAs: 'buffer'`: Fastify copies what comes in one piece, for 3 to 7 % of a delivery's time.
+  // Not `parseAs: 'buffer'`: Fastify would copy a body that comes in one piece, for 3 to 7 % of a delivery's time.
   scope.addContentTypeParser('application/json', (request, payload, done: Captured) => { readPayload(request, payload, bounds, done) })
 }
 
 /**
- * Reads a whole payload, within its bounds. What has been read is dropped as soon as it is too much or too late; the
- * stream is not destroyed, or the sender would see a reset connection instead of the answer.
+ * Reads a whole payload within its bounds. What has been read is dropped as soon as it is too much or too late. The stream is not
+ * destroyed, or the sender would see a reset connection instead of the answer.
  *
  * Coded errors: FST_ERR_CTP_BODY_TOO_LARGE (413), FST_OPENAI_WEBHOOK_BODY_TIMEOUT (408), FST_OPENAI_WEBHOOK_OVERLOADED
  * (503, closing), FST_ERR_CTP_INVALID_CONTENT_LENGTH (400), and what the stream fails with, as 400.
@@ -36,13 +36,13 @@ export function captureBody (scope: FastifyInstance, bounds: BodyBounds): void {
 export function readPayload (request: FastifyRequest, payload: RequestPayload, { limit, deadline }: BodyBounds, captured: Captured): void {
   const declared = request.headers['content-length']
   if (Number(declared) > limit) return captured(tooLarge())
-  // Only a stream in place of the request's can end elsewhere, or hold other bytes than were declared.
+  // A preParsing hook has put another stream in place of the request's: it may hold other bytes than were declared.
   const isReplaced = payload !== request.raw as RequestPayload
   let gathered: Gathered | undefined = new Gathered(isReplaced ? limit : Number(declared) || limit)
   payload.on('data', onData)
   payload.on('end', onEnd)
   payload.on('error', fail)
-  // A request that is cut off fails; a stream that an earlier preParsing hook has put in its place may only close.
+  // A request that is cut off emits 'error'. Another stream may only emit 'close'.
   if (isReplaced) payload.on('close', onClose)
   payload.resume() // @fastify/compress hands on a paused one
   const timer = deadline.closed ? undefined : deadline.start(() => { giveUp(deadline.closed ? new Overloaded() : new BodyTimeout(deadline.ms)) })
@@ -60,7 +60,7 @@ export function readPayload (request: FastifyRequest, payload: RequestPayload, {
 
   function onEnd (): void {
     if (gathered === undefined) return
-    // One that decodes tells what it has read.
+    // A decoding stream has `receivedEncodedLength`.
     if (declared !== undefined && (payload.receivedEncodedLength || gathered.length) !== Number(declared)) {
       settle(new fastify.errorCodes.FST_ERR_CTP_INVALID_CONTENT_LENGTH())
     } else {
@@ -77,7 +77,7 @@ export function readPayload (request: FastifyRequest, payload: RequestPayload, {
   function onClose (): void { fail(new Error('the sender went away before the body had ended')) }
 
   function giveUp (error: Error): void {
-    // A few bytes may unpack to gigabytes, and would, though nobody reads them.
+    // A few bytes may unpack to gigabytes, which would go on with nobody reading.
     if (isReplaced) payload.pause()
     settle(error)
   }
@@ -85,19 +85,19 @@ export function readPayload (request: FastifyRequest, payload: RequestPayload, {
   function settle (error: Error | null, bytes?: Buffer): void {
     gathered = undefined
     deadline.stop(timer)
-    payload.off('data', onData) // node:http removes one that is left, for 0.7 µs
+    payload.off('data', onData) // else node:http removes it, for 0.7 µs
     captured(error, bytes)
   }
 }
 
 /**
- * Bounds what is left of a refused request's body: Node reads and drops it, for as long as the sender likes. An HTTP/2
- * stream is reset once the answer is out, without an error, which asks the sender to stop. HTTP/1.1 can only close the
- * connection: honest senders, and proxies before them, keep theirs for a body that still arrives in time.
+ * Bounds the rest of a refused request's body, which Node would read and drop for as long as the sender likes. An HTTP/2 stream is
+ * reset without an error once the answer is out, which asks the sender to stop. HTTP/1.1 can only close the connection, so it
+ * waits: honest senders, and proxies before them, keep theirs when the body still arrives in time.
  */
 function boundRest ({ raw }: FastifyRequest, reply: FastifyReply, { deadline }: BodyBounds): void {
   const { stream } = raw as { stream?: Http2ServerRequest['stream'] }
-  // An injected one has no connection, and does not know.
+  // `undefined` where the request is injected.
   if (raw.complete !== false) return
   if (stream !== undefined) {
     const { session } = stream
@@ -114,13 +114,13 @@ function boundRest ({ raw }: FastifyRequest, reply: FastifyReply, { deadline }: 
   }
 }
 
-/** onError: bounds what is left of the body before the refusal is out. */
+/** onError: bounds the rest of the body before the refusal is out. */
 export function boundRefused (request: FastifyRequest, reply: FastifyReply, error: Error, bounds: BodyBounds): void {
   boundRest(request, reply, bounds)
   if (error instanceof Overloaded) retryLater(reply)
 }
 
-/** An earlier preParsing hook may decode, or put a stream of any chunks in place of the request's. */
+/** An earlier preParsing hook may give text, or chunks of any kind. */
 function toChunk (data: unknown): Buffer | undefined {
   if (Buffer.isBuffer(data)) return data
   if (typeof data === 'string') return Buffer.from(data)
@@ -130,13 +130,13 @@ function toChunk (data: unknown): Buffer | undefined {
 const tooLarge = (): Error => new fastify.errorCodes.FST_ERR_CTP_BODY_TOO_LARGE()
 
 /**
- * The bytes once more, as a payload for the user's own parser.
+ * Makes a payload of the bytes, for the user's own parser.
  *
- * @param receivedLength what came over the wire, where an earlier preParsing hook has unpacked it: Fastify compares it
- * with Content-Length
+ * @param receivedLength bytes on the wire, where an earlier preParsing hook has unpacked them: Fastify compares them with
+ * Content-Length
  */
 export function replayPayload (bytes: Buffer, receivedLength = bytes.length): RequestPayload {
-  // Not Readable.from: it would hand an empty body on as an empty chunk, and a Buffer byte by byte in older versions.
+  // Not Readable.from: it would give an empty body as an empty chunk, and in older versions a Buffer byte by byte.
   const payload = new Readable() as Readable & RequestPayload
   if (bytes.length > 0) payload.push(bytes)
   payload.push(null)
@@ -144,14 +144,14 @@ export function replayPayload (bytes: Buffer, receivedLength = bytes.length): Re
   return payload
 }
 
-/** What `unwrap` was given as the body. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
+/** The body that `unwrap` was given. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
 export function toBuffer (rawBody: unknown): Buffer {
   if (typeof rawBody === 'string') return Buffer.from(rawBody)
   if (rawBody instanceof Uint8Array) return Buffer.from(rawBody.buffer, rawBody.byteOffset, rawBody.byteLength)
   throw new InvalidOptions('unwrap(): expected the raw body as a string, a Buffer or a Uint8Array: a parsed body cannot be verified')
 }
 
-/** A Headers object, or a plain one with names in any case. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
+/** The headers that `unwrap` was given, names in any case. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
 export function toHeaders (headers: unknown): IncomingHttpHeaders {
   if (typeof headers !== 'object' || headers === null) throw new InvalidOptions('unwrap(): expected the headers as an object or a Headers instance')
   const entries: Iterable<[string, unknown]> = typeof (headers as Headers).entries === 'function'

@@ -9,11 +9,11 @@ export interface Held {
   readonly state: 'claimed'
   readonly key: string
   readonly token: string
-  /** Handlers that have succeeded before. */
+  /** Handlers that have succeeded in earlier attempts. */
   readonly finished: readonly string[]
 }
 
-/** What the store answers. */
+/** The answer to `begin`. */
 export type Begun = Held | Exclude<Claim, { state: 'claimed' }>
 
 export interface ClaimsOptions {
@@ -22,21 +22,21 @@ export interface ClaimsOptions {
   lease: number
   /** ms */
   retention: number
-  /** Told what the store could not record. */
+  /** Called with what the store failed with, and when a claim is lost. */
   onTrouble: (error: unknown) => void
 }
 
 /**
- * The store, with the claims that this process holds: they are renewed while their handlers run.
+ * The store, and the claims that this process holds, which it renews while their handlers run.
  *
- * Only `begin` can fail. What comes after it happens once handlers have run, and a sender is never told that a
- * processed delivery was not: trouble is reported, and at worst a later duplicate finds the delivery unfinished.
+ * Only `begin` can fail a delivery. The rest happens when handlers have run, and a sender must not be told that a processed
+ * delivery failed: it is trouble, and at worst a later duplicate finds the delivery unfinished.
  */
 export class Claims {
   readonly #options: ClaimsOptions
   readonly #held = new Set<Held>()
   #timer: NodeJS.Timeout | undefined
-  // The claims are of many requests: the async context of whichever set the timer is not theirs.
+  // Bound here: the claims are of many requests, and the timer must not run in the async context of one.
   readonly #renewOutside = AsyncResource.bind(() => this.#renewAll())
 
   constructor (options: ClaimsOptions) {
@@ -46,7 +46,7 @@ export class Claims {
   /** @throws FST_OPENAI_WEBHOOK_UNAVAILABLE */
   begin (key: string): MaybePromise<Begun> {
     const { store, lease } = this.#options
-    // One timer for all claims, which stops when it finds none: a delivery that is quick never meets it.
+    // One timer for all claims, which stops when there are none. A quick delivery is over before it fires.
     this.#timer ??= setInterval(this.#renewOutside, lease / 3).unref()
     return attempt<Begun>(() => then(store.begin(key, lease), claim => this.#checked(key, claim)), unavailable)
   }
@@ -58,7 +58,7 @@ export class Claims {
 
   complete (claim: Held): MaybePromise<void> {
     const { store, retention, onTrouble } = this.#options
-    // One that was lost has been told.
+    // A lost claim has been reported when its renewal failed.
     const isHeld = this.#held.delete(claim)
     return attempt<void>(() => then(store.complete(claim.key, claim.token, retention), held => {
       if (held === false && isHeld) onTrouble(this.#lost(claim, 'before its success was on record: what took it over may run it again'))
@@ -71,7 +71,7 @@ export class Claims {
     return attempt(() => store.release(claim.key, claim.token), onTrouble)
   }
 
-  /** A store of the user's may answer something else, and a delivery that nobody can settle would hang. */
+  /** A user's store may answer anything, and a delivery with a claim that cannot be settled would hang. */
   #checked (key: string, claim: Claim): Begun {
     if (claim.state === 'done' || claim.state === 'running') return claim
     if (claim.state !== 'claimed' || !Array.isArray(claim.finished)) {

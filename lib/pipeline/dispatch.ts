@@ -3,10 +3,10 @@ import type { HandlerFailure } from '../runners/handler-failures.ts'
 import { drive, isPromise } from '../steps.ts'
 import type { MaybePromise, Steps } from '../steps.ts'
 
-/** Told that a handler has succeeded. @param isLast nothing is left to do, and nothing has failed */
+/** Called when a handler has succeeded. @param isLast whether all have, this one last */
 type Succeeded = (handler: Handler, isLast: boolean) => MaybePromise<void>
 
-/** Starts every handler, in order, and waits for all of them. @returns what was thrown, and by whom */
+/** Starts every handler in order and waits for all of them. @returns those that failed, with what they threw */
 export function dispatch (handlers: readonly Handler[], event: unknown, context: EventContext, succeeded: Succeeded): MaybePromise<readonly HandlerFailure[]> {
   const failures: HandlerFailure[] = []
   let remaining = handlers.length
@@ -28,6 +28,6 @@ export function dispatch (handlers: readonly Handler[], event: unknown, context:
     if (isPromise<void>(ended)) waiting.push(ended)
   }
   if (waiting.length === 0) return failures
-  // The usual case has a promise less.
+  // One promise less in the usual case.
   return (waiting.length === 1 ? waiting[0]! : Promise.all(waiting)).then(() => failures)
 }

@@ -1,8 +1,6 @@
 /**
- * Bytes that come in pieces, copied together: pieces kept as they come cost 400 bytes for each byte of a sender that
- * dribbles, and under HTTP/2 each keeps the whole read buffer that it came in.
- *
- * Takes twice the bytes that have come, whatever their pieces.
+ * Copies pieces of bytes together, in at most twice their memory. Kept as they come, they would cost 400 bytes for each byte of a
+ * sender that dribbles, and under HTTP/2 each would keep the whole read buffer that it came in.
  */
 export class Gathered {
   length = 0
@@ -12,7 +10,7 @@ export class Gathered {
   /** @param expected bytes in all, at most */
   constructor (readonly expected: number) {}
 
-  /** @param piece not to be changed afterwards: one that is alone with its memory is kept, not copied */
+  /** @param piece must not be changed afterwards: where little else is in its memory, it is kept and not copied */
   add (piece: Buffer): void {
     const length = this.length + piece.length
     if (this.#bytes === undefined && isAlone(piece)) {
@@ -24,14 +22,13 @@ export class Gathered {
     this.length = length
   }
 
-  /** All of them. */
   take (): Buffer {
     if (this.#bytes === undefined) return Buffer.alloc(0)
     return this.#bytes.length === this.length ? this.#bytes : this.#bytes.subarray(0, this.length)
   }
 
   #grow (needed: number): void {
-    // Not allocUnsafe: what is small would share a slab with strangers, and keep it.
+    // Not allocUnsafe: a small buffer would share a slab with others and keep all of it.
     const bytes = Buffer.allocUnsafeSlow(Math.max(needed, Math.min(this.expected, 2 * this.length)))
     if (this.#bytes !== undefined) bytes.set(this.#bytes.subarray(0, this.length))
     this.#bytes = bytes
@@ -39,5 +36,5 @@ export class Gathered {
   }
 }
 
-/** Whether little else is in the memory that it would keep. */
+/** Whether little else is in the memory that the piece keeps. */
 const isAlone = (piece: Buffer): boolean => piece.buffer.byteLength <= 2 * piece.length

@@ -8,7 +8,7 @@ import { TypeCompiler } from '../typebox.ts'
 /** Parses JSON text or throws; refuses `__proto__` and `constructor.prototype` keys. */
 export type ParseJson = (text: string) => unknown
 
-/** Fastify's own JSON parser, without its callback: it refuses prototype poisoning. */
+/** Fastify's own JSON parser, which refuses prototype poisoning, without its callback. */
 export function jsonParser (instance: FastifyInstance): ParseJson {
   const parse = instance.getDefaultJsonParser('error', 'error')
   let failure: Error | null
@@ -24,12 +24,12 @@ export function jsonParser (instance: FastifyInstance): ParseJson {
   }
 }
 
-/** The compiler of one copy of TypeBox: it knows the formats and kinds that were registered with that copy. */
+/** The compiler of one copy of TypeBox. It knows the formats and kinds that were registered with that copy. */
 export type Compiler = Pick<typeof TypeCompiler, 'Compile'>
 
 /**
- * What checks the events of each type. Schemas of the user's are compiled at boot, since they may be faulty; ours when the
- * first event of the type comes: all of them would take 7 ms of an app's start.
+ * Checks events by type. The user's schemas are compiled at boot, since they may be faulty; ours when the first event of the type
+ * comes, since all of them would take 7 ms of an app's start.
  */
 export class Validators {
   readonly #compiled = new Map<string, TypeCheck<TSchema>>()
@@ -42,7 +42,7 @@ export class Validators {
       try {
         this.#compiled.set(type, usersCompiler.Compile(schema))
       } catch (cause) {
-        // A kind or a reference that this copy of TypeBox has not been told of.
+        // A kind or a reference that this copy of TypeBox does not know.
         throw new InvalidOptions(`expected events["${type}"] to be a schema that TypeBox can compile, got: ${(cause as Error).message}`, { cause })
       }
     }
@@ -59,8 +59,9 @@ export class Validators {
 }
 
 /**
- * @returns the event that the signed bytes hold, or FST_OPENAI_WEBHOOK_INVALID_BODY or FST_OPENAI_WEBHOOK_INVALID_EVENT; an
- * unknown type passes unchecked: OpenAI adds types
+ * Makes an event of the signed bytes. An unknown type passes unchecked, since OpenAI adds types.
+ *
+ * @returns the event, or FST_OPENAI_WEBHOOK_INVALID_BODY or FST_OPENAI_WEBHOOK_INVALID_EVENT
  */
 export function validate (rawBody: Buffer, parse: ParseJson, validators: Validators): { type: string } | Error {
   const event = toEvent(rawBody, parse)
@@ -73,7 +74,7 @@ function toEvent (rawBody: Buffer, parse: ParseJson): { type: string } | Error {
   if (!isUtf8(rawBody)) return new InvalidBody('UTF-8')
   let body
   try {
-    // A byte order mark is not JSON (RFC 8259, section 8.1); some parsers would skip it.
+    // A byte order mark is not JSON (RFC 8259, section 8.1), but some parsers skip it.
     if (rawBody[0] === 0xef) throw new SyntaxError('byte order mark')
     body = parse(rawBody.toString())
   } catch {
@@ -88,18 +89,18 @@ function toEvent (rawBody: Buffer, parse: ParseJson): { type: string } | Error {
 }
 
 /**
- * Levels of objects and lists. OpenAI's events are three deep. Whatever writes JSON gives up at some depth, each at another:
- * JSON.stringify at a few thousand, databases at 1,000, loggers and other languages at 100.
+ * Levels of objects and lists. OpenAI's events have three. Writers of JSON give up at different depths: JSON.stringify at a few
+ * thousand, databases at 1,000, loggers and other languages at 100.
  */
 const MAX_DEPTH = 100
 
 /**
- * Whether a queue would hand on something else, or nothing: every runner answers alike, and has the same event handled.
+ * Finds what a queue could not hand on as it is. Refused whatever the runner, so that all answer alike.
  *
- * @returns what was expected
+ * @returns what was expected; `undefined` where there is no fault
  */
 function cannotBeQueued (value: unknown, levels: number): string | undefined {
-  // JSON text may hold 1e999, which is Infinity once it is parsed, and null when that is written.
+  // 1e999 in JSON text is Infinity once parsed, and null when written again.
   if (typeof value === 'number') return Number.isFinite(value) ? undefined : 'numbers below 1.8e308'
   if (typeof value !== 'object' || value === null) return undefined
   if (levels === 0) return `at most ${MAX_DEPTH} levels of objects and lists`
@@ -110,7 +111,7 @@ function cannotBeQueued (value: unknown, levels: number): string | undefined {
     }
     return undefined
   }
-  // Half the time of Object.values.
+  // Takes half the time of Object.values.
   for (const key in value) {
     const fault = cannotBeQueued((value as Record<string, unknown>)[key], levels - 1)
     if (fault !== undefined) return fault
@@ -121,7 +122,7 @@ function cannotBeQueued (value: unknown, levels: number): string | undefined {
 const MAX_FAULTS = 5
 const MAX_LENGTH = 400
 
-/** Paths and what was expected there; TypeBox's messages hold nothing of the value. */
+/** Lists paths and what was expected there. TypeBox's messages hold nothing of the value. */
 function faults (validator: TypeCheck<TSchema>, event: unknown): string {
   const found = new Map<string, string>()
   for (const { path, message } of validator.Errors(event)) {

@@ -10,7 +10,7 @@ import type { Judge, SignedDelivery, Verified, Verifier } from '../verifiers/ver
 export interface Verification {
   readonly verifier: Verifier
   readonly judge: Judge['judge']
-  /** Absent where a verifier of the user's does not check the headers first. */
+  /** Absent where a user's verifier has no `checkHeaders`. */
   readonly judgeHeaders: Judge['judgeHeaders'] | undefined
   readonly keyring: Keyring
   /** Seconds, past and future. */
@@ -31,7 +31,7 @@ function usersJudge (verifier: Verifier): Pick<Verification, 'judge' | 'judgeHea
 }
 
 /**
- * What the headers alone condemn; asked before the body is read, so that anonymous and stale floods cost no hashing.
+ * Judges by the headers alone, before the body is read, so that anonymous and stale floods cost no hashing.
  *
  * @returns the coded error to refuse with
  */
@@ -41,11 +41,11 @@ export function headerFault ({ judgeHeaders, tolerance }: Verification, headers:
   return timestamp instanceof Error ? timestamp : staleness(timestamp, tolerance)
 }
 
-/** @returns who signed it and when, or FST_OPENAI_WEBHOOK_INVALID_SIGNATURE or another coded error of the verifier's */
+/** @returns the webhook-id and when it was signed, or FST_OPENAI_WEBHOOK_INVALID_SIGNATURE or another coded error of the verifier */
 export function verify (verification: Verification, delivery: SignedDelivery): MaybePromise<Verified | Error> {
   const verified = verifyNow(verification, delivery)
   if (!(verified instanceof InvalidSignature)) return verified
-  // The secret may have been rotated: ask for it again, if there is somebody to ask.
+  // The secret may have been rotated: a secret function is asked again.
   const refreshed = verification.keyring.refresh()
   return refreshed === undefined ? verified : refreshed.then(changed => changed ? verifyNow(verification, delivery) : verified)
 }
@@ -55,12 +55,12 @@ function verifyNow ({ judge, keyring, tolerance }: Verification, delivery: Signe
   return verified instanceof Error ? verified : staleness(verified.timestamp, tolerance) ?? verified
 }
 
-/** What a verifier of the user's returns or throws, as an answer. An error is as good returned as thrown. */
+/** Calls a user's verifier. It may return its error as well as throw it. */
 function answerOf<T> (ask: () => T | Error, checked: (answer: T) => T | Error): T | Error {
   try {
     const answer = ask()
     if (!isPromise(answer)) return answer instanceof Error ? toRefusal(answer) : checked(answer)
-    // It has verified nothing yet; left alone, its rejection would end the process.
+    // A promise has verified nothing yet. Unheard, its rejection would end the process.
     answer.then(undefined, () => {})
     return new InvalidSignature()
   } catch (error) {
@@ -68,7 +68,7 @@ function answerOf<T> (ask: () => T | Error, checked: (answer: T) => T | Error): 
   }
 }
 
-/** What a verifier of the user's throws must be an answer. */
+/** A user's verifier may throw anything: what is no 4xx of its own is an invalid signature. */
 function toRefusal (error: unknown): Error {
   return isRefusal(error) ? error : new InvalidSignature({ cause: error })
 }
@@ -77,7 +77,7 @@ function toSeconds (timestamp: unknown): number | Error {
   return typeof timestamp === 'number' && !Number.isNaN(timestamp) ? timestamp : new InvalidTimestamp('the timestamp')
 }
 
-/** A verifier of the user's that forgets to throw must not let anything through. */
+/** A user's verifier that forgets to throw must not let anything through. */
 function toVerified (verified: Verified): Verified | Error {
   if (typeof verified !== 'object' || verified === null) return new InvalidSignature()
   const { webhookId, timestamp, keyIndex } = verified as Partial<Verified>
@@ -87,6 +87,6 @@ function toVerified (verified: Verified): Verified | Error {
 }
 
 function staleness (timestamp: number, tolerance: number): Error | undefined {
-  // Fails closed where one of them is no number.
+  // `<=`, and not `>` the other way round: NaN fails closed.
   return Math.abs(Date.now() / 1000 - timestamp) <= tolerance ? undefined : new TimestampOutOfTolerance('the timestamp', tolerance)
 }

@@ -16,17 +16,17 @@ import { Explainer } from './explain.ts'
 type Done = (error?: Error) => void
 
 type Authentic = Pick<Delivery, 'webhookId' | 'timestamp' | 'event'> & {
-  /** Which secret matched: for the channels, and nobody else. */
+  /** Which secret matched. Only the channels have it. */
   readonly secretIndex: number | undefined
 }
 
-/** verify → validate: what a request carries becomes a delivery that can be trusted, or is refused. */
+/** verify → validate: makes a trusted delivery of a request, or refuses it. */
 export class Authentication {
   readonly #parse: ParseJson
   readonly #validators: Validators
   readonly #failures: Failures
   readonly #explainer: Explainer
-  /** What has been told. By identity, since a verifier of the user's may throw any code. */
+  /** Errors that have been logged and reported. By identity, since a user's verifier may throw any code. */
   readonly #told = new WeakSet<object>()
 
   constructor (parse: ParseJson, validators: Validators, failures: Failures) {
@@ -36,7 +36,7 @@ export class Authentication {
     this.#explainer = new Explainer(failures)
   }
 
-  /** onRequest: refuses what the headers alone condemn. */
+  /** onRequest: refuses by the headers alone. */
   admit (endpoint: Endpoint) {
     return (request: FastifyRequest, _reply: FastifyReply, done: Done): void => {
       const fault = headerFault(endpoint, request.headers)
@@ -45,7 +45,7 @@ export class Authentication {
     }
   }
 
-  /** Sets `request.openaiWebhook`, or tells why not. */
+  /** Sets `request.openaiWebhook`, or calls `done` with the error to refuse with. */
   authenticate (endpoint: Endpoint, request: FastifyRequest, rawBody: Buffer, done: Done): void {
     const settle = (authentic: Authentic | Error): void => {
       if (authentic instanceof Error) {
@@ -70,7 +70,7 @@ export class Authentication {
     else settle(authentic)
   }
 
-  /** @returns the coded error to refuse with where it is none */
+  /** @returns the delivery, or the coded error to refuse with */
   verify (verification: Verification, headers: IncomingHttpHeaders, rawBody: Buffer): MaybePromise<Authentic | Error> {
     return then(verify(verification, { rawBody, headers }), verified => {
       if (verified instanceof Error) return verified
@@ -81,19 +81,19 @@ export class Authentication {
     })
   }
 
-  /** Before there is an event to name. */
+  /** Logs, publishes and reports a refusal before there is an event to name. */
   refuse (error: Error, { name }: Endpoint, request: FastifyRequest): void {
     this.#told.add(error)
     this.#failures.refused(error, { endpoint: name }, request)
   }
 
-  /** Whether a refusal has been told of here. */
+  /** Whether a refusal has been through `refuse`. */
   hasTold (error: Error): boolean {
     return this.#told.has(error)
   }
 }
 
-/** The one thing that may throw in there is a schema of the user's, and anything. */
+/** Only a user's schema may throw in `verify`, and it may throw anything. */
 function thrownBySchema (cause: unknown): Error {
   return cause instanceof Error ? cause : new Error('a schema threw what is no Error, as the event was checked', { cause })
 }

@@ -9,7 +9,7 @@ import { toArray } from './hooks.ts'
 /** A receiving route: its own verification, and the URL that names it in jobs, logs and idempotency keys. */
 export type Endpoint = Verification & { readonly name: string }
 
-/** The receiving routes of one registration, with who handles what on each. */
+/** The receiving routes of one registration, with their handlers. */
 export class Endpoints {
   readonly #registry: Registry
   readonly #lists = new Map<string, readonly HandlerList[]>()
@@ -22,7 +22,7 @@ export class Endpoints {
 
   /** @throws FST_OPENAI_WEBHOOK_INVALID_ROUTE */
   add (name: string, verification: Verification, lists: readonly HandlerList[]): Endpoint {
-    // The URL names the endpoint in jobs and idempotency keys: routes that differ by a constraint alone would share both.
+    // Routes that differ by a constraint alone would share jobs and idempotency keys, which go by the URL.
     if (this.#lists.has(name)) throw new InvalidRoute('POST', name, 'expected a URL of its own, got that of another receiving route')
     this.#lists.set(name, lists)
     return { ...verification, name }
@@ -37,13 +37,13 @@ export class Endpoints {
     return list
   }
 
-  /** No handler is added any more: who handles what is worked out. */
+  /** Works out the handlers of each type, once none can be added any more. */
   settle (): void {
     for (const [name, lists] of this.#lists) this.#tables.set(name, new HandlerTable(lists, this.#registry.known))
   }
 
   handlersOf (name: string): HandlerTable {
-    // A worker may not have the route that received the job; the app's handlers it does have.
+    // A worker may lack the route that received the job. It has the app's handlers.
     return this.#tables.get(name) ?? (this.#appTable ??= new HandlerTable([this.#registry.app], this.#registry.known))
   }
 }

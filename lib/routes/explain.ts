@@ -4,9 +4,9 @@ import type { Failures } from '../failures.ts'
 import { standardWebhooks } from '../verifiers/standard-webhooks.ts'
 import type { Endpoint } from './endpoint.ts'
 
-/** Levels at which a logger takes `debug`. */
+/** Log levels at which `debug` is written. */
 const DETAILED = new Set(['debug', 'trace'])
-/** ms between two diagnoses of an endpoint: each costs as much as many deliveries. */
+/** ms between two diagnoses of an endpoint. Each costs as much as many deliveries. */
 const INTERVAL = 10_000
 
 /** At level debug, logs why a signature does not match. The sender is not told. */
@@ -25,13 +25,13 @@ export class Explainer {
     if (Math.abs(now - (this.#explainedAt.get(name) ?? 0)) < INTERVAL) return
     this.#explainedAt.set(name, now)
     const tell = async (): Promise<void> => {
-      // Loaded when it is asked for.
+      // Loaded here, as few apps ask for it.
       const { diagnoseQuickly } = await import('../diagnose.ts')
       const secret = keyring.keys.map(key => key.export())
       const { finding, likely } = diagnoseQuickly({ headers, rawBody, secret, now, tolerance })
       log.debug({ endpoint: name, cause: finding?.cause, fix: finding?.fix }, `the signature does not match: ${finding?.message ?? likely}`)
     }
-    // After the answer, which neither waits for it nor fails with it.
+    // Later, so that the answer neither waits for it nor fails with it.
     setImmediate(() => { tell().catch(error => this.#failures.report(error, { endpoint: name })) })
   }
 }

@@ -1,4 +1,4 @@
-/** Hooks of a route, which Fastify takes as one or as a list. */
+/** Fastify takes one hook of a route, or a list. */
 export function toArray<T> (value: T | readonly T[] | undefined): T[] {
   if (value === undefined) return []
   return Array.isArray(value) ? [...value] : [value as T]

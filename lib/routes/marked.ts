@@ -59,7 +59,7 @@ function assertMarkable ({ method, url, config, schema }: RouteOptions): void {
   }
 }
 
-/** preParsing, so that the user's parser sees nothing that was not verified. */
+/** preParsing, so that the user's parser sees verified bytes alone. */
 function captureAndAuthenticate ({ authentication, failures }: Routes, endpoint: Endpoint, body: BodyBounds) {
   return (request: FastifyRequest, reply: FastifyReply, payload: RequestPayload, done: (error: Error | null, payload?: RequestPayload) => void): void => {
     const refuse = (error: Error): void => {
@@ -68,15 +68,14 @@ function captureAndAuthenticate ({ authentication, failures }: Routes, endpoint:
     }
     const { 'content-type': contentType, 'content-length': contentLength, 'transfer-encoding': transferEncoding } = request.headers
     const isEmpty = transferEncoding === undefined && (contentLength === undefined || contentLength === '0')
-    // Without a body Fastify asks for no content type; with one, a catch-all parser of the app's must not take it.
+    // Without a body Fastify asks for no content type. With one, a catch-all parser of the app must not take it.
     if (contentType === undefined ? !isEmpty : !/^application\/json\s*(?:;|$)/i.test(contentType)) {
       return refuse(new fastify.errorCodes.FST_ERR_CTP_INVALID_MEDIA_TYPE())
     }
-    // The socket's events come in no request's async context, which tracers and request contexts go by. Fastify does the
-    // same for content type parsers.
+    // Bound, as Fastify binds content type parsers: the socket's events have no request's async context, which tracers need.
     readPayload(request, payload, body, AsyncResource.bind((error: Error | null, rawBody: Buffer = Buffer.alloc(0)) => {
       if (error !== null) {
-        // The sender may go on sending what nobody reads.
+        // The sender may go on sending a body that nobody reads.
         reply.header('connection', 'close')
         return refuse(error)
       }

@@ -18,7 +18,7 @@ export function ownRoute (
   options: RegisterOptions = {}
 ): void {
   const { authentication, bounds, endpoints, events, failures, registry, settles, verifications } = routes
-  // Left alone, it would limit nothing, and nobody would be told.
+  // Without the plugin it would limit nothing, silently.
   if (typeof rateLimit === 'object' && !scope.hasDecorator('rateLimit')) {
     throw new InvalidOptions('rateLimit: expected @fastify/rate-limit to be registered before, got none')
   }
@@ -32,7 +32,7 @@ export function ownRoute (
     child.decorate(OWN, true)
     const endpoint = endpoints.add(child.prefix + url, verification, [registry.app, list])
     const admit = authentication.admit(endpoint)
-    // Loaded where there is somebody to ask for it: @fastify/swagger sees routes that are declared after it.
+    // Loaded only where it can be asked for: @fastify/swagger documents the routes that are declared after it.
     const documents = scope.hasPlugin('@fastify/swagger') ? await import('./openapi.ts') : undefined
     const keep = keepRefusal((request, statusCode) => failures.unprocessed(endpoint.name, request, statusCode))
     settles.push(declareRoute(child, scope, {
@@ -46,7 +46,7 @@ export function ownRoute (
       } as FastifyContextConfig,
       onRequest: admit,
       preHandler: (request, _reply, done) => {
-        // A request without a body and a content type is not parsed at all.
+        // Fastify parses no request without a body and a content type.
         const rawBody = Buffer.isBuffer(request.body) ? request.body : Buffer.alloc(0)
         authentication.authenticate(endpoint, request, rawBody, error => {
           if (error === undefined) request.body = (request as VerifiedRequest).openaiWebhook.event
@@ -55,7 +55,7 @@ export function ownRoute (
       },
       onError: (request, reply, error, done) => {
         boundRefused(request, reply, error, body)
-        // Fastify's own refusals: over the limit, not JSON; and those of other plugins. Ours are told where they come up.
+        // Refusals of Fastify's (over the limit, not JSON) and of other plugins. Ours have been through `refuse`.
         if (request.openaiWebhook === null && !authentication.hasTold(error)) failures.refused(error, { endpoint: endpoint.name }, request)
         done()
       },

@@ -16,7 +16,7 @@ import type { Authentication } from './authenticate.ts'
 import type { Endpoint, Endpoints } from './endpoint.ts'
 import { SKIPPED } from './guard.ts'
 
-/** What the receiving routes of one registration have in common. */
+/** Shared by the receiving routes of one registration. */
 export interface Routes {
   readonly registry: Registry
   readonly events: Readonly<Record<string, TSchema>>
@@ -28,13 +28,13 @@ export interface Routes {
   /** ms */
   readonly deadline: number
   readonly bounds: Bounds
-  /** To be called once the app is ready. */
+  /** Called when the app is ready. */
   readonly settles: Array<() => void>
-  /** `app.openaiWebhook.handler`: stands for a route that replies by dispatching. */
+  /** `app.openaiWebhook.handler`, which marks a route that dispatches. */
   readonly handler: RouteHandlerMethod
 }
 
-/** A route's handler: has the delivery received, and answered by the deadline. */
+/** Makes the handler of a receiving route: it has the delivery received, and answered by the deadline. */
 export function deliver ({ receiver, deadline, failures }: Routes, { name }: Endpoint, own: RouteHandlerMethod | undefined): RouteHandlerMethod {
   const options = { endpoint: name, receiver, deadline, failures, own }
   return function (request, reply) {
@@ -44,7 +44,7 @@ export function deliver ({ receiver, deadline, failures }: Routes, { name }: End
   }
 }
 
-/** What bodies may take before it is known who has sent them. */
+/** The bounds of bodies, before it is known who has sent them. */
 export class Bounds {
   readonly #options: ReceivingOptions
   readonly #requestTimeout: number
@@ -53,7 +53,7 @@ export class Bounds {
 
   constructor (options: ReceivingOptions, { initialConfig }: FastifyInstance) {
     this.#options = options
-    // Node checks it every 30 s, and not under HTTP/2.
+    // Applied here as well: Node checks it every 30 s, and not at all under HTTP/2.
     const { requestTimeout = 0 } = initialConfig as { requestTimeout?: number }
     this.#requestTimeout = requestTimeout > 0 ? requestTimeout : Infinity
   }
@@ -66,7 +66,7 @@ export class Bounds {
     return { limit: bodyLimit ?? ofRoute ?? this.#options.bodyLimit ?? DEFAULTS.bodyLimit, deadline }
   }
 
-  /** What arrives from now on is to come again: it must not hold the app open until it has arrived. */
+  /** The app is closing: a body that is still arriving must not hold it open, since its delivery comes again. */
   close (): void {
     for (const deadline of this.#deadlines.values()) deadline.close()
   }

@@ -8,13 +8,13 @@ import type { Verification } from '../pipeline/verify.ts'
 import { standardWebhooks } from '../verifiers/standard-webhooks.ts'
 import type { Verifier } from '../verifiers/verifier.ts'
 
-/** How each endpoint of one registration verifies: the plugin's own options, with what a route overrides. */
+/** How each endpoint of one registration verifies: by the plugin's options and a route's overrides. */
 export class Verifications {
   readonly #own: EndpointOptions
   readonly #verifier: Verifier
   readonly #secretOptions: SecretOptions
   #ownSource: SecretSource | undefined
-  /** By secret function, so that one is asked once, however many endpoints have it. */
+  /** By secret function, so that each is asked once, however many endpoints have it. */
   readonly #sources = new WeakMap<Function, SecretSource>()
   readonly #loading = new Set<Keyring>()
   #warned = false
@@ -32,7 +32,7 @@ export class Verifications {
   }
 
   /**
-   * @param atBoot whether a secret function is called by `load`, not when it first has to be
+   * @param atBoot whether `load` calls a secret function. Else it is called when a delivery needs it
    * @throws FST_OPENAI_WEBHOOK_INVALID_SECRET
    */
   of ({ secret, verifier = this.#verifier, tolerance = this.#own.tolerance ?? DEFAULTS.tolerance }: EndpointOptions, atBoot: boolean): Verification {
@@ -49,7 +49,7 @@ export class Verifications {
 
   #sourceOfOwn (): SecretSource {
     if (this.#ownSource === undefined) {
-      // Not `??`: null is refused, not taken for the environment's.
+      // A default and not `??`: null must be refused, not replaced by the environment's secret.
       const { secret = secretFromEnvironment() } = this.#own
       this.#ownSource = this.#source(secret)
     }

@@ -3,24 +3,24 @@ import type { FastifyInstance, RouteOptions } from 'fastify'
 import { InvalidRoute, UnprotectedRoute } from '../errors.ts'
 import { editDistance } from '../nearest.ts'
 
-// A registration sees the routes of its own scope and of those below. One that is marked elsewhere would be served
-// unverified, so every app is watched from its root, where Fastify lets us.
+// A registration sees the routes of its own scope and of scopes below. A route that is marked elsewhere would be served
+// unverified, so every app is watched from its root where Fastify lets us.
 
-/** Characters, in any case: `openai-webhook`, but not `openaiWebhookUrl`. */
+/** Characters that may differ, case aside: `openai-webhook` is a slip, `openaiWebhookUrl` is not. */
 const SLIPS = 2
 
 interface Marked { readonly scope: FastifyInstance, readonly route: RouteOptions }
 
-/** Servers of apps whose routes are seen from the first one on. */
+/** Servers of apps whose routes are all seen. */
 const watched = new WeakSet<object>()
 /** Servers of apps that have the plugin in some scope. */
 const registered = new WeakSet<object>()
 
-// Published by Fastify() itself: an app that was made before this module was imported has none of it.
+// Fastify() publishes it. An app that was made before this module was imported is watched from its registration on.
 subscribe('fastify.initialization', message => watch((message as { fastify: FastifyInstance }).fastify))
 
 /**
- * Tells that an app has the plugin.
+ * Notes that an app has the plugin.
  *
  * @returns the root of the app if its routes have not been watched so far
  */
@@ -46,7 +46,7 @@ function watch (root: FastifyInstance): void {
   })
 }
 
-/** Nothing is said of an app without the plugin that has a config of a similar name. */
+/** An app without the plugin may have a config of a similar name. */
 function assertReached ({ scope, route }: Marked): void {
   if (!isMarked(route)) {
     if (registered.has(scope.server)) assertSpelling(route)
@@ -57,7 +57,7 @@ function assertReached ({ scope, route }: Marked): void {
 
 const isMarked = (route: RouteOptions): boolean => route.config?.openaiWebhook !== undefined
 
-/** @throws FST_OPENAI_WEBHOOK_INVALID_ROUTE for a route that means to be marked and is not */
+/** @throws FST_OPENAI_WEBHOOK_INVALID_ROUTE for a route whose mark is misspelt */
 export function assertSpelling (route: RouteOptions): void {
   const given = misspelt(route)
   if (given !== undefined) throw new InvalidRoute(String(route.method), route.url, `${given} asks for nothing, did you mean config.openaiWebhook?`)

@@ -32,7 +32,7 @@ export interface BackgroundOptions {
 export function background ({ concurrency = 10, maxQueue = 1_000 }: BackgroundOptions = {}): Runner {
   assertCount('background', 'concurrency', concurrency, 1)
   assertCount('background', 'maxQueue', maxQueue, 0)
-  // In order of arrival; a delivery that comes again while it is here is not queued twice.
+  // By key, so that a delivery that comes again while it is here is not queued twice. In the order of arrival.
   const waiting = new Map<string, () => Promise<void>>()
   const running = new Map<string, Promise<void>>()
   let host: RunnerHost
@@ -47,7 +47,7 @@ export function background ({ concurrency = 10, maxQueue = 1_000 }: BackgroundOp
   }
 
   async function runOne (key: string, job: Job): Promise<void> {
-    // The acknowledgement leaves before a handler can hold up the event loop.
+    // Lets the acknowledgement leave before a handler can hold up the event loop.
     await new Promise(resolve => setImmediate(resolve))
     try {
       await host.process(job)
@@ -64,7 +64,7 @@ export function background ({ concurrency = 10, maxQueue = 1_000 }: BackgroundOp
       const key = keyOf(job)
       if (waiting.has(key) || running.has(key)) return 'duplicate'
       if (closing || (running.size >= concurrency && waiting.size >= maxQueue)) throw new Overloaded()
-      // One that waits is started by the end of another, whose request's async context it has nothing to do with.
+      // Bound: it may be started by the end of another delivery, in the async context of that one's request.
       waiting.set(key, AsyncResource.bind(() => runOne(key, job)))
       startNext()
       return undefined

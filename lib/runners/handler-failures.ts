@@ -7,14 +7,14 @@ export interface HandlerFailure {
   readonly error: unknown
 }
 
-/** Characters of a text that is kept, and of a list of errors in one. */
+/** Characters that are kept of a message, of a stack, of all of it, and of the line that sums it up. */
 const MAX_MESSAGE = 2_000
 const MAX_STACK = 5_000
 const MAX_TEXT = 10_000
 const MAX_SUMMARY = 1_000
 /** Errors of one delivery that are kept. */
 const MAX_ERRORS = 20
-/** Causes of an error, one within the other, and errors within an AggregateError, whose stacks are kept. */
+/** Levels of causes, and errors of an AggregateError, whose stacks are kept. */
 const MAX_DEPTH = 3
 const MAX_INNER = 3
 
@@ -24,11 +24,11 @@ interface Failed {
   readonly remembered: Job['remembered']
 }
 
-/** Not on the error itself: a logger would write it out. */
+/** In a WeakMap and not on the error, or a logger would write it out. */
 const failed = new WeakMap<Error, Failed>()
 
 /**
- * The error of a delivery that handlers failed. Its cause is for logs and dead letters; a sender never sees it.
+ * Makes the error of a delivery whose handlers failed. Its cause is for logs and dead letters; no sender sees it.
  *
  * @param handlers how many there were
  * @param finished those that have succeeded, in this attempt and before
@@ -38,10 +38,10 @@ export function handlersFailed (failures: readonly HandlerFailure[], handlers: n
   const errors = failures.map(({ error }) => error)
   const summary = `${errors.length} of ${handlers} handlers failed: ${errors.map(error => textOf(error)).join('; ').slice(0, MAX_SUMMARY)}`
   const cause = new AggregateError(errors, summary)
-  // The stack of a queue's dead letter, and the first that a log shows: that of the plugin's code would say nothing.
+  // Logs and dead letters show this stack first. That of the plugin's own code would say nothing.
   cause.stack = `AggregateError: ${summary}${failures.map(named).join('')}`.slice(0, MAX_TEXT)
   const error = new HandlerFailed({ cause })
-  // A queue may be told of the cause alone.
+  // A queue may pass on the cause alone.
   for (const each of [error, cause]) failed.set(each, { failures, finished, remembered })
   return error
 }
@@ -50,12 +50,12 @@ function named ({ handler, error }: HandlerFailure): string {
   return `\nhandler "${handler}": ${stackOf(error) || textOf(error)}`
 }
 
-/** Whether it is what the handlers of a delivery threw, and no trouble of a store or a queue. */
+/** Whether handlers failed, and not a store or a queue. */
 export function isHandlersFailure (error: unknown): boolean {
   return failed.has(error as Error)
 }
 
-/** What a log and a queue show of the error that a delivery ended with. */
+/** The error that a log and a queue show. */
 export function causeOf (error: unknown): unknown {
   try {
     return (error as { cause?: unknown } | null | undefined)?.cause ?? error
@@ -64,7 +64,7 @@ export function causeOf (error: unknown): unknown {
   }
 }
 
-/** What is kept of a failed attempt. @param error as `host.process` rejected */
+/** What a dead letter keeps of a failed attempt. @param error as `host.process` rejected */
 export function describeFailure (job: Job, error: unknown): Pick<DeadDelivery, 'errors' | 'finished' | 'remembered'> {
   const handlers = failed.get(error as Error)
   if (handlers !== undefined) {
@@ -81,7 +81,7 @@ function describe (handler: string | null, error: unknown): DeliveryError {
 }
 
 /**
- * A job that is not run again, for `host.dead` and for whoever looks at it.
+ * Makes a dead delivery of a job that is not run again.
  *
  * @param attempts how often its handlers were started
  * @param error as `host.process` rejected, or why there was no other attempt
@@ -91,7 +91,7 @@ export function deadDelivery (job: Job, attempts: number, error: unknown, diedAt
   return { ...job, attempts, ...describeFailure(job, error), diedAt }
 }
 
-/** What anybody may have thrown, in a line. */
+/** A line about anything that was thrown. */
 function textOf (error: unknown, max = MAX_SUMMARY): string {
   try {
     // Not instanceof: an error may be of another realm.
@@ -102,7 +102,7 @@ function textOf (error: unknown, max = MAX_SUMMARY): string {
   }
 }
 
-/** The stack of an error, and those of its causes. */
+/** The stacks of an error and of its causes. */
 function stackOf (error: unknown, depth = MAX_DEPTH): string {
   try {
     const { stack, cause, errors } = (error ?? {}) as { stack?: unknown, cause?: unknown, errors?: unknown }

@@ -6,14 +6,14 @@ export interface Job {
   readonly webhookId: string
   /** When the delivery was signed, in Unix seconds. */
   readonly timestamp: number
-  /** The receiving route, which tells its handlers. */
+  /** The receiving route, whose handlers run. */
   readonly endpoint: string
   readonly event: { readonly type: string }
-  /** What a tracer sends along, such as W3C's `traceparent`. */
+  /** Strings of a tracer, such as W3C's `traceparent`. */
   readonly carrier?: Readonly<Record<string, string>>
-  /** Whose delivery it is, where a route serves many. */
+  /** The tenant, where a route serves many. */
   readonly tenant?: string
-  /** Its route has handlers of its own: a process without them must not complete it. */
+  /** Set where its route has handlers of its own: a process that lacks the route must not complete it. */
   readonly routeHandlers?: true
   /** Handlers that succeeded in earlier attempts: they do not run again, whatever the store has forgotten. */
   readonly finished?: readonly string[]
@@ -21,15 +21,15 @@ export interface Job {
   readonly remembered?: Readonly<Record<string, number>>
 }
 
-/** Which delivery. */
+/** Names a delivery. */
 export type DeliveryRef = Pick<Job, 'endpoint' | 'webhookId' | 'tenant'>
 
-/** Neither a URL, a tenant nor a webhook-id holds a space. */
+/** The key of a delivery in stores and queues. Neither a URL, a tenant nor a webhook-id holds a space. */
 export function keyOf ({ endpoint, tenant, webhookId }: DeliveryRef): string {
   return tenant === undefined ? `${endpoint} ${webhookId}` : `${endpoint} ${tenant} ${webhookId}`
 }
 
-/** What kept a delivery from succeeding, cut where it is long. */
+/** Why a delivery failed, cut where it is long. */
 export interface DeliveryError {
   /** The handler that threw, by its name; `null` where it was no handler, such as a store that failed. */
   readonly handler: string | null
@@ -38,7 +38,7 @@ export interface DeliveryError {
   readonly stack: string
 }
 
-/** A delivery whose attempts are used up. */
+/** A dead delivery: its attempts are used up. */
 export interface DeadDelivery extends Job {
   /** How often its handlers were started. */
   readonly attempts: number
@@ -116,11 +116,11 @@ export interface Runner {
   /** @returns `'duplicate'` when it has this delivery already, in whatever state; then it owes nothing more */
   run (job: Job): MaybePromise<void | 'duplicate'>
   close? (signal?: AbortSignal): MaybePromise<void>
-  /** Deliveries that wait to be run. A runner that has a queue has this; one without it runs the handlers in `run`. */
+  /** The number of waiting deliveries. A runner with a queue has this; one without it runs the handlers in `run`. */
   depth? (): MaybePromise<number>
   /** The dead deliveries, of one event type or of all, oldest first. @param limit default 100 */
   dead? (limit?: number, type?: string): MaybePromise<DeadDelivery[]>
-  /** How many there are. */
+  /** The number of dead deliveries. */
   deadCount? (): MaybePromise<number>
   /**
    * Gives a dead delivery its attempts anew, with the `finished` that it died with. Unless by `force`, it rejects with

@@ -85,7 +85,7 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
   const insert = database.prepareWrite('INSERT INTO openai_webhook_jobs (key, job, due) VALUES (?, ?, ?) ON CONFLICT (key) DO NOTHING', () => prune(Date.now() - RETENTION))
   const due = database.prepare("SELECT key, job, attempts, due, failure FROM openai_webhook_jobs WHERE state = 'pending' AND due <= ? ORDER BY due LIMIT ?")
   const next = database.prepare("SELECT min(due) AS due FROM openai_webhook_jobs WHERE state = 'pending'")
-  // Counted before it runs, so that a delivery that kills the process comes to an end; `due` is who saw it first.
+  // Counted before it runs, so that a delivery that kills the process dies in the end. `due` is compared: of several processes one wins.
   const take = database.prepareWrite("UPDATE openai_webhook_jobs SET attempts = attempts + 1, due = ? WHERE key = ? AND state = 'pending' AND due = ?")
   const renew = database.prepareWrite("UPDATE openai_webhook_jobs SET due = ? WHERE key = ? AND state = 'pending' AND due = ?")
   const end = database.prepareWrite("UPDATE openai_webhook_jobs SET state = ?, error = ?, failure = ?, ended = ? WHERE key = ? AND state = 'pending' AND due = ?")
@@ -99,7 +99,7 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
   let timer: NodeJS.Timeout | undefined
   let renewal: NodeJS.Timeout | undefined
   let scheduled = false
-  // What is in the file is of many requests: none of theirs is the async context that handlers run in.
+  // Bound here: the jobs in the file are of many requests, and must not run in the async context of one.
   const pumpOutside = AsyncResource.bind(pump)
 
   /** Starts what is due and there is room for; looks again when something else will be. */
@@ -123,7 +123,7 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
   function schedule (): void {
     if (scheduled) return
     scheduled = true
-    // Acknowledgements leave before a handler can hold up the event loop.
+    // Lets acknowledgements leave before a handler can hold up the event loop.
     setImmediate(pumpOutside)
   }
 

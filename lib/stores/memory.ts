@@ -9,14 +9,14 @@ interface Running {
   finished: string[]
 }
 
-/** Processed, or given up. */
+/** A delivery that has been processed or released. */
 interface Settled {
   readonly key: string
-  /** The handlers that had finished when it was given up; undefined once it has been processed. */
+  /** The handlers that had succeeded when it was released; `undefined` once it has been processed. */
   finished: readonly string[] | undefined
-  /** The second of the monotonic clock at which it is forgotten: a whole number, which takes no room of its own. */
+  /** Seconds on the monotonic clock, when it is forgotten. A whole number, which V8 keeps without an allocation. */
   forgottenAt: number
-  /** The ones that were seen before and after it. */
+  /** Its neighbours in the order in which deliveries were last seen. */
   earlier: Settled | undefined
   later: Settled | undefined
 }
@@ -24,8 +24,8 @@ interface Settled {
 const NONE: readonly string[] = []
 
 /**
- * Remembers deliveries in this process only: at most `max` that have been processed or given up, the least recently
- * seen forgotten first, and besides them those being processed. Never fails; forgets everything when the process ends.
+ * Remembers deliveries in this process alone: at most `max` that have been processed or released, and those being processed
+ * besides. Forgets the least recently seen first, and everything when the process ends. Never fails.
  *
  * @param options.max deliveries; default 100,000, about 16 MB
  */
@@ -33,8 +33,8 @@ export function memoryStore ({ max = 100_000 }: { max?: number } = {}): Idempote
   if (!Number.isSafeInteger(max) || max < 1) throw new InvalidOptions(`expected memoryStore's max to be a whole number of deliveries, 1 or more, got ${String(max)}`)
   const running = new Map<string, Running>()
   const settled = new Map<string, Settled>()
-  // A list of its own, not the order of the Map: to delete a key and set it again, each time it is seen, leaves a chain of holes
-  // in V8's table, and a duplicate soon takes 40 µs or more.
+  // The order of sight is a linked list and not that of the Map: to delete and set a key each time it is seen leaves a chain of
+  // holes in V8's table, and a duplicate soon takes 40 µs or more.
   let first: Settled | undefined
   let last: Settled | undefined
   let claims = 0
@@ -87,7 +87,7 @@ export function memoryStore ({ max = 100_000 }: { max?: number } = {}): Idempote
     settled.delete(entry.key)
   }
 
-  /** What is remembered of a delivery that is not running. */
+  /** What is remembered of a delivery that nobody has claimed. */
   function recall (key: string, now: number): Settled | undefined {
     const entry = settled.get(key)
     if (entry === undefined || entry.forgottenAt > now / 1_000) return entry
@@ -126,7 +126,7 @@ export function memoryStore ({ max = 100_000 }: { max?: number } = {}): Idempote
     },
     release (key, token) {
       const claim = held(key, token)
-      // The array, without the room that it takes to grow.
+      // slice(): without the spare room of an array that has grown.
       if (claim !== undefined) settle(key, claim.finished.slice(), RETENTION)
     }
   }

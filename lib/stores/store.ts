@@ -5,12 +5,12 @@ export type { MaybePromise }
 export type Claim =
   /** The caller may run the handlers that are not in `finished`. */
   | { state: 'claimed', token: string, finished: readonly string[] }
-  /** Another holder has the claim and its lease has not run out. */
+  /** Somebody else has the claim, and its lease has not run out. */
   | { state: 'running' }
   /** Completed within the retention. */
   | { state: 'done' }
 
-/** ms for which a delivery is remembered, and what finished of one that did not: OpenAI retries for up to 72 h. */
+/** ms for which a processed delivery is remembered, and what succeeded of an unfinished one. OpenAI retries for up to 72 h. */
 export const RETENTION = 75 * 3_600_000
 
 /**
@@ -34,7 +34,7 @@ export interface IdempotencyStore {
    * Every handler has succeeded.
    *
    * @param retention ms for which `begin` answers `done`
-   * @returns false, where it can tell, when the claim was lost: then that is told
+   * @returns false, where it can tell, when the claim was lost. The plugin reports that
    */
   complete (key: string, token: string, retention: number): MaybePromise<boolean | void>
   /** Renews the claim. @param lease ms @returns false when the claim was lost */

@@ -14,11 +14,11 @@ export interface ContractCase {
   readonly run: () => Promise<void>
 }
 
-/** ms; far more than a case takes, so that nothing runs out by itself. */
+/** ms. Far longer than a case, so that nothing expires by itself. */
 const LONG = 600_000
-/** ms; a lease or retention to be waited for. */
+/** ms. Short enough to wait for its end. */
 const SHORT = 40
-/** ms after which something that must happen has not. */
+/** ms after which a case gives up waiting. */
 const PATIENCE = 10_000
 
 /**

@@ -7,7 +7,7 @@ import type { SignedHeaders, SignOptions } from './sign.ts'
 export interface DeliverOptions extends SignOptions {
   /** @default '/webhooks/openai' */
   url?: string
-  /** Beside, or in place of, the signed ones. */
+  /** Added to the signed ones, or in their place. */
   headers?: Record<string, string>
 }
 
@@ -16,7 +16,7 @@ interface Sent {
   options: DeliverOptions
 }
 
-/** What a response was the answer to. */
+/** The delivery of each response, for `redeliver`. */
 const sent = new WeakMap<LightMyRequestResponse, Sent>()
 
 type Injectable = Pick<FastifyInstance, 'inject'>

@@ -1,7 +1,7 @@
 import { createHmac, randomBytes, randomUUID } from 'node:crypto'
 import { Webhook } from 'standardwebhooks'
 
-/** Stands in wherever no secret is given; another in every process. */
+/** Used wherever no secret is given. Random, so another one in every process. */
 export const testSecret = `whsec_${randomBytes(32).toString('base64')}`
 
 export interface SignOptions {

@@ -9,25 +9,25 @@ export type Secret = string | readonly string[] | (() => string | readonly strin
 const REFRESH_INTERVAL = 60_000
 
 export interface SecretOptions {
-  /** Told once, at boot, when a secret is not of the `whsec_` form. */
+  /** Called when a secret is not of the `whsec_` form. */
   warn: (message: string) => void
-  /** Told when a secret function fails after boot; the keys known so far stay in use. */
+  /** Called when a secret function fails after boot. The keys known so far stay in use. */
   onTrouble: (error: unknown) => void
-  /** ms a refresh may hold up a delivery. */
+  /** ms for which a refresh may hold up a delivery. */
   patience: number
 }
 
 type KeyBytes = ((secret: string) => Uint8Array) | undefined
 
-/** Stands for the usual way of making a key of a secret's text. */
+/** The key of WeakMaps for the usual way to make a key of a secret's text. */
 const WHSEC = {}
 
-/** Where the secrets of endpoints come from: one for each secret function, however many endpoints have it. */
+/** A source of secrets. There is one for each secret function, however many endpoints have it. */
 export class SecretSource {
   readonly #secret: Secret
   readonly #options: SecretOptions
   readonly #keyrings = new WeakMap<object, Keyring>()
-  /** What a secret function has answered last. */
+  /** The last answer of a secret function. */
   answer: { readonly secrets: string | readonly string[] } | undefined
   #askedAt = 0
   #loading: Promise<void> | undefined
@@ -39,19 +39,19 @@ export class SecretSource {
     if (typeof secret !== 'function') this.answer = { secrets: secret }
   }
 
-  /** The keys that are made in one way. @throws FST_OPENAI_WEBHOOK_INVALID_SECRET */
+  /** The keys that one verifier makes of the secrets. @throws FST_OPENAI_WEBHOOK_INVALID_SECRET */
   keyring (keyBytes: KeyBytes): Keyring {
     let keyring = this.#keyrings.get(keyBytes ?? WHSEC)
     if (keyring === undefined) {
       keyring = new Keyring(this, keyBytes, this.#options)
-      // A secret that is unusable is told at once; that of a function by its load().
+      // An unusable secret throws here; that of a function throws in load().
       if (typeof this.#secret !== 'function') keyring.adopt()
       this.#keyrings.set(keyBytes ?? WHSEC, keyring)
     }
     return keyring
   }
 
-  /** Calls a secret function for the first time, unless somebody had to before. @throws FST_OPENAI_WEBHOOK_INVALID_SECRET */
+  /** Calls a secret function for the first time, unless a refresh has called it before. @throws FST_OPENAI_WEBHOOK_INVALID_SECRET */
   async load (): Promise<void> {
     await this.#asking
     if (typeof this.#secret !== 'function' || this.answer !== undefined) return
@@ -69,13 +69,14 @@ export class SecretSource {
   }
 
   /**
-   * Asks the secret function again, at most once a minute, joined by whoever comes meanwhile.
-   * Resolves to whether it answered; `undefined` when there is nothing to ask.
+   * Asks the secret function again, at most once a minute. Whoever calls meanwhile gets the same promise.
+   *
+   * @returns whether it answered; `undefined` where there is no function, or it is too early
    */
   refresh (): Promise<boolean> | undefined {
     if (typeof this.#secret !== 'function') return undefined
     if (this.#asking !== undefined) return this.#asking
-    // A clock set back must not silence refreshes until it has caught up.
+    // Math.abs: a clock that is set back must not stop refreshes until it has caught up.
     if (Math.abs(Date.now() - this.#askedAt) < REFRESH_INTERVAL) return undefined
     this.#askedAt = Date.now()
     this.#asking = this.#ask(this.#secret).finally(() => { this.#asking = undefined })
@@ -99,7 +100,7 @@ export class SecretSource {
   }
 }
 
-/** Verification keys: made at boot, and anew when their source has answered again. */
+/** The keys that a verifier uses: made at boot, and anew when their source has answered again. */
 export class Keyring {
   readonly #source: SecretSource
   readonly #keyBytes: KeyBytes
@@ -130,12 +131,11 @@ export class Keyring {
     this.adopt()
   }
 
-  /** See SecretSource. */
   refresh (): Promise<boolean> | undefined {
     return this.#source.refresh()
   }
 
-  /** Makes the keys of what the source has answered, which stay as they are when that is unusable. @throws FST_OPENAI_WEBHOOK_INVALID_SECRET */
+  /** Makes keys of the source's last answer. Where that is unusable, the keys stay as they are. @throws FST_OPENAI_WEBHOOK_INVALID_SECRET */
   adopt (): void {
     this.#madeOf = this.#source.answer
     const secrets = this.#madeOf?.secrets
@@ -189,7 +189,7 @@ function secretBytes (secret: string, warn: (message: string) => void): Uint8Arr
   }
   const text = secret.slice(PREFIX.length)
   const bytes = Buffer.from(text, 'base64')
-  // A cut that leaves bits over is base64 to a lenient decoder, and matches nothing.
+  // A cut text that leaves bits over is base64 to a lenient decoder, and would match nothing.
   if (text === '' || !BASE64.test(text) || bytes.toString('base64').replace(/=+$/, '') !== text.replace(/=+$/, '')) {
     throw new InvalidSecret('expected base64 after "whsec_" in the signing secret, got other characters, a cut or nothing: copy it again whole')
   }

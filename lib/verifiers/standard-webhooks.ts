@@ -35,7 +35,7 @@ function judge ({ rawBody, headers }: SignedDelivery, keys: readonly KeyObject[]
   if (typeof timestamp !== 'number') return timestamp
   const { 'webhook-id': webhookId } = headers as { 'webhook-id': string }
   const signatures = headers['webhook-signature']
-  // A list never holds ", ": that is two headers, joined by node:http.
+  // node:http joins two headers by ", ", which a list of signatures never holds.
   if (typeof signatures !== 'string' || signatures.includes(', ')) return new InvalidSignature()
 
   const signedHead = `${webhookId}.${headers['webhook-timestamp'] as string}.`
@@ -49,8 +49,8 @@ function judge ({ rawBody, headers }: SignedDelivery, keys: readonly KeyObject[]
 const PREFIX = 'v1,'
 
 /**
- * Compares base64 texts, not decoded bytes, so that only the canonical form passes. One HMAC is made for a key, however
- * long the list; node:http bounds its length.
+ * Compares base64 texts and not decoded bytes, so that only the canonical form passes. The list costs no further HMAC, and node:http
+ * bounds its length.
  */
 function listHolds (list: string, expected: Buffer): boolean {
   for (const entry of list.split(' ')) {

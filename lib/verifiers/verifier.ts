@@ -26,8 +26,9 @@ export interface Verified {
 export interface Verifier {
   (delivery: SignedDelivery, keys: readonly KeyObject[]): Verified
   /**
-   * What the headers alone condemn, checked before the body is read.
-   * Returns the timestamp in Unix seconds, and throws coded errors as the verifier does.
+   * Judges by the headers alone, before the body is read. Throws coded errors as the verifier does.
+   *
+   * @returns the timestamp in Unix seconds
    */
   readonly checkHeaders?: (headers: IncomingHttpHeaders) => number
   /**
@@ -38,16 +39,16 @@ export interface Verifier {
   readonly keyBytes?: (secret: string) => Uint8Array
 }
 
-/** A verifier that returns its coded errors. To throw them is a quarter of what a forged delivery costs, a fifth of a stale one. */
+/** A verifier that returns its coded errors. To throw them would cost a third more for a forged delivery, a quarter for a stale one. */
 export interface Judge {
   readonly judge: (delivery: SignedDelivery, keys: readonly KeyObject[]) => Verified | Error
   readonly judgeHeaders: (headers: IncomingHttpHeaders) => number | Error
 }
 
-// Not a property: whoever wraps a verifier of ours may copy those.
+// Not a property of the verifier: whoever wraps one may copy its properties.
 const judges = new WeakMap<Verifier, Judge>()
 
-/** A verifier of ours, which throws what the judge returns. */
+/** Makes a verifier that throws what the judge returns. */
 export function verifierOf (judge: Judge, properties: Pick<Verifier, 'keyBytes'> = {}): Verifier {
   const verifier = Object.assign(
     (delivery: SignedDelivery, keys: readonly KeyObject[]) => orThrow(judge.judge(delivery, keys)),
@@ -57,7 +58,7 @@ export function verifierOf (judge: Judge, properties: Pick<Verifier, 'keyBytes'>
   return verifier
 }
 
-/** What a verifier of ours was made of. */
+/** The judge that a verifier of ours was made of. */
 export function judgeOf (verifier: Verifier): Judge | undefined {
   return judges.get(verifier)
 }
@@ -67,7 +68,7 @@ function orThrow<T> (answer: T | Error): T {
   return answer
 }
 
-/** Doubled headers come as an array or joined by a comma; both are for the caller to refuse. */
+/** Doubled headers come as an array or joined by a comma, and are not missing: the caller refuses them. */
 export function isMissing (value: string | string[] | undefined): value is undefined | '' {
   return value === undefined || value === ''
 }
