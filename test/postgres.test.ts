@@ -503,7 +503,8 @@ t.test('postgresInbox', { skip: postgresMissing }, async t => {
 t.test('the recipes, as they stand in docs/recipes/postgres.md, with the real libraries', { skip: postgresMissing }, async t => {
   const document = readDocument('docs/recipes/postgres.md')
   const lines = document.text.split('\n')
-  const recipes = codeBlocks(document).filter(({ language, code }) => language === 'ts' && !code.includes('@prisma/client')).map(({ line, code }) => ({
+  const first = lines.indexOf('## In a transaction of your own')
+  const recipes = codeBlocks(document).filter(({ language, code, line }) => line > first && language === 'ts' && !code.includes('@prisma/client')).map(({ line, code }) => ({
     code, name: lines.slice(0, line).findLast(text => text.startsWith('### '))!.slice(4)
   }))
   t.same(recipes.map(({ name }) => name), ['node-postgres', 'postgres.js', 'Drizzle, with node-postgres', 'Drizzle, with postgres.js', 'Kysely', 'Knex'])

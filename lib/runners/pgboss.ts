@@ -41,7 +41,7 @@ export interface PgBossOptions {
   backoff?: number
   /**
    * For how long a worker may be silent before another one attempts what it was running, 10 or more. It is looked for every
-   * `monitorIntervalSeconds` of the PgBoss.
+   * `superviseIntervalSeconds` of the PgBoss, and no sooner than `monitorIntervalSeconds` after the last look.
    *
    * @default 30
    */

@@ -42,7 +42,14 @@ const runners = {
     attempts: 1_000,
     backoff: { type: 'fixed', delay: 10 },
     worker: { lockDuration: lease, stalledInterval: lease / 2 }
-  })
+  }),
+  async pgboss () {
+    const { PgBoss } = await import('pg-boss')
+    const boss = new PgBoss({ connectionString: postgresUrl, superviseIntervalSeconds: 1, monitorIntervalSeconds: 1 })
+    boss.on('error', () => {})
+    await boss.start()
+    return (await import('fastify-openai-webhook/pgboss')).pgboss({ boss, queueName: prefix, attempts: 1_000, backoff: 0, heartbeatSeconds: 10 })
+  }
 }
 
 const app = Fastify({ logger: false })

@@ -43,7 +43,8 @@ export const EXACT = [
   { store: 'postgres', runner: 'inline', inbox: 'postgres', small: true },
   { store: 'postgres', runner: 'inline', inbox: 'postgres', zombies: true, small: true },
   { store: 'memory', runner: 'durable', inbox: 'postgres' },
-  { store: 'memory', runner: 'bullmq', inbox: 'postgres', needsRedis: true }
+  { store: 'memory', runner: 'bullmq', inbox: 'postgres', needsRedis: true },
+  { store: 'memory', runner: 'pgboss', inbox: 'postgres' }
 ].map(pair => ({ needsRedis: false, needsPostgres: pair.inbox === 'postgres', small: false, zombies: false, ...pair }))
 
 /** The receiver is a user's program: nothing of a test runner's in its environment. */
@@ -72,7 +73,7 @@ export async function freePort () {
 /**
  * @param {object} options
  * @param {'memory' | 'sqlite' | 'redis' | 'postgres'} options.store
- * @param {'inline' | 'background' | 'durable' | 'bullmq'} options.runner
+ * @param {'inline' | 'background' | 'durable' | 'bullmq' | 'pgboss'} options.runner
  * @param {number} options.kills how often the receiver is killed with SIGKILL
  * @param {number} options.seed of the instants
  * @param {string} options.dir for the files of the run
@@ -87,7 +88,7 @@ export async function freePort () {
  */
 export async function torture ({ store, runner, kills, seed, dir, redisPort, handle, senders = 16, failureRate = 0.05, inbox, postgres, zombies = false }) {
   const random = randomFrom(seed)
-  const queues = ['durable', 'bullmq'].includes(runner)
+  const queues = ['durable', 'bullmq', 'pgboss'].includes(runner)
   const prefix = `torture-${store}-${runner}${handle === 'node:sqlite' ? '-node' : ''}${inbox === undefined ? '' : `-${inbox}`}${zombies ? '-zombies' : ''}`
   const config = {
     secret: `whsec_${SECRET.toString('base64')}`,
