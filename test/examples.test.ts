@@ -180,19 +180,24 @@ t.test('docs/examples/postgres.mjs needs nothing, and shows what an inbox does',
   ])
 })
 
+/** What an example says about its table. */
+function tableOf (path: string): string {
+  return /create table .*\)/.exec(readFileSync(path, 'utf8'))![0]
+}
+
 t.test('docs/examples/postgres-replica.mjs imports a batch once, in another process and over a restart too', { skip: postgresMissing }, async t => {
   const server = await PostgresServer.start(t)
   const env = { DATABASE_URL: server.url }
   const path = 'docs/examples/postgres-replica.mjs'
-  const first = await Program.receiver(t, path, env)
-  const other = await Program.receiver(t, path, env)
+  const client = new pg.Client(server.url)
+  await client.connect()
+  await client.query(tableOf(path))
+  const [first, other] = await Promise.all([Program.receiver(t, path, env), Program.receiver(t, path, env)])
   t.equal(await first.deliver('wh_1'), `200 ${RECEIVED}`)
   t.equal(await other.deliver('wh_1'), `200 ${DUPLICATE}`)
   t.equal(await other.deliver('wh_2'), `200 ${RECEIVED}`)
   t.same(await first.end('SIGTERM'), [0, null])
 
-  const client = new pg.Client(server.url)
-  await client.connect()
   await client.query('DELETE FROM openai_webhook_deliveries')
   const restarted = await Program.receiver(t, path, env)
   t.equal(await restarted.deliver('wh_1'), `200 ${RECEIVED}`, 'though the store has forgotten it')
@@ -207,13 +212,13 @@ t.test('docs/examples/pgboss.mjs queues a delivery once, and handles it once, in
   const server = await PostgresServer.start(t)
   const env = { DATABASE_URL: server.url }
   const path = 'docs/examples/pgboss.mjs'
-  const first = await Program.receiver(t, path, env)
-  const other = await Program.receiver(t, path, env)
+  const client = new pg.Client(server.url)
+  await client.connect()
+  await client.query(tableOf(path))
+  const [first, other] = await Promise.all([Program.receiver(t, path, env), Program.receiver(t, path, env)])
   t.equal(await first.deliver('wh_1'), `200 ${RECEIVED}`)
   t.equal(await other.deliver('wh_1'), `200 ${DUPLICATE}`)
   t.equal(await other.deliver('wh_2'), `200 ${RECEIVED}`)
-  const client = new pg.Client(server.url)
-  await client.connect()
   while ((await client.query('SELECT FROM imports')).rows.length < 2) await new Promise(resolve => setTimeout(resolve, 10))
   t.same(await first.end('SIGTERM'), [0, null])
   t.same(await other.end('SIGINT'), [0, null])

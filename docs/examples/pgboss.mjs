@@ -1,7 +1,7 @@
 // Puts each delivery into a queue of pg-boss, in PostgreSQL, and acknowledges it. Any of the processes that run this handles
-// it, and imports each batch exactly once.
+// it, and imports each batch exactly once. Its table: create table imports (batch text not null)
 //
-//   OPENAI_WEBHOOK_SECRET=whsec_… DATABASE_URL=postgres://127.0.0.1/webhooks PORT=3000 node docs/examples/pgboss.mjs
+//   OPENAI_WEBHOOK_SECRET=whsec_… DATABASE_URL=postgres://… PORT=3000 node docs/examples/pgboss.mjs
 import Fastify from 'fastify'
 import openaiWebhook from 'fastify-openai-webhook'
 import { pgboss } from 'fastify-openai-webhook/pgboss'
@@ -9,10 +9,9 @@ import { postgresInbox, postgresStore } from 'fastify-openai-webhook/postgres'
 import pg from 'pg'
 import { PgBoss } from 'pg-boss'
 
-const connectionString = process.env.DATABASE_URL ?? 'postgres://127.0.0.1/webhooks'
+const connectionString = process.env.DATABASE_URL ?? 'postgres://postgres@127.0.0.1/postgres'
 const app = Fastify({ logger: true })
 const pool = new pg.Pool({ connectionString, max: 12, connectionTimeoutMillis: 4_000, query_timeout: 30_000 })
-await pool.query('create table if not exists imports (batch text not null)')
 
 // It listens to PostgreSQL, and so learns at once of what another process has queued.
 const boss = new PgBoss({ connectionString, useListenNotify: true })

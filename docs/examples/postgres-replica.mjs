@@ -1,7 +1,7 @@
 // Remembers processed deliveries in PostgreSQL, for any number of processes and machines, and imports each batch exactly
-// once: the row and the record that the handler has run commit together.
+// once: the row and the record that the handler has run commit together. Its table: create table imports (batch text not null)
 //
-//   OPENAI_WEBHOOK_SECRET=whsec_… DATABASE_URL=postgres://127.0.0.1/webhooks PORT=3000 node docs/examples/postgres-replica.mjs
+//   OPENAI_WEBHOOK_SECRET=whsec_… DATABASE_URL=postgres://… PORT=3000 node docs/examples/postgres-replica.mjs
 import Fastify from 'fastify'
 import openaiWebhook from 'fastify-openai-webhook'
 import { postgresInbox, postgresStore } from 'fastify-openai-webhook/postgres'
@@ -14,7 +14,6 @@ const pool = new pg.Pool({
   connectionTimeoutMillis: 4_000,
   query_timeout: 30_000
 })
-await pool.query('create table if not exists imports (batch text not null)')
 
 await app.register(openaiWebhook, { idempotency: { store: postgresStore(pool) } })
 const inbox = postgresInbox(pool)
