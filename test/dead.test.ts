@@ -149,12 +149,12 @@ t.test('a delivery that dies', async t => {
   })
 
   t.test('of a store that failed has that for its error', async t => {
-    const { app, died } = await listening(t, {
-      runner: durable(open(), { attempts: 1 }),
-      idempotency: { store: { ...memoryStore(), begin: (key, lease) => { if (++begun > 1) throw new Error('connect ECONNREFUSED'); return memoryStore().begin(key, lease) } } }
+    const db = open()
+    await durable(db).run(JOB)
+    const { died } = await listening(t, {
+      runner: durable(db, { attempts: 1 }),
+      idempotency: { store: { ...memoryStore(), begin: () => { throw new Error('connect ECONNREFUSED') } } }
     })
-    let begun = 0
-    await post(app, batchFailed('wh_1'))
     await until('it to be dead', () => died.length === 1)
     t.match(died, [{ errors: [{ handler: null, message: 'connect ECONNREFUSED', stack: /^Error: connect ECONNREFUSED\n +at / }], finished: [] }])
   })
@@ -171,9 +171,9 @@ t.test('what failed in the last attempt is told where that cannot be recorded, a
     })
   })
   await post(app, batchFailed('wh_1'))
-  await until('both to be told', () => lines('webhook delivery failed').length === 1 && lines('webhook trouble').length > 0)
+  await until('both to be told', () => lines('webhook delivery failed').length === 1 && lines('webhook trouble').some(({ webhookId }) => webhookId === 'wh_1'))
   t.equal(lines('webhook delivery failed')[0]!.msg, 'webhook delivery failed')
-  t.match(lines('webhook trouble')[0], { err: { message: 'database is locked' }, webhookId: 'wh_1' })
+  t.ok(lines('webhook trouble').every(({ err }) => err?.message === 'database is locked'))
   t.same(died, [])
   other.exec('ROLLBACK')
   await until('it to be dead', () => died.length === 1)
@@ -302,15 +302,15 @@ t.test('a requeued delivery runs only what had not succeeded', async t => {
 
 t.test('an attempt that ended with its process, and was the last', async t => {
   /** A row as a crash in the only attempt leaves it. */
-  function crashed (file: string): InstanceType<typeof Database> {
+  async function crashed (file: string): Promise<InstanceType<typeof Database>> {
     const db = open(file)
-    durable(db).run(JOB)
+    await durable(db).run(JOB)
     db.exec('UPDATE openai_webhook_jobs SET attempts = 1')
     return db
   }
 
   t.test('is dead with what the store knows to have succeeded', async t => {
-    const db = crashed(join(t.testdir(), 'webhooks.db'))
+    const db = await crashed(join(t.testdir(), 'webhooks.db'))
     const store = sqliteStore(db)
     const claim = await store.begin(`${ENDPOINT} wh_1`, 600_000)
     if (claim.state === 'claimed') {
@@ -329,7 +329,7 @@ t.test('an attempt that ended with its process, and was the last', async t => {
   })
 
   t.test('is not dead where the store knows it to have been processed', async t => {
-    const db = crashed(join(t.testdir(), 'webhooks.db'))
+    const db = await crashed(join(t.testdir(), 'webhooks.db'))
     const store = sqliteStore(db)
     const claim = await store.begin(`${ENDPOINT} wh_1`, 600_000)
     if (claim.state === 'claimed') await store.complete(`${ENDPOINT} wh_1`, claim.token, 600_000)
@@ -341,7 +341,7 @@ t.test('an attempt that ended with its process, and was the last', async t => {
   })
 
   t.test('waits for a store that cannot be reached', async t => {
-    const db = crashed(join(t.testdir(), 'webhooks.db'))
+    const db = await crashed(join(t.testdir(), 'webhooks.db'))
     const runner = durable(db, { attempts: 1, lease: 30 })
     let down = true
     const store = memoryStore()

@@ -5,16 +5,16 @@ import { variant } from '../variants.mjs'
 
 export const name = 'runners'
 
-/** Runner, store, and deliveries a round: SQLite waits for the disk with each. */
+/** Runner, store, and deliveries a round. */
 const COMBINATIONS = [
   ['inline', 'memory', 8_000],
-  ['inline', 'sqlite', 500],
+  ['inline', 'sqlite', 4_000],
   ['inline', 'redis', 4_000],
   ['background', 'memory', 8_000],
-  ['background', 'sqlite', 500],
+  ['background', 'sqlite', 4_000],
   ['background', 'redis', 4_000],
-  ['durable', 'memory', 500],
-  ['durable', 'sqlite', 500],
+  ['durable', 'memory', 4_000],
+  ['durable', 'sqlite', 4_000],
   ['bullmq', 'memory', 2_000],
   ['bullmq', 'redis', 2_000]
 ]

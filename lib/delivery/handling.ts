@@ -75,7 +75,13 @@ export class Handling {
   /** Records how the handlers have ended, then passes it on. */
   * #settle (work: Work, claim: Held, failure?: Error): Steps<void> {
     const { claims, works } = this.#options
-    yield failure === undefined ? claims.complete(claim) : claims.release(claim)
+    if (failure === undefined) {
+      const completed = claims.complete(claim)
+      yield work.onSuccess?.()
+      yield completed
+    } else {
+      yield claims.release(claim)
+    }
     work.move({ at: 'over', failed: failure !== undefined })
     if (work.isLeft) works.forget(works.received, work)
     if (failure !== undefined) throw failure

@@ -22,13 +22,14 @@ export class Queued implements RunnerHost {
     readonly failures: Failures
   ) {}
 
-  process (job: Job, attempt?: number): MaybePromise<void> {
+  process (job: Job, attempt?: number, onSuccess?: () => MaybePromise<void>): MaybePromise<void> {
     const { offered, received } = this.works
     // inline() handles the job while it is being offered it.
     const work = offered?.job === job ? offered : received.get(keyOf(job))
     switch (work?.state.at) {
       case 'claimed':
         work.attempt = attempt
+        work.onSuccess = onSuccess
         // A dead delivery that was requeued, and is being sent again at the same time.
         if (job.finished !== undefined || job.remembered !== undefined) work.job = job
         return this.handling.start(work)
@@ -37,7 +38,18 @@ export class Queued implements RunnerHost {
       case 'over':
         if (!work.state.failed) return work.end
     }
-    return this.#processQueued(job, attempt)
+    return this.#processQueued(job, attempt, onSuccess)
+  }
+
+  keep (job: Job): () => MaybePromise<void> {
+    const key = keyOf(job)
+    const work = this.works.received.get(key)
+    if (work?.job === job) work.isKept = true
+    return () => {
+      if (work !== undefined) work.isKept = false
+      const claim = this.works.takeKept(key)
+      return claim && this.claims.release(claim)
+    }
   }
 
   report (error: unknown, job?: Job, attempts?: Attempts): void {
@@ -59,9 +71,12 @@ export class Queued implements RunnerHost {
     return { done: false, finished, ...(remembered !== undefined && { remembered }) }
   }
 
-  async #processQueued (job: Job, attempt: number | undefined): Promise<void> {
+  async #processQueued (job: Job, attempt: number | undefined, onSuccess: (() => MaybePromise<void>) | undefined): Promise<void> {
     if (job.routeHandlers === true && !this.handling.hasRouteHandlers(job.endpoint)) throw new MissingRoute(job.endpoint)
-    await this.#whenFree(job, attempt, async work => await this.handling.start(work))
+    await this.#whenFree(job, attempt, async work => {
+      work.onSuccess = onSuccess
+      await this.handling.start(work)
+    })
   }
 
   /** Calls `use` with the claim once nobody else has it; not at all where the job has been processed. */
@@ -80,7 +95,7 @@ export class Queued implements RunnerHost {
     work.attempt = attempt
     this.works.queued.set(key, work)
     try {
-      const claim = await this.claims.begin(key)
+      const claim = this.works.takeKept(key) ?? await this.claims.begin(key)
       if (claim.state === 'running') return false
       if (claim.state === 'claimed') {
         work.move({ at: 'claimed', claim })

@@ -52,7 +52,7 @@ export class Receiver {
       return this.#over(work, refused(error))
     }
     if (claim.state === 'done') return this.#duplicate(work, 'processed')
-    if (claim.state === 'running') return this.#duplicate(work, this.works.queued.has(work.key) ? 'joined' : 'elsewhere')
+    if (claim.state === 'running') return this.#duplicate(work, this.works.isQueued(work.key) ? 'joined' : 'elsewhere')
     work.move({ at: 'claimed', claim })
 
     let verdict: Verdict
@@ -67,7 +67,8 @@ export class Receiver {
     if (work.state.at === 'claimed') {
       // Moved before the release is awaited: whoever takes the job from the queue must not use this claim.
       work.move({ at: 'handed on' })
-      yield this.claims.release(claim)
+      if (work.isKept && verdict === PROCESSED) this.works.kept.set(work.key, claim)
+      else yield this.claims.release(claim)
     }
     if (verdict === DUPLICATE) observeDuplicate(work.job, work.sender!, 'queued')
     this.#tell(work, verdict)

@@ -56,6 +56,10 @@ export class Work {
   end: MaybePromise<void> = undefined
   /** How often a runner has started the handlers, this time included. */
   attempt: number | undefined = undefined
+  /** The runner's record of their success. */
+  onSuccess: (() => MaybePromise<void>) | undefined = undefined
+  /** The runner has asked for the claim. */
+  isKept = false
   /** Other senders with the same webhook-id, which wait for the verdict. */
   #joined: Map<Sender, (verdict: Verdict) => void> | undefined
 
@@ -117,6 +121,8 @@ export class Works {
   readonly received = new Map<string, Work>()
   /** Those that came out of a queue. */
   readonly queued = new Map<string, Work>()
+  /** Claims on deliveries that a queue has, and whose handlers are started here in a moment. */
+  readonly kept = new Map<string, Held>()
   /** The one that the runner is being offered. A runner that handles it at once comes back for it without a look-up. */
   offered: Work | undefined
   closing = false
@@ -124,6 +130,16 @@ export class Works {
 
   find (key: string): Work | undefined {
     return this.received.get(key) ?? (this.queued.size > 0 ? this.queued.get(key) : undefined)
+  }
+
+  /** Whether its handlers run here, or are about to, with nobody waiting for them. */
+  isQueued (key: string): boolean { return this.queued.has(key) || this.kept.has(key) }
+
+  /** The claim that was kept for its handlers. */
+  takeKept (key: string): Held | undefined {
+    const claim = this.kept.get(key)
+    this.kept.delete(key)
+    return claim
   }
 
   forget (works: Map<string, Work>, { key }: Work): void {

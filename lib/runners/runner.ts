@@ -74,8 +74,17 @@ export interface RunnerHost {
    * run again.
    *
    * @param attempt how often the runner has started this job, this time included; for logs and channels
+   * @param onSuccess called once every handler has succeeded and as the store is told so, which makes one commit of both
+   *   where they share a database. It does not fail, and is waited for. Not called where another has processed the job.
    */
-  process (job: Job, attempt?: number): MaybePromise<void>
+  process (job: Job, attempt?: number, onSuccess?: () => MaybePromise<void>): MaybePromise<void>
+  /**
+   * To be called before `run` resolves, by a runner that calls `process` for this job here and soon: the claim on the
+   * delivery is kept for that. As for `dead`, the plugin has it.
+   *
+   * @returns gives it back, where it is not called after all
+   */
+  keep? (job: Job): () => MaybePromise<void>
   /**
    * Told of trouble that no sender hears of; and of a job that failed, as `process` rejected, and is to be run again.
    *

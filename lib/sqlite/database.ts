@@ -1,5 +1,6 @@
 import { statSync } from 'node:fs'
 import { InvalidOptions } from '../errors.ts'
+import { Group } from './group.ts'
 
 /**
  * What node:sqlite, better-sqlite3 and libsql share. Its parameters are `any`: each library takes other values, and until
@@ -43,6 +44,9 @@ const PATIENCE = 10
 
 /** Until when (performance.now()) writes do not wait. By handle: a store and a runner that share one are told by one wait. */
 const impatientUntil = new WeakMap<SqliteDatabase, number>()
+
+/** By handle: what a store and a runner write on one shares its commits. */
+const groups = new WeakMap<SqliteDatabase, Group>()
 
 /** The drivers share SQLite's words for SQLITE_BUSY, not the code. */
 const isLocked = (error: unknown): boolean => /database is locked/.test((error as Error).message)
@@ -152,6 +156,19 @@ export class Database {
       }
       throw error
     }
+  }
+
+  /**
+   * Commits what `work` writes together with whatever else this turn of the event loop writes on the handle.
+   *
+   * @param work synchronous; may run twice
+   * @param unwritten what can be answered where the file cannot be written, if anything
+   * @returns what it returned, once that is committed
+   */
+  write<T> (work: () => T, unwritten?: () => T | undefined): Promise<T> {
+    let group = groups.get(this.#db)
+    if (group === undefined) groups.set(this.#db, group = new Group(this))
+    return group.write(work, unwritten)
   }
 
   /** Whether the handle is in a transaction, of whoever began it. */

@@ -18,7 +18,8 @@ export interface DurableOptions {
    */
   concurrency?: number
   /**
-   * How often the handlers of a delivery are started before it is kept as dead. A start that ended in a crash counts.
+   * How often the handlers of a delivery are started before it is kept as dead. A start that ended in a
+   * crash counts, and so does that of a delivery (up to 200) that was next; with 1, of none.
    *
    * @default 16
    */
@@ -50,6 +51,8 @@ export interface DurableRunner extends Runner {
   requeue (delivery: DeliveryRef, options?: RequeueOptions): boolean
 }
 
+/** Deliveries whose first attempt is on record before there is room for it: each would cost two more commits otherwise. */
+const AHEAD = 200
 /** ms */
 const MAX_BACKOFF = 3_600_000
 /** ms after which the file is looked at again: for trouble to be over, or for what another process has queued. */
@@ -82,25 +85,35 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
   const database = openJobs(db)
   const deadJobs = new DeadJobs(database)
   const prune = pruning(database, 'openai_webhook_jobs', "state = 'done' AND ended <= ?")
-  const insert = database.prepareWrite('INSERT INTO openai_webhook_jobs (key, job, due) VALUES (?, ?, ?) ON CONFLICT (key) DO NOTHING', () => prune(Date.now() - RETENTION))
+  const insert = database.prepare('INSERT INTO openai_webhook_jobs (key, job, due, attempts) VALUES (?, ?, ?, ?) ON CONFLICT (key) DO NOTHING')
   const due = database.prepare("SELECT key, job, attempts, due, failure FROM openai_webhook_jobs WHERE state = 'pending' AND due <= ? ORDER BY due LIMIT ?")
-  const next = database.prepare("SELECT min(due) AS due FROM openai_webhook_jobs WHERE state = 'pending'")
-  // Counted before it runs, so that a delivery that kills the process dies in the end. `due` is compared: of several processes one wins.
-  const take = database.prepareWrite("UPDATE openai_webhook_jobs SET attempts = attempts + 1, due = ? WHERE key = ? AND state = 'pending' AND due = ?")
-  const renew = database.prepareWrite("UPDATE openai_webhook_jobs SET due = ? WHERE key = ? AND state = 'pending' AND due = ?")
-  const end = database.prepareWrite("UPDATE openai_webhook_jobs SET state = ?, error = ?, failure = ?, ended = ? WHERE key = ? AND state = 'pending' AND due = ?")
-  const postpone = database.prepareWrite("UPDATE openai_webhook_jobs SET due = ?, error = ?, failure = ? WHERE key = ? AND state = 'pending' AND due = ?")
+  const next = database.prepare("SELECT min(due) AS due FROM openai_webhook_jobs WHERE state = 'pending' AND due > ?")
+  // `due` is compared: of several processes one takes a job, and holds it until then. While it is renewed, either end counts.
+  const held = "key = ? AND state = 'pending' AND due IN (?, ?)"
+  // Counted before it runs, so that a delivery that kills the process dies in the end.
+  const take = database.prepare("UPDATE openai_webhook_jobs SET attempts = attempts + ?, due = ? WHERE key = ? AND state = 'pending' AND due = ?")
+  const untake = database.prepare(`UPDATE openai_webhook_jobs SET attempts = attempts - 1, due = ? WHERE ${held}`)
+  const renew = database.prepare(`UPDATE openai_webhook_jobs SET due = ? WHERE ${held}`)
+  const end = database.prepare(`UPDATE openai_webhook_jobs SET state = ?, error = ?, failure = ?, ended = ? WHERE ${held}`)
+  const postpone = database.prepare(`UPDATE openai_webhook_jobs SET due = ?, error = ?, failure = ? WHERE ${held}`)
   const pending = database.prepare("SELECT count(*) AS count FROM openai_webhook_jobs WHERE state = 'pending'")
 
-  interface Active { until: number, done: Promise<void> }
   const active = new Map<string, Active>()
+  /** Of those, what waits for room: in order of arrival. */
+  const ahead = new Set<Ahead>()
+  let starting = false
+  /** Deliveries whose handlers run. */
+  let running = 0
   let host: RunnerHost | undefined
   let closing = false
   let timer: NodeJS.Timeout | undefined
   let renewal: NodeJS.Timeout | undefined
   let scheduled = false
+  /** More is due in the file than there was room for. */
+  let behind = false
   // Bound here: the jobs in the file are of many requests, and must not run in the async context of one.
   const pumpOutside = AsyncResource.bind(pump)
+  const startOutside = AsyncResource.bind(startAhead)
 
   /** Starts what is due and there is room for; looks again when something else will be. */
   function pump (): void {
@@ -110,10 +123,13 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
     let wait = POLL_INTERVAL
     try {
       const now = Date.now()
-      const rows = due.all(now, concurrency - active.size) as Row[]
-      for (const row of rows) start(row, host)
-      const [soonest] = next.all() as [{ due: number | null }]
-      if (active.size < concurrency && soonest.due !== null) wait = Math.min(wait, Math.max(soonest.due - now, 1))
+      const room = Math.max(concurrency - running - ahead.size, 0)
+      const rows = due.all(now, room + 1) as Row[]
+      behind = rows.length > room
+      // An event loop that was blocked for longer than the lease: it is still running here.
+      startAll(host, rows.slice(0, room).filter(({ key }) => !active.has(key)))
+      const [soonest] = next.all(now) as [{ due: number | null }]
+      if (!behind && soonest.due !== null) wait = Math.min(wait, soonest.due - now)
     } catch (error) {
       host.report(error)
     }
@@ -127,54 +143,119 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
     setImmediate(pumpOutside)
   }
 
-  function start ({ key, job: text, attempts: before, due: seen, failure }: Row, host: RunnerHost): void {
-    // An event loop that was blocked for longer than the lease: it is still running here.
-    if (active.has(key)) return
+  async function startAll (host: RunnerHost, rows: readonly Row[]): Promise<void> {
+    if (rows.length === 0) return
+    const entries = rows.map(({ key }) => hold(key))
     // The last attempt ended with the process, or with a lease that ran out.
-    const isOver = before >= attempts
-    const until = Date.now() + lease
-    if ((isOver ? renew : take)(until, key, seen) === 0) return
-    const entry: Active = { until, done: Promise.resolve() }
+    const isOver = ({ attempts: before }: Row): boolean => before >= attempts
+    let taken: boolean[]
+    try {
+      taken = await database.write(() => rows.map((row, index) => changed(take.run(isOver(row) ? 0 : 1, entries[index]!.until, row.key, row.due))))
+    } catch (error) {
+      for (const entry of entries) letGo(entry)
+      return host.report(error)
+    }
+    for (const [index, row] of rows.entries()) {
+      const entry = entries[index]!
+      if (!taken[index]) {
+        letGo(entry)
+        continue
+      }
+      const { finished = [], remembered } = parseFailure(row.failure)
+      const job = { ...JSON.parse(row.job) as Job, ...(finished.length > 0 && { finished }), ...(remembered !== undefined && { remembered }) }
+      follow(entry, isOver(row) ? giveUp(host, job, row.attempts, entry) : attempt(host, job, row.attempts + 1, entry))
+    }
+  }
+
+  /** A place among those that run at once. */
+  function hold (key: string): Active {
+    let over = (): void => {}
+    const done = new Promise<void>(resolve => { over = resolve })
+    const entry: Active = { key, until: Date.now() + lease, renewing: undefined, done, over }
     active.set(key, entry)
     renewal ??= setInterval(renewAll, lease / 3).unref()
-    const { finished = [], remembered } = parseFailure(failure)
-    const job = { ...JSON.parse(text) as Job, ...(finished.length > 0 && { finished }), ...(remembered !== undefined && { remembered }) }
-    const work = isOver ? giveUp(host, key, job, before, entry) : attempt(host, key, job, before + 1, entry)
-    entry.done = work.then(() => {
-      active.delete(key)
-      if (active.size === 0) {
-        clearInterval(renewal)
-        renewal = undefined
-      }
-      schedule()
-    })
+    return entry
   }
 
-  async function attempt (host: RunnerHost, key: string, job: Job, count: number, entry: Active): Promise<void> {
-    try {
-      await host.process(job, count)
-    } catch (error) {
-      return failed(host, key, job, count, entry, error)
+  function letGo (entry: Active): void {
+    active.delete(entry.key)
+    entry.over()
+  }
+
+  async function follow (entry: Active, work: Promise<void>): Promise<void> {
+    await work
+    letGo(entry)
+    if (behind) schedule()
+  }
+
+  function startAhead (): void {
+    starting = false
+    for (const next of ahead) {
+      if (running >= concurrency) return
+      ahead.delete(next)
+      next.start()
     }
-    done(host, key, job, entry)
   }
 
-  function done (host: RunnerHost, key: string, job: Job, entry: Active): void {
-    record(host, job, () => end('done', null, null, Date.now(), key, entry.until))
+  /** So that another process, or this one when it is started anew, need not wait for the end of a lease. */
+  async function giveBack (host: RunnerHost, entry: Active): Promise<void> {
+    try {
+      await database.write(() => { untake.run(Date.now(), ...holder(entry)) })
+    } catch (error) {
+      host.report(error)
+    }
+    letGo(entry)
   }
 
-  function failed (host: RunnerHost, key: string, job: Job, count: number, entry: Active, error: unknown): void {
+  async function attempt (host: RunnerHost, job: Job, count: number, entry: Active): Promise<void> {
+    let recorded: Promise<void> | undefined
+    const succeeded = async (): Promise<void> => {
+      if (recorded === undefined) {
+        ended()
+        recorded = done(host, job, entry)
+      }
+      await recorded
+    }
+    running++
+    try {
+      await host.process(job, count, succeeded)
+    } catch (error) {
+      ended()
+      return await failed(host, job, count, entry, error)
+    }
+    await succeeded()
+  }
+
+  /** There is room for another, which is started in this turn: what they write then shares a commit. */
+  function ended (): void {
+    running--
+    startSoon(queueMicrotask)
+  }
+
+  function startSoon (soon: (start: () => void) => void): void {
+    if (starting || ahead.size === 0) return
+    starting = true
+    soon(startOutside)
+  }
+
+  async function done (host: RunnerHost, job: Job, entry: Active): Promise<void> {
+    await record(host, job, () => end.run('done', null, null, Date.now(), ...holder(entry)))
+  }
+
+  async function failed (host: RunnerHost, job: Job, count: number, entry: Active, error: unknown): Promise<void> {
     if (count >= attempts) {
-      if (!die(host, key, job, count, entry, error)) host.report(error, job)
+      if (!await die(host, job, count, entry, error)) host.report(error, job)
       return
     }
     const failure = { attempt: count, ...describeFailure(job, error) }
-    const recorded = record(host, job, () => postpone(Date.now() + delay(count), describe(error), JSON.stringify(failure), key, entry.until))
+    const recorded = await record(host, job, () => postpone.run(Date.now() + delay(count), describe(error), JSON.stringify(failure), ...holder(entry)))
     host.report(error, job, recorded ? { attempt: count, attempts } : undefined)
+    // It may be due before anything else is.
+    schedule()
   }
 
   /** No attempt is left. What had succeeded in the last one is on record in the store, if anywhere. */
-  async function giveUp (host: RunnerHost, key: string, job: Job, count: number, entry: Active): Promise<void> {
+  async function giveUp (host: RunnerHost, job: Job, count: number, entry: Active): Promise<void> {
     let known
     try {
       known = await host.recorded?.(job)
@@ -184,24 +265,24 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
     }
     const { done: isDone = false, ...left } = known ?? {}
     // Where it is not there any more, another process has done the same.
-    if (isDone) done(host, key, job, entry)
-    else die(host, key, { ...job, ...left }, count, entry, new Error('the process ended while the handlers ran'), false)
+    if (isDone) await done(host, job, entry)
+    else await die(host, { ...job, ...left }, count, entry, new Error('the process ended while the handlers ran'), false)
   }
 
   /** @returns whether it is dead by now, and told */
-  function die (host: RunnerHost, key: string, job: Job, count: number, entry: Active, error: unknown, ran = true): boolean {
+  async function die (host: RunnerHost, job: Job, count: number, entry: Active, error: unknown, ran = true): Promise<boolean> {
     const delivery = deadDelivery(job, count, error)
     const { errors, finished, remembered, diedAt } = delivery
     const failure: Failure = { attempt: count, errors, finished, remembered }
-    const recorded = record(host, job, () => end('dead', describe(error), JSON.stringify(failure), diedAt, key, entry.until), ran)
+    const recorded = await record(host, job, () => end.run('dead', describe(error), JSON.stringify(failure), diedAt, ...holder(entry)), ran)
     if (recorded) tellDead(host, delivery, error)
     return recorded
   }
 
   /** @returns whether it is on record; where it is not, the lease runs out and the job is attempted again */
-  function record (host: RunnerHost, job: Job, write: () => number, ran = true): boolean {
+  async function record (host: RunnerHost, job: Job, write: () => Changes, ran = true): Promise<boolean> {
     try {
-      if (write() === 1) return true
+      if (await database.write(() => changed(write()))) return true
       if (ran) host.report(new Error(`the job was taken over while it ran: its lease of ${lease} ms ran out before it could be renewed`), job)
     } catch (trouble) {
       host.report(trouble, job)
@@ -210,13 +291,20 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
   }
 
   function renewAll (): void {
-    for (const [key, entry] of active) {
-      const until = Date.now() + lease
-      try {
-        if (renew(until, key, entry.until) === 1) entry.until = until
-      } catch (error) {
-        host?.report(error)
-      }
+    if (active.size === 0) {
+      clearInterval(renewal)
+      renewal = undefined
+    }
+    for (const entry of active.values()) renewOne(entry)
+  }
+
+  async function renewOne (entry: Active): Promise<void> {
+    const until = entry.renewing = Date.now() + lease
+    try {
+      await database.write(() => { renew.run(until, ...holder(entry)) })
+      entry.until = until
+    } catch (error) {
+      host?.report(error)
     }
   }
 
@@ -230,21 +318,54 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
       host = startedBy
       schedule()
     },
-    run (job) {
+    async run (job) {
       if (closing) throw new Overloaded()
-      database.assertFile()
-      const inserted = insert(keyOf(job), JSON.stringify(job), Date.now())
-      schedule()
-      return inserted === 0 ? 'duplicate' : undefined
+      const key = keyOf(job)
+      const text = JSON.stringify(job)
+      const insertAs = async (attempt: number, entry?: Active): Promise<boolean> => await database.write(() => {
+        prune(Date.now() - RETENTION)
+        return changed(insert.run(key, text, entry?.until ?? Date.now(), attempt))
+      })
+      // What waits in the file comes first. A last attempt is not spent before it starts.
+      const most = attempts === 1 ? concurrency : concurrency + AHEAD
+      if (host === undefined || behind || active.size >= most || active.has(key)) {
+        behind = true
+        const inserted = await insertAs(0)
+        schedule()
+        return inserted ? undefined : 'duplicate'
+      }
+      const startedBy = host
+      const entry = hold(key)
+      let inserted = false
+      try {
+        inserted = await insertAs(1, entry)
+      } finally {
+        if (!inserted) letGo(entry)
+      }
+      if (!inserted) return 'duplicate'
+      if (closing) {
+        await giveBack(startedBy, entry)
+        return undefined
+      }
+      const start = (): void => { follow(entry, attempt(startedBy, job, 1, entry)) }
+      ahead.add({ entry, start, letGoOfClaim: startedBy.keep?.(job) })
+      // Lets acknowledgements leave before a handler can hold up the event loop.
+      startSoon(setImmediate)
+      return undefined
     },
     async close () {
       closing = true
       clearTimeout(timer)
+      for (const { entry, letGoOfClaim } of ahead) {
+        giveBack(host!, entry)
+        letGoOfClaim?.()
+      }
+      ahead.clear()
       await Promise.all([...active.values()].map(({ done }) => done))
     },
     depth () {
       const [{ count }] = pending.all() as [{ count: number }]
-      return Math.max(0, count - active.size)
+      return Math.max(0, count - active.size + ahead.size)
     },
     dead: (limit = 100, type) => deadJobs.list(limit, { type }),
     deadCount: () => deadJobs.count(),
@@ -255,6 +376,31 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
     }
   }
 }
+
+interface Changes { changes: number | bigint }
+
+const changed = ({ changes }: Changes): boolean => Number(changes) === 1
+
+/** A job whose attempt is this process's. */
+interface Active {
+  readonly key: string
+  /** ms since the epoch: the end of its lease. */
+  until: number
+  /** What that is becoming; whether it has is not known until the commit has been answered. */
+  renewing: number | undefined
+  readonly done: Promise<void>
+  readonly over: () => void
+}
+
+/** One whose handlers are to be started as soon as there is room. */
+interface Ahead {
+  readonly entry: Active
+  readonly start: () => void
+  readonly letGoOfClaim: (() => unknown) | undefined
+}
+
+/** Which row, and whose: what `held` compares with. */
+const holder = ({ key, until, renewing = until }: Active): [string, number, number] => [key, until, renewing]
 
 /** A failure in a line, for people who look at the file. */
 function describe (error: unknown): string {

@@ -15,9 +15,11 @@ const SCHEMA = `
     error TEXT,
     ended INTEGER,
     failure TEXT
-  ) WITHOUT ROWID;
-  CREATE INDEX IF NOT EXISTS openai_webhook_jobs_due ON openai_webhook_jobs (state, due);
-  CREATE INDEX IF NOT EXISTS openai_webhook_jobs_ended ON openai_webhook_jobs (state, ended);
+  );
+  DROP INDEX IF EXISTS openai_webhook_jobs_due;
+  DROP INDEX IF EXISTS openai_webhook_jobs_ended;
+  CREATE INDEX IF NOT EXISTS openai_webhook_jobs_pending ON openai_webhook_jobs (due) WHERE state = 'pending';
+  CREATE INDEX IF NOT EXISTS openai_webhook_jobs_over ON openai_webhook_jobs (state, ended) WHERE ended IS NOT NULL;
 `
 
 /** The user's handle, with the table of `durable()`. A file of a version before 0.2 is given the column that it lacks. */
@@ -93,7 +95,7 @@ export class DeadJobs {
 function condition (filter: DeadFilter): { where: string, values: string[] } {
   const given = Object.entries(PATHS).filter(([name]) => filter[name as keyof DeadFilter] !== undefined)
   return {
-    where: ["state = 'dead'", ...given.map(([, path]) => `json_extract(job, '${path}') = ?`)].join(' AND '),
+    where: ["state = 'dead' AND ended IS NOT NULL", ...given.map(([, path]) => `json_extract(job, '${path}') = ?`)].join(' AND '),
     values: given.map(([name]) => filter[name as keyof DeadFilter]!)
   }
 }

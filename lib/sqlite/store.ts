@@ -5,6 +5,7 @@ import { pruning } from './pruning.ts'
 import { RETENTION } from '../stores/store.ts'
 import type { Claim, IdempotencyStore } from '../stores/store.ts'
 
+// Rows lie in the order of arrival, so that a delivery's second write finds the page of its first, and of its neighbours.
 // `ends` is the end of the lease while there is a token, `forget` when the row may go. All times are ms since the epoch.
 const SCHEMA = `
   CREATE TABLE IF NOT EXISTS openai_webhook_deliveries (
@@ -14,7 +15,7 @@ const SCHEMA = `
     finished TEXT NOT NULL DEFAULT '[]',
     ends INTEGER NOT NULL,
     forget INTEGER NOT NULL
-  ) WITHOUT ROWID;
+  );
   CREATE INDEX IF NOT EXISTS openai_webhook_deliveries_forget ON openai_webhook_deliveries (forget);
 `
 
@@ -37,49 +38,46 @@ export function sqliteStore (db: SqliteDatabase): IdempotencyStore {
   const claim = database.prepare(`
     INSERT INTO openai_webhook_deliveries (key, token, ends, forget) VALUES (?, ?, ?, ?)
     ON CONFLICT (key) DO UPDATE SET token = excluded.token, done = 0, ends = excluded.ends, forget = excluded.forget
-      WHERE (done = 1 AND openai_webhook_deliveries.forget <= ?) OR (done = 0 AND (openai_webhook_deliveries.token IS NULL OR openai_webhook_deliveries.ends <= ?))`)
-  // What holds the claim off: a duplicate is told so without waiting for the lock.
+      WHERE (done = 1 AND openai_webhook_deliveries.forget <= ?) OR (done = 0 AND (openai_webhook_deliveries.token IS NULL OR openai_webhook_deliveries.ends <= ?))
+    RETURNING finished`)
+  // What holds the claim off: a duplicate is told so while the file cannot be written.
   const settled = database.prepare(`
     SELECT done FROM openai_webhook_deliveries
     WHERE key = ? AND ((done = 1 AND forget > ?) OR (done = 0 AND token IS NOT NULL AND ends > ?))`)
-  const read = database.prepare('SELECT done, finished FROM openai_webhook_deliveries WHERE key = ?')
-  const checkpoint = database.prepareWrite(`
+  const read = database.prepare('SELECT done FROM openai_webhook_deliveries WHERE key = ?')
+  const checkpoint = database.prepare(`
     UPDATE openai_webhook_deliveries SET finished = json_insert(finished, '$[#]', ?) WHERE key = ? AND token = ?`)
-  const complete = database.prepareWrite(`
+  const complete = database.prepare(`
     UPDATE openai_webhook_deliveries SET token = NULL, done = 1, finished = '[]', forget = ? WHERE key = ? AND token = ?`)
-  const extend = database.prepareWrite('UPDATE openai_webhook_deliveries SET ends = ? WHERE key = ? AND token = ?')
-  const release = database.prepareWrite('UPDATE openai_webhook_deliveries SET token = NULL WHERE key = ? AND token = ?')
+  const extend = database.prepare('UPDATE openai_webhook_deliveries SET ends = ? WHERE key = ? AND token = ?')
+  const release = database.prepare('UPDATE openai_webhook_deliveries SET token = NULL WHERE key = ? AND token = ?')
   const prune = pruning(database, 'openai_webhook_deliveries', 'forget <= ?')
 
   return {
-    begin (key, lease): Claim {
-      database.assertFile()
-      const asked = Date.now()
-      // Not get(), here and below: libsql leaves its statement open, and with it the snapshot that the next write would be
-      // refused for.
-      const [known] = settled.all(key, asked, asked) as [Pick<Row, 'done'>] | []
-      if (known !== undefined) return { state: known.done === 1 ? 'done' : 'running' }
+    begin (key, lease) {
       const token = randomUUID()
-      return database.transaction(() => {
+      return database.write((): Claim => {
         const now = Date.now()
         prune(now)
-        const { changes } = claim.run(key, token, now + lease, now + RETENTION, now, now)
-        const [row] = read.all(key) as [Row]
-        if (Number(changes) === 1) return { state: 'claimed', token, finished: JSON.parse(row.finished) as string[] }
-        return { state: row.done === 1 ? 'done' : 'running' }
+        // Not get(), here and below: libsql leaves its statement open, and with it the snapshot that the next write would be
+        // refused for.
+        const [claimed] = claim.all(key, token, now + lease, now + RETENTION, now, now) as [Pick<Row, 'finished'>] | []
+        if (claimed !== undefined) return { state: 'claimed', token, finished: JSON.parse(claimed.finished) as string[] }
+        const [row] = read.all(key) as [Pick<Row, 'done'>]
+        return stateOf(row)
+      }, () => {
+        const now = Date.now()
+        const [known] = settled.all(key, now, now) as [Pick<Row, 'done'>] | []
+        return known && stateOf(known)
       })
     },
-    checkpoint (key, token, handler) {
-      checkpoint(handler, key, token)
-    },
-    complete (key, token, retention) {
-      return complete(Date.now() + retention, key, token) === 1
-    },
-    extend (key, token, lease) {
-      return extend(Date.now() + lease, key, token) === 1
-    },
-    release (key, token) {
-      release(key, token)
-    }
+    checkpoint: (key, token, handler) => database.write(() => { checkpoint.run(handler, key, token) }),
+    complete: (key, token, retention) => database.write(() => changed(complete.run(Date.now() + retention, key, token))),
+    extend: (key, token, lease) => database.write(() => changed(extend.run(Date.now() + lease, key, token))),
+    release: (key, token) => database.write(() => { release.run(key, token) })
   }
 }
+
+const stateOf = ({ done }: Pick<Row, 'done'>): Claim => ({ state: done === 1 ? 'done' : 'running' })
+
+const changed = ({ changes }: { changes: number | bigint }): boolean => Number(changes) === 1

@@ -1,0 +1,83 @@
+/** What a group needs of a handle. */
+export interface Transactions {
+  /** Commits what `work` writes, or none of it. */
+  transaction<T> (work: () => T): T
+  /** @throws when the file is not the one that was opened */
+  assertFile (): void
+}
+
+interface Member {
+  readonly work: () => unknown
+  readonly unwritten: (() => unknown) | undefined
+  readonly resolve: (result: any) => void
+  readonly reject: (error: unknown) => void
+}
+
+/**
+ * Writes that are asked for in one turn of the event loop share a transaction and its fsync: that is what a commit costs.
+ *
+ * From BEGIN to COMMIT nothing is awaited, so that no other statement of the handle's can get into it.
+ */
+export class Group {
+  readonly #database: Transactions
+  #members: Member[] = []
+
+  constructor (database: Transactions) {
+    this.#database = database
+  }
+
+  /**
+   * @param work runs in a transaction, with others before and after it; once more by itself where one of them throws
+   * @param unwritten what can be answered where nothing can be written, if anything
+   * @returns what it returned, once that is committed; rejects when it threw, or when the commit failed
+   */
+  write<T> (work: () => T, unwritten?: () => T | undefined): Promise<T> {
+    return new Promise((resolve, reject) => {
+      // After what the sockets have brought in this turn.
+      if (this.#members.push({ work, unwritten, resolve, reject }) === 1) setImmediate(() => this.#commit())
+    })
+  }
+
+  #commit (): void {
+    const members = this.#members
+    this.#members = []
+    let at: 'begin' | 'work' | 'commit' = 'begin'
+    try {
+      this.#database.assertFile()
+      const results = this.#database.transaction(() => {
+        at = 'work'
+        const results = members.map(({ work }) => work())
+        at = 'commit'
+        return results
+      })
+      members.forEach(({ resolve }, index) => resolve(results[index]))
+    } catch (error) {
+      members.forEach(this.#otherwise(at, members.length, error))
+    }
+  }
+
+  #otherwise (at: 'begin' | 'work' | 'commit', size: number, error: unknown): (member: Member) => void {
+    if (at === 'begin') return member => answerUnwritten(member, error)
+    // It is the fault of one of them, perhaps.
+    if (at === 'work' && size > 1) return member => this.#commitAlone(member)
+    return ({ reject }) => reject(error)
+  }
+
+  #commitAlone ({ work, resolve, reject }: Member): void {
+    try {
+      resolve(this.#database.transaction(work))
+    } catch (error) {
+      reject(error)
+    }
+  }
+}
+
+function answerUnwritten ({ unwritten, resolve, reject }: Member, error: unknown): void {
+  try {
+    const answer = unwritten?.()
+    if (answer !== undefined) return resolve(answer)
+  } catch {
+    // What cannot be read either is told by the first failure.
+  }
+  reject(error)
+}
