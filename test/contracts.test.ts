@@ -127,6 +127,7 @@ t.test('what cannot serve is told when it is given', async t => {
   t.throws(() => bullmq({ connection: 'redis://127.0.0.1' as never }), { code })
   t.throws(() => bullmq({ connection: {}, attempts: 0 }), { code, message: 'bullmq: expected attempts to be a whole number, 1 or more, got 0' })
   t.throws(() => bullmq({ connection: {}, worker: { concurrency: 0 } }), { code })
+  t.throws(() => bullmq({ connection: {}, backend: {} as never }), { code, message: 'bullmq: expected backend to be a function, such as createPostgresBackend of BullMQ' })
   const boss = { work () {}, previewRedrive () {} } as unknown as PgBoss
   for (const each of [undefined, {}, { work () {} }, { previewRedrive () {} }]) {
     t.throws(() => pgboss({ boss: each as never }), { code, message: 'pgboss: expected boss to be a PgBoss, of pg-boss 12.35 or later' })

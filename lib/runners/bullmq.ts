@@ -6,11 +6,21 @@ import { causeOf, deadDelivery, describeFailure } from './handler-failures.ts'
 import { RETENTION } from '../stores/store.ts'
 import { assertCount } from './background.ts'
 import { assertRemembered, keyOf, tellDead } from './runner.ts'
+import { storableError } from './storable.ts'
 import type { DeadDelivery, DeliveryError, DeliveryRef, Job, Runner, RunnerHost } from './runner.ts'
 
 export interface BullMQOptions {
-  /** BullMQ's own: an ioredis instance, which stays the user's to close, or options for connections of its own. */
-  connection: ConnectionOptions
+  /**
+   * BullMQ's own: an ioredis instance, which stays the user's to close, or options for connections of its own; with a
+   * `backend` for PostgreSQL, the options of a pool.
+   */
+  connection: ConnectionOptions | PostgresConnection
+  /**
+   * `createPostgresBackend` of BullMQ 6.7 or later: the queue is in PostgreSQL.
+   *
+   * @default Redis
+   */
+  backend?: Backend
   /** @default 'openai-webhook' */
   queueName?: string
   /**
@@ -42,13 +52,33 @@ export interface BullMQOptions {
   removeOnFail?: KeepJobs
 }
 
+/** BullMQ's own `BackendFactory`, a type that BullMQ 5 has not. */
+type Backend = (name: string, options: any, more?: any) => object
+
+/** What `createPostgresBackend` takes: options of a pool of `pg`, the `schema`, and whether its tables are created. */
+export interface PostgresConnection {
+  connectionString?: string
+  host?: string
+  port?: number
+  user?: string
+  password?: any
+  database?: string
+  max?: number
+  ssl?: any
+  schema?: string
+  migrate?: boolean
+}
+
 /** What BullMQ keeps of a delivery. */
 type QueuedDelivery = Job & {
   /** What its last failed attempt ended with. */
   readonly failure?: { readonly attempt: number, readonly errors: readonly DeliveryError[] }
 }
 
-type QueuedJob = BullMQJob<QueuedDelivery>
+/** As it is, or as JSON where PostgreSQL keeps it, whose jsonb refuses U+0000. */
+type QueuedData = QueuedDelivery | { readonly json: string }
+
+type QueuedJob = BullMQJob<QueuedData>
 
 /** Failed jobs that are looked at in one go. */
 const PAGE = 100
@@ -67,6 +97,7 @@ const WORKER_DEFAULTS = { concurrency: 10 }
  */
 export function bullmq ({
   connection,
+  backend,
   queueName = 'openai-webhook',
   worker = true,
   attempts = 16,
@@ -77,27 +108,33 @@ export function bullmq ({
   if (typeof connection !== 'object' || connection === null) {
     throw new InvalidOptions('bullmq: expected connection to be an ioredis instance or connection options')
   }
+  if (backend !== undefined && typeof backend !== 'function') throw new InvalidOptions('bullmq: expected backend to be a function, such as createPostgresBackend of BullMQ')
+  const pack = (delivery: QueuedDelivery): QueuedData => backend === undefined ? delivery : { json: JSON.stringify(delivery) }
+  // Typed as BullMQ 5 has them, which knows no backends.
+  const [redis, others] = [connection as ConnectionOptions, [backend] as unknown as []]
   const workerOptions = { ...WORKER_DEFAULTS, ...(typeof worker === 'object' ? worker : undefined) }
   assertCount('bullmq', 'attempts', attempts, 1)
   assertCount('bullmq', 'worker.concurrency', workerOptions.concurrency, 1)
-  let queue: Queue<QueuedDelivery> | undefined
-  let processor: Worker<QueuedDelivery> | undefined
+  let queue: Queue<QueuedData> | undefined
+  let processor: Worker<QueuedData> | undefined
   let closing = false
 
-  function opened (): Queue<QueuedDelivery> {
+  function opened (): Queue<QueuedData> {
     if (queue === undefined) throw new Unavailable({ cause: new Error('bullmq: expected the app to be ready') })
     return queue
   }
 
   return {
-    start (host: RunnerHost) {
+    async start (host: RunnerHost) {
       // An 'error' without a listener would end the process; trouble is told, and BullMQ connects again by itself.
-      queue = new Queue<QueuedDelivery>(queueName, { connection })
+      queue = new Queue<QueuedData>(queueName, { connection: redis }, ...others)
       queue.on('error', error => host.report(error))
+      // Without its tables a worker would ask for jobs without a pause, and nothing else would run.
+      if (backend !== undefined) await queue.waitUntilReady()
       if (worker === false) return
       /** What attempts of this process ended with. */
-      const thrown = new WeakSet<Error>()
-      processor = new Worker<QueuedDelivery>(queueName, async job => {
+      const thrown = new WeakMap<Error, Error>()
+      processor = new Worker<QueuedData>(queueName, async job => {
         const { attemptsStarted: attempt, attemptsMade, opts: { attempts = 1 } } = job
         const delivery = deliveryOf(job)
         try {
@@ -105,12 +142,12 @@ export function bullmq ({
         } catch (error) {
           const { errors, finished, remembered } = describeFailure(delivery, error)
           try {
-            await job.updateData({
+            await job.updateData(pack({
               ...delivery,
               ...(finished.length > 0 && { finished }),
               ...(remembered !== undefined && { remembered }),
               failure: { attempt, errors }
-            })
+            }))
           } catch (trouble) {
             host.report(trouble, delivery)
           }
@@ -118,21 +155,23 @@ export function bullmq ({
           const shown = toError(causeOf(error))
           // The last one is told once BullMQ has it on record.
           if (attemptsMade + 1 < attempts) host.report(shown, delivery, { attempt, attempts })
-          thrown.add(shown)
-          throw shown
+          const kept = storableError(shown)
+          thrown.set(kept, shown)
+          throw kept
         }
       }, {
-        connection,
+        connection: redis,
         ...workerOptions,
         // A worker that was killed leaves a stalled job behind; BullMQ would fail it at the second time.
         maxStalledCount: attempts
-      })
+      }, ...others)
       processor.on('error', error => host.report(error))
       processor.on('failed', (job, error) => {
         if (job === undefined) return host.report(error)
         if (typeof job.finishedOn !== 'number') return // to be attempted again
-        if (thrown.has(error)) tellDead(host, deadOf(job), error)
-        else abandoned(host, job, error).catch(trouble => { host.report(trouble, deliveryOf(job)) })
+        const shown = thrown.get(error)
+        if (shown !== undefined) tellDead(host, deadOf(job), shown)
+        else abandoned(host, job, error, pack).catch(trouble => { host.report(trouble, deliveryOf(job)) })
       })
     },
     async run (job) {
@@ -140,7 +179,7 @@ export function bullmq ({
       const jobId = idOf(job)
       // BullMQ takes it a second time without a word.
       if (await queue.getJob(jobId) !== undefined) return 'duplicate'
-      await queue.add(JOB_NAME, job, {
+      await queue.add(JOB_NAME, pack(job), {
         jobId,
         attempts,
         backoff: typeof backoff === 'number' ? { type: 'exponential', delay: backoff, jitter: 0.5 } : backoff,
@@ -154,7 +193,7 @@ export function bullmq ({
       for (let start = 0; found.length < limit; start += PAGE) {
         const jobs = await opened().getJobs('failed', start, start + PAGE - 1, true) as Array<QueuedJob | undefined>
         // One that was removed meanwhile is not there.
-        for (const job of jobs) if (job !== undefined && (type === undefined || job.data.event.type === type)) found.push(deadOf(job))
+        for (const job of jobs) if (job !== undefined && (type === undefined || queuedOf(job).event.type === type)) found.push(deadOf(job))
         if (jobs.length < PAGE) break
       }
       return found.slice(0, limit)
@@ -165,7 +204,7 @@ export function bullmq ({
     async requeue (delivery, { force = false } = {}) {
       const job = await opened().getJob(idOf(delivery))
       if (job === undefined) return false
-      if (!force && await job.isFailed()) assertRemembered(job.data)
+      if (!force && await job.isFailed()) assertRemembered(deliveryOf(job))
       try {
         await job.retry('failed', { resetAttemptsMade: true, resetAttemptsStarted: true })
         return true
@@ -195,7 +234,12 @@ function idOf (delivery: DeliveryRef): string {
   return encodeURIComponent(keyOf(delivery))
 }
 
-function deliveryOf ({ data: { failure, ...delivery } }: QueuedJob): Job {
+function queuedOf ({ data }: QueuedJob): QueuedDelivery {
+  return 'json' in data ? JSON.parse(data.json) as QueuedDelivery : data
+}
+
+function deliveryOf (job: QueuedJob): Job {
+  const { failure, ...delivery } = queuedOf(job)
   return delivery
 }
 
@@ -205,20 +249,20 @@ function toError (error: unknown): Error {
 
 /** A job that BullMQ has failed for good. */
 function deadOf (job: QueuedJob): DeadDelivery {
-  const { data: { failure }, attemptsStarted: attempts, failedReason, stacktrace, finishedOn } = job
-  const delivery = deliveryOf(job)
+  const { attemptsStarted: attempts, failedReason, stacktrace, finishedOn } = job
+  const { failure, ...delivery } = queuedOf(job)
   const { errors, ...dead } = deadDelivery(delivery, attempts, Object.assign(new Error(failedReason), { stack: [stacktrace].flat().at(-1) }), finishedOn)
   return { ...dead, errors: failure?.attempt === attempts ? failure.errors : errors }
 }
 
 /** No attempt of this process's failed it: its worker died with it once too often. The store may know what had succeeded. */
-async function abandoned (host: RunnerHost, job: QueuedJob, error: Error): Promise<void> {
+async function abandoned (host: RunnerHost, job: QueuedJob, error: Error, pack: (delivery: QueuedDelivery) => QueuedData): Promise<void> {
   const delivery = deliveryOf(job)
   const known = await host.recorded?.(delivery)
   if (known?.done === true) return await job.retry('failed') // it had only not been told
   if (known !== undefined) {
     const { done, ...left } = known
-    await job.updateData({ ...job.data, ...left })
+    await job.updateData(pack({ ...queuedOf(job), ...left }))
   }
   tellDead(host, deadOf(job), error)
 }

@@ -8,6 +8,7 @@ import { assertCount } from './background.ts'
 import { grouped } from './grouped.ts'
 import { deadDelivery, describeFailure } from './handler-failures.ts'
 import { assertRemembered, keyOf, tellDead } from './runner.ts'
+import { storable } from './storable.ts'
 import type { DeadDelivery, DeliveryRef, Job, Runner, RunnerHost } from './runner.ts'
 
 export interface PgBossOptions {
@@ -299,11 +300,6 @@ function uuidOf (text: string): string {
   bytes[6] = bytes[6]! & 0x0f | 0x80
   bytes[8] = bytes[8]! & 0x3f | 0x80
   return bytes.toString('hex').replace(/^(.{8})(.{4})(.{4})(.{4})/, '$1-$2-$3-$4-')
-}
-
-/** What jsonb takes: neither U+0000 nor half a character. */
-function storable (text: string): string {
-  return text.replaceAll(/[\0\ud800-\udfff]/gu, '\ufffd')
 }
 
 /** What an attempt has left behind, with a line for people who look at the queue. */

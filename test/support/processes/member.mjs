@@ -29,7 +29,13 @@ let boss
 const runners = {
   inline: () => inline(),
   durable: async () => (await import('fastify-openai-webhook/sqlite')).durable(openFile(), { lease, backoff: 1 }),
-  bullmq: async () => (await import('fastify-openai-webhook/bullmq')).bullmq({ connection: { host: '127.0.0.1', port: redisPort }, worker, backoff: 1 }),
+  bullmq: async () => {
+    const { createPostgresBackend } = await import('bullmq')
+    const queue = postgresUrl === undefined
+      ? { connection: { host: '127.0.0.1', port: redisPort } }
+      : { connection: { connectionString: postgresUrl }, backend: createPostgresBackend }
+    return (await import('fastify-openai-webhook/bullmq')).bullmq({ ...queue, worker, backoff: 1 })
+  },
   pgboss: async () => {
     const { PgBoss } = await import('pg-boss')
     boss = await new PgBoss(postgresUrl).on('error', () => {}).start()
