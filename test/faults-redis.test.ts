@@ -7,7 +7,7 @@ import { bullmq } from '../lib/runners/bullmq.ts'
 import type { BullMQOptions } from '../lib/runners/bullmq.ts'
 import { redisStore } from '../lib/stores/redis.ts'
 import type { FastifyInstance } from 'fastify'
-import type { DeadDelivery, OpenAIWebhookOptions, RunnerHost } from '../lib/index.ts'
+import type { DeadDelivery, Job, OpenAIWebhookOptions, RunnerHost } from '../lib/index.ts'
 import { build, sign, thin } from './support/deliveries.ts'
 import { DEADLINE, IMPATIENT, IN_PROGRESS, Member, TcpProxy, UNAVAILABLE, answer, batchFailed, commandsOf, deliverUntil200, effectsIn, redisClient, until } from './support/faults.ts'
 import { capturedLog, deferred, listen, redelivered } from './support/observe.ts'
@@ -479,6 +479,30 @@ function queueAt (t: Teardown, port: number): Queue {
 }
 
 t.test('bullmq', { skip }, async t => {
+  await t.test('what comes in one turn is queued at once; what cannot be queued fails no other', async t => {
+    const server = await RedisServer.start(t)
+    const runner = bullmq({ connection: { port: server.port, host: '127.0.0.1' }, worker: false })
+    await runner.start!({ process: () => {}, report: error => { throw error } })
+    const sizes: number[] = []
+    const { addBulk } = Queue.prototype
+    t.intercept(Queue.prototype, 'addBulk', {
+      value: async function (this: Queue, jobs: Parameters<typeof addBulk>[0]) {
+        sizes.push(jobs.length)
+        return await addBulk.call(this, jobs)
+      }
+    })
+    const job = (webhookId: string, event: object = {}): Job => ({ webhookId, timestamp: 1, endpoint: '/webhooks/openai', event: { type: 'batch.failed', ...event } })
+    const queued = ['wh_1', 'wh_2', 'wh_3'].map(id => runner.run(job(id)))
+    t.same(await Promise.all(queued), [undefined, undefined, undefined])
+    t.same(sizes, [3])
+    t.same(await Promise.all(['wh_3', 'wh_4'].map(async id => await runner.run(job(id)))), ['duplicate', undefined])
+
+    const outcomes = await Promise.allSettled([runner.run(job('wh_5')), runner.run(job('wh_6', { no: 1n })), runner.run(job('wh_7'))])
+    t.same(outcomes.map(({ status }) => status), ['fulfilled', 'rejected', 'fulfilled'])
+    t.equal(await runner.depth!(), 6)
+    await runner.close!()
+  })
+
   t.test('Redis is down: 503, queued and run once when it is back', async t => {
     const server = await RedisServer.start(t)
     const state = await queueing(t, server.port)

@@ -21,7 +21,7 @@ const LAYERS = [
   ['handlers.ts'],
   ['stores', 'request.ts', 'verifiers'],
   ['events', 'coded.ts', 'deadline.ts', 'handler-name.ts', 'log.ts'],
-  ['errors.ts', 'nearest.ts', 'pruning.ts', 'steps.ts', 'typebox.ts']
+  ['errors.ts', 'grouped.ts', 'nearest.ts', 'pruning.ts', 'steps.ts', 'typebox.ts']
 ]
 
 const files = readdirSync('lib', { recursive: true, encoding: 'utf8' }).filter(file => file.endsWith('.ts'))

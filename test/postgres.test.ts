@@ -152,17 +152,66 @@ t.test('tables', { skip: postgresMissing }, async t => {
   })
 })
 
+/** What is sent on the connections of a pool from now on. */
+function sentBy (pool: pg.Pool): string[] {
+  const sent: string[] = []
+  pool.on('connect', client => {
+    const { query } = client
+    client.query = function (this: PoolClient, text: string, ...rest: unknown[]) {
+      sent.push(text)
+      return Reflect.apply(query, this, [text, ...rest])
+    } as never
+  })
+  return sent
+}
+
 t.test('postgresStore', { skip: postgresMissing }, async t => {
+  await t.test('what comes in one turn is one statement', async t => {
+    const pool = await fresh(t)
+    const sent = sentBy(pool)
+    const [store, other] = [postgresStore(pool), postgresStore(pool)]
+    await store.begin('the first creates the table, and prunes', 1_000)
+    await until('rows to be pruned', () => sent.some(text => text.includes('DELETE')))
+    sent.length = 0
+    const keys = Array.from({ length: 150 }, (_, n) => `key ${n}`)
+    const claims = await Promise.all(keys.map(async key => await store.begin(key, 60_000)))
+    t.ok(claims.every(({ state }) => state === 'claimed'))
+    t.equal(sent.filter(text => text.includes('INSERT')).length, 2, 'of 100 at most')
+    sent.length = 0
+    const completed = await Promise.all(claims.map(async (claim, n) => await store.complete(keys[n]!, claim.state === 'claimed' ? claim.token : '', 60_000)))
+    t.ok(completed.every(held => held === true))
+    t.equal(sent.filter(text => text.includes('UPDATE')).length, 2)
+    t.same(await Promise.all(keys.map(async key => await other.begin(key, 60_000))), keys.map(() => ({ state: 'done' })))
+  })
+
+  await t.test('what it asks twice of one delivery is answered in its order', async t => {
+    const store = postgresStore(await fresh(t))
+    const [first, second, another] = await Promise.all([store.begin('key', 60_000), store.begin('key', 60_000), store.begin('another', 60_000)])
+    t.match([first, second, another], [{ state: 'claimed' }, { state: 'running' }, { state: 'claimed' }])
+    const token = first.state === 'claimed' ? first.token : ''
+    t.same(await Promise.all([store.complete('key', token, 60_000), store.complete('key', token, 60_000)]), [true, false])
+  })
+
+  await t.test('one that cannot be written fails no other', async t => {
+    const store = postgresStore(await fresh(t))
+    const [good, bad, other] = await Promise.allSettled([store.begin('good', 60_000), store.begin('no text has a \0', 60_000), store.begin('other', 60_000)])
+    t.match([good, bad, other], [{ value: { state: 'claimed' } }, { status: 'rejected', reason: { message: /invalid byte sequence/ } }, { value: { state: 'claimed' } }])
+  })
+
+  await t.test('processes that get the same deliveries in other orders do not lock each other out', async t => {
+    const pool = await fresh(t)
+    const stores = [postgresStore(pool), postgresStore(pool)]
+    const keys = Array.from({ length: 60 }, (_, n) => `key ${String(n).padStart(2, '0')}`)
+    for (let round = 0; round < 10; round++) {
+      const ids = keys.map(key => `${key} ${round}`)
+      const answers = await Promise.all(stores.map(async (store, n) => await Promise.all((n === 0 ? ids : [...ids].reverse()).map(async id => await store.begin(id, 60_000)))))
+      t.equal(answers.flat().filter(({ state }) => state === 'claimed').length, ids.length)
+    }
+  })
+
   await t.test('two round trips a delivery', async t => {
     const pool = await fresh(t)
-    const sent: string[] = []
-    pool.on('connect', client => {
-      const { query } = client
-      client.query = function (this: PoolClient, text: string, ...rest: unknown[]) {
-        sent.push(text)
-        return Reflect.apply(query, this, [text, ...rest])
-      } as never
-    })
+    const sent = sentBy(pool)
     const app = await build(t, { idempotency: { store: postgresStore(pool) } })
     app.openaiWebhook.on('batch.failed', () => {})
     await post(app, sign(thin('batch.failed')))

@@ -31,7 +31,9 @@ export interface PgLiteTransaction {
   exec (sql: string): Promise<unknown>
 }
 
-export type Query = (text: string, values: ReadonlyArray<string | number>) => Promise<any[]>
+type Value = string | number | readonly string[] | readonly number[]
+
+export type Query = (text: string, values: readonly Value[]) => Promise<any[]>
 
 /** A database, whichever library leads to it. Nothing of a session outlives a transaction, as PgBouncer asks. */
 export interface Database {
@@ -93,7 +95,7 @@ class Pooled implements Database {
     heard.add(pool)
   }
 
-  async query (text: string, values: ReadonlyArray<string | number>): Promise<any[]> {
+  async query (text: string, values: readonly Value[]): Promise<any[]> {
     return await this.#withClient(async client => await this.#run(client, text, values))
   }
 
@@ -148,12 +150,12 @@ class Pooled implements Database {
     })
   }
 
-  async #run (client: PgClient, text: string, values?: ReadonlyArray<string | number>): Promise<any[]> {
+  async #run (client: PgClient, text: string, values?: readonly Value[]): Promise<any[]> {
     return (await this.#send(client, text, values)).rows
   }
 
   /** The statement has no name, so that nothing is left on the connection. */
-  async #send (client: PgClient, text: string, values?: ReadonlyArray<string | number>): ReturnType<PgClient['query']> {
+  async #send (client: PgClient, text: string, values?: readonly Value[]): ReturnType<PgClient['query']> {
     return await this.#within(client.query(text, values as any[]), 'no answer of PostgreSQL', ignore)
   }
 
@@ -182,7 +184,7 @@ class Lite implements Database {
     this.#db = db
   }
 
-  async query (text: string, values: ReadonlyArray<string | number>): Promise<any[]> {
+  async query (text: string, values: readonly Value[]): Promise<any[]> {
     return (await this.#db.query(text, [...values])).rows
   }
 

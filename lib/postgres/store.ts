@@ -1,4 +1,5 @@
 import { createHash, randomUUID } from 'node:crypto'
+import { grouped } from '../grouped.ts'
 import { PRUNE_LIMIT, Pruning } from '../pruning.ts'
 import { RETENTION } from '../stores/store.ts'
 import type { Claim, IdempotencyStore } from '../stores/store.ts'
@@ -25,12 +26,29 @@ export interface PostgresStoreOptions {
 /** ms for each step: the sender is told 503 before the default deadline of 4,500 ms. */
 const TIMEOUT = 4_000
 
+/** Deliveries of one statement. */
+const GROUP = 100
+
+interface Asked {
+  readonly key: string
+  readonly token: string
+  /** Of the lease, or of the retention. */
+  readonly ms: number
+}
+
+/** What `complete` has only the key of. */
+interface Row {
+  readonly key: string
+  readonly state: Claim['state']
+  readonly finished: string
+}
+
 /** Bytes; an index entry has room for about 2,700. */
 const MAX_KEY = 1_000
 
 /**
  * Remembers deliveries in PostgreSQL (13 or later), for any number of processes, with one round trip each for `begin` and
- * `complete`. Leases run by the server's clock. The pool is the user's, who closes it; it may lead through PgBouncer in
+ * `complete`, which deliveries that come at once share. Leases run by the server's clock. The pool is the user's, who closes it; it may lead through PgBouncer in
  * transaction mode. Creates its table with the first delivery, unless `migrate` is false.
  *
  * While no connection can be had, the server is down or read-only, or has not answered within 4 s, each call fails, and the
@@ -43,23 +61,29 @@ export function postgresStore (db: PgPool | PgLite, { table: tableName = STORE_T
   const database = databaseOf('postgresStore', db, TIMEOUT)
   const ready = migrate ? creating(database, table, storeSchema(table)) : () => undefined
 
-  // A new row, a released one or a run-out lease. What the last SELECT sees is older than what a concurrent INSERT has
-  // written: a row that it does not find, or finds expired, is somebody else's claim.
+  // New rows, released ones and run-out leases. What the last SELECT sees is older than what a concurrent INSERT has written: a
+  // row that it does not find, or finds expired, is somebody else's claim. Rows are locked in the order of their keys, so that
+  // processes that have the same deliveries do not wait for each other in a circle.
   const begin = `
-    WITH claim AS (
+    WITH asked AS (SELECT * FROM unnest($1::text[], $2::text[], $3::float8[]) AS asked (key, token, lease)),
+    claim AS (
       INSERT INTO ${table.sql} AS d (key, token, ends, forget)
-      VALUES ($1::text, $2::text, now() + $3::float8 * interval '1 ms', now() + ${RETENTION} * interval '1 ms')
+      SELECT key, token, now() + lease * interval '1 ms', now() + ${RETENTION} * interval '1 ms' FROM asked ORDER BY key
       ON CONFLICT (key) DO UPDATE SET token = excluded.token, done = false, ends = excluded.ends, forget = excluded.forget,
         finished = CASE WHEN d.done THEN '' ELSE d.finished END
         WHERE CASE WHEN d.done THEN d.forget <= now() ELSE d.token IS NULL OR d.ends <= now() END
-      RETURNING finished
+      RETURNING key, finished
     )
-    SELECT 'claimed' AS state, finished FROM claim
-    UNION ALL
-    SELECT CASE WHEN EXISTS (SELECT FROM ${table.sql} WHERE key = $1::text AND done AND forget > now()) THEN 'done' ELSE 'running' END, ''
-      WHERE NOT EXISTS (SELECT FROM claim)`
+    SELECT key, claim.finished, CASE WHEN claim.finished IS NOT NULL THEN 'claimed'
+      WHEN EXISTS (SELECT FROM ${table.sql} AS d WHERE d.key = asked.key AND done AND forget > now()) THEN 'done' ELSE 'running' END AS state
+      FROM asked LEFT JOIN claim USING (key)`
   const checkpoint = `UPDATE ${table.sql} SET finished = finished || $3::text || chr(10) WHERE key = $1 AND token = $2`
-  const complete = `UPDATE ${table.sql} SET token = NULL, done = true, finished = '', forget = now() + $3::float8 * interval '1 ms' WHERE key = $1 AND token = $2 RETURNING key`
+  const complete = `
+    WITH mine AS (
+      SELECT key, retention FROM ${table.sql} AS d JOIN unnest($1::text[], $2::text[], $3::float8[]) AS asked (key, token, retention) USING (key, token)
+      ORDER BY key FOR UPDATE OF d
+    )
+    UPDATE ${table.sql} AS d SET token = NULL, done = true, finished = '', forget = now() + retention * interval '1 ms' FROM mine WHERE d.key = mine.key RETURNING d.key`
   const extend = `UPDATE ${table.sql} SET ends = now() + $3::float8 * interval '1 ms' WHERE key = $1 AND token = $2 RETURNING key`
   const release = `UPDATE ${table.sql} SET token = NULL WHERE key = $1 AND token = $2`
   const pruning = new Pruning(async () => {
@@ -68,11 +92,26 @@ export function postgresStore (db: PgPool | PgLite, { table: tableName = STORE_T
     return rows.length
   })
 
+  /** One statement for what a turn asks of different deliveries; what it asks of one delivery more than once takes several. */
+  const forMany = (sql: string) => grouped<Asked, Row | undefined>(GROUP, async asked => {
+    const rows = new Map<Asked, Row>()
+    for (let left = asked; left.length > 0;) {
+      const now = new Map(left.map(each => [each.key, each]).reverse() as Array<[string, Asked]>)
+      const columns = [...now.values()]
+      const found = await database.query(sql, [columns.map(({ key }) => key), columns.map(({ token }) => token), columns.map(({ ms }) => ms)]) as Row[]
+      for (const row of found) rows.set(now.get(row.key)!, row)
+      left = left.filter(each => now.get(each.key) !== each)
+    }
+    return asked.map(each => rows.get(each))
+  })
+  const beginOne = forMany(begin)
+  const completeOne = forMany(complete)
+
   return {
     async begin (key, lease): Promise<Claim> {
       await ready()
       const token = randomUUID()
-      const [{ state, finished }] = await database.query(begin, [short(key), token, lease]) as [{ state: Claim['state'], finished: string }]
+      const { state, finished } = await beginOne({ key: short(key), token, ms: lease }) as Row
       if (state !== 'claimed') return { state }
       // What is wrong with the database is told by the next begin().
       pruning.inserted(() => {})
@@ -82,7 +121,7 @@ export function postgresStore (db: PgPool | PgLite, { table: tableName = STORE_T
       await database.query(checkpoint, [short(key), token, JSON.stringify(handler)])
     },
     async complete (key, token, retention) {
-      return (await database.query(complete, [short(key), token, retention])).length === 1
+      return await completeOne({ key: short(key), token, ms: retention }) !== undefined
     },
     async extend (key, token, lease) {
       return (await database.query(extend, [short(key), token, lease])).length === 1

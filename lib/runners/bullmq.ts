@@ -1,7 +1,8 @@
 import { Queue, Worker } from 'bullmq'
-import type { BackoffOptions, ConnectionOptions, KeepJobs, WorkerOptions } from 'bullmq'
+import type { BackoffOptions, ConnectionOptions, JobsOptions, KeepJobs, WorkerOptions } from 'bullmq'
 import type { Job as BullMQJob } from 'bullmq'
 import { InvalidOptions, Overloaded, Unavailable } from '../errors.ts'
+import { grouped } from '../grouped.ts'
 import { causeOf, deadDelivery, describeFailure } from './handler-failures.ts'
 import { RETENTION } from '../stores/store.ts'
 import { assertCount } from './background.ts'
@@ -80,6 +81,15 @@ type QueuedData = QueuedDelivery | { readonly json: string }
 
 type QueuedJob = BullMQJob<QueuedData>
 
+/** Deliveries that are queued at once. */
+const GROUP = 100
+
+interface NewJob {
+  readonly name: string
+  readonly data: QueuedData
+  readonly opts: JobsOptions & { readonly jobId: string }
+}
+
 /** Failed jobs that are looked at in one go. */
 const PAGE = 100
 
@@ -118,6 +128,22 @@ export function bullmq ({
   let queue: Queue<QueuedData> | undefined
   let processor: Worker<QueuedData> | undefined
   let closing = false
+
+  const settings: JobsOptions = {
+    attempts,
+    backoff: typeof backoff === 'number' ? { type: 'exponential', delay: backoff, jitter: 0.5 } : backoff,
+    removeOnComplete,
+    ...(removeOnFail !== undefined && { removeOnFail })
+  }
+
+  /** @returns whether it was not there before */
+  const enqueue = grouped<NewJob, boolean>(GROUP, async jobs => {
+    const queue = opened()
+    // BullMQ takes one a second time without a word.
+    const known = await Promise.all(jobs.map(async ({ opts }) => await queue.getJob(opts.jobId)))
+    await queue.addBulk(jobs.filter((_job, index) => known[index] === undefined))
+    return known.map(job => job === undefined)
+  })
 
   function opened (): Queue<QueuedData> {
     if (queue === undefined) throw new Unavailable({ cause: new Error('bullmq: expected the app to be ready') })
@@ -176,17 +202,7 @@ export function bullmq ({
     },
     async run (job) {
       if (closing || queue === undefined) throw new Overloaded()
-      const jobId = idOf(job)
-      // BullMQ takes it a second time without a word.
-      if (await queue.getJob(jobId) !== undefined) return 'duplicate'
-      await queue.add(JOB_NAME, pack(job), {
-        jobId,
-        attempts,
-        backoff: typeof backoff === 'number' ? { type: 'exponential', delay: backoff, jitter: 0.5 } : backoff,
-        removeOnComplete,
-        ...(removeOnFail !== undefined && { removeOnFail })
-      })
-      return undefined
+      return await enqueue({ name: JOB_NAME, data: pack(job), opts: { ...settings, jobId: idOf(job) } }) ? undefined : 'duplicate'
     },
     async dead (limit = 100, type) {
       const found: DeadDelivery[] = []
