@@ -38,7 +38,7 @@ t.test('with an inbox every effect is there exactly once, whoever is killed: the
   for (const { needsRedis, needsPostgres, small, ...pair } of EXACT as Pair[]) {
     if (!small && !isLong) continue
     const { store, runner, inbox, zombies } = pair
-    const kills = zombies ? sized(1, 10) : sized(2, 30)
+    const kills = zombies ? 10 : sized(2, 30)
     const skip = (needsPostgres && postgresMissing) || (needsRedis && redisMissing)
     await t.test(`${inbox} inbox, ${store} store, ${runner} runner${zombies ? ', a receiver that is stopped beyond its lease' : ''}`, { skip }, async t => {
       const postgres = needsPostgres ? { url: server!.url, crash: async () => await server!.restart() } : undefined

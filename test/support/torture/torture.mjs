@@ -41,7 +41,7 @@ export const EXACT = [
   { store: 'sqlite', runner: 'durable', inbox: 'sqlite', small: true },
   { store: 'memory', runner: 'inline', inbox: 'postgres' },
   { store: 'postgres', runner: 'inline', inbox: 'postgres', small: true },
-  { store: 'postgres', runner: 'inline', inbox: 'postgres', zombies: true, small: true },
+  { store: 'postgres', runner: 'inline', inbox: 'postgres', zombies: true },
   { store: 'memory', runner: 'durable', inbox: 'postgres' },
   { store: 'memory', runner: 'bullmq', inbox: 'postgres', needsRedis: true },
   { store: 'memory', runner: 'pgboss', inbox: 'postgres' }
