@@ -6,10 +6,10 @@ import type { FastifyInstance, FastifyRequest } from 'fastify'
 import Database from 'libsql'
 import t from 'tap'
 import { background, channels, memoryStore } from '../lib/index.ts'
-import type { DeliveryMessage, EnqueueMessage, HandlerMessage, IdempotencyStore, MessageChannel, OpenAIWebhookOptions, Runner, RunnerHost, VerifiedRequest, Verifier } from '../lib/index.ts'
+import type { DeliveryMessage, EnqueueMessage, HandlerMessage, IdempotencyStore, Job, MessageChannel, OpenAIWebhookOptions, Runner, RunnerHost, VerifiedRequest, Verifier } from '../lib/index.ts'
 import { durable } from '../lib/sqlite/index.ts'
-import { SECRET, build, post, sign, thin } from './support/deliveries.ts'
-import { capturedLog, deferred, redelivered } from './support/observe.ts'
+import { SECRET, build, outcome, post, sign, thin } from './support/deliveries.ts'
+import { capturedLog, closeTimeout, deferred, drained, redelivered } from './support/observe.ts'
 
 type Teardown = { teardown: (fn: () => unknown) => void }
 
@@ -490,4 +490,60 @@ t.test('a subscriber that throws changes neither the answer nor what others are 
   t.equal(ended.code, 1)
   t.equal(ended.stdout, '')
   t.match(ended.stderr, /a subscriber failed/)
+})
+
+t.test('whatever `around` does, the traced work runs, once, and its end is the answer', async t => {
+  const arounds: Record<string, (work: () => unknown) => unknown> = {
+    'calls nothing': () => {},
+    'throws before': () => { throw new Error('tracer') },
+    'throws after': work => {
+      work()
+      throw new Error('tracer')
+    },
+    'calls twice': work => {
+      work()
+      return work()
+    },
+    'returns nothing': work => { work() }
+  }
+  for (const [name, around] of Object.entries(arounds)) {
+    for (const channel of ['enqueue', 'delivery', 'handler'] as const) {
+      t.test(`${name}: ${channel}`, async t => {
+        const nothing = (): void => {}
+        const subscribers = { start (message: object) { Object.assign(message, { around }) }, end: nothing, asyncStart: nothing, asyncEnd: nothing, error: nothing }
+        const traced = channels[channel] as typeof channels.handler
+        traced.subscribe(subscribers)
+        t.teardown(() => { traced.unsubscribe(subscribers) })
+        const app = await build(t, { deadline: 100, closeTimeout, ...(channel === 'enqueue' && { runner: background() }) })
+        let runs = 0
+        app.openaiWebhook.on('batch.failed', async () => {
+          await null
+          if (++runs === 1 && channel !== 'enqueue') throw new Error('disk full')
+        })
+        const delivery = sign(thin('batch.failed'))
+        if (channel !== 'enqueue') t.equal(await outcome(app, delivery), '500 HANDLER_FAILED')
+        t.equal(await outcome(app, redelivered(delivery)), '200 {"received":true}')
+        await drained(t, app)
+        t.equal(runs, channel === 'enqueue' ? 1 : 2)
+      })
+    }
+  }
+})
+
+t.test('what a queue adds to a job is not taken for a part of the messages about it', async t => {
+  const ended: Array<{ error?: unknown }> = []
+  const nothing = (): void => {}
+  const subscribers = { start: nothing, end: nothing, asyncStart: nothing, asyncEnd (message: { error?: unknown }) { ended.push(message) }, error: nothing }
+  channels.delivery.subscribe(subscribers)
+  t.teardown(() => { channels.delivery.unsubscribe(subscribers) })
+  let host: RunnerHost | undefined
+  const app = await build(t, { runner: { start (startedBy) { host = startedBy }, run () {} } })
+  let runs = 0
+  app.openaiWebhook.on('batch.failed', () => { runs++ })
+  await app.ready()
+  const job: Job = { webhookId: 'wh_1', timestamp: 1, endpoint: '/webhooks/openai', event: thin('batch.failed') }
+  await host?.process({ ...job, error: 'the last attempt\'s', around: 'the clock' } as Job)
+  t.equal(runs, 1)
+  t.equal(ended.length, 1)
+  t.equal(ended[0]?.error, undefined)
 })

@@ -1,15 +1,16 @@
 import { createHash } from 'node:crypto'
 import { Type } from '@sinclair/typebox'
-import type { FastifyInstance } from 'fastify'
+import type { FastifyBaseLogger, FastifyInstance } from 'fastify'
 import Fastify, { LogController } from 'fastify'
 import Database from 'libsql'
 import t from 'tap'
 import openaiWebhook, { background, memoryStore } from '../lib/index.ts'
 import type { Verifier } from '../lib/index.ts'
+import { RefusalLog } from '../lib/log.ts'
 import { durable } from '../lib/sqlite/index.ts'
-import { SECRET, build, post, sign, stoppedClock, thin } from './support/deliveries.ts'
+import { SECRET, build, outcome, post, sign, stoppedClock, thin } from './support/deliveries.ts'
 import type { Signed } from './support/deliveries.ts'
-import { capturedLog, deferred, redelivered } from './support/observe.ts'
+import { capturedLog, closeTimeout, deferred, drained, redelivered } from './support/observe.ts'
 import type { LogLine } from './support/observe.ts'
 import { sized } from './support/size.ts'
 
@@ -336,4 +337,59 @@ t.test('Fastify\'s own line about an error is there once, whatever error handler
     await post(app, forged())
     t.same(log.lines.map(({ msg }) => msg), ['incoming request', REFUSED, ...handled, 'no signature matches the body and the signing secret', 'request completed'], when)
   }
+})
+
+t.test('a line that cannot be written fails no delivery', async t => {
+  for (const kind of ['sync', 'async']) {
+    t.test(`${kind} store`, async t => {
+      const { logger } = capturedLog()
+      const hooks = {
+        logMethod (this: object, args: unknown[], method: (...args: unknown[]) => void): void {
+          if (args.some(arg => typeof arg === 'string' && arg.startsWith('webhook delivery'))) throw new Error('ENOSPC')
+          method.apply(this, args)
+        }
+      }
+      const store = memoryStore()
+      const begin: typeof store.begin = (...args) => kind === 'sync' ? store.begin(...args) : Promise.resolve(store.begin(...args))
+      const app = await build(t, { idempotency: { store: { ...store, begin } }, deadline: 100, closeTimeout }, { logger: { ...(logger as object), hooks } as never })
+      app.openaiWebhook.on('batch.failed', () => {})
+      const delivery = sign(thin('batch.failed'))
+      t.equal(await outcome(app, delivery), '200 {"received":true}')
+      t.equal(await outcome(app, redelivered(delivery)), '200 {"received":true,"duplicate":true}')
+      t.equal(await outcome(app, { ...delivery, body: Buffer.from('{}') }), '401 INVALID_SIGNATURE')
+      await drained(t, app)
+    })
+  }
+
+  t.test('nor the process, at the end of a window of refusals', async t => {
+    const log = { isLevelEnabled: () => true, warn () { throw new Error('ENOSPC') } } as unknown as FastifyBaseLogger
+    const refusals = new RefusalLog(log)
+    for (let i = 0; i < 6; i++) refusals.write(log, 'CODE', 401, { endpoint: '/' })
+    t.doesNotThrow(() => refusals.flush())
+  })
+})
+
+t.test('a refusal by an app\'s hook is told, though its code is a number', async t => {
+  const { lines, logger } = capturedLog()
+  const app = await build(t, {}, { logger })
+  app.addHook('preValidation', async () => { throw Object.assign(new Error('duplicate key'), { code: 11000 }) })
+  const told: unknown[] = []
+  app.openaiWebhook.onError((error: Error & { code?: unknown }) => { told.push(error.code) })
+  t.equal(await outcome(app), '500 11000')
+  t.same(told, [11000])
+  t.equal(lines.find(({ msg }) => msg === 'webhook delivery refused')?.['code'], '11000')
+})
+
+t.test('refusals are counted under their own code, however many others there are', async t => {
+  const lines: Array<{ code: string, endpoint?: string, suppressed?: number }> = []
+  const log = { isLevelEnabled: () => true, warn: (line: typeof lines[number]) => { lines.push(line) } } as unknown as FastifyBaseLogger
+  const refusals = new RefusalLog(log)
+  const write = (code: string, endpoint: string): void => refusals.write(log, code, 401, { endpoint })
+  for (let i = 0; i < 10; i++) write('FIRST', '/a')
+  for (let i = 0; i < 5_000; i++) write(`CODE_${i}`, `/${i}`)
+  for (let i = 0; i < 10; i++) write('FIRST', '/a')
+  refusals.flush()
+  const counted = lines.filter(({ suppressed }) => suppressed !== undefined)
+  t.match(counted, [{ code: 'FIRST', endpoint: '/a', suppressed: 15 }, { code: 'others', endpoint: undefined, suppressed: 4_796 }])
+  t.equal(counted.length, 2)
 })

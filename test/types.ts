@@ -1,5 +1,5 @@
 // Checked by tsc, never run. The guide's events change the types of two official ones, so their merging is checked in a
-// program of its own: test/events.test.ts.
+// program of its own: test/events/events.test.ts.
 import type { PGlite } from '@electric-sql/pglite'
 import { Client } from 'pg'
 import type { Pool, PoolClient } from 'pg'

@@ -66,6 +66,13 @@ export async function post (app: FastifyInstance, { headers, body }: Signed, url
   return await app.inject({ method: 'POST', url, headers, payload: body })
 }
 
+/** The status, with the code of a refusal or else the body. */
+export async function outcome (app: FastifyInstance, delivery = sign(thin('batch.failed')), url?: string): Promise<string> {
+  const { statusCode, body } = await post(app, delivery, url)
+  const code = /"code":"(?:FST_OPENAI_WEBHOOK_)?(\w+)"/.exec(body)?.[1]
+  return `${statusCode} ${code ?? body}`
+}
+
 /** A clock that only moves when the test moves it, until the test ends. Boot the app before: booting takes timers. */
 export function stoppedClock (t: { teardown: (fn: () => unknown) => void }, ms?: number): SteppedTime {
   return new SteppedTime(t, ms)

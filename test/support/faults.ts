@@ -12,6 +12,7 @@ import { SECRET, post, sign } from './deliveries.ts'
 import type { Signed } from './deliveries.ts'
 import { redelivered } from './observe.ts'
 import type { HandleName } from './sqlite.mjs'
+import { RedisServer } from './redis.ts'
 
 type Teardown = { teardown: (fn: () => unknown) => void }
 
@@ -226,4 +227,12 @@ export function effectsIn (file: string): Array<{ webhookId: string, pid: number
     const [webhookId = '', pid] = line.split(' ')
     return { webhookId, pid: Number(pid) }
   })
+}
+
+/** A replica of `main`, in step with it. */
+export async function replicaOf (t: { teardown: (fn: () => unknown) => void }, main: RedisServer): Promise<RedisServer> {
+  const replica = await RedisServer.start(t, '--replicaof', '127.0.0.1', String(main.port))
+  const admin = redisClient(t, replica.port)
+  await until('the replica to be in step', async () => (await admin.info('replication')).includes('master_link_status:up'))
+  return replica
 }

@@ -6,6 +6,16 @@ import type { IdempotencyStore } from '../../lib/index.ts'
 import { sign } from './deliveries.ts'
 import type { Signed } from './deliveries.ts'
 
+/** ms; far more than an app takes to close that has nothing left to wait for. */
+export const closeTimeout = 2_000
+
+/** Closes an app whose `closeTimeout` is that one, and which has nothing left to wait for. */
+export async function drained (t: { ok: (value: unknown, message: string) => unknown }, app: FastifyInstance): Promise<void> {
+  const startedAt = performance.now()
+  await app.close()
+  t.ok(performance.now() - startedAt < closeTimeout / 2, 'drained')
+}
+
 export interface Deferred<T> {
   promise: Promise<T>
   resolve: (value: T) => void

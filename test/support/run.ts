@@ -10,9 +10,10 @@ if (isLong) args.shift()
 const files = args.filter(arg => !arg.startsWith('-'))
 
 // What takes longest comes first, so that no core waits for it at the end.
-const FIRST = ['torture', 'simulation', 'processes', 'docs', 'cli', 'diagnose'].map(name => `test/${name}.test.ts`)
-const LONG = readdirSync('test/long').filter(file => file.endsWith('.test.ts')).map(file => `test/long/${file}`)
-const ALL = readdirSync('test').filter(file => file.endsWith('.test.ts')).map(file => `test/${file}`)
+const FIRST = ['torture', 'simulation', 'processes', 'docs', 'cli/cli', 'diagnose/diagnose'].map(name => `test/${name}.test.ts`)
+const FILES = readdirSync('test', { recursive: true, encoding: 'utf8' }).filter(file => file.endsWith('.test.ts')).map(file => `test/${file}`)
+const LONG = FILES.filter(file => file.startsWith('test/long/'))
+const ALL = FILES.filter(file => !LONG.includes(file))
 const SIZED = ALL.filter(file => readFileSync(file, 'utf8').includes('support/size.ts'))
 
 const missing = [redisMissing, prometheusMissing, postgresMissing].filter(reason => reason !== false)

@@ -1,0 +1,263 @@
+import { Readable } from 'node:stream'
+import type { FastifyInstance, FastifyReply, RouteHandlerMethod } from 'fastify'
+import t from 'tap'
+import { memoryStore } from '../../lib/index.ts'
+import type { IdempotencyStore } from '../../lib/index.ts'
+import { build, outcome, sign, stoppedClock, thin } from '../support/deliveries.ts'
+import { deferred, listen, redelivered, send, watchedStore } from '../support/observe.ts'
+
+// Whether a route's own handler has succeeded, where that is not plain.
+
+const DUPLICATE = '200 {"received":true,"duplicate":true}'
+const marked = { config: { openaiWebhook: {} } }
+
+type Tap = Parameters<typeof build>[0] & Pick<typeof t, 'equal'>
+
+/** A store whose answers come later. */
+function asyncStore (): IdempotencyStore {
+  const store = memoryStore()
+  return {
+    begin: async (...args) => store.begin(...args),
+    checkpoint: async (...args) => store.checkpoint(...args),
+    complete: async (...args) => store.complete(...args),
+    extend: async (...args) => store.extend(...args),
+    release: async (...args) => store.release(...args)
+  }
+}
+
+t.test('a route\'s own handler that ends after the deadline is judged by what it replies', async t => {
+  /** Delivers to a handler that replies once the sender has been refused, and waits until that is recorded. */
+  async function overdue (t: Tap, before: (reply: FastifyReply) => void, ending: RouteHandlerMethod): Promise<() => Promise<string>> {
+    const refused = deferred()
+    const { store, next } = watchedStore()
+    const app = await build(t, { idempotency: { store }, deadline: 20 })
+    let first = true
+    app.post('/own', marked, async function (request, reply) {
+      if (!first) return { again: true }
+      first = false
+      before(reply)
+      await refused.promise
+      return await ending.call(this, request, reply)
+    })
+    await listen(app) // its socket keeps the process alive until the deadline, whose timer does not
+    const delivery = sign(thin('batch.failed'))
+    t.equal(await outcome(app, delivery, '/own'), '503 DEADLINE')
+    const recorded = Promise.race([next('complete'), next('release')])
+    refused.resolve()
+    await recorded
+    return async () => await outcome(app, redelivered(delivery), '/own')
+  }
+  const nothing = (): void => {}
+  const failed = (reply: FastifyReply): void => { reply.code(500) }
+
+  const failures: Record<string, [(reply: FastifyReply) => void, RouteHandlerMethod]> = {
+    'sends a status that is not 2xx': [nothing, async (_request, reply) => reply.code(500).send('no')],
+    'sends with such a status from before': [failed, async (_request, reply) => reply.send('no')],
+    'returns a body with such a status from before': [failed, async () => 'no'],
+    'says so by status()': [nothing, async (_request, reply) => { reply.status(422).send() }],
+    redirects: [nothing, async (_request, reply) => reply.redirect('/elsewhere')],
+    'sends an error': [nothing, async (_request, reply) => reply.send(new Error('disk full'))],
+    'returns an error': [nothing, async () => new Error('disk full')],
+    'returns a Response that is not 2xx': [nothing, async () => new Response('no', { status: 500 })]
+  }
+  for (const [name, [before, ending]] of Object.entries(failures)) {
+    t.test(`and ${name} runs again`, async t => {
+      const retry = await overdue(t, before, ending)
+      t.equal(await retry(), '200 {"again":true}')
+    })
+  }
+
+  const successes: Record<string, [(reply: FastifyReply) => void, RouteHandlerMethod]> = {
+    'sends a 2xx of its own': [nothing, async (_request, reply) => reply.code(201).send('yes')],
+    'takes a failure back': [failed, async (_request, reply) => reply.code(200).send('yes')],
+    'returns a Response': [nothing, async () => new Response('yes')],
+    'returns nothing, whatever the status': [failed, async () => {}]
+  }
+  for (const [name, [before, ending]] of Object.entries(successes)) {
+    t.test(`and ${name} does not run again`, async t => {
+      const retry = await overdue(t, before, ending)
+      t.equal(await retry(), DUPLICATE)
+    })
+  }
+})
+
+t.test('a route\'s own handler that replies while hooks hold the refusal', async t => {
+  type Hold = (app: FastifyInstance, held: Promise<void>, holding: () => void) => void
+  const holds: Record<string, [Hold, string]> = {
+    'onError, which lets nobody else reply': [(app, held, holding) => {
+      app.addHook('onError', async () => {
+        holding()
+        await held
+      })
+    }, '503 DEADLINE'],
+    'an async error handler': [(app, held, holding) => {
+      app.setErrorHandler(async (error: { statusCode?: number }, _request, reply) => {
+        holding()
+        await held
+        return await reply.code(error.statusCode ?? 500).send('refused')
+      })
+    }, '200 own']
+  }
+  for (const [name, [hold, expected]] of Object.entries(holds)) {
+    t.test(name, async t => {
+      const held = deferred()
+      const holding = deferred()
+      const { store, next } = watchedStore()
+      const app = await build(t, { idempotency: { store }, deadline: 20 })
+      hold(app, held.promise, holding.resolve)
+      let runs = 0
+      app.post('/own', marked, (_request, reply) => {
+        runs++
+        holding.promise.then(() => reply.send('own'), () => {}) // a callback: nothing but the reply tells of its end
+        return reply
+      })
+      await listen(app)
+      const delivery = sign(thin('batch.failed'))
+      const completed = next('complete')
+      const answering = outcome(app, delivery, '/own')
+      await completed
+      held.resolve()
+      t.equal(await answering, expected)
+      t.equal(await outcome(app, redelivered(delivery), '/own'), DUPLICATE)
+      t.equal(runs, 1)
+    })
+  }
+})
+
+t.test('a route\'s own handler whose reply turns out to be a failure as it is written', async t => {
+  const replies: Record<string, RouteHandlerMethod> = {
+    'a body of no type that can be sent': async (_request, reply) => {
+      reply.type('text/html')
+      return { own: true }
+    },
+    'a stream that fails': async () => new Readable({ read () { this.destroy(new Error('no upstream')) } }),
+    'a Response with a status of its own': async () => new Response('no', { status: 500 })
+  }
+  for (const [name, reply] of Object.entries(replies)) {
+    for (const [kind, store] of [['sync', memoryStore()], ['async', asyncStore()]] as const) {
+      t.test(`${name}, ${kind} store: answered 500, and runs again`, async t => {
+        const app = await build(t, { idempotency: { store } })
+        let runs = 0
+        app.post('/own', marked, function (request, ...args) {
+          return ++runs === 1 ? reply.call(this, request, ...args) : { again: true }
+        })
+        await listen(app)
+        const delivery = sign(thin('batch.failed'))
+        t.match(await send(app, delivery, '/own'), /^HTTP\/1\.1 500 /)
+        t.match(await send(app, redelivered(delivery), '/own'), /\{"again":true\}$/)
+      })
+    }
+  }
+
+  t.test('and what succeeds as it is written does not run again', async t => {
+    for (const reply of [() => Readable.from(['own']), () => new Response('own')]) {
+      const app = await build(t)
+      app.post('/own', marked, async () => reply())
+      await listen(app)
+      const delivery = sign(thin('batch.failed'))
+      t.match(await send(app, delivery, '/own'), /^HTTP\/1\.1 200 /)
+      t.equal(await outcome(app, redelivered(delivery), '/own'), DUPLICATE)
+    }
+  })
+
+  t.test('a header that cannot be sent does not end the process', async t => {
+    const app = await build(t, { idempotency: { store: asyncStore() } })
+    app.post('/own', marked, async (_request, reply) => reply.header('x-own', 'a\nb').send('own'))
+    await listen(app)
+    t.match(await send(app, sign(thin('batch.failed')), '/own'), /^HTTP\/1\.1 500 /)
+  })
+})
+
+t.test('what is not an Error fails a route\'s own handler, even with a status', async t => {
+  const app = await build(t)
+  let runs = 0
+  const noError: unknown = { statusCode: 503, message: 'later' }
+  app.post('/own', marked, async () => {
+    runs++
+    throw noError
+  })
+  const delivery = sign(thin('batch.failed'))
+  t.equal(await outcome(app, delivery, '/own'), '500 HANDLER_FAILED')
+  t.equal(await outcome(app, redelivered(delivery), '/own'), '500 HANDLER_FAILED')
+  t.equal(runs, 2)
+})
+
+t.test('a route\'s own handler that writes to the socket', async t => {
+  t.test('is not acknowledged into it', async t => {
+    const ended = deferred()
+    const app = await build(t)
+    app.post('/own', marked, async (_request, reply) => {
+      reply.raw.writeHead(200)
+      reply.raw.write('ow')
+      ended.promise.then(() => reply.raw.end('n'), () => {})
+    })
+    await listen(app)
+    const delivery = sign(thin('batch.failed'))
+    const answering = send(app, delivery, '/own')
+    setImmediate(ended.resolve)
+    t.match(await answering, /^HTTP\/1\.1 200 [^]*ow\r\n1\r\nn\r\n/)
+    t.equal(await outcome(app, redelivered(delivery), '/own'), DUPLICATE)
+  })
+
+  t.test('is not refused into it at the deadline', async t => {
+    const written = deferred()
+    const over = deferred()
+    const app = await build(t, { deadline: 1_000 })
+    app.post('/own', marked, async (_request, reply) => {
+      reply.raw.writeHead(200)
+      reply.raw.write('ow')
+      written.resolve()
+      await over.promise
+      reply.raw.end('n')
+    })
+    await listen(app)
+    const clock = stoppedClock(t)
+    const answering = send(app, sign(thin('batch.failed')), '/own')
+    await written.promise
+    clock.advance(1_000)
+    over.resolve()
+    t.match(await answering, /^HTTP\/1\.1 200 [^]*ow\r\n1\r\nn\r\n/)
+  })
+})
+
+t.test('the answer of a route\'s own handler waits for the store, but not beyond the deadline', async t => {
+  for (const replied of ['before', 'after']) {
+    t.test(`which came ${replied} the store was told`, async t => {
+      const told = deferred()
+      const held = deferred()
+      const sending = deferred()
+      const app = await build(t, {
+        deadline: 1_000,
+        closeTimeout: 0,
+        idempotency: {
+          store: {
+            ...memoryStore(),
+            complete () {
+              told.resolve()
+              return new Promise(() => {})
+            }
+          }
+        }
+      })
+      app.addHook('onSend', async () => {
+        sending.resolve()
+        await held.promise
+      })
+      app.post('/own', marked, async () => 'own')
+      await app.ready()
+      const clock = stoppedClock(t)
+      const answering = outcome(app, sign(thin('batch.failed')), '/own')
+      await sending.promise
+      if (replied === 'after') {
+        held.resolve()
+        await told.promise
+        clock.advance(1_000)
+      } else {
+        clock.advance(1_000)
+        held.resolve()
+      }
+      t.equal(await answering, '200 own')
+      clock.exit()
+    })
+  }
+})

@@ -1,0 +1,172 @@
+import t from 'tap'
+import { memoryStore } from '../../lib/index.ts'
+import type { IdempotencyStore, Job, Runner, RunnerHost } from '../../lib/index.ts'
+import { runnerContract } from '../../lib/testing/index.ts'
+import { build, outcome, post, sign, stoppedClock, thin } from '../support/deliveries.ts'
+import { deferred, redelivered } from '../support/observe.ts'
+
+// What a runner finds when it asks its host for a job, once or more often.
+
+const JOB: Job = { webhookId: 'wh_1', timestamp: 1750861210, endpoint: '/webhooks/openai', event: thin('batch.failed') }
+
+const turn = async (): Promise<void> => await new Promise(resolve => setImmediate(resolve))
+
+async function hosted (t: Parameters<typeof build>[0], store: IdempotencyStore = memoryStore()) {
+  let host!: RunnerHost
+  const runner: Runner = { start (startedBy) { host = startedBy }, run () {} }
+  const app = await build(t, { runner, idempotency: { store } })
+  let runs = 0
+  const running = deferred()
+  app.openaiWebhook.on('batch.failed', async () => {
+    runs++
+    await running.promise
+  })
+  await app.ready()
+  return { host, app, runs: () => runs, finish: running.resolve }
+}
+
+t.test('a job whose claim another process keeps is given back after some seconds, to be run again', async t => {
+  const { host, runs } = await hosted(t, { ...memoryStore(), begin: () => ({ state: 'running' }) })
+  const clock = stoppedClock(t)
+  const settled = new AbortController()
+  const refused = t.rejects(Promise.resolve(host.process(JOB)).finally(() => { settled.abort() }), { code: 'FST_OPENAI_WEBHOOK_IN_PROGRESS' })
+  while (!settled.signal.aborted) {
+    await turn()
+    clock.advance(1_000)
+  }
+  await refused
+  t.equal(runs(), 0)
+})
+
+t.test('a job that is asked for twice runs once', async t => {
+  t.test('by a queue, before the store has answered', async t => {
+    const store = memoryStore()
+    const asked = deferred()
+    const { host, runs, finish } = await hosted(t, {
+      ...store,
+      async begin (key, lease) {
+        await asked.promise
+        return await store.begin(key, lease)
+      }
+    })
+    finish()
+    const both = Promise.all([host.process(JOB), host.process(JOB)])
+    asked.resolve()
+    await both
+    t.equal(runs(), 1)
+  })
+
+  t.test('by a runner, while the sender waits', async t => {
+    let host!: RunnerHost
+    const runner: Runner = {
+      start (startedBy) { host = startedBy },
+      async run (job) { await Promise.all([host.process(job), host.process(job)]) }
+    }
+    const app = await build(t, { runner })
+    let runs = 0
+    app.openaiWebhook.on('batch.failed', async () => {
+      runs++
+      await turn()
+    })
+    t.equal((await post(app, sign(thin('batch.failed')))).statusCode, 200)
+    t.equal(runs, 1)
+  })
+})
+
+t.test('without idempotency a long handler needs no store, and what failed is not remembered', async t => {
+  const app = await build(t, { idempotency: false, deadline: 2 ** 31 - 1 })
+  const told: unknown[] = []
+  app.openaiWebhook.onError(error => { told.push(error) })
+  const running = deferred()
+  const started = deferred()
+  let runs = 0
+  app.openaiWebhook.on('batch.failed', async () => {
+    started.resolve()
+    await running.promise
+    if (++runs === 1) throw new Error('the first time')
+  })
+  let others = 0
+  app.openaiWebhook.on('batch.failed', () => { others++ })
+  await app.ready()
+  const clock = stoppedClock(t)
+  const delivery = sign(thin('batch.failed'))
+  const first = post(app, delivery)
+  await started.promise
+  clock.advance(60_000)
+  await turn()
+  running.resolve()
+  t.equal((await first).statusCode, 500)
+  t.equal(told.length, 1, 'no lost claim was told')
+  t.equal((await post(app, redelivered(delivery))).statusCode, 200)
+  t.same([runs, others], [2, 2])
+})
+
+t.test('what a handler sends after its error, while an onError hook still looks at it, is not its answer', async t => {
+  const app = await build(t)
+  const looking = deferred()
+  app.addHook('onError', async () => { await looking.promise })
+  let code: unknown
+  let runs = 0
+  app.post('/own', { config: { openaiWebhook: {} } }, (_request, reply) => {
+    if (++runs > 1) return 'again'
+    reply.send(Object.assign(new Error('no room'), { statusCode: 507 }))
+    try {
+      reply.send('all is well')
+    } catch (error) {
+      code = (error as { code?: unknown }).code
+    }
+    looking.resolve()
+    return reply
+  })
+  const delivery = sign(thin('batch.failed'))
+  t.equal((await post(app, delivery, '/own')).statusCode, 507)
+  t.equal(code, 'FST_ERR_SEND_INSIDE_ONERR')
+  t.equal((await post(app, redelivered(delivery), '/own')).body, 'again')
+})
+
+t.test('a runner that keeps a job for itself breaks the contract', async t => {
+  const [processed] = runnerContract(() => ({ run () {} }))
+  const clock = stoppedClock(t)
+  const settled = new AbortController()
+  const broken = t.rejects(processed!.run().finally(() => { settled.abort() }), { message: /^expected the job to be processed within 10000 ms$/ })
+  while (!settled.signal.aborted) {
+    await turn()
+    clock.advance(6_000)
+  }
+  await broken
+})
+
+t.test('a runner that asks again for the handlers of a delivery that it is accepting', async t => {
+  /** A queue that attempts a job before it has told that it has it. */
+  async function retrying (t: Parameters<typeof build>[0], attempts: number, handler: (attempt: number) => unknown): Promise<[answer: string, runs: number]> {
+    let host: RunnerHost
+    let runs = 0
+    const app = await build(t, {
+      runner: {
+        start (startedBy) { host = startedBy },
+        async run (job: Job) {
+          for (let attempt = 1; ; attempt++) {
+            try {
+              return await host.process(JSON.parse(JSON.stringify(job)) as Job)
+            } catch (error) {
+              if (attempt === attempts) throw error
+            }
+          }
+        }
+      }
+    })
+    app.openaiWebhook.on('batch.failed', () => handler(++runs) as void)
+    return [await outcome(app), runs]
+  }
+  const fail = (): never => { throw new Error('disk full') }
+
+  for (const [kind, wrap] of [['sync', (work: () => void) => work()], ['async', async (work: () => void) => work()]] as const) {
+    t.test(`is not told of a success when a ${kind} handler fails`, async t => {
+      t.same(await retrying(t, 3, () => wrap(fail)), ['500 HANDLER_FAILED', 3])
+    })
+
+    t.test(`has a ${kind} handler run again, until it succeeds`, async t => {
+      t.same(await retrying(t, 3, attempt => wrap(() => { if (attempt < 3) fail() })), ['200 {"received":true}', 3])
+    })
+  }
+})

@@ -1,7 +1,0 @@
-import t from 'tap'
-import { missing } from './support/sqlite.mjs'
-
-t.test('node:sqlite', { skip: missing['node:sqlite'] }, async () => {
-  process.env['SQLITE_HANDLE'] = 'node:sqlite'
-  await import('./faults-sqlite.test.ts')
-})

@@ -1,0 +1,457 @@
+import { join } from 'node:path'
+import { PgBoss } from 'pg-boss'
+import type { JobInsert } from 'pg-boss'
+import pg from 'pg'
+import t from 'tap'
+import type { Job } from '../../lib/index.ts'
+import { pgboss } from '../../lib/runners/pgboss.ts'
+import { build, sign, thin } from '../support/deliveries.ts'
+import { Member, answer, batchFailed, effectsIn, until } from '../support/faults.ts'
+import { capturedLog, deferred, listen, redelivered } from '../support/observe.ts'
+import { newQueue, queueing, startedBoss } from '../support/pgboss.ts'
+import { PostgresServer, postgresMissing } from '../support/postgres.ts'
+
+type Teardown = { teardown: (fn: () => unknown) => void }
+
+const ENDPOINT = '/webhooks/openai'
+const skip = postgresMissing
+/** No poll comes while a test lasts. */
+const NO_POLLING = { pollingIntervalSeconds: 600 }
+
+let server: PostgresServer
+
+t.before(async () => {
+  if (skip === false) server = await PostgresServer.start(t)
+})
+
+/** Statements of the test's own, beside pg-boss. */
+function admin (t: Teardown): pg.Pool {
+  const pool = new pg.Pool({ connectionString: server.url, max: 1 })
+  t.teardown(async () => await pool.end())
+  return pool
+}
+
+async function states (boss: PgBoss, name: string): Promise<Record<string, number>> {
+  const counts: Record<string, number> = {}
+  for (const { state } of await boss.findJobs(name)) counts[state] = (counts[state] ?? 0) + 1
+  return counts
+}
+
+/** As if what is running had been silent for an hour, or had been running for one, and pg-boss looked for such. */
+async function lapsed (boss: PgBoss, pool: pg.Pool, name: string, column: 'heartbeat_on' | 'started_on' = 'heartbeat_on'): Promise<void> {
+  await pool.query(`UPDATE pgboss.job SET ${column} = now() - interval '2 hours' WHERE name = $1`, [name])
+  await pool.query('UPDATE pgboss.queue SET monitor_on = NULL WHERE name = $1', [name])
+  await boss.supervise(name)
+}
+
+t.test('queued once', { skip }, async t => {
+  t.test('a delivery that two receivers get, under an id that tells its endpoint, tenant and webhook-id', async t => {
+    const boss = await startedBoss(t, server)
+    const one = await queueing(t, boss, { worker: false })
+    const other = await queueing(t, await startedBoss(t, server), { worker: false, queueName: one.queueName })
+    const delivery = batchFailed('wh_twice')
+    const answers = await Promise.all([answer(one.app, delivery), answer(other.app, redelivered(delivery)), answer(one.app, redelivered(delivery))])
+    t.ok(answers.includes('200') && answers.every(text => text === '200' || text === '200 duplicate'), answers.join(', '))
+    t.equal(await answer(other.app, redelivered(delivery)), '200 duplicate')
+    t.same(await states(boss, one.queueName), { created: 1 })
+
+    const runner = pgboss({ boss, worker: false, queueName: newQueue() })
+    await runner.start!({ process () {}, report () {} })
+    const job = { webhookId: 'wh_1', timestamp: 1, endpoint: '/a', event: { type: 'batch.failed' } }
+    const jobs = [job, { ...job, endpoint: '/b' }, { ...job, webhookId: 'wh_2' }, { ...job, tenant: 'acme' }]
+    t.same(await Promise.all([...jobs, ...jobs].map(async each => await runner.run(each))), [...jobs.map(() => undefined), ...jobs.map(() => 'duplicate')])
+    await runner.close!()
+    await t.rejects(async () => await runner.run(job), { code: 'FST_OPENAI_WEBHOOK_OVERLOADED' })
+    await t.rejects(async () => await pgboss({ boss }).run(job), { code: 'FST_OPENAI_WEBHOOK_OVERLOADED' }, 'nor before it was started')
+  })
+
+  t.test('what comes in one turn is one statement; what cannot be queued fails no other', async t => {
+    const boss = await startedBoss(t, server)
+    const calls: number[] = []
+    const insert = boss.insert.bind(boss)
+    boss.insert = async (name: string, jobs: JobInsert[], options?: object) => {
+      calls.push(jobs.length)
+      if (jobs.some(({ data }) => JSON.stringify(data).includes('wh_bad'))) throw new Error('it cannot be queued')
+      return await insert(name, jobs, options)
+    }
+    const runner = pgboss({ boss, worker: false, queueName: newQueue() })
+    await runner.start!({ process () {}, report () {} })
+    const run = async (id: string): Promise<unknown> => await Promise.resolve(runner.run({ webhookId: id, timestamp: 1, endpoint: ENDPOINT, event: { type: 'batch.failed' } })).catch(error => (error as Error).message)
+    const ids = Array.from({ length: 150 }, (_, i) => `wh_${i}`)
+    t.same(await Promise.all(ids.map(run)), ids.map(() => undefined))
+    t.same(calls, [100, 50])
+    calls.length = 0
+    t.same(await Promise.all(['wh_0', 'wh_new', 'wh_bad', 'wh_other'].map(run)), ['duplicate', undefined, 'it cannot be queued', undefined])
+    t.same(calls, [4, 1, 1, 1, 1])
+    t.equal(await runner.depth!(), 152)
+  })
+
+  t.test('with whatever JSON can say', async t => {
+    const boss = await startedBoss(t, server)
+    const odd = 'a\u0000b\ud800 \\u0000 é "'
+    const seen: unknown[] = []
+    const app = await build(t, { runner: pgboss({ boss, queueName: newQueue(), attempts: 1 }) })
+    app.openaiWebhook.onAny(event => {
+      seen.push(event)
+      throw new Error(odd)
+    })
+    await listen(app)
+    const event = thin(`custom.${odd}`, { id: odd })
+    t.equal(await answer(app, sign(event)), '200')
+    const { deadLetters } = app.openaiWebhook
+    await until('it to be dead', async () => await deadLetters.count() === 1)
+    const asSent = JSON.parse(JSON.stringify(event)) as typeof event
+    t.same(seen, [asSent])
+    t.match(await deadLetters.list({ type: asSent.type }), [{ event: asSent, errors: [{ message: odd }] }])
+    t.same(await deadLetters.list({ type: 'custom.other' }), [])
+  })
+})
+
+t.test('workers', { skip }, async t => {
+  t.test('a backlog is worked off without a poll between, and what comes is run at once: in the same process', async t => {
+    const boss = await startedBoss(t, server)
+    const receiving = await queueing(t, boss, { worker: false })
+    const ids = Array.from({ length: 30 }, (_, i) => `wh_${i}`)
+    for (const id of ids) t.equal(await answer(receiving.app, batchFailed(id)), '200')
+    const working = await queueing(t, boss, { queueName: receiving.queueName, worker: { concurrency: 2, ...NO_POLLING } })
+    await until('all to run', () => working.ran.length === ids.length)
+    t.same([...working.ran].sort(), ids.sort())
+    for (const id of ['wh_new_1', 'wh_new_2', 'wh_new_3']) {
+      t.equal(await answer(working.app, batchFailed(id)), '200')
+      await until('it to run', () => working.ran.at(-1) === id)
+    }
+  })
+
+  t.test('in another process they are told by PostgreSQL, where their PgBoss listens to it', async t => {
+    const receiving = await queueing(t, await startedBoss(t, server), { worker: false })
+    const listening = await startedBoss(t, server, { useListenNotify: true })
+    const working = await queueing(t, listening, { queueName: receiving.queueName, worker: NO_POLLING })
+    for (const id of ['wh_1', 'wh_2', 'wh_3']) {
+      t.equal(await answer(receiving.app, batchFailed(id)), '200')
+      await until('it to run', () => working.ran.includes(id))
+    }
+    t.same(working.ran, ['wh_1', 'wh_2', 'wh_3'])
+  })
+
+  t.test('one at a time means that', async t => {
+    const boss = await startedBoss(t, server)
+    const state = await queueing(t, boss, { worker: { concurrency: 1 } })
+    let [running, most] = [0, 0]
+    state.work = async () => {
+      most = Math.max(most, ++running)
+      await new Promise(resolve => setImmediate(resolve))
+      running--
+    }
+    const ids = Array.from({ length: 10 }, (_, i) => `wh_${i}`)
+    await Promise.all(ids.map(async id => await answer(state.app, batchFailed(id))))
+    await until('all to run', () => state.ran.length === ids.length)
+    t.equal(most, 1)
+  })
+
+  t.test('app.close() waits for what runs, leaves what waits to the next worker, and the PgBoss to its user', async t => {
+    const boss = await startedBoss(t, server)
+    const [begun, closing, finish] = [deferred(), deferred(), deferred()]
+    const queueName = newQueue()
+    const runner = pgboss({ boss, queueName, worker: { concurrency: 1 } })
+    const first = await queueing(t, boss, { queueName }, {
+      runner: {
+        ...runner,
+        async close (signal) {
+          const closed = runner.close?.(signal)
+          closing.resolve()
+          await closed
+        }
+      }
+    })
+    let ended = false
+    first.work = async () => {
+      begun.resolve()
+      await finish.promise
+      ended = true
+    }
+    t.equal(await answer(first.app, batchFailed('wh_running')), '200')
+    await begun.promise
+    t.equal(await answer(first.app, batchFailed('wh_waiting')), '200')
+    const closed = first.app.close()
+    await closing.promise
+    finish.resolve()
+    await closed
+    t.equal(ended, true)
+    t.same(await states(boss, queueName), { completed: 1, created: 1 }, 'what ran is on record, and its PgBoss goes on')
+    t.equal(boss.listenerCount('error'), 1, 'and has no listener of ours')
+    const next = await queueing(t, boss, { queueName })
+    await until('the other to run', () => next.ran.length === 1)
+    t.same([first.ran, next.ran], [['wh_running'], ['wh_waiting']])
+  })
+
+  t.test('one that is killed while it runs a job: another process does it, once it has been silent for too long', async t => {
+    const boss = await startedBoss(t, server)
+    const effects = join(t.testdir(), 'effects')
+    // The queue of those that are told no name.
+    const receiving = await queueing(t, boss, { worker: false, queueName: 'openai-webhook' })
+    const options = { effects, runner: 'pgboss', postgresUrl: server.url, path: false, worker: { pollingIntervalSeconds: 0.5 } } as const
+    const killed = await Member.start(t, { ...options, hangs: true })
+    t.equal(await answer(receiving.app, batchFailed('wh_taken_over')), '200')
+    await until('the job to be started', () => effectsIn(effects).length === 1)
+    await killed.kill()
+    const other = await Member.start(t, options)
+    t.same(await states(boss, 'openai-webhook'), { active: 1 })
+    await lapsed(boss, admin(t), 'openai-webhook')
+    await until('the job to be done', async () => (await states(boss, 'openai-webhook'))['completed'] === 1)
+    t.same(effectsIn(effects), [{ webhookId: 'wh_taken_over', pid: killed.pid }, { webhookId: 'wh_taken_over', pid: other.pid }])
+    await other.close()
+  })
+
+  t.test('another one runs only what has not succeeded, though it shares no store', async t => {
+    const boss = await startedBoss(t, server)
+    const ran: string[] = []
+    const queueName = newQueue()
+    const worker = async (name: string, fails: boolean): Promise<() => Promise<void>> => {
+      const app = await build(t, { runner: pgboss({ boss, queueName, backoff: 1_000 }) })
+      app.openaiWebhook.on('batch.failed', () => { ran.push(`${name} import`) }, { name: 'import' })
+      app.openaiWebhook.on('batch.failed', () => {
+        ran.push(`${name} bill`)
+        if (fails) throw new Error('no such customer')
+      }, { name: 'bill' })
+      await listen(app)
+      if (fails) t.equal(await answer(app, batchFailed('wh_1')), '200')
+      return async () => await app.close()
+    }
+    const close = await worker('first', true)
+    await until('the first attempt', async () => (await states(boss, queueName))['retry'] === 1)
+    await close()
+    await worker('second', false)
+    await until('the second attempt', async () => (await states(boss, queueName))['completed'] === 1)
+    t.same(ran, ['first import', 'first bill', 'second bill'])
+  })
+
+  t.test('one without the route leaves its deliveries to another', async t => {
+    const boss = await startedBoss(t, server)
+    const queueName = newQueue()
+    const receiving = await build(t, { runner: pgboss({ boss, queueName, worker: false, backoff: 0, attempts: 1_000 }) })
+    receiving.openaiWebhook.route({ url: '/own', on: { 'batch.failed': () => {} } })
+    await listen(receiving)
+    const lacking = await queueing(t, boss, { queueName })
+    const { headers, body } = batchFailed('wh_1')
+    t.equal((await receiving.inject({ method: 'POST', url: '/own', headers, payload: body })).statusCode, 200)
+    await until('it to be told', () => lacking.told.length > 0)
+    t.match(lacking.told[0], /^wh_1 .*\/own/)
+    t.same(lacking.ran, [])
+    await lacking.app.close()
+    const ran: string[] = []
+    const having = await build(t, { path: false, runner: pgboss({ boss, queueName }) })
+    having.openaiWebhook.route({ url: '/own', on: { 'batch.failed': (_event, { webhookId }) => { ran.push(webhookId) } } })
+    await listen(having)
+    await until('it to run', () => ran.length === 1)
+  })
+
+  t.test('a PgBoss that was not started fails the boot, and says so', async t => {
+    const app = await build(t, { runner: pgboss({ boss: new PgBoss(server.url) }) })
+    await t.rejects(async () => await app.ready(), { message: /Call start\(\)/ })
+  })
+
+  t.test('trouble of the queue is told, and that of others to those who listen, or else here', async t => {
+    const boss = await startedBoss(t, server)
+    const runner = pgboss({ boss, queueName: newQueue(), worker: false })
+    const reported: unknown[] = []
+    await runner.start!({ process () {}, report (error) { reported.push(error) } })
+    boss.emit('error', { message: 'of another queue', queue: 'other' } as never)
+    t.same(reported, [])
+    boss.emit('error', { message: 'a fetch failed', stack: 'Error: a fetch failed\n    at fetch', queue: `queue-${Number.NaN}` } as never)
+    t.same(reported, [])
+    const own = new Error('Connection terminated')
+    boss.emit('error', own)
+    t.same(reported, [own])
+    boss.removeAllListeners('error')
+    await runner.close!()
+    const unheard = pgboss({ boss, queueName: 'unheard', worker: false })
+    await unheard.start!({ process () {}, report (error) { reported.push(error) } })
+    boss.emit('error', { message: 'of another queue', stack: 'Error: of another queue\n    at fetch', queue: 'other' } as never)
+    t.match(reported[1], { message: 'of another queue', stack: /at fetch/, queue: 'other' })
+    t.ok(reported[1] instanceof Error)
+    boss.on('error', () => {})
+    boss.emit('error', { message: 'a fetch failed', queue: 'unheard' } as never)
+    t.equal((reported[2] as Error).message, 'a fetch failed')
+    await unheard.close!()
+  })
+})
+
+t.test('dead deliveries', { skip }, async t => {
+  t.test('are told once, with the user\'s own stack; requeued, only the others run', async t => {
+    const boss = await startedBoss(t, server)
+    const log = capturedLog()
+    const queueName = newQueue()
+    const app = await build(t, { runner: pgboss({ boss, queueName, attempts: 2, backoff: 0 }) }, { logger: log.logger })
+    const { deadLetters } = app.openaiWebhook
+    const ran: string[] = []
+    let fails = true
+    app.openaiWebhook.on('batch.failed', () => { ran.push('import') }, { name: 'import' })
+    app.openaiWebhook.on('batch.failed', function bill () {
+      ran.push('bill')
+      if (fails) throw new Error('no such customer')
+    }, { name: 'bill' })
+    const died: unknown[] = []
+    app.openaiWebhook.onDead(delivery => { died.push(delivery) })
+    await listen(app)
+    t.equal(await answer(app, batchFailed('wh_1')), '200')
+    await until('it to be told', () => died.length === 1)
+    const lines = log.lines.filter(({ webhookId, level }) => level === 50 && webhookId === 'wh_1')
+    const err = { stack: /handler "bill": Error: no such customer\n +at .*bill/ }
+    t.match(lines, [
+      { msg: 'webhook delivery failed and will be attempted again', attempt: 1, attempts: 2, err },
+      { msg: 'webhook delivery is dead', attempt: 2, err }
+    ])
+    t.equal(lines.length, 2)
+    const [dead] = await deadLetters.list()
+    t.same(died, [dead])
+    t.match(dead, { webhookId: 'wh_1', attempts: 2, finished: ['import'], errors: [{ handler: 'bill', message: 'no such customer', stack: /^Error: no such customer\n +at .*bill/ }] })
+    const [job] = await boss.findJobs(`${queueName}-dead`)
+    t.match(job, { sourceName: queueName, sourceOutput: { message: 'bill: no such customer' }, data: { type: 'batch.failed' } }, 'for people who look at pg-boss')
+    t.equal(await answer(app, batchFailed('wh_1')), '200 duplicate')
+
+    t.equal(await deadLetters.requeue(dead!), true, 'it fails once more')
+    await until('it to be dead again', async () => died.length === 2 && await deadLetters.count() === 1)
+    t.same(ran, ['import', 'bill', 'bill', 'bill', 'bill'], 'with attempts anew')
+    t.match(await deadLetters.list(), [{ attempts: 2, finished: ['import'] }])
+
+    fails = false
+    const requeued = await Promise.all([deadLetters.requeue(dead!), deadLetters.requeue(dead!)])
+    t.same(requeued.sort(), [false, true], 'one of two')
+    await until('it to be done', async () => (await states(boss, queueName))['completed'] === 1)
+    t.same(ran.slice(5), ['bill'])
+    t.equal(await deadLetters.count(), 0)
+    t.equal(await deadLetters.requeue(dead!), false)
+  })
+
+  t.test('all of them, requeued by a process that only receives, though it was killed once while it did', async t => {
+    const boss = await startedBoss(t, server)
+    const state = await queueing(t, boss, { attempts: 1, worker: { pollingIntervalSeconds: 0.5 } })
+    state.work = async () => { throw new Error('no such batch') }
+    const ids = ['wh_1', 'wh_2', 'wh_3']
+    for (const id of ids) {
+      t.equal(await answer(state.app, batchFailed(id)), '200')
+      await until('it to be dead', () => state.died.length === ids.indexOf(id) + 1)
+    }
+    const { deadLetters } = (await queueing(t, boss, { queueName: state.queueName, worker: false })).app.openaiWebhook
+    t.same((await deadLetters.list()).map(({ webhookId, finished }) => [webhookId, finished]), ids.map(id => [id, []]))
+    state.work = async () => {}
+    const deleteJob = boss.deleteJob.bind(boss)
+    boss.deleteJob = async () => { throw new Error('killed') }
+    await t.rejects(deadLetters.requeue({ endpoint: ENDPOINT, webhookId: 'wh_1' }), { message: 'killed' })
+    boss.deleteJob = deleteJob
+    for (const dead of await deadLetters.list()) t.equal(await deadLetters.requeue(dead), dead.webhookId !== 'wh_1')
+    await until('all to run', () => state.ran.length === 6)
+    t.same(state.ran.slice(3).sort(), ids)
+    t.equal(await deadLetters.count(), 0)
+  })
+
+  t.test('by a process that ended in the last attempt: the store knows what had succeeded', async t => {
+    const boss = await startedBoss(t, server)
+    const pool = admin(t)
+    const recorded: Record<string, () => unknown> = {
+      wh_unknown: () => undefined,
+      wh_partly: () => ({ done: false, finished: ['import'], remembered: { import: 1 } }),
+      wh_done: () => ({ done: true, finished: [] }),
+      wh_trouble: () => { throw new Error('the store is down') }
+    }
+    const queueName = newQueue()
+    const told: unknown[] = []
+    const host = { process () {}, report (error: unknown) { told.push((error as Error).message) }, dead ({ webhookId, attempts, finished, errors }: { webhookId: string, attempts: number, finished: readonly string[], errors: ReadonlyArray<{ message: string }> }) { told.push([webhookId, attempts, finished, errors[0]!.message]) } }
+    const first = pgboss({ boss, queueName, attempts: 1, backoff: 0, worker: false })
+    await first.start!(host)
+    for (const webhookId of Object.keys(recorded)) await first.run({ webhookId, timestamp: 1, endpoint: ENDPOINT, event: { type: 'batch.failed' } })
+    t.equal((await boss.fetch(queueName, { batchSize: 4 })).length, 4, 'as a worker does that is killed then')
+    await lapsed(boss, pool, queueName)
+    t.same(await states(boss, queueName), { retry: 4 })
+
+    const second = pgboss({ boss, queueName, attempts: 1, worker: { concurrency: 1 } })
+    await second.start!({ ...host, recorded: ({ webhookId }) => recorded[webhookId]!() as never, process () { told.push('ran') } })
+    await until('all to be seen to', async () => (await states(boss, queueName))['completed'] === 1 && await second.deadCount!() === 3)
+    await second.close!()
+    const message = 'the process ended, or the job expired, while the handlers ran'
+    t.same(new Set(told), new Set(['the store is down', ['wh_unknown', 1, [], message], ['wh_partly', 1, ['import'], message], ['wh_trouble', 1, [], message]]))
+    t.equal(told.length, 4)
+
+    const withoutStore = pgboss({ boss, queueName, worker: { concurrency: 1 } })
+    await withoutStore.start!(host)
+    t.equal(await withoutStore.requeue!({ endpoint: ENDPOINT, webhookId: 'wh_partly' }), true)
+    await withoutStore.close!()
+  })
+
+  t.test('one that lapsed while its last attempt ran is told by the next one, not by that', async t => {
+    const boss = await startedBoss(t, server)
+    const pool = admin(t)
+    const state = await queueing(t, boss, { attempts: 1, worker: { concurrency: 1 } })
+    const [begun, fail] = [deferred(), deferred()]
+    state.work = async () => {
+      begun.resolve()
+      await fail.promise
+      throw new Error('too late')
+    }
+    t.equal(await answer(state.app, batchFailed('wh_1')), '200')
+    await begun.promise
+    await lapsed(boss, pool, state.queueName, 'started_on')
+    t.same(await states(boss, state.queueName), { retry: 1 })
+    fail.resolve()
+    await until('it to be dead', async () => await state.app.openaiWebhook.deadLetters.count() === 1)
+    await until('it to be told', () => state.died.length > 0)
+    await state.app.close()
+    t.match(state.died, [{ attempts: 1, errors: [{ handler: null, message: /^the process ended, or the job expired/ }] }])
+    t.equal(state.ran.length, 1)
+  })
+
+  t.test('what pg-boss, or a person, has given up', async t => {
+    const boss = await startedBoss(t, server)
+    const state = await queueing(t, boss, { attempts: 1, worker: false })
+    for (const id of ['wh_1', 'wh_2']) t.equal(await answer(state.app, batchFailed(id)), '200')
+    for (const { id, data } of await boss.findJobs<{ delivery: string }>(state.queueName)) {
+      // The start, and the one in which nothing more is started.
+      for (let start = 1; start <= 2; start++) {
+        await boss.fetch(state.queueName, { batchSize: 2 })
+        await boss.fail(state.queueName, id, data.delivery.includes('wh_1') ? null : { value: { message: 'by hand' } })
+      }
+    }
+    const dead = await state.app.openaiWebhook.deadLetters.list()
+    t.match(dead.sort((a, b) => a.webhookId.localeCompare(b.webhookId)), [
+      { webhookId: 'wh_1', attempts: 2, finished: [], errors: [{ handler: null, message: 'pg-boss failed the job', stack: '' }], diedAt: Number },
+      { webhookId: 'wh_2', attempts: 2, finished: [], errors: [{ handler: null, message: 'by hand', stack: '' }] }
+    ])
+
+    const runner = pgboss({ boss, queueName: state.queueName, worker: { concurrency: 1 } })
+    t.equal(await runner.requeue!(dead[0]!), true, 'by one that was not started')
+    const processed: Job[] = []
+    await runner.start!({
+      process (job) { processed.push(job) },
+      report () {},
+      recorded: () => ({ done: false, finished: ['import'], remembered: { import: 1, bill: 2 } })
+    })
+    await t.rejects(async () => await runner.requeue!(dead[1]!), { code: 'FST_OPENAI_WEBHOOK_NEEDS_FORCE' }, 'an inbox may have forgotten it')
+    t.equal(await runner.requeue!(dead[1]!, { force: true }), true)
+    await until('both to run', () => processed.length === 2)
+    await runner.close!()
+    const { errors, attempts, diedAt, finished, ...job } = dead[1]!
+    t.same(processed.find(({ webhookId }) => webhookId === 'wh_2'), { ...job, finished: ['import'], remembered: { import: 1, bill: 2 } }, 'with what the store knew')
+  })
+
+  t.test('a delivery that was redriven by pg-boss runs again too', async t => {
+    const boss = await startedBoss(t, server)
+    const state = await queueing(t, boss, { attempts: 1, worker: { concurrency: 1, pollingIntervalSeconds: 0.5 } })
+    state.work = async () => { throw new Error('no such batch') }
+    t.equal(await answer(state.app, batchFailed('wh_1')), '200')
+    await until('it to be dead', () => state.died.length === 1)
+    state.work = async () => {}
+    t.equal(await boss.redrive(`${state.queueName}-dead`), 1)
+    await until('it to run', () => state.ran.length === 2)
+    t.equal(await state.app.openaiWebhook.deadLetters.count(), 0)
+  })
+})
+
+t.test('depth', { skip }, async t => {
+  const boss = await startedBoss(t, server, { persistQueueStats: true, supervise: false })
+  const { app, queueName } = await queueing(t, boss, { worker: false })
+  const runner = pgboss({ boss, queueName })
+  t.equal(await runner.depth!(), 0, 'nothing was counted yet')
+  t.equal(await answer(app, batchFailed()), '200')
+  await boss.supervise(queueName)
+  t.equal(await runner.depth!(), 1)
+})
