@@ -3,6 +3,7 @@ import { mkdtempSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { Child } from './processes.mjs'
+import { Postgres } from './postgres.mjs'
 import { Redis } from './redis.mjs'
 import { max, median, min } from './statistics.mjs'
 
@@ -11,6 +12,7 @@ export const CONNECTIONS = 32
 export class Bench {
   #load
   #redis
+  #postgres
   #directory
   #serverFlags
   /** Why what needs it is left out. */
@@ -32,6 +34,8 @@ export class Bench {
     bench.#load = await Child.start('load.mjs')
     bench.#redis = await Redis.start()
     if (bench.#redis === undefined) bench.missing.redis = 'there is no redis-server'
+    bench.#postgres = await Postgres.start()
+    if (bench.#postgres === undefined) bench.missing.postgres = 'there is no PostgreSQL'
     try {
       await import('fastify-openai-webhook/metrics')
     } catch {
@@ -43,6 +47,7 @@ export class Bench {
   async close () {
     await this.#load.stop()
     await this.#redis?.stop()
+    await this.#postgres?.stop()
     process.off('exit', this.#removeDirectory)
     this.#removeDirectory()
   }
@@ -60,7 +65,7 @@ export class Bench {
   has ({ needs }) { return needs === undefined || this.missing[needs] === undefined }
 
   async serve ({ module, options }, flags = []) {
-    const resources = { redisPort: this.redisPort, directory: this.#directory }
+    const resources = { redisPort: this.redisPort, postgresUrl: this.#postgres?.url, directory: this.#directory }
     const server = await Child.start('server.mjs', [module, { ...options, ...resources }], [...flags, ...this.#serverFlags])
     return { ask: (name, question) => server.ask(name, question), stop: () => server.stop(), port: server.hello.port }
   }

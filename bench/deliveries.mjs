@@ -114,3 +114,6 @@ export function buildRequests ({ templates, count, kind = 'signed', scheme = 'st
     return tail.length > SHARED_FROM ? [start, tail] : [Buffer.concat([start, tail])]
   })
 }
+
+/** What `logger` of Fastify takes: a file, at info. */
+export const logTo = ({ directory }) => ({ file: `${directory}/${process.pid}.log` })

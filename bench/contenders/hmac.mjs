@@ -2,11 +2,12 @@
 // checked, nothing is dispatched, and nothing is remembered.
 import { createHmac, createSecretKey, timingSafeEqual } from 'node:crypto'
 import Fastify from 'fastify'
-import { PATH, SECRET } from '../deliveries.mjs'
+import { PATH, SECRET, logTo } from '../deliveries.mjs'
 
-export async function build () {
+/** @param {{ logger?: boolean, directory?: string }} [options] logger: writes what ours writes, a line for each delivery */
+export async function build ({ logger = false, directory } = {}) {
   const key = createSecretKey(Buffer.from(SECRET.slice('whsec_'.length), 'base64'))
-  const app = Fastify()
+  const app = Fastify({ logger: logger && logTo({ directory }) })
   app.addContentTypeParser('application/json', { parseAs: 'buffer' }, (request, body, done) => { done(null, body) })
   app.post(PATH, (request, reply) => {
     const { 'webhook-id': id, 'webhook-timestamp': timestamp, 'webhook-signature': signature } = request.headers
@@ -15,6 +16,7 @@ export async function build () {
     const given = Buffer.from(signature.slice('v1,'.length), 'base64')
     if (given.length !== expected.length || !timingSafeEqual(given, expected)) return reply.code(401).send({ error: 'the signature does not match' })
     request.body = JSON.parse(request.body.toString())
+    if (logger) request.log.info({ webhookId: id, type: request.body.type }, 'webhook delivery processed')
     reply.send({ received: true })
   })
   return app

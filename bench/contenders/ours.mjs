@@ -1,6 +1,6 @@
 import { join } from 'node:path'
 import Fastify from 'fastify'
-import { PATH, secrets } from '../deliveries.mjs'
+import { PATH, logTo, secrets } from '../deliveries.mjs'
 
 let handled = 0
 let waiting
@@ -36,10 +36,11 @@ export async function build ({
   store,
   runner,
   metrics = false,
+  logger = false,
   ...resources
 } = {}) {
   const { default: openaiWebhook } = await import(from)
-  const app = Fastify()
+  const app = Fastify({ logger: logger && logTo(resources) })
   if (metrics) await collectMetrics()
   await app.register(openaiWebhook, {
     secret: secrets(secretCount),
@@ -78,9 +79,15 @@ async function openDatabase ({ directory }) {
   return new Database(join(directory, `${process.pid}.db`))
 }
 
+async function openPool ({ postgresUrl }) {
+  const { default: pg } = await import('pg')
+  return new pg.Pool({ connectionString: postgresUrl, max: 10 })
+}
+
 const stores = {
   memory: async () => (await import('fastify-openai-webhook')).memoryStore(),
   sqlite: async resources => (await import('fastify-openai-webhook/sqlite')).sqliteStore(await openDatabase(resources)),
+  postgres: async resources => (await import('fastify-openai-webhook/postgres')).postgresStore(await openPool(resources)),
   async redis ({ redisPort }) {
     const { Redis } = await import('ioredis')
     const { redisStore } = await import('fastify-openai-webhook/redis')
@@ -92,6 +99,14 @@ const runners = {
   inline: async () => (await import('fastify-openai-webhook')).inline(),
   background: async () => (await import('fastify-openai-webhook')).background({ maxQueue: 100_000 }), // what arrives at full speed
   durable: async resources => (await import('fastify-openai-webhook/sqlite')).durable(await openDatabase(resources)),
+  async pgboss ({ postgresUrl }) {
+    const { PgBoss } = await import('pg-boss')
+    const { pgboss } = await import('fastify-openai-webhook/pgboss')
+    const boss = new PgBoss({ connectionString: postgresUrl, useListenNotify: true })
+    boss.on('error', error => { console.error(error) })
+    await boss.start()
+    return pgboss({ boss, queueName: `bench-${process.pid}` })
+  },
   async bullmq ({ redisPort }) {
     const { bullmq } = await import('fastify-openai-webhook/bullmq')
     return bullmq({ connection: { port: redisPort, host: '127.0.0.1' }, queueName: `bench-${process.pid}` })

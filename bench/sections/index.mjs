@@ -2,6 +2,7 @@ import * as coldStart from './cold-start.mjs'
 import * as comparison from './comparison.mjs'
 import * as handlers from './handlers.mjs'
 import * as memory from './memory.mjs'
+import * as production from './production.mjs'
 import * as redis from './redis.mjs'
 import * as refusals from './refusals.mjs'
 import * as runners from './runners.mjs'
@@ -13,5 +14,5 @@ import * as types from './types.mjs'
  * `targets(data)`, see `renderTargets`.
  */
 export const sections = Object.fromEntries([
-  comparison, refusals, handlers, secrets, types, coldStart, memory, runners, redis
+  comparison, production, refusals, handlers, secrets, types, coldStart, memory, runners, redis
 ].map(section => [section.name, section]))

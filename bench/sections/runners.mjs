@@ -10,20 +10,29 @@ const COMBINATIONS = [
   ['inline', 'memory', 8_000],
   ['inline', 'sqlite', 4_000],
   ['inline', 'redis', 4_000],
+  ['inline', 'postgres', 2_000],
   ['background', 'memory', 8_000],
   ['background', 'sqlite', 4_000],
   ['background', 'redis', 4_000],
   ['durable', 'memory', 4_000],
   ['durable', 'sqlite', 4_000],
   ['bullmq', 'memory', 2_000],
-  ['bullmq', 'redis', 2_000]
+  ['bullmq', 'redis', 2_000],
+  ['pgboss', 'memory', 2_000]
 ]
+
+/** At least so much of what `inline()` with memory handles, on the same cores. */
+const LIMITS = [
+  ['inline', 'sqlite', 0.5], ['durable', 'memory', 0.5], ['durable', 'sqlite', 0.35],
+  ['bullmq', 'memory', 0.45], ['inline', 'postgres', 0.25], ['pgboss', 'memory', 0.25]
+]
+
+const needs = ([runner, store]) => runner === 'bullmq' || store === 'redis' ? 'redis' : runner === 'pgboss' || store === 'postgres' ? 'postgres' : undefined
 
 export async function run (bench) {
   bench.log('runners and stores')
   const rounds = bench.quick ? 1 : 5
-  const needsRedis = ([runner, store]) => runner === 'bullmq' || store === 'redis'
-  const isThere = combination => !needsRedis(combination) || bench.missing.redis === undefined
+  const isThere = combination => bench.has({ needs: needs(combination) })
   const entries = COMBINATIONS.filter(isThere).map(([runner, store, count]) => ({ runner, store, count, samples: [] }))
   try {
     for (const entry of entries) entry.server = await bench.serve(variant({ runner: entry.runner, store: entry.store, handler: 'async' }))
@@ -41,7 +50,7 @@ export async function run (bench) {
   return {
     rounds,
     results: entries.map(({ runner, store, count, samples }) => ({ runner, store, count, ...summary(samples) })),
-    leftOut: COMBINATIONS.filter(combination => !isThere(combination)).map(([runner, store]) => `${runner}() with ${store}: ${bench.missing.redis}`)
+    leftOut: COMBINATIONS.filter(combination => !isThere(combination)).map(([runner, store]) => `${runner}() with ${store}: ${bench.missing[needs([runner, store])]}`)
   }
 }
 
@@ -53,4 +62,13 @@ export function render ({ rounds, results, leftOut }) {
   return leftOut.length === 0 ? text : `${text}\n\nLeft out: ${leftOut.join('; ')}.`
 }
 
-export const targets = () => []
+export function targets ({ results }) {
+  const of = (runner, store) => results.find(result => result.runner === runner && result.store === store)
+  const limit = of('inline', 'memory')
+  return LIMITS.flatMap(([runner, store, least]) => {
+    const measured = of(runner, store)
+    if (measured === undefined) return []
+    // Turned round: what is measured has to stay below its limit.
+    return [{ what: `deliveries a second of \`inline()\` with memory ÷ \`${runner}()\` with ${store}`, limit: 1 / least, measured: limit.rate / measured.rate }]
+  })
+}
