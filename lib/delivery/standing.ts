@@ -5,6 +5,7 @@
  *     open ─ deadline ─► late ─ verdict ───────► closed
  *                        late ─ own handler ends ► recorded
  *     open ─ own handler sends ─► replying ────► recorded
+ *                                 replying ─ sender goes ─► cut off ─ own handler ends ─► recorded
  */
 export type ReplyState =
   /** Nobody has answered. */
@@ -23,7 +24,7 @@ export type ReplyState =
    * `statusCode`: what it would answer with; `reply` has the status of the refusal.
    */
   | { readonly at: 'late', readonly statusCode: number }
-  /** How the own handler ended has been told. `release` lets go of an answer that waits for that to be on record. */
+  /** How the own handler ended is recorded. `release` lets go of an answer that still waits for the store. */
   | { readonly at: 'recorded', readonly release?: () => void }
   /** The delivery's verdict is known: it is the answer, or comes after the deadline's. */
   | { readonly at: 'closed' }
@@ -38,12 +39,13 @@ const NEXT: Readonly<Record<ReplyState['at'], ReadonlyArray<ReplyState['at']>>> 
   closed: []
 }
 
+/** The state of one reply. */
 export class Standing {
   #state: ReplyState = { at: 'open' }
 
   get state (): ReplyState { return this.#state }
 
-  /** The one place where a reply changes its state. */
+  /** A reply changes its state here and nowhere else. */
   move (state: ReplyState): void {
     if (!NEXT[this.#state.at].includes(state.at)) throw new Error(`a reply that is ${this.#state.at} cannot be ${state.at}`)
     this.#state = state

@@ -12,7 +12,10 @@ export type State =
   | { readonly at: 'claimed', readonly claim: Held }
   /** The handlers run. Their end completes or releases the claim. */
   | { readonly at: 'handling', readonly claim: Held }
-  /** The runner has put the job into a queue. Whoever takes it from there makes a claim of its own. */
+  /**
+   * The runner has queued the job, or has refused it. The claim is released, or kept for the runner where it has asked for that:
+   * whoever takes the job from the queue needs one.
+   */
   | { readonly at: 'handed on' }
   /** Nothing is left to do. `failed`: whoever asks for the handlers again starts them anew. */
   | { readonly at: 'over', readonly failed: boolean }
@@ -58,7 +61,7 @@ export class Work {
   attempt: number | undefined = undefined
   /** The runner's record of their success. */
   onSuccess: (() => MaybePromise<void>) | undefined = undefined
-  /** The runner has asked for the claim. */
+  /** Whether the runner has asked to keep the claim. */
   isKept = false
   /** Other senders with the same webhook-id, which wait for the verdict. */
   #joined: Map<Sender, (verdict: Verdict) => void> | undefined
