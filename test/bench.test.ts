@@ -41,6 +41,7 @@ const results = {
     { label: '200 B', plan, contenders: each(refused) },
     { label: '64 KB', plan, contenders: each(refused) }
   ],
+  production: { plan, variants: each({ 'inline HMAC': 20, 'the plugin': 22, 'the plugin, metrics': 24 }) },
   handlers: { plan, variants: each({ '1 for 1 type': 20, '200 for 40 types': 20.4 }) },
   secrets: { plan, variants: each({ 1: 20, 5: 30 }) },
   types: { plan, size: 512, variants: each({ 1: 20, 40: 21 }) },
@@ -56,7 +57,7 @@ const results = {
     remembered: { before: { live: 10e6, rss: 50e6 }, after: { live: 36.5e6, rss: 90e6 } },
     forgotten: { before: { live: 9e6, rss: 50e6 }, after: { live: 12e6, rss: 80e6 } }
   },
-  runners: { rounds: 2, results: [{ runner: 'inline', store: 'memory', count: 100, ...measured(50) }], leftOut: [] },
+  runners: { rounds: 2, results: [{ runner: 'inline', store: 'memory', count: 100, ...measured(20) }, { runner: 'inline', store: 'sqlite', count: 100, ...measured(25) }], leftOut: [] },
   redis: { count: 1_000, commands: { evalsha: 2_000 } }
 }
 
@@ -83,6 +84,9 @@ t.test('targets are told as met or missed', async t => {
   t.same(verdict(/header missing.*bare.*64 KB/), ['0.75', '0.70', '0.70–0.70', 'met'])
   t.same(verdict(/an hour old.*bare.*64 KB/), ['0.75', '0.80', '0.80–0.80', '**missed**'])
   t.same(verdict(/signature wrong.*standardwebhooks, 64 KB/), ['0.15', '0.12', '0.12–0.12', 'met'])
+  t.same(verdict(/with a logger ÷/), ['1.12', '1.10', '1.10–1.10', 'met'])
+  t.same(verdict(/logger and metrics ÷/), ['1.18', '1.20', '1.20–1.20', '**missed**'])
+  t.same(verdict(/with sqlite/), ['2.00', '1.25', '', 'met'])
   t.same(verdict(/200 handlers/), ['1.020', '1.020', '1.02–1.02', 'met'])
   t.same(verdict(/import to ready/), ['1.30', '1.31 (1.25 by wall clock)', '1.31–1.31', '**missed**'])
   t.same(verdict(/100,000 ids/), ['25.0', '24.5', '', 'met'])
