@@ -124,15 +124,11 @@ export class Database {
   /**
    * A statement that writes: each run of it is a commit.
    *
-   * @param before is part of it
    * @returns how many rows the statement changed
    */
-  prepareWrite (sql: string, before?: () => void): (...parameters: Value[]) => number {
+  prepareWrite (sql: string): (...parameters: Value[]) => number {
     const statement = this.prepare(sql)
-    return (...parameters) => this.transaction(() => {
-      before?.()
-      return Number(statement.run(...parameters).changes)
-    })
+    return (...parameters) => this.transaction(() => Number(statement.run(...parameters).changes))
   }
 
   /**

@@ -169,7 +169,7 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
 
   /** A place among those that run at once. */
   function hold (key: string): Active {
-    let over = (): void => {}
+    let over!: () => void
     const done = new Promise<void>(resolve => { over = resolve })
     const entry: Active = { key, until: Date.now() + lease, renewing: undefined, done, over }
     active.set(key, entry)

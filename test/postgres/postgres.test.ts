@@ -180,7 +180,7 @@ t.test('postgresStore', { skip: postgresMissing }, async t => {
     sent.length = 0
     const completed = await Promise.all(claims.map(async (claim, n) => await store.complete(keys[n]!, claim.state === 'claimed' ? claim.token : '', 60_000)))
     t.ok(completed.every(held => held === true))
-    t.equal(sent.filter(text => text.includes('UPDATE')).length, 2)
+    t.equal(sent.filter(text => text.includes('done = true')).length, 2)
     t.same(await Promise.all(keys.map(async key => await other.begin(key, 60_000))), keys.map(() => ({ state: 'done' })))
   })
 
