@@ -18,7 +18,7 @@ import { sized } from './support/size.ts'
 const rejections: unknown[] = []
 process.on('unhandledRejection', reason => { rejections.push(reason) })
 
-const cells = cellsOf(sized(6, 1))
+const cells = cellsOf(sized(9, 1))
 t.test(`${cells.length} of the cells of hooks, error handlers, places, routes and deliveries`, async t => {
   t.same(await faults(cells, ({ app }) => inject(app)), [])
   t.same(rejections.splice(0), [], 'nothing is left to end the process')

@@ -16,7 +16,7 @@ const seed = Number(process.env['SEED'] ?? Date.now() % 1_000_000)
 t.comment(`SEED=${seed}`)
 t.setTimeout(sized(300_000, 3_000_000))
 
-const DELIVERIES = sized(2_000, 100_000)
+const DELIVERIES = sized(1_000, 100_000)
 /** A real queue goes by a clock that cannot be stepped. */
 const QUEUED = sized(1_000, 20_000)
 

@@ -10,7 +10,7 @@ if (isLong) args.shift()
 const files = args.filter(arg => !arg.startsWith('-'))
 
 // What takes longest comes first, so that no core waits for it at the end.
-const FIRST = ['torture', 'simulation', 'processes', 'docs', 'cli/cli', 'diagnose/diagnose'].map(name => `test/${name}.test.ts`)
+const FIRST = ['torture', 'simulation', 'sqlite/sqlite', 'cli/cli', 'docs', 'examples', 'processes', 'diagnose/diagnose'].map(name => `test/${name}.test.ts`)
 const FILES = readdirSync('test', { recursive: true, encoding: 'utf8' }).filter(file => file.endsWith('.test.ts')).map(file => `test/${file}`)
 const LONG = FILES.filter(file => file.startsWith('test/long/'))
 const ALL = FILES.filter(file => !LONG.includes(file))
