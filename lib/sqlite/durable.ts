@@ -58,6 +58,8 @@ const MAX_BACKOFF = 3_600_000
 /** ms after which the file is looked at again: for trouble to be over, or for what another process has queued. */
 const POLL_INTERVAL = 1_000
 const MAX_ERROR_LENGTH = 2_000
+/** The end of the lease of a job that another process has taken over. */
+const LOST = 0
 
 interface Row {
   key: string
@@ -114,6 +116,7 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
   // Bound here: the jobs in the file are of many requests, and must not run in the async context of one.
   const pumpOutside = AsyncResource.bind(pump)
   const startOutside = AsyncResource.bind(startAhead)
+  const holdOutside = AsyncResource.bind(hold)
 
   /** Starts what is due and there is room for; looks again when something else will be. */
   function pump (): void {
@@ -145,25 +148,21 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
 
   async function startAll (host: RunnerHost, rows: readonly Row[]): Promise<void> {
     if (rows.length === 0) return
-    const entries = rows.map(({ key }) => hold(key))
+    const entries = rows.map(({ key }) => holdOutside(key))
     // The last attempt ended with the process, or with a lease that ran out.
     const isOver = ({ attempts: before }: Row): boolean => before >= attempts
     let taken: boolean[]
     try {
-      taken = await database.write(() => rows.map((row, index) => changed(take.run(isOver(row) ? 0 : 1, entries[index]!.until, row.key, row.due))))
+      taken = await database.write(() => rows.map((row, index) => changed(take.run(isOver(row) ? 0 : 1, leased(entries[index]!), row.key, row.due))))
     } catch (error) {
       for (const entry of entries) letGo(entry)
       return host.report(error)
     }
     for (const [index, row] of rows.entries()) {
       const entry = entries[index]!
-      if (!taken[index]) {
-        letGo(entry)
-        continue
-      }
-      const { finished = [], remembered } = parseFailure(row.failure)
-      const job = { ...JSON.parse(row.job) as Job, ...(finished.length > 0 && { finished }), ...(remembered !== undefined && { remembered }) }
-      follow(entry, isOver(row) ? giveUp(host, job, row.attempts, entry) : attempt(host, job, row.attempts + 1, entry))
+      if (!taken[index]) letGo(entry)
+      else if (isOver(row)) follow(host, entry, async () => await giveUp(host, jobOf(row), row.attempts, entry))
+      else follow(host, entry, async () => await attempt(host, jobOf(row), row.attempts + 1, entry))
     }
   }
 
@@ -171,10 +170,16 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
   function hold (key: string): Active {
     let over!: () => void
     const done = new Promise<void>(resolve => { over = resolve })
-    const entry: Active = { key, until: Date.now() + lease, renewing: undefined, done, over }
+    const entry: Active = { key, until: 0, renewing: undefined, done, over }
     active.set(key, entry)
     renewal ??= setInterval(renewAll, lease / 3).unref()
     return entry
+  }
+
+  /** Begins its lease, as that is written: until then it may have had to wait for a lock. */
+  function leased (entry: Active): number {
+    entry.until = Date.now() + lease
+    return entry.until
   }
 
   function letGo (entry: Active): void {
@@ -182,29 +187,42 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
     entry.over()
   }
 
-  async function follow (entry: Active, work: Promise<void>): Promise<void> {
-    await work
+  async function follow (host: RunnerHost, entry: Active, work: () => Promise<void>): Promise<void> {
+    try {
+      await work()
+    } catch (error) {
+      // A row that cannot be read. The lease runs out, and it is looked at again.
+      host.report(error)
+    }
     letGo(entry)
     if (behind) schedule()
   }
 
   function startAhead (): void {
     starting = false
+    const late: Ahead[] = []
     for (const next of ahead) {
-      if (running >= concurrency) return
-      ahead.delete(next)
-      next.start()
+      const { host, job, entry } = next
+      // A process that was suspended, or a file that was locked, for longer than the lease: another process may have run it.
+      if (entry.until <= Date.now()) late.push(next)
+      else if (running < concurrency) {
+        ahead.delete(next)
+        follow(host, entry, async () => await attempt(host, job, 1, entry))
+      }
     }
+    if (late.length > 0) giveBack(late)
   }
 
   /** So that another process, or this one when it is started anew, need not wait for the end of a lease. */
-  async function giveBack (host: RunnerHost, entry: Active): Promise<void> {
-    try {
-      await database.write(() => { untake.run(Date.now(), ...holder(entry)) })
-    } catch (error) {
-      host.report(error)
-    }
-    letGo(entry)
+  async function giveBack (waiting: readonly Ahead[]): Promise<void> {
+    for (const each of waiting) ahead.delete(each)
+    const [given] = await Promise.allSettled([
+      database.write(() => { for (const { entry } of waiting) untake.run(Date.now(), ...holder(entry)) }),
+      ...waiting.map(async ({ letGoOfClaim }) => await letGoOfClaim?.())
+    ])
+    if (given.status === 'rejected') waiting[0]!.host.report(given.reason)
+    for (const { entry } of waiting) letGo(entry)
+    schedule()
   }
 
   async function attempt (host: RunnerHost, job: Job, count: number, entry: Active): Promise<void> {
@@ -290,22 +308,26 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
     return false
   }
 
-  function renewAll (): void {
+  async function renewAll (): Promise<void> {
     if (active.size === 0) {
       clearInterval(renewal)
       renewal = undefined
+      return
     }
-    for (const entry of active.values()) renewOne(entry)
-  }
-
-  async function renewOne (entry: Active): Promise<void> {
-    const until = entry.renewing = Date.now() + lease
+    const entries = [...active.values()]
     try {
-      await database.write(() => { renew.run(until, ...holder(entry)) })
-      entry.until = until
+      const renewed = await database.write(() => entries.map(entry => {
+        const until = Date.now() + lease
+        // Not before it is known to be held: another process that took the job over in this millisecond has the same end.
+        if (!changed(renew.run(until, ...holder(entry)))) return LOST
+        entry.renewing = until
+        return until
+      }))
+      for (const [index, entry] of entries.entries()) entry.until = renewed[index]!
     } catch (error) {
-      host?.report(error)
+      return host?.report(error)
     }
+    startSoon(queueMicrotask)
   }
 
   function delay (count: number): number {
@@ -324,7 +346,7 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
       const text = JSON.stringify(job)
       const insertAs = async (attempt: number, entry?: Active): Promise<boolean> => await database.write(() => {
         prune(Date.now() - RETENTION)
-        return changed(insert.run(key, text, entry?.until ?? Date.now(), attempt))
+        return changed(insert.run(key, text, entry === undefined ? Date.now() : leased(entry), attempt))
       })
       // What waits in the file comes first. A last attempt is not spent before it starts.
       const most = attempts === 1 ? concurrency : concurrency + AHEAD
@@ -335,7 +357,7 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
         return inserted ? undefined : 'duplicate'
       }
       const startedBy = host
-      const entry = hold(key)
+      const entry = holdOutside(key)
       let inserted = false
       try {
         inserted = await insertAs(1, entry)
@@ -343,12 +365,12 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
         if (!inserted) letGo(entry)
       }
       if (!inserted) return 'duplicate'
+      const waiting: Ahead = { host: startedBy, entry, job, letGoOfClaim: startedBy.keep?.(job) }
       if (closing) {
-        await giveBack(startedBy, entry)
+        await giveBack([waiting])
         return undefined
       }
-      const start = (): void => { follow(entry, attempt(startedBy, job, 1, entry)) }
-      ahead.add({ entry, start, letGoOfClaim: startedBy.keep?.(job) })
+      ahead.add(waiting)
       // Lets acknowledgements leave before a handler can hold up the event loop.
       startSoon(setImmediate)
       return undefined
@@ -356,11 +378,7 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
     async close () {
       closing = true
       clearTimeout(timer)
-      for (const { entry, letGoOfClaim } of ahead) {
-        giveBack(host!, entry)
-        letGoOfClaim?.()
-      }
-      ahead.clear()
+      if (ahead.size > 0) giveBack([...ahead])
       await Promise.all([...active.values()].map(({ done }) => done))
     },
     depth () {
@@ -384,7 +402,7 @@ const changed = ({ changes }: Changes): boolean => Number(changes) === 1
 /** A job whose attempt is this process's. */
 interface Active {
   readonly key: string
-  /** ms since the epoch: the end of its lease. */
+  /** ms since the epoch: the end of its lease, once that has begun. */
   until: number
   /** What that is becoming; whether it has is not known until the commit has been answered. */
   renewing: number | undefined
@@ -394,13 +412,19 @@ interface Active {
 
 /** One whose handlers are to be started as soon as there is room. */
 interface Ahead {
+  readonly host: RunnerHost
   readonly entry: Active
-  readonly start: () => void
+  readonly job: Job
   readonly letGoOfClaim: (() => unknown) | undefined
 }
 
 /** Which row, and whose: what `held` compares with. */
 const holder = ({ key, until, renewing = until }: Active): [string, number, number] => [key, until, renewing]
+
+function jobOf ({ job, failure }: Row): Job {
+  const { finished = [], remembered } = parseFailure(failure)
+  return { ...JSON.parse(job) as Job, ...(finished.length > 0 && { finished }), ...(remembered !== undefined && { remembered }) }
+}
 
 /** A failure in a line, for people who look at the file. */
 function describe (error: unknown): string {
