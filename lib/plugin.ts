@@ -122,7 +122,7 @@ function assemble (instance: FastifyInstance, options: OpenAIWebhookOptions, com
       await runner.start?.(new Queued(works, claims, handling, failures))
     },
     async close () {
-      closed ??= drain({ works, runner, failures, abort, closeTimeout: options.closeTimeout ?? DEFAULTS.closeTimeout }).then(() => {
+      closed ??= drain({ works, claims, runner, failures, abort, closeTimeout: options.closeTimeout ?? DEFAULTS.closeTimeout }).then(() => {
         runnersInUse.delete(runner)
         bounds.close()
         failures.flush()

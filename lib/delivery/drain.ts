@@ -1,10 +1,12 @@
 import type { Failures } from '../failures.ts'
+import type { Claims } from '../pipeline/deduplicate.ts'
 import type { Runner } from '../runners/runner.ts'
 import { attempt } from '../steps.ts'
 import type { Works } from './work.ts'
 
 export interface DrainOptions {
   readonly works: Works
+  readonly claims: Claims
   readonly runner: Runner
   readonly failures: Failures
   /** Is aborted when `closeTimeout` is over. */
@@ -14,7 +16,7 @@ export interface DrainOptions {
 }
 
 /** Refuses new deliveries, and waits until none is in hand or `closeTimeout` is over. */
-export async function drain ({ works, runner, failures, abort, closeTimeout }: DrainOptions): Promise<void> {
+export async function drain ({ works, claims, runner, failures, abort, closeTimeout }: DrainOptions): Promise<void> {
   works.closing = true
   let timer: NodeJS.Timeout | undefined
   const over = new Promise<void>(resolve => {
@@ -24,8 +26,14 @@ export async function drain ({ works, runner, failures, abort, closeTimeout }: D
       setImmediate(resolve)
     }, closeTimeout)
   })
-  const runnerClosed = attempt(() => runner.close?.(abort.signal), error => failures.trouble(error))
-  await Promise.race([Promise.all([runnerClosed, works.drained()]), over])
+  async function drained (): Promise<void> {
+    const runnerClosed = attempt(() => runner.close?.(abort.signal), error => failures.trouble(error))
+    await Promise.all([runnerClosed, works.drained()])
+    // A runner of the user's may leave some.
+    await Promise.all([...works.kept.keys()].map(async key => await claims.release(works.takeKept(key)!)))
+  }
+
+  await Promise.race([drained(), over])
   clearTimeout(timer)
 }
 

@@ -3,6 +3,7 @@ import type { Failures } from '../failures.ts'
 import type { Claims, Held } from '../pipeline/deduplicate.ts'
 import { keyOf } from '../runners/runner.ts'
 import type { Attempts, DeadDelivery, Job, RunnerHost } from '../runners/runner.ts'
+import { attempt as trying } from '../steps.ts'
 import type { MaybePromise } from '../steps.ts'
 import { union } from './handling.ts'
 import type { Handling } from './handling.ts'
@@ -22,7 +23,9 @@ export class Queued implements RunnerHost {
     readonly failures: Failures
   ) {}
 
-  process (job: Job, attempt?: number, onSuccess?: () => MaybePromise<void>): MaybePromise<void> {
+  process (job: Job, attempt?: number, record?: () => MaybePromise<void>): MaybePromise<void> {
+    // A runner of the user's may fail here, and must not have a processed delivery fail.
+    const onSuccess = record && (() => trying(record, error => this.report(error, job)))
     const { offered, received } = this.works
     // inline() handles the job while it is being offered it.
     const work = offered?.job === job ? offered : received.get(keyOf(job))
@@ -43,10 +46,14 @@ export class Queued implements RunnerHost {
 
   keep (job: Job): () => MaybePromise<void> {
     const key = keyOf(job)
-    const work = this.works.received.get(key)
-    if (work?.job === job) work.isKept = true
+    // Looked up each time: a work has the request of its sender, who may have been answered long since.
+    const keep = (isKept: boolean): void => {
+      const work = this.works.received.get(key)
+      if (work?.job === job) work.isKept = isKept
+    }
+    keep(true)
     return () => {
-      if (work !== undefined) work.isKept = false
+      keep(false)
       const claim = this.works.takeKept(key)
       return claim && this.claims.release(claim)
     }
@@ -95,7 +102,8 @@ export class Queued implements RunnerHost {
     work.attempt = attempt
     this.works.queued.set(key, work)
     try {
-      const claim = this.works.takeKept(key) ?? await this.claims.begin(key)
+      const kept = this.works.takeKept(key)
+      const claim = kept !== undefined && this.claims.holds(kept) ? kept : await this.claims.begin(key)
       if (claim.state === 'running') return false
       if (claim.state === 'claimed') {
         work.move({ at: 'claimed', claim })

@@ -36,8 +36,8 @@ export class Claims {
   readonly #options: ClaimsOptions
   readonly #held = new Set<Held>()
   #timer: NodeJS.Timeout | undefined
-  // Bound here: the claims are of many requests, and the timer must not run in the async context of one.
-  readonly #renewOutside = AsyncResource.bind(() => this.#renewAll())
+  // Bound here: the claims are of many requests, and the timer must not keep the async context of one, nor run in it.
+  readonly #startTimer = AsyncResource.bind(() => setInterval(() => this.#renewAll(), this.#options.lease / 3).unref())
 
   constructor (options: ClaimsOptions) {
     this.#options = options
@@ -47,9 +47,12 @@ export class Claims {
   begin (key: string): MaybePromise<Begun> {
     const { store, lease } = this.#options
     // One timer for all claims, which stops when there are none. A quick delivery is over before it fires.
-    this.#timer ??= setInterval(this.#renewOutside, lease / 3).unref()
+    this.#timer ??= this.#startTimer()
     return attempt<Begun>(() => then(store.begin(key, lease), claim => this.#checked(key, claim)), unavailable)
   }
+
+  /** Whether it is not known to have been lost. */
+  holds (claim: Held): boolean { return this.#held.has(claim) }
 
   checkpoint ({ key, token }: Held, handler: string): MaybePromise<void> {
     const { store, onTrouble } = this.#options

@@ -1,3 +1,4 @@
+import { AsyncLocalStorage } from 'node:async_hooks'
 import { spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { connect as connect2 } from 'node:http2'
@@ -11,8 +12,10 @@ import t from 'tap'
 import type { Test } from 'tap'
 import { background } from '../../lib/index.ts'
 import type { RunnerHost } from '../../lib/index.ts'
+import { durable } from '../../lib/sqlite/index.ts'
 import { build, post, SECRET, sign, stoppedClock, thin } from '../support/deliveries.ts'
 import { deferred, handled, listen, redelivered } from '../support/observe.ts'
+import { openSqlite } from '../support/sqlite.mjs'
 import { CHUNKED, head, Wire } from '../support/wire.ts'
 
 // What is kept of requests: little before they are known to be OpenAI's, nothing once they have been answered.
@@ -88,11 +91,13 @@ setFlagsFromString('--expose-gc')
 const gc = runInNewContext('gc') as () => void
 
 /** The requests of an app that are still in memory. */
-function requestsOf (app: FastifyInstance): { alive: () => Promise<number> } {
+function requestsOf (app: FastifyInstance, context?: AsyncLocalStorage<object>): { alive: () => Promise<number> } {
   const requests: Array<WeakRef<object>> = []
   app.addHook('onRequest', (request, _reply, done) => {
     requests.push(new WeakRef(request))
-    done()
+    // As @fastify/request-context does.
+    if (context === undefined) done()
+    else context.run(request, done)
   })
   return {
     async alive () {
@@ -155,22 +160,28 @@ t.test('a retry that has been answered while the handlers run on', async t => {
     finish.resolve()
   })
 
-  t.test('leaves nothing of the first either where the handlers do not run in the request', async t => {
-    const finish = deferred()
-    const started = deferred()
-    const app = await build(t, { runner: background() })
-    const requests = requestsOf(app)
-    app.openaiWebhook.on('batch.failed', async () => {
-      started.resolve()
-      await finish.promise
+  for (const [name, create, context] of [
+    ['background()', () => background({ concurrency: 1 }), undefined],
+    ['durable(), in the async context of the request neither', () => durable(openSqlite(':memory:'), { concurrency: 1 }), new AsyncLocalStorage<object>()]
+  ] as const) {
+    t.test(`leaves nothing of the first either where the handlers do not run in the request: ${name}`, async t => {
+      const finish = deferred()
+      const started = deferred()
+      const app = await build(t, { runner: create() })
+      const requests = requestsOf(app, context)
+      app.openaiWebhook.on('batch.failed', async () => {
+        started.resolve()
+        await finish.promise
+      })
+      await app.ready()
+      const delivery = sign(thin('batch.failed'))
+      const waiting = sign(thin('batch.failed'))
+      for (const each of [delivery, waiting, redelivered(delivery), redelivered(waiting)]) t.equal((await post(app, each)).statusCode, 200)
+      await started.promise
+      t.equal(await requests.alive(), 0)
+      finish.resolve()
     })
-    await app.ready()
-    const delivery = sign(thin('batch.failed'))
-    for (const each of [delivery, redelivered(delivery)]) t.equal((await post(app, each)).statusCode, 200)
-    await started.promise
-    t.equal(await requests.alive(), 0)
-    finish.resolve()
-  })
+  }
 })
 
 t.test('no more than 100 wait for the answer of one delivery', async t => {

@@ -1,9 +1,11 @@
 import t from 'tap'
+import type { Test } from 'tap'
 import { memoryStore } from '../../lib/index.ts'
-import type { IdempotencyStore, Job, Runner, RunnerHost } from '../../lib/index.ts'
+import type { Claim, IdempotencyStore, Job, Runner, RunnerHost } from '../../lib/index.ts'
 import { runnerContract } from '../../lib/testing/index.ts'
 import { build, outcome, post, sign, stoppedClock, thin } from '../support/deliveries.ts'
-import { deferred, redelivered } from '../support/observe.ts'
+import { until } from '../support/faults.ts'
+import { closeTimeout, deferred, drained, redelivered } from '../support/observe.ts'
 
 // What a runner finds when it asks its host for a job, once or more often.
 
@@ -11,10 +13,11 @@ const JOB: Job = { webhookId: 'wh_1', timestamp: 1750861210, endpoint: '/webhook
 
 const turn = async (): Promise<void> => await new Promise(resolve => setImmediate(resolve))
 
-async function hosted (t: Parameters<typeof build>[0], store: IdempotencyStore = memoryStore()) {
+async function hosted (t: Parameters<typeof build>[0], store: IdempotencyStore = memoryStore(), told: unknown[] = []) {
   let host!: RunnerHost
   const runner: Runner = { start (startedBy) { host = startedBy }, run () {} }
-  const app = await build(t, { runner, idempotency: { store } })
+  const app = await build(t, { runner, closeTimeout, idempotency: { store } })
+  app.openaiWebhook.onError(error => { told.push(error) })
   let runs = 0
   const running = deferred()
   app.openaiWebhook.on('batch.failed', async () => {
@@ -122,6 +125,105 @@ t.test('what a handler sends after its error, while an onError hook still looks 
   t.equal((await post(app, delivery, '/own')).statusCode, 507)
   t.equal(code, 'FST_ERR_SEND_INSIDE_ONERR')
   t.equal((await post(app, redelivered(delivery), '/own')).body, 'again')
+})
+
+t.test('the record of a runner that fails, although it must not, is told', async t => {
+  for (const [name, record] of [['throws', () => { throw new Error('no record') }], ['rejects', async () => { throw new Error('no record') }]] as const) {
+    t.test(`${name}, for a job out of its queue`, async t => {
+      const told: unknown[] = []
+      const { host, app, runs, finish } = await hosted(t, memoryStore(), told)
+      finish()
+      await host.process(JOB, 1, record)
+      await host.process(JOB, 2)
+      t.equal(runs(), 1)
+      t.match(told, [{ message: 'no record' }])
+      await drained(t, app)
+    })
+
+    t.test(`${name}, for one that its sender waits for`, async t => {
+      let host!: RunnerHost
+      const runner: Runner = {
+        start (startedBy) { host = startedBy },
+        run: async job => { await host.process(job, 1, record) }
+      }
+      const app = await build(t, { runner, closeTimeout })
+      const told: unknown[] = []
+      app.openaiWebhook.onError(error => { told.push(error) }).on('batch.failed', async () => { await turn() })
+      const delivery = sign(thin('batch.failed'))
+      const answers = await Promise.all([delivery, redelivered(delivery)].map(async each => await outcome(app, each)))
+      t.same(answers, ['200 {"received":true}', '200 {"received":true}'])
+      t.match(told, [{ message: 'no record' }])
+      await drained(t, app)
+    })
+  }
+})
+
+t.test('a claim that is kept for a job', async t => {
+  // The timer that renews claims keeps no process alive.
+  const alive = setInterval(() => {}, 1_000)
+  t.teardown(() => clearInterval(alive))
+
+  /** A delivery that its runner has queued and keeps the claim on. */
+  async function kept (t: Test, store: IdempotencyStore, lease = 600_000) {
+    let host!: RunnerHost
+    let queued!: Job
+    let letGo!: () => unknown
+    const runner: Runner = {
+      start (startedBy) { host = startedBy },
+      run (job) {
+        queued = job
+        letGo = host.keep!(job)
+      },
+      depth: () => 1
+    }
+    const app = await build(t, { runner, closeTimeout, idempotency: { store, lease } })
+    let runs = 0
+    const told: unknown[] = []
+    const lost = deferred()
+    app.openaiWebhook.on('batch.failed', () => { runs++ }).onError(error => {
+      told.push(error)
+      lost.resolve()
+    })
+    const delivery = sign(thin('batch.failed'))
+    t.equal(await outcome(app, delivery), '200 {"received":true}')
+    return { app, host, job: queued, key: `${queued.endpoint} ${queued.webhookId}`, delivery, letGo: () => letGo(), runs: () => runs, told, lost: lost.promise }
+  }
+
+  t.test('is the one that its handlers run with, and holds off others until then', async t => {
+    const store = memoryStore()
+    const { app, host, job, key, delivery, runs } = await kept(t, store)
+    t.same(store.begin(key, 1), { state: 'running' })
+    t.equal(await outcome(app, redelivered(delivery)), '200 {"received":true,"duplicate":true}')
+    await host.process(job)
+    t.equal(runs(), 1)
+    t.same(store.begin(key, 1), { state: 'done' })
+  })
+
+  t.test('and was lost meanwhile is claimed anew: what another has processed does not run again', async t => {
+    const store = memoryStore()
+    const { host, job, key, runs, told, lost } = await kept(t, { ...store, extend: () => false }, 30)
+    await lost
+    t.match(told, [{ message: /^the claim on .* was lost/ }])
+    let claim!: Claim
+    await until('another to take it over', async () => (claim = await store.begin(key, 1_000)).state === 'claimed')
+    store.complete(key, (claim as { token: string }).token, 1_000)
+    await host.process(job)
+    t.equal(runs(), 0)
+  })
+
+  t.test('is given back on demand', async t => {
+    const store = memoryStore()
+    const { key, letGo } = await kept(t, store)
+    await letGo()
+    t.match(store.begin(key, 1), { state: 'claimed' })
+  })
+
+  t.test('and never used is given back as the app closes', async t => {
+    const store = memoryStore()
+    const { app, key } = await kept(t, store)
+    await drained(t, app)
+    t.match(store.begin(key, 1), { state: 'claimed' })
+  })
 })
 
 t.test('a runner that keeps a job for itself breaks the contract', async t => {
