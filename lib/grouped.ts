@@ -8,12 +8,13 @@ interface Waiting<Item, Result> {
 
 /**
  * Makes one call of those that come in one turn of the event loop. Where it fails they are made one by one, so that none
- * fails by another's fault.
+ * fails by another's fault, unless that cannot help.
  *
  * @param most items of a call
  * @param all gives a result for each item, in their order
+ * @param isShared whether each of them would fail likewise
  */
-export function grouped<Item, Result> (most: number, all: (items: Item[]) => Promise<Result[]>): (item: Item) => Promise<Result> {
+export function grouped<Item, Result> (most: number, all: (items: Item[]) => Promise<Result[]>, isShared: (error: unknown) => boolean = () => false): (item: Item) => Promise<Result> {
   let waiting: Array<Waiting<Item, Result>> = []
 
   async function call (group: ReadonlyArray<Waiting<Item, Result>>): Promise<void> {
@@ -21,7 +22,7 @@ export function grouped<Item, Result> (most: number, all: (items: Item[]) => Pro
       const results = await all(group.map(({ item }) => item))
       for (const [index, { resolve }] of group.entries()) resolve(results[index]!)
     } catch (error) {
-      if (group.length === 1) group[0]!.reject(error)
+      if (group.length === 1 || isShared(error)) for (const { reject } of group) reject(error)
       else await Promise.all(group.map(async each => await call([each])))
     }
   }

@@ -35,6 +35,9 @@ type Value = string | number | readonly string[] | readonly number[]
 
 export type Query = (text: string, values: readonly Value[]) => Promise<any[]>
 
+/** A step has been waited for in vain. */
+export class NoAnswer extends Error {}
+
 /** A database, whichever library leads to it. Nothing of a session outlives a transaction, as PgBouncer asks. */
 export interface Database {
   /** A statement that commits by itself. */
@@ -165,7 +168,7 @@ class Pooled implements Database {
     const late = new Promise<never>((_resolve, reject) => {
       timer = setTimeout(() => {
         givenUp()
-        reject(new Error(`${what} within ${this.#timeout} ms: the pool is exhausted, or the server does not answer`))
+        reject(new NoAnswer(`${what} within ${this.#timeout} ms: the pool is exhausted, or the server does not answer`))
       }, this.#timeout)
     })
     try {

@@ -3,7 +3,7 @@ import { grouped } from '../grouped.ts'
 import { PRUNE_LIMIT, Pruning } from '../pruning.ts'
 import { RETENTION } from '../stores/store.ts'
 import type { Claim, IdempotencyStore } from '../stores/store.ts'
-import { creating, databaseOf } from './database.ts'
+import { creating, databaseOf, NoAnswer } from './database.ts'
 import type { PgLite, PgPool } from './database.ts'
 import { STORE_TABLE, storeSchema } from './migration.ts'
 import { tableOf } from './table.ts'
@@ -29,6 +29,11 @@ const TIMEOUT = 4_000
 /** Deliveries of one statement. */
 const GROUP = 100
 
+/** ms for which a lock is waited for: less than TIMEOUT, since the server goes on with what has been given up here. */
+const LOCK_TIMEOUT = 3_500
+/** So that there is time for the others where one of a group has its row locked. */
+const LOCK_TIMEOUT_OF_GROUP = 1_500
+
 interface Asked {
   readonly key: string
   readonly token: string
@@ -42,6 +47,11 @@ interface Row {
   readonly state: Claim['state']
   readonly finished: string
 }
+
+/** The parameters of a statement of many rows. Its wait for locks is set in it, since there may be no session: of itself alone. */
+const ASKED = `asked AS (
+      SELECT asked.*, set_config('lock_timeout', $4, true) FROM unnest($1::text[], $2::text[], $3::float8[]) AS asked (key, token, ms)
+    )`
 
 /** Bytes; an index entry has room for about 2,700. */
 const MAX_KEY = 1_000
@@ -64,14 +74,15 @@ export function postgresStore (db: PgPool | PgLite, { table: tableName = STORE_T
   // New rows, released ones and run-out leases. What the last SELECT sees is older than what a concurrent INSERT has written: a
   // row that it does not find, or finds expired, is somebody else's claim. Rows are locked in the order of their keys, so that
   // processes that have the same deliveries do not wait for each other in a circle.
+  // What has its own token was claimed by the same call, whose answer was lost.
   const begin = `
-    WITH asked AS (SELECT * FROM unnest($1::text[], $2::text[], $3::float8[]) AS asked (key, token, lease)),
+    WITH ${ASKED},
     claim AS (
       INSERT INTO ${table.sql} AS d (key, token, ends, forget)
-      SELECT key, token, now() + lease * interval '1 ms', now() + ${RETENTION} * interval '1 ms' FROM asked ORDER BY key
+      SELECT key, token, now() + ms * interval '1 ms', now() + ${RETENTION} * interval '1 ms' FROM asked ORDER BY key
       ON CONFLICT (key) DO UPDATE SET token = excluded.token, done = false, ends = excluded.ends, forget = excluded.forget,
         finished = CASE WHEN d.done THEN '' ELSE d.finished END
-        WHERE CASE WHEN d.done THEN d.forget <= now() ELSE d.token IS NULL OR d.ends <= now() END
+        WHERE CASE WHEN d.done THEN d.forget <= now() ELSE d.token IS NULL OR d.ends <= now() OR d.token = excluded.token END
       RETURNING key, finished
     )
     SELECT key, claim.finished, CASE WHEN claim.finished IS NOT NULL THEN 'claimed'
@@ -79,11 +90,9 @@ export function postgresStore (db: PgPool | PgLite, { table: tableName = STORE_T
       FROM asked LEFT JOIN claim USING (key)`
   const checkpoint = `UPDATE ${table.sql} SET finished = finished || $3::text || chr(10) WHERE key = $1 AND token = $2`
   const complete = `
-    WITH mine AS (
-      SELECT key, retention FROM ${table.sql} AS d JOIN unnest($1::text[], $2::text[], $3::float8[]) AS asked (key, token, retention) USING (key, token)
-      ORDER BY key FOR UPDATE OF d
-    )
-    UPDATE ${table.sql} AS d SET token = NULL, done = true, finished = '', forget = now() + retention * interval '1 ms' FROM mine WHERE d.key = mine.key RETURNING d.key`
+    WITH ${ASKED},
+    mine AS (SELECT key, ms FROM ${table.sql} AS d JOIN asked USING (key, token) ORDER BY key FOR UPDATE OF d)
+    UPDATE ${table.sql} AS d SET token = NULL, done = true, finished = '', forget = now() + ms * interval '1 ms' FROM mine WHERE d.key = mine.key RETURNING d.key`
   const extend = `UPDATE ${table.sql} SET ends = now() + $3::float8 * interval '1 ms' WHERE key = $1 AND token = $2 RETURNING key`
   const release = `UPDATE ${table.sql} SET token = NULL WHERE key = $1 AND token = $2`
   const pruning = new Pruning(async () => {
@@ -95,15 +104,16 @@ export function postgresStore (db: PgPool | PgLite, { table: tableName = STORE_T
   /** One statement for what a turn asks of different deliveries; what it asks of one delivery more than once takes several. */
   const forMany = (sql: string) => grouped<Asked, Row | undefined>(GROUP, async asked => {
     const rows = new Map<Asked, Row>()
+    const lockTimeout = asked.length > 1 ? LOCK_TIMEOUT_OF_GROUP : LOCK_TIMEOUT
     for (let left = asked; left.length > 0;) {
       const now = new Map(left.map(each => [each.key, each]).reverse() as Array<[string, Asked]>)
       const columns = [...now.values()]
-      const found = await database.query(sql, [columns.map(({ key }) => key), columns.map(({ token }) => token), columns.map(({ ms }) => ms)]) as Row[]
+      const found = await database.query(sql, [columns.map(({ key }) => key), columns.map(({ token }) => token), columns.map(({ ms }) => ms), String(lockTimeout)]) as Row[]
       for (const row of found) rows.set(now.get(row.key)!, row)
       left = left.filter(each => now.get(each.key) !== each)
     }
     return asked.map(each => rows.get(each))
-  })
+  }, error => error instanceof NoAnswer)
   const beginOne = forMany(begin)
   const completeOne = forMany(complete)
 

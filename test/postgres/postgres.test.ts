@@ -7,7 +7,7 @@ import t from 'tap'
 import { memoryStore } from '../../lib/index.ts'
 import type { EventContext, EventHandler } from '../../lib/index.ts'
 import { migration, postgresInbox, postgresStore } from '../../lib/postgres/index.ts'
-import { build, post, sign, thin } from '../support/deliveries.ts'
+import { build, post, sign, stoppedClock, thin } from '../support/deliveries.ts'
 import { codeBlocks, readDocument } from '../support/docs.ts'
 import { capturedLog, deferred } from '../support/observe.ts'
 import { PostgresServer, postgresMissing } from '../support/postgres.ts'
@@ -198,6 +198,54 @@ t.test('postgresStore', { skip: postgresMissing }, async t => {
     t.match([good, bad, other], [{ value: { state: 'claimed' } }, { status: 'rejected', reason: { message: /invalid byte sequence/ } }, { value: { state: 'claimed' } }])
   })
 
+  await t.test('one whose row somebody has locked holds up no other for long', async t => {
+    const pool = await fresh(t)
+    const store = postgresStore(pool)
+    const { token } = await store.begin('m', 60_000) as { token: string }
+    await store.release('m', token)
+    const client = await pool.connect()
+    /** @returns what is answered for each, while the row of the second is locked and afterwards */
+    async function whileLocked<Answer> (ask: (key: string) => Promise<Answer>): Promise<Answer[]> {
+      await client.query("BEGIN; SELECT 1 FROM openai_webhook_deliveries WHERE key = 'm' FOR UPDATE")
+      let answered = false
+      const [a, m, z] = ['a', 'm', 'z'].map(ask)
+      m!.finally(() => { answered = true })
+      const others = await Promise.all([a!, z!])
+      t.equal(answered, false)
+      await client.query('ROLLBACK')
+      return [others[0]!, await m!, others[1]!]
+    }
+    const tokens = new Map<string, string>()
+    t.match(await whileLocked(async key => {
+      const claim = await store.begin(key, 60_000)
+      if (claim.state === 'claimed') tokens.set(key, claim.token)
+      return claim
+    }), Array(3).fill({ state: 'claimed' }))
+    t.same(await whileLocked(async key => await store.complete(key, tokens.get(key)!, 60_000)), [true, true, true])
+    client.release()
+    t.same((await pool.query('SHOW lock_timeout')).rows, [{ lock_timeout: '0' }], 'of the statement alone')
+  })
+
+  await t.test('a connection that is cut before the answer: what it had claimed is claimed', async t => {
+    const pool = await fresh(t, { max: 1 })
+    const store = postgresStore(pool)
+    await store.begin('the first creates the table', 1_000)
+    let cut = false
+    const client = await pool.connect()
+    const { query } = client
+    client.query = async function (this: PoolClient, ...args: unknown[]) {
+      const result = await Reflect.apply(query, this, args)
+      if (cut || !String(args[0]).includes('INSERT')) return result
+      cut = true
+      throw new Error('Connection terminated unexpectedly')
+    } as never
+    client.release()
+    const claims = await Promise.all(['a', 'b'].map(async key => await store.begin(key, 60_000)))
+    t.ok(cut)
+    t.match(claims, [{ state: 'claimed' }, { state: 'claimed' }])
+    for (const [index, claim] of claims.entries()) t.equal(await store.complete(['a', 'b'][index]!, (claim as { token: string }).token, 60_000), true)
+  })
+
   await t.test('processes that get the same deliveries in other orders do not lock each other out', async t => {
     const pool = await fresh(t)
     const stores = [postgresStore(pool), postgresStore(pool)]
@@ -305,6 +353,18 @@ t.test('a server that hangs, a pool that is exhausted, a server that restarts: 5
     t.equal(statusCode, 200, body)
   }
   busy.release(true)
+})
+
+t.test('what has been waited for in vain is not asked for again, one by one', async t => {
+  let connects = 0
+  const pool = { totalCount: 0, connect () { connects++ }, query () {}, on () {} }
+  const store = postgresStore(pool as never, { migrate: false })
+  const clock = stoppedClock(t)
+  const asked = Promise.allSettled(['a', 'b', 'c'].map(async key => await store.begin(key, 1_000)))
+  await until('it to be asked for', () => connects > 0)
+  clock.advance(4_000)
+  t.match(await asked, Array(3).fill({ status: 'rejected', reason: { message: /^no connection to PostgreSQL within 4000 ms/ } }))
+  t.equal(connects, 1)
 })
 
 t.test('postgresInbox', { skip: postgresMissing }, async t => {

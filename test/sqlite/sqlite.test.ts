@@ -21,7 +21,7 @@ type Teardown = { teardown: (fn: () => unknown) => void }
 const LONG = 600_000
 const HOUR = 3_600_000
 const ENDPOINT = '/webhooks/openai'
-/** faults-node-sqlite.test.ts has all of this with the other one. */
+/** node-sqlite.test.ts has all of this with the other one. */
 const HANDLE = (process.env['SQLITE_HANDLE'] ?? 'libsql') as HandleName
 
 /** Lets what has been scheduled run. */
