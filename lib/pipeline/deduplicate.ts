@@ -90,7 +90,13 @@ export class Claims {
       clearInterval(this.#timer)
       this.#timer = undefined
     }
-    for (const claim of this.#held) attempt<void>(async () => await this.#renew(claim), this.#options.onTrouble)
+    // Told once: a store that cannot be reached fails all of them, which may be hundreds.
+    let isTold = false
+    const onFailure = (error: unknown): void => {
+      if (!isTold) this.#options.onTrouble(error)
+      isTold = true
+    }
+    for (const claim of this.#held) attempt<void>(async () => await this.#renew(claim), onFailure)
   }
 
   async #renew (claim: Held): Promise<void> {

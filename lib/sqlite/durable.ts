@@ -111,6 +111,8 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
   let timer: NodeJS.Timeout | undefined
   let renewal: NodeJS.Timeout | undefined
   let scheduled = false
+  /** What is started while nothing can be written could not be recorded, and would run again. */
+  let isWritable = true
   /** More is due in the file than there was room for. */
   let behind = false
   // Bound here: the jobs in the file are of many requests, and must not run in the async context of one.
@@ -118,12 +120,28 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
   const startOutside = AsyncResource.bind(startAhead)
   const holdOutside = AsyncResource.bind(hold)
 
+  async function write<T> (work: () => T): Promise<T> {
+    let result
+    try {
+      result = await database.write(work)
+    } catch (error) {
+      isWritable = false
+      throw error
+    }
+    if (!isWritable) {
+      isWritable = true
+      startSoon(queueMicrotask)
+    }
+    return result
+  }
+
   /** Starts what is due and there is room for; looks again when something else will be. */
   function pump (): void {
     scheduled = false
     if (closing || host === undefined) return
     clearTimeout(timer)
     let wait = POLL_INTERVAL
+    if (!isWritable && ahead.size > 0) renewAll()
     try {
       const now = Date.now()
       const room = Math.max(concurrency - running - ahead.size, 0)
@@ -153,7 +171,7 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
     const isOver = ({ attempts: before }: Row): boolean => before >= attempts
     let taken: boolean[]
     try {
-      taken = await database.write(() => rows.map((row, index) => changed(take.run(isOver(row) ? 0 : 1, leased(entries[index]!), row.key, row.due))))
+      taken = await write(() => rows.map((row, index) => changed(take.run(isOver(row) ? 0 : 1, leased(entries[index]!), row.key, row.due))))
     } catch (error) {
       for (const entry of entries) letGo(entry)
       return host.report(error)
@@ -200,6 +218,7 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
 
   function startAhead (): void {
     starting = false
+    if (!isWritable) return
     const late: Ahead[] = []
     for (const next of ahead) {
       const { host, job, entry } = next
@@ -217,7 +236,7 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
   async function giveBack (waiting: readonly Ahead[]): Promise<void> {
     for (const each of waiting) ahead.delete(each)
     const [given] = await Promise.allSettled([
-      database.write(() => { for (const { entry } of waiting) untake.run(Date.now(), ...holder(entry)) }),
+      write(() => { for (const { entry } of waiting) untake.run(Date.now(), ...holder(entry)) }),
       ...waiting.map(async ({ letGoOfClaim }) => await letGoOfClaim?.())
     ])
     if (given.status === 'rejected') waiting[0]!.host.report(given.reason)
@@ -298,9 +317,9 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
   }
 
   /** @returns whether it is on record; where it is not, the lease runs out and the job is attempted again */
-  async function record (host: RunnerHost, job: Job, write: () => Changes, ran = true): Promise<boolean> {
+  async function record (host: RunnerHost, job: Job, statement: () => Changes, ran = true): Promise<boolean> {
     try {
-      if (await database.write(() => changed(write()))) return true
+      if (await write(() => changed(statement()))) return true
       if (ran) host.report(new Error(`the job was taken over while it ran: its lease of ${lease} ms ran out before it could be renewed`), job)
     } catch (trouble) {
       host.report(trouble, job)
@@ -316,7 +335,7 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
     }
     const entries = [...active.values()]
     try {
-      const renewed = await database.write(() => entries.map(entry => {
+      const renewed = await write(() => entries.map(entry => {
         const until = Date.now() + lease
         // Not before it is known to be held: another process that took the job over in this millisecond has the same end.
         if (!changed(renew.run(until, ...holder(entry)))) return LOST
@@ -344,7 +363,7 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
       if (closing) throw new Overloaded()
       const key = keyOf(job)
       const text = JSON.stringify(job)
-      const insertAs = async (attempt: number, entry?: Active): Promise<boolean> => await database.write(() => {
+      const insertAs = async (attempt: number, entry?: Active): Promise<boolean> => await write(() => {
         prune(Date.now() - RETENTION)
         return changed(insert.run(key, text, entry === undefined ? Date.now() : leased(entry), attempt))
       })

@@ -285,14 +285,20 @@ t.test('claims are renewed while a handler runs longer than the lease', async t 
     rejects: async () => { throw new Error('ECONNREFUSED') },
     throws: () => { throw new Error('ECONNREFUSED') }
   })) {
-    t.test(`and a store that ${how} in extend is reported, and asked again`, async t => {
-      const { begin, pass, told, end } = await running(t, extend)
+    t.test(`and a store that ${how} in extend is reported, once for all of them, and asked again`, async t => {
+      let asked = 0
+      const { begin, pass, told, end } = await running(t, () => {
+        asked++
+        return extend()
+      })
       const { answer } = await begin()
+      const other = await begin()
       await pass(1_000)
       await pass(1_000)
+      t.equal(asked, 4)
       t.same(told.map(({ message }) => message), ['ECONNREFUSED', 'ECONNREFUSED'])
       end()
-      t.equal(await answer, 200)
+      t.same(await Promise.all([answer, other.answer]), [200, 200])
     })
   }
 

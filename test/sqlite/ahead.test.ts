@@ -121,6 +121,34 @@ t.test('what nobody has taken over meanwhile is started, and has not lost an att
   }
 })
 
+t.test('what waits is not started while nothing can be written, since it would have to run again', async t => {
+  for (const another of [true, false]) {
+    await t.test(`afterwards it is, ${another ? 'with the next delivery' : 'within a second'}`, async t => {
+      const { started, told, member } = shared(t)
+      const { db, runner, finish } = await member('one', { concurrency: 1 })
+      await runAll(runner, 'wh_1', 'wh_2', 'wh_3')
+      const { exec } = db
+      let isFull = true
+      t.intercept(db as { exec: (sql: string) => unknown }, 'exec', {
+        value (sql: string) {
+          if (isFull && sql === 'COMMIT') throw new Error('database or disk is full')
+          return Reflect.apply(exec, db, [sql])
+        }
+      })
+      finish('wh_1')
+      await until('that to be told', () => told.length === 1)
+      finish('wh_2') // was started before it was known
+      await until('that to be told', () => told.length === 2)
+      await turns(5)
+      t.same(started, ['one wh_1', 'one wh_2'])
+      isFull = false
+      if (another) await runner.run(job('wh_4'))
+      await until('the third to start', () => started.length === 3)
+      t.same(started.at(-1), 'one wh_3')
+    })
+  }
+})
+
 t.test('a lease begins when there is the lock to write it, not when that was asked for', async t => {
   const { clock, started, member } = shared(t)
   const { db, runner, finish } = await member('one', { concurrency: 1 })
