@@ -287,12 +287,13 @@ t.test('claims are renewed while a handler runs longer than the lease', async t 
   })) {
     t.test(`and a store that ${how} in extend is reported, once for all of them, and asked again`, async t => {
       let asked = 0
-      const { begin, pass, told, end } = await running(t, () => {
+      const { begin, pass, calls, told, end } = await running(t, () => {
         asked++
         return extend()
       })
       const { answer } = await begin()
       const other = await begin()
+      while (calls.length < 2) await pass(0)
       await pass(1_000)
       await pass(1_000)
       t.equal(asked, 4)
