@@ -1,6 +1,7 @@
 import type { FastifyBaseLogger, FastifyRequest } from 'fastify'
 import { channels } from './channels.ts'
 import { statusOf } from './coded.ts'
+import { InvalidSignature } from './errors.ts'
 import { causeOf, isHandlersFailure } from './runners/handler-failures.ts'
 import { RefusalLog, logError, logFields } from './log.ts'
 import type { FailureInfo, Refused, Registry } from './registry.ts'
@@ -19,13 +20,17 @@ export class Failures {
     this.#refusals = new RefusalLog(log)
   }
 
-  /** A delivery is not answered 200. The log gets the cause where there is one, else the code alone. */
+  /**
+   * A delivery is not answered 200. The log gets the cause of a 5xx, and of a refusal that a mistake in a user's verifier is
+   * behind; else the code alone.
+   */
   refused (error: unknown, delivery: Refused, request: FastifyRequest): void {
     const { code: given, cause, message } = error as { code?: unknown, cause?: unknown, message: string }
     const statusCode = statusOf(error)
     // A database or gRPC client in a hook of the app may give a number as code.
     const code = typeof given === 'string' || typeof given === 'number' ? String(given) : 'UNKNOWN'
     if (statusCode >= 500 && cause !== undefined) logError(request.log, cause, { code, ...logFields(delivery) }, message)
+    else if (error instanceof InvalidSignature && (cause instanceof TypeError || cause instanceof ReferenceError)) this.#refusals.faulty(request.log, cause, code, delivery.endpoint)
     else this.#refusals.write(request.log, code, statusCode, delivery)
     if (channels.refused.hasSubscribers) {
       const { endpoint, webhookId, event } = delivery

@@ -104,6 +104,11 @@ export class RefusalLog {
     if (this.#hasRoom(log, code, delivery.endpoint)) write(log, 'warn', { code, statusCode, ...logFields(delivery), fix: FIXES[code] }, 'webhook delivery refused')
   }
 
+  /** A user's verifier is at fault. Strangers may bring it about, so it is bounded too. */
+  faulty (log: FastifyBaseLogger, cause: Error, code: string, endpoint: string): void {
+    if (this.#hasRoom(log, 'VERIFIER_FAILED', endpoint)) logError(log, cause, { code, endpoint }, 'the verifier failed, and the delivery was refused')
+  }
+
   unprocessed (log: FastifyBaseLogger, statusCode: number, endpoint: string): void {
     const code = 'ANSWERED_BY_A_HOOK'
     if (this.#hasRoom(log, code, endpoint)) write(log, 'warn', { code, statusCode, endpoint }, 'the delivery was not processed')

@@ -1,5 +1,5 @@
-/** `, did you mean "…"?` when a known name is close to what was given, else nothing. */
-export function nearest (given: string, names: readonly string[]): string {
+/** `, did you mean "…"?` when a known name is close to what was given, else nothing. The name is told with `prefix` before it. */
+export function nearest (given: string, names: readonly string[], prefix = ''): string {
   let best = ''
   let bestDistance = Math.max(2, Math.floor(given.length / 4)) + 1
   for (const name of names) {
@@ -9,7 +9,7 @@ export function nearest (given: string, names: readonly string[]): string {
       bestDistance = distance
     }
   }
-  return best === '' ? '' : `, did you mean "${best}"?`
+  return best === '' ? '' : `, did you mean "${prefix}${best}"?`
 }
 
 /** The Levenshtein distance. */

@@ -206,12 +206,34 @@ const idempotencyRules: Record<keyof Required<IdempotencyOptions>, Rule> = {
 /** Any JSON Schema that describes an event has one of these. */
 const JSON_SCHEMA_KEYWORDS = ['type', 'properties', 'required', '$ref', 'allOf', 'anyOf', 'oneOf', 'const', 'enum']
 
-/** Options of `register` that Fastify itself reads. */
-const FASTIFY_OPTIONS = ['logLevel', 'logSerializers']
+/**
+ * Options of `register` that are not for the plugin. Fastify reads the first two. A test of an app that fastify-cli generated
+ * gives the app the third, and such an app hands its options on to every plugin.
+ */
+const FOREIGN_OPTIONS = ['logLevel', 'logSerializers', 'skipOverride']
+
+const ofPlugin = (name: string): string => `it is an option of the plugin, as in app.register(openaiWebhook, { ${name} })`
+const ofIdempotency = (name: string): string => `it is an option of the plugin's idempotency, as in app.register(openaiWebhook, { idempotency: { ${name} } })`
+const ofRunner = (name: string): string => `it is an option of a runner that has it, as in { runner: durable(db, { ${name} }) }`
+
+/** What to do with an option that is known, and stands in the wrong place. */
+const RIGHT_PLACES: Readonly<Record<string, (name: string) => string>> = {
+  path: () => 'a route has `url`; `path` is an option of the plugin',
+  prefix: () => 'a route has the prefix of its scope: call route() in a scope that is registered with { prefix }',
+  url: () => 'the plugin\'s own route has `path`; further ones have a `url`, as in app.openaiWebhook.route({ url })',
+  on: () => 'handlers are added by app.openaiWebhook.on(type, handler); those of one route alone by `on` of app.openaiWebhook.route() or of config.openaiWebhook',
+  handler: () => 'handlers are added by app.openaiWebhook.on(type, handler); the one that replies is `handler` of a route',
+  rateLimit: () => 'a marked route has it beside, as in config: { openaiWebhook: {}, rateLimit: {} }',
+  bodyTimeout: () => 'it is an option of the plugin and of its routes',
+  ...Object.fromEntries(['events', 'idempotency', 'runner', 'deadline', 'closeTimeout'].map(name => [name, ofPlugin])),
+  ...Object.fromEntries(['store', 'lease', 'retention'].map(name => [name, ofIdempotency])),
+  ...Object.fromEntries(['concurrency', 'attempts', 'backoff'].map(name => [name, ofRunner])),
+  max: () => 'it is an option of the store, as in { idempotency: { store: memoryStore({ max }) } }'
+}
 
 /** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
 export function assertOptions (options: unknown): asserts options is OpenAIWebhookOptions {
-  assertRules('', pluginRules, options, FASTIFY_OPTIONS)
+  assertRules('', pluginRules, options, FOREIGN_OPTIONS)
   const { idempotency } = options as OpenAIWebhookOptions
   if (isObject(idempotency)) assertRules('idempotency.', idempotencyRules, idempotency)
   for (const [type, schema] of Object.entries((options as OpenAIWebhookOptions).events ?? {})) assertSchema(type, schema)
@@ -238,11 +260,14 @@ function assertRules (at: string, rules: Record<string, Rule>, options: unknown,
   for (const [name, value] of Object.entries(options)) {
     if (also.includes(name) || value === undefined) continue
     const rule = Object.hasOwn(rules, name) ? rules[name] : undefined
-    if (rule === undefined) {
-      throw new InvalidOptions(`unknown option "${at}${name}"${nearest(name, [...Object.keys(rules), ...also])}`)
-    }
+    if (rule === undefined) throw new InvalidOptions(`unknown option "${at}${name}"${adviceOn(name, Object.keys(rules))}`)
     if (!rule.accepts(value)) throw new InvalidOptions(`expected ${at}${name} to be ${rule.expected}, got ${show(value)}`)
   }
+}
+
+function adviceOn (name: string, known: readonly string[]): string {
+  if (Object.hasOwn(RIGHT_PLACES, name)) return `: ${RIGHT_PLACES[name]!(name)}`
+  return nearest(name, known) || `: expected ${known.slice(0, -1).join(', ')} or ${known.at(-1)}`
 }
 
 function assertSchema (type: string, schema: TSchema): void {

@@ -1,5 +1,6 @@
 import type { FastifyInstance } from 'fastify'
 import { AlreadyStarted, InvalidOptions } from './errors.ts'
+import { guideEvents } from './events/index.ts'
 import { assertHandlerName, givenName } from './handler-name.ts'
 import { nearest } from './nearest.ts'
 import type { EventContext, Handler } from './handlers.ts'
@@ -112,8 +113,23 @@ export class HandlerList {
       : this.#known.has(type)
     if (known) return
     // A handler for a misspelt type would never run, while its events would be acknowledged.
-    throw new InvalidOptions(`on(): unknown event type "${type}"${nearest(type, [...this.#known, ...families(this.#known)])}; a type of your own needs a schema in the \`events\` option`)
+    throw new InvalidOptions(`on(): ${adviceOn(type, [...this.#known])}`)
   }
+}
+
+/** What to do about an event type or a pattern that is not known. */
+function adviceOn (type: string, known: readonly string[]): string {
+  if (type === '*' || type === '**') return `"${type}" is no pattern: onAny(handler) runs for every event, a pattern has a family, such as "batch.*"`
+  if (Object.keys(guideEvents).some(name => matches(type, name))) {
+    return `"${type}" is known from an older guide alone: register the plugin with { events: guideEvents }, which fastify-openai-webhook exports`
+  }
+  const family = type.slice(0, type.lastIndexOf('.') + 1)
+  const members = known.filter(name => family !== '' && name.startsWith(family))
+  // Within a family only the rest counts: "fine_tuning.job.completed" is as a whole close to "fine_tuning.job.cancelled".
+  const near = members.length === 0
+    ? nearest(type, [...known, ...families(known)])
+    : nearest(type.slice(family.length), members.map(name => name.slice(family.length)), family) || `, expected one of ${members.join(', ')}`
+  return `unknown event type "${type}"${near}; a type of your own needs a schema in the \`events\` option`
 }
 
 function matches (pattern: string, type: string): boolean {

@@ -166,6 +166,37 @@ t.test('a refused delivery is a line at warn, with its code and nothing of a pay
   for (const secret of [MARKER, SECRET.slice('whsec_'.length), 'Zm9yZ2Vk', valid().headers['webhook-signature']!]) t.notOk(text.includes(secret), secret)
 })
 
+t.test('a mistake in a verifier of the user\'s is a line at error, and what it refuses on purpose is not', async t => {
+  const log = capturedLog()
+  let verify = (): unknown => undefined
+  const app = await build(t, { verifier: (() => verify()) as Verifier }, { logger: log.logger, ...quiet })
+  await app.ready()
+  const faults: Array<[() => unknown, object]> = [
+    [() => (undefined as unknown as string).length, { type: 'TypeError', message: /undefined/, stack: /log\.test\.ts/ }],
+    [() => { throw new ReferenceError('secrte is not defined') }, { type: 'ReferenceError', message: 'secrte is not defined' }],
+    [async () => ({ webhookId: 'wh_1', timestamp: Date.now() / 1000 }), { message: 'expected the verifier to return { webhookId, timestamp }, got a promise: a verifier answers at once' }],
+    [() => {}, { message: 'expected the verifier to return { webhookId, timestamp }, got undefined' }],
+    [() => null, { message: 'expected the verifier to return { webhookId, timestamp }, got null' }]
+  ]
+  for (const [fault, err] of faults) {
+    verify = fault
+    log.lines.length = 0
+    t.equal(await outcome(app, valid()), '401 INVALID_SIGNATURE', 'the sender learns nothing of it')
+    t.match(log.lines, [{ level: 50, msg: 'the verifier failed, and the delivery was refused', code: 'FST_OPENAI_WEBHOOK_INVALID_SIGNATURE', endpoint: ENDPOINT, err }])
+    t.equal(log.lines.length, 1)
+  }
+
+  log.lines.length = 0
+  await outcome(app, valid())
+  t.same(log.lines, [], 'bounded: strangers may bring it about')
+  verify = () => { throw new Error('no match') }
+  await outcome(app, valid())
+  t.match(log.lines, [{ level: 40, msg: REFUSED, code: 'FST_OPENAI_WEBHOOK_INVALID_SIGNATURE' }])
+  log.lines.length = 0
+  await app.close()
+  t.match(log.lines, [{ code: 'VERIFIER_FAILED', suppressed: 1 }])
+})
+
 /** In one window. */
 const FORGERIES = sized(1_000, 10_000)
 

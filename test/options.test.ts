@@ -28,6 +28,9 @@ async function register (options: unknown): Promise<void> {
   await Fastify().register(openaiWebhook, options as OpenAIWebhookOptions)
 }
 
+/** What the plugin's options are called, as an error lists them. */
+const ALL = 'secret, tolerance, bodyLimit, verifier, bodyTimeout, path, prefix, rateLimit, events, idempotency, runner, deadline or closeTimeout'
+
 t.test('wrong values are refused: what was expected, what came', async t => {
   const event = (type: string) => Type.Object({ type: Type.Literal(type) })
   const cases: Array<[object, string]> = [
@@ -91,12 +94,43 @@ t.test('unknown options are refused, with the nearest known one', async t => {
     [{ secrets: SECRET }, 'unknown option "secrets", did you mean "secret"?'],
     [{ bodylimit: 7 }, 'unknown option "bodylimit", did you mean "bodyLimit"?'],
     [{ closeTimeOut: 7 }, 'unknown option "closeTimeOut", did you mean "closeTimeout"?'],
-    [{ cache: true }, 'unknown option "cache"'],
-    [{ toString: 7 }, 'unknown option "toString"'],
+    [{ cache: true }, `unknown option "cache": expected ${ALL}`],
+    [{ toString: 7 }, `unknown option "toString": expected ${ALL}`],
     [{ idempotency: { leese: 7 } }, 'unknown option "idempotency.leese", did you mean "lease"?'],
-    [{ idempotency: { ttl: 7 } }, 'unknown option "idempotency.ttl"']
+    [{ idempotency: { ttl: 7 } }, 'unknown option "idempotency.ttl": expected store, lease or retention']
   ]
   for (const [options, message] of cases) t.equal(await messageOf(() => register({ secret: SECRET, ...options })), message)
+})
+
+t.test('an option in the wrong place is refused, with the right one', async t => {
+  const app = await build(t)
+  const route = async (options: object): Promise<string> => await messageOf(() => app.openaiWebhook.route({ url: '/route', ...options } as never))
+  const marked = async (config: object): Promise<string> => await messageOf(() => app.post('/marked', { config: { openaiWebhook: config as never } }, async () => {}))
+  const unwrapped = async (options: object): Promise<string> => await messageOf(async () => { await app.openaiWebhook.unwrap('{}', {}, options as never) })
+  const registered = async (options: object): Promise<string> => await messageOf(() => register({ secret: SECRET, ...options }))
+  for (const [message, expected] of [
+    [await registered({ url: '/hooks' }), /^unknown option "url": the plugin's own route has `path`/],
+    [await registered({ on: {} }), /^unknown option "on": .*app\.openaiWebhook\.on\(type, handler\)/],
+    [await registered({ handler () {} }), /^unknown option "handler": .*app\.openaiWebhook\.on\(type, handler\)/],
+    [await registered({ store: memoryStore() }), /^unknown option "store": .*\{ idempotency: \{ store \} \}/],
+    [await registered({ retention: 7 }), /^unknown option "retention": .*\{ idempotency: \{ retention \} \}/],
+    [await registered({ attempts: 7 }), /^unknown option "attempts": .*\{ runner: durable\(db, \{ attempts \}\) \}/],
+    [await registered({ max: 7 }), /^unknown option "max": .*memoryStore\(\{ max \}\)/],
+    [await registered({ idempotency: { max: 7 } }), /^unknown option "idempotency\.max": .*memoryStore\(\{ max \}\)/],
+    [await registered({ idempotency: { deadline: 7 } }), /^unknown option "idempotency\.deadline": it is an option of the plugin, as in app\.register\(openaiWebhook, \{ deadline \}\)/],
+    [await route({ deadline: 7 }), /^unknown option "deadline": it is an option of the plugin/],
+    [await route({ lease: 7 }), /^unknown option "lease": .*\{ idempotency: \{ lease \} \}/],
+    [await route({ path: '/other' }), /^unknown option "path": a route has `url`/],
+    [await route({ prefix: '/v1' }), /^unknown option "prefix": a route has the prefix of its scope/],
+    [await marked({ rateLimit: {} }), /^unknown option "rateLimit": .*config: \{ openaiWebhook: \{\}, rateLimit: \{\} \}/],
+    [await marked({ idempotency: false }), /^unknown option "idempotency": it is an option of the plugin/],
+    [await unwrapped({ bodyTimeout: 7 }), /^unknown option "bodyTimeout": it is an option of the plugin and of its routes/]
+  ] as const) t.match(message, expected)
+})
+
+t.test('what an app that fastify-cli generated hands on in its tests is passed over', async t => {
+  const app = await build(t, { skipOverride: true } as OpenAIWebhookOptions)
+  t.equal((await post(app, sign(thin('batch.failed')))).body, RECEIVED)
 })
 
 t.test('a secret in the wrong place is not shown', async t => {

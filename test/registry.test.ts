@@ -1,7 +1,7 @@
 import Fastify from 'fastify'
 import type { FastifyInstance } from 'fastify'
 import t from 'tap'
-import openaiWebhook, { channels, memoryStore } from '../lib/index.ts'
+import openaiWebhook, { channels, guideEvents, memoryStore } from '../lib/index.ts'
 import type { EventType, FailureInfo, OpenAIWebhook } from '../lib/index.ts'
 import { build, post, sign, SECRET, thin } from './support/deliveries.ts'
 import { capturedLog, codeOf, messageOf, redelivered } from './support/observe.ts'
@@ -132,13 +132,26 @@ t.test('misspelt types and families are refused, with the nearest known name', a
   t.match(await on('agent.sesion.*'), /did you mean "agent\.session\.\*"\?/)
   t.match(await on('invoice.paid'), /unknown event type "invoice\.paid"; a type of your own needs a schema in the `events` option/)
   t.match(await on(['batch.failed', 'batch.finished!']), /unknown event type "batch\.finished!"/)
-  for (const type of ['', '*', '.*', 'batch*', 'batch.', 'batch.failed.*', 'toString']) t.match(await on(type), /unknown event type/, type)
+  for (const type of ['', '.*', 'batch*', 'batch.', 'batch.failed.*', 'toString']) t.match(await on(type), /unknown event type/, type)
+
+  t.match(await on('fine_tuning.job.completed'), /, expected one of fine_tuning\.job\.cancelled, fine_tuning\.job\.failed, fine_tuning\.job\.succeeded; /, 'near another one, and not that')
+  t.match(await on('*'), /"\*" is no pattern: onAny\(handler\) runs for every event/)
 
   t.match(await on([]), /expected an event type, a pattern such as "batch\.\*" or a non-empty array of them/)
   t.match(await on(undefined), /expected an event type, a pattern/)
   t.match(await on({ type: 'batch.failed' }), /expected an event type, a pattern/)
   t.match(await on([7]), /expected an event type \(a string\), got number/)
   t.equal(await codeOf(() => app.openaiWebhook.on('batch.faild' as EventType, () => {})), 'INVALID_OPTIONS')
+})
+
+t.test('types of the older guide say where they come from, until they are there', async t => {
+  const on = async (app: FastifyInstance, type: string): Promise<string> => await messageOf(() => app.openaiWebhook.on(type as EventType, () => {}))
+  const app = await build(t)
+  for (const type of ['batch.created', 'batch.in_progress', 'fine_tune.completed', 'fine_tune.*', 'file.*']) {
+    t.equal(await on(app, type), `on(): "${type}" is known from an older guide alone: register the plugin with { events: guideEvents }, which fastify-openai-webhook exports`)
+  }
+  const guided = await build(t, { events: guideEvents })
+  t.doesNotThrow(() => guided.openaiWebhook.on('batch.created' as EventType, () => {}).on('fine_tune.*' as EventType, () => {}))
 })
 
 t.test('a refused registration leaves nothing behind', async t => {

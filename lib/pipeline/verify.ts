@@ -62,7 +62,7 @@ function answerOf<T> (ask: () => T | Error, checked: (answer: T) => T | Error): 
     if (!isPromise(answer)) return answer instanceof Error ? toRefusal(answer) : checked(answer)
     // A promise has verified nothing yet. Unheard, its rejection would end the process.
     answer.then(undefined, () => {})
-    return new InvalidSignature()
+    return faulty('a promise: a verifier answers at once')
   } catch (error) {
     return toRefusal(error)
   }
@@ -73,13 +73,18 @@ function toRefusal (error: unknown): Error {
   return isRefusal(error) ? error : new InvalidSignature({ cause: error })
 }
 
+/** The sender is told what a forger is told; the log gets the cause, as of what a verifier throws by mistake. */
+function faulty (got: string): Error {
+  return new InvalidSignature({ cause: new TypeError(`expected the verifier to return { webhookId, timestamp }, got ${got}`) })
+}
+
 function toSeconds (timestamp: unknown): number | Error {
   return typeof timestamp === 'number' && !Number.isNaN(timestamp) ? timestamp : new InvalidTimestamp('the timestamp')
 }
 
 /** A user's verifier that forgets to throw must not let anything through. */
 function toVerified (verified: Verified): Verified | Error {
-  if (typeof verified !== 'object' || verified === null) return new InvalidSignature()
+  if (typeof verified !== 'object' || verified === null) return faulty(verified === null ? 'null' : typeof verified)
   const { webhookId, timestamp, keyIndex } = verified as Partial<Verified>
   if (typeof webhookId !== 'string' || webhookId === '') return new InvalidId()
   if (timestamp === undefined || !Number.isFinite(timestamp)) return new InvalidTimestamp('the timestamp')
