@@ -70,3 +70,14 @@ export const NoTransaction = coded('NO_TRANSACTION',
   'first("%s") was called outside a transaction, so its record and the writes could not commit together: call it inside, with a `query` that runs there', 500)
 export const AsyncWork = coded('ASYNC_WORK',
   'the work of the handler "%s" returned a promise and was rolled back: a transaction on a SQLite handle is over when the function returns', 500)
+
+// Resources: retrieve() and batchResults() reject with these
+
+export const NoResource = coded('NO_RESOURCE', 'there is nothing to retrieve for the event %s: %s', 500)
+export const BatchNotEnded = coded('BATCH_NOT_ENDED',
+  'the batch has not ended, so it has no results yet: wait for its event, or for a status of completed, expired, cancelled or failed', 500)
+export const BatchStalled = coded('BATCH_STALLED', 'no byte of the batch\'s %s file has come for %d ms', 500)
+export const BatchBroken = coded('BATCH_BROKEN',
+  'the batch\'s %s file broke off after %d bytes and could not be resumed there: read it again from the start', 500)
+export const InvalidBatchLine = coded('INVALID_BATCH_LINE', 'line %d of the batch\'s %s file is not a result: expected %s', 500)
+export const BatchLineTooLong = coded('BATCH_LINE_TOO_LONG', 'line %d of the batch\'s %s file is longer than lineLimit, which is %d bytes', 500)

@@ -147,7 +147,8 @@ t.test('the drawing in docs/lifecycle.md has every answer to a sender, with its 
   })
   const noAnswers = [
     errors.InvalidOptions, errors.InvalidSecret, errors.InvalidRoute, errors.AlreadyRegistered, errors.AlreadyStarted, errors.MissingRoute, errors.NoDeadLetters, errors.NeedsForce,
-    errors.TransactionOver, errors.RolledBack, errors.NoTransaction, errors.AsyncWork
+    errors.TransactionOver, errors.RolledBack, errors.NoTransaction, errors.AsyncWork,
+    errors.NoResource, errors.BatchNotEnded, errors.BatchStalled, errors.BatchBroken, errors.InvalidBatchLine, errors.BatchLineTooLong
   ].map(CodedError => new CodedError().code)
   const answers = catalogue
     .filter(({ code }) => !noAnswers.includes(code) && code !== new errors.UnprotectedRoute().code)

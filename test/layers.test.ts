@@ -8,7 +8,7 @@ import t from 'tap'
  */
 const LAYERS = [
   ['index.ts', 'cli'],
-  ['plugin.ts'],
+  ['plugin.ts', 'resources'],
   ['scope.ts'],
   ['routes'],
   ['delivery'],
@@ -74,5 +74,5 @@ t.test('what stands behind a sub-path is not loaded with the root', async t => {
     atRunTime.forEach(load)
   }
   load('plugin.ts')
-  t.same([...loaded].filter(file => ['sqlite', 'cli', 'testing', 'metrics', 'diagnose'].includes(roomOf(file)) || /redis|bullmq|pgboss|otel|metrics|openapi/.test(file)), [])
+  t.same([...loaded].filter(file => ['sqlite', 'cli', 'testing', 'metrics', 'diagnose', 'resources'].includes(roomOf(file)) || /redis|bullmq|pgboss|otel|metrics|openapi/.test(file)), [])
 })

@@ -87,7 +87,7 @@ t.test('batches: every line of both files is kept, though a file broke off at fi
   t.same(Object.fromEntries(rows), {
     'batch_1 é-1': { status: 200, body: { answer: 'naïve' }, error: null },
     'batch_1 2': { status: 200, body: {}, error: null },
-    'batch_1 3': { status: 400, body: { error: {} }, error: null },
+    'batch_1 3': { status: 400, body: { error: {} }, error: { code: null, message: '' } },
     'batch_1 4': { status: undefined, body: undefined, error: { code: 'batch_expired', message: 'late' } }
   })
 

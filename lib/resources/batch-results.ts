@@ -1,0 +1,109 @@
+import { BatchLineTooLong, BatchNotEnded, InvalidOptions, NoResource } from '../errors.ts'
+import { readLine } from './batch-line.ts'
+import type { BatchFile, BatchResult } from './batch-line.ts'
+import { bytesOf } from './body.ts'
+import type { FileAnswer } from './body.ts'
+import { insteadOf, kindOf } from './kinds.ts'
+import type { ResourceClient } from './kinds.ts'
+import { Lines } from './lines.ts'
+import { retrieve } from './retrieve.ts'
+
+/** As much of the official client as this needs. */
+export interface BatchClient extends ResourceClient {
+  readonly files: { content (id: string, options?: any): PromiseLike<FileAnswer> }
+}
+
+/** The Batch of the API. */
+export interface BatchLike {
+  readonly endpoint: string
+  readonly status?: string
+  readonly output_file_id?: string | null | undefined
+  readonly error_file_id?: string | null | undefined
+}
+
+export interface BatchEvent {
+  readonly type: `batch.${string}`
+  readonly data: { readonly id: string }
+}
+
+export interface BatchResultsOptions {
+  /** Ends it, with the signal's reason: a handler has one in its context. */
+  signal?: AbortSignal
+  /**
+   * ms without a byte after which a body is given up.
+   *
+   * @default 60_000
+   */
+  idleTimeout?: number
+  /**
+   * Bytes of a line, which is held in memory.
+   *
+   * @default 67_108_864 (64 MiB)
+   */
+  lineLimit?: number
+}
+
+const IDLE_TIMEOUT = 60_000
+const LINE_LIMIT = 64 * 1_048_576
+const LONGEST_TIMER = 2 ** 31 - 1
+
+/** A batch that is in none of these goes on, and has no files yet. */
+const ENDED = ['cancelled', 'completed', 'expired', 'failed']
+
+/**
+ * The results of a batch, line by line as they arrive: of its output file, then of its error file, where it has them. Memory
+ * is bounded by one line, whatever the size of the files. A consumer that breaks the loop ends the connection.
+ *
+ * Throws FST_OPENAI_WEBHOOK_BATCH_STALLED when no byte has come for `idleTimeout`; FST_OPENAI_WEBHOOK_BATCH_BROKEN when a
+ * body breaks off and cannot be resumed; FST_OPENAI_WEBHOOK_INVALID_BATCH_LINE and FST_OPENAI_WEBHOOK_BATCH_LINE_TOO_LONG
+ * with a line's number; FST_OPENAI_WEBHOOK_BATCH_NOT_ENDED; FST_OPENAI_WEBHOOK_NO_RESOURCE for what is no event of a
+ * batch; FST_OPENAI_WEBHOOK_INVALID_OPTIONS; and the SDK's errors.
+ *
+ * @param client of the official `openai` package. Its `timeout` ends at a body's headers
+ * @param of the batch, or an event of it
+ */
+export async function * batchResults<Client extends BatchClient> (
+  client: Client,
+  of: BatchLike | BatchEvent,
+  { signal, idleTimeout = IDLE_TIMEOUT, lineLimit = LINE_LIMIT }: BatchResultsOptions = {}
+): AsyncGenerator<BatchResult<Client>, void, undefined> {
+  assertCount('idleTimeout', 'ms', idleTimeout, LONGEST_TIMER)
+  assertCount('lineLimit', 'bytes', lineLimit, Number.MAX_SAFE_INTEGER)
+  signal?.throwIfAborted()
+  const requestOptions = signal === undefined ? {} : { signal }
+  const batch = 'type' in of ? await batchOf(client, of, requestOptions) : of
+  if (batch.status !== undefined && !ENDED.includes(batch.status)) throw new BatchNotEnded()
+
+  for (const [file, id] of [['output', batch.output_file_id], ['error', batch.error_file_id]] as const) {
+    if (id === undefined || id === null) continue
+    const open = (headers: Record<string, string>): PromiseLike<FileAnswer> => client.files.content(id, { ...requestOptions, headers })
+    const lines = new Lines(lineLimit)
+    for await (const chunk of bytesOf({ file, open, idleTimeout, signal })) {
+      for (const line of lines.push(chunk)) {
+        if (line === undefined) throw new BatchLineTooLong(lines.count, file, lineLimit)
+        if (!isBlank(line)) yield readLine(line, lines.count, file, batch.endpoint)
+      }
+    }
+    const last = lines.end()
+    if (!isBlank(last)) yield readLine(last, lines.count, file, batch.endpoint)
+  }
+}
+
+async function batchOf (client: BatchClient, event: BatchEvent, options: { signal?: AbortSignal }): Promise<BatchLike> {
+  if (kindOf(event.type) !== 'batch') throw new NoResource(event.type, `batchResults() expects a batch or an event of one; ${insteadOf(event.type)}`)
+  return await retrieve(client, event, options) as unknown as BatchLike
+}
+
+/** Whether it has nothing but white space, as JSON has it. */
+function isBlank (line: Buffer): boolean {
+  return line.length === 0 || line.every(byte => byte === 0x20 || byte === 0x09 || byte === 0x0d)
+}
+
+/** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
+function assertCount (name: string, unit: string, value: unknown, max: number): void {
+  if (!Number.isSafeInteger(value) || (value as number) < 1 || (value as number) > max) {
+    throw new InvalidOptions(`batchResults(): expected ${name} to be a whole number of ${unit}, from 1 to ${max}, got ${typeof value === 'number' ? value : `a value of type ${typeof value}`}`)
+  }
+}
+
+export type { BatchFile }

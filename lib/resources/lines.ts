@@ -1,0 +1,46 @@
+const NEWLINE = 0x0a
+
+/** Cuts bytes into lines as they arrive, and keeps no more than the one that has begun. */
+export class Lines {
+  /** The number of lines that have ended. */
+  count = 0
+  readonly #limit: number
+  #begun: Uint8Array[] = []
+  #length = 0
+
+  /** @param limit bytes of a line */
+  constructor (limit: number) {
+    this.#limit = limit
+  }
+
+  /** @returns the lines that end in this chunk; `undefined` for one that is longer than the limit, which is the last */
+  * push (chunk: Uint8Array): Generator<Buffer | undefined> {
+    let from = 0
+    for (let end = chunk.indexOf(NEWLINE); end !== -1; end = chunk.indexOf(NEWLINE, from)) {
+      yield this.#add(chunk.subarray(from, end)) ? this.end() : this.#tooLong()
+      from = end + 1
+    }
+    if (!this.#add(chunk.subarray(from))) yield this.#tooLong()
+  }
+
+  /** The last line, which no newline ends. */
+  end (): Buffer {
+    this.count++
+    // One that is whole in its chunk is not copied.
+    const [only] = this.#begun
+    const line = this.#begun.length === 1 ? Buffer.from(only!.buffer, only!.byteOffset, only!.length) : Buffer.concat(this.#begun)
+    this.#begun = []
+    this.#length = 0
+    return line
+  }
+
+  #add (part: Uint8Array): boolean {
+    if (part.length > 0) this.#begun.push(part)
+    this.#length += part.length
+    return this.#length <= this.#limit
+  }
+
+  #tooLong (): undefined {
+    this.count++
+  }
+}

@@ -1,0 +1,91 @@
+import { InvalidOptions, NoResource } from '../errors.ts'
+import { insteadOf, kindOf } from './kinds.ts'
+import type { Problem, ResourceClient, ResourceKind, ResourceOf } from './kinds.ts'
+
+interface EventLike {
+  readonly type: string
+}
+
+/** Fails to compile for an event that has no resource, with what to call instead. */
+export type Retrievable<Event extends EventLike> = [Problem<Event['type']>] extends [never] ? unknown : Problem<Event['type']>
+
+export interface RetrieveOptions {
+  /** Gives the call up: a handler has it in its context. */
+  signal?: AbortSignal
+  /** The eval that a run belongs to. Events of eval runs do not have it, and the API asks for it. */
+  evalId?: string
+}
+
+type Options<Type extends string> = [Extract<Type, `eval.run.${string}`>] extends [never]
+  ? [options?: RetrieveOptions]
+  : [options: RetrieveOptions & { evalId: string }]
+
+interface Access {
+  /** Where the client has `retrieve`. */
+  readonly at: readonly string[]
+  /** What comes between the id and the request's options. */
+  readonly params?: (evalId: string | undefined) => object
+  /** For a client that has no method for it. */
+  readonly path: (id: string, evalId: string | undefined) => string
+  readonly headers?: Readonly<Record<string, string>>
+}
+
+const AGENTS = { 'OpenAI-Beta': 'agents=v1' }
+
+const ACCESS: Readonly<Record<ResourceKind, Access>> = {
+  'agent.environment': { at: ['beta', 'agents', 'environments'], path: id => `/agents/environments/${id}`, headers: AGENTS },
+  'agent.session': { at: ['beta', 'agents', 'sessions'], path: id => `/agents/sessions/${id}`, headers: AGENTS },
+  batch: { at: ['batches'], path: id => `/batches/${id}` },
+  'eval.run': { at: ['evals', 'runs'], params: evalId => ({ eval_id: evalId }), path: (id, evalId) => `/evals/${evalId!}/runs/${id}` },
+  'fine_tuning.job': { at: ['fineTuning', 'jobs'], path: id => `/fine_tuning/jobs/${id}` },
+  response: { at: ['responses'], params: () => ({}), path: id => `/responses/${id}` },
+  'safety.alert': { at: ['safety', 'alerts'], path: id => `/safety/alerts/${id}` },
+  'safety.case': { at: ['safety', 'cases'], path: id => `/safety/cases/${id}` },
+  video: { at: ['videos'], path: id => `/videos/${id}` }
+}
+
+/**
+ * Fetches what a thin event is about, by its `data.id`: the Response, Batch, FineTuningJob, eval run, agent session or
+ * environment, safety alert or case, Video. By the SDK's own method where it has one, else by its path.
+ *
+ * Rejects with FST_OPENAI_WEBHOOK_NO_RESOURCE for an event that has none, with FST_OPENAI_WEBHOOK_INVALID_OPTIONS where the
+ * id or `evalId` is missing, and with the SDK's errors.
+ *
+ * @param client of the official `openai` package, with an API key of the project that the event is of
+ * @returns typed by the event, as the client types it
+ */
+export async function retrieve<Client extends ResourceClient, Event extends EventLike> (
+  client: Client,
+  event: Event & Retrievable<Event>,
+  ...[options = {}]: Options<Event['type']>
+): Promise<ResourceOf<Client, Event['type']>> {
+  const { type, data } = event as EventLike & { data?: { id?: unknown } }
+  const kind = kindOf(type)
+  if (kind === undefined) throw new NoResource(type, insteadOf(type))
+  const id = assertId('event.data.id', data?.id)
+  const { signal, evalId } = options as RetrieveOptions
+  if (kind === 'eval.run') assertId('evalId', evalId)
+  return await fetchResource(client, kind, id, { ...(signal !== undefined && { signal }) }, evalId) as ResourceOf<Client, Event['type']>
+}
+
+async function fetchResource (client: ResourceClient, kind: ResourceKind, id: string, options: object, evalId: string | undefined): Promise<unknown> {
+  const { at, params, path, headers } = ACCESS[kind]
+  const service = serviceAt(client, at)
+  if (typeof service?.['retrieve'] !== 'function') {
+    return await client.get(path(encodeURIComponent(id), evalId && encodeURIComponent(evalId)), { ...options, ...(headers && { headers }) })
+  }
+  return await service['retrieve'](id, ...params === undefined ? [] : [params(evalId)], options)
+}
+
+/** A part of the client, where it has that. */
+export function serviceAt (client: object, at: readonly string[]): Record<string, unknown> | undefined {
+  return at.reduce<Record<string, unknown> | undefined>((part, name) => part?.[name] as typeof part, client as Record<string, unknown>)
+}
+
+/** It becomes part of a path. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
+function assertId (name: string, id: unknown): string {
+  if (typeof id !== 'string' || !/^[\x21-\x7e]{1,256}$/.test(id) || /^\.+$/.test(id)) {
+    throw new InvalidOptions(`retrieve(): expected ${name} to be an id of 1 to 256 visible ASCII characters, got ${typeof id === 'string' ? 'other text' : `a value of type ${typeof id}`}`)
+  }
+  return id
+}
