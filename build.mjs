@@ -1,5 +1,5 @@
 // npm run build: what the package's `exports` and `bin` lead to, from the files of lib/ of the same names.
-import { rm } from 'node:fs/promises'
+import { copyFile, rm } from 'node:fs/promises'
 import { readFileSync } from 'node:fs'
 import { build } from 'esbuild'
 
@@ -21,3 +21,17 @@ await build({
   external: [...Object.keys(dependencies), ...Object.keys(peerDependencies)].filter(name => name !== '@sinclair/typebox'),
   logLevel: 'warning'
 })
+
+// The inspector's page: one HTML, one script, one style.
+await build({
+  entryPoints: [{ in: 'page/main.ts', out: 'page' }, { in: 'page/page.css', out: 'page' }],
+  outdir: 'dist/inspector/page',
+  bundle: true,
+  minify: true,
+  platform: 'browser',
+  format: 'esm',
+  target: 'es2022',
+  banner: { js: '/* with preact (MIT) and htm (Apache-2.0) */' },
+  logLevel: 'warning'
+})
+await copyFile('page/index.html', 'dist/inspector/page/index.html')

@@ -60,6 +60,10 @@ export const NoDeadLetters = coded('NO_DEAD_LETTERS',
 export const NeedsForce = coded('NEEDS_FORCE',
   'the delivery %s is older than what the inbox remembers of its handler "%s", whose effect could happen twice: look whether it has happened, and say { force: true } if it is to', 500)
 
+// Inspector
+
+export const InspectorRefused = refusal('INSPECTOR_REFUSED', '%s', 403)
+
 // Inbox: handlers fail with these
 
 export const TransactionOver = coded('TRANSACTION_OVER',

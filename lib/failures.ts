@@ -4,6 +4,7 @@ import { statusOf } from './coded.ts'
 import { InvalidSignature } from './errors.ts'
 import { causeOf, isHandlersFailure } from './runners/handler-failures.ts'
 import { RefusalLog, logError, logFields } from './log.ts'
+import type { Observation } from './observation.ts'
 import type { FailureInfo, Refused, Registry } from './registry.ts'
 import type { Attempts, DeadDelivery, Job } from './runners/runner.ts'
 
@@ -12,10 +13,12 @@ export class Failures {
   readonly #log: FastifyBaseLogger
   readonly #registry: Registry
   readonly #refusals: RefusalLog
+  readonly #observation: Observation
 
   /** @param log for failures outside a request */
-  constructor (log: FastifyBaseLogger, registry: Registry) {
+  constructor (log: FastifyBaseLogger, registry: Registry, observation: Observation) {
     this.#log = log
+    this.#observation = observation
     this.#registry = registry
     this.#refusals = new RefusalLog(log)
   }
@@ -36,6 +39,7 @@ export class Failures {
       const { endpoint, webhookId, event } = delivery
       channels.refused.publish({ endpoint, webhookId, event, code, statusCode, error, request })
     }
+    this.#observation.observer?.refused({ code, statusCode, error }, delivery, request)
     this.report(error, delivery, request.log)
   }
 
@@ -70,6 +74,7 @@ export class Failures {
   dead (delivery: DeadDelivery, error: unknown): void {
     logError(this.#log, causeOf(error), logFields(delivery, delivery.attempts), 'webhook delivery is dead')
     if (channels.dead.hasSubscribers) channels.dead.publish(delivery)
+    this.#observation.observer?.dead(delivery)
     this.report(error, infoOf(delivery))
     this.#registry.bury(delivery, thrown => logError(this.#log, thrown, logFields(delivery), 'an onDead handler failed'))
   }

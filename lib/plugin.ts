@@ -15,6 +15,7 @@ import type { OpenAIWebhookOptions } from './options.ts'
 import { Claims } from './pipeline/deduplicate.ts'
 import { Validators, jsonParser } from './pipeline/validate.ts'
 import type { Compiler } from './pipeline/validate.ts'
+import { Observation } from './observation.ts'
 import { Registry } from './registry.ts'
 import { Authentication } from './routes/authenticate.ts'
 import { Endpoints } from './routes/endpoint.ts'
@@ -85,11 +86,12 @@ function assemble (instance: FastifyInstance, options: OpenAIWebhookOptions, com
   const abort = new AbortController()
   const works = new Works()
   const registry = new Registry(new Set(Object.keys(events)))
-  const failures = new Failures(instance.log, registry)
+  const observation = new Observation()
+  const failures = new Failures(instance.log, registry, observation)
   const endpoints = new Endpoints(registry)
   const onTrouble = (error: unknown): void => failures.trouble(error)
   const claims = new Claims({ store: options.idempotency === false ? noStore : store ?? memoryStore(), lease, retention, onTrouble })
-  const handling = new Handling({ works, claims, log: instance.log, signal: abort.signal, handlersOf: name => endpoints.handlersOf(name) })
+  const handling = new Handling({ works, claims, log: instance.log, observation, signal: abort.signal, handlersOf: name => endpoints.handlersOf(name) })
   const deadline = options.deadline ?? DEFAULTS.deadline
   const verifications = new Verifications(options, { patience: deadline, warn: message => { instance.log.warn(message) }, onTrouble })
   const bounds = new Bounds(options, instance)
@@ -98,9 +100,10 @@ function assemble (instance: FastifyInstance, options: OpenAIWebhookOptions, com
     events,
     endpoints,
     verifications,
-    authentication: new Authentication(jsonParser(instance), new Validators(officialEvents, options.events ?? {}, compiler), failures),
+    authentication: new Authentication(jsonParser(instance), new Validators(officialEvents, options.events ?? {}, compiler), failures, observation),
     failures,
-    receiver: new Receiver(works, claims, handling, runner),
+    observation,
+    receiver: new Receiver(works, claims, handling, runner, observation),
     deadline,
     bounds,
     settles: [],

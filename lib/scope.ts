@@ -3,6 +3,7 @@ import type { DeadLetters } from './dead-letters.ts'
 import { InvalidOptions } from './errors.ts'
 import { assertRouteOptions } from './options.ts'
 import type { AnyHandler, HandlerOptions, Registry } from './registry.ts'
+import { INSIDE } from './observation.ts'
 import { ownRoute } from './routes/own.ts'
 import type { Routes } from './routes/routes.ts'
 import { unwrap } from './routes/unwrap.ts'
@@ -19,6 +20,8 @@ export class OpenAIWebhookScope implements OpenAIWebhook {
     this.#routes = routes
     this.#scope = scope
   }
+
+  get [INSIDE] (): Routes { return this.#routes }
 
   get handler (): OpenAIWebhook['handler'] {
     return this.#routes.handler

@@ -146,7 +146,7 @@ t.test('the drawing in docs/lifecycle.md has every answer to a sender, with its 
     return status === undefined ? [] : [...codes].map(([code]) => `${status} ${code}`)
   })
   const noAnswers = [
-    errors.InvalidOptions, errors.InvalidSecret, errors.InvalidRoute, errors.AlreadyRegistered, errors.AlreadyStarted, errors.MissingRoute, errors.NoDeadLetters, errors.NeedsForce,
+    errors.InvalidOptions, errors.InvalidSecret, errors.InvalidRoute, errors.AlreadyRegistered, errors.AlreadyStarted, errors.MissingRoute, errors.NoDeadLetters, errors.NeedsForce, errors.InspectorRefused,
     errors.TransactionOver, errors.RolledBack, errors.NoTransaction, errors.AsyncWork,
     errors.NoResource, errors.BatchNotEnded, errors.BatchStalled, errors.BatchBroken, errors.InvalidBatchLine, errors.BatchLineTooLong
   ].map(CodedError => new CodedError().code)

@@ -8,13 +8,14 @@ import t from 'tap'
  */
 const LAYERS = [
   ['index.ts', 'cli'],
-  ['plugin.ts', 'resources'],
+  ['plugin.ts', 'inspector', 'resources'],
   ['scope.ts'],
   ['routes'],
   ['delivery'],
   ['failures.ts', 'otel.ts', 'testing'],
   ['metrics.ts'],
   ['metrics', 'pipeline'],
+  ['observation.ts'],
   ['channels.ts', 'diagnose.ts', 'api.ts'],
   ['diagnose', 'options.ts', 'dead-letters.ts', 'registry.ts', 'sqlite', 'postgres'],
   ['runners', 'inbox'],

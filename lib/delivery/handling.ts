@@ -7,6 +7,7 @@ import type { Claims, Held } from '../pipeline/deduplicate.ts'
 import { dispatch } from '../pipeline/dispatch.ts'
 import { shortestRetention } from '../inbox/inbox.ts'
 import type { Handler } from '../handlers.ts'
+import type { Observation } from '../observation.ts'
 import type { Job } from '../runners/runner.ts'
 import type { HandlerTable } from '../registry.ts'
 import { attempt, drive, then } from '../steps.ts'
@@ -21,6 +22,7 @@ export interface HandlingOptions {
   /** The handlers of an endpoint. Where this process lacks that route, the app's alone. */
   readonly handlersOf: (endpoint: string) => HandlerTable
   readonly log: FastifyBaseLogger
+  readonly observation: Observation
   /** Aborts when the app is closing and `closeTimeout` is over. */
   readonly signal: AbortSignal
 }
@@ -47,9 +49,9 @@ export class Handling {
     work.remembered = job.remembered
     const handlers = finished.length === 0 ? all : all.filter(({ name }) => !finished.includes(name))
     if (channels.unhandled.hasSubscribers) this.#tellUnhandled(work)
-    const { log } = this.#options
-    work.end = isObserved(work, log)
-      ? observeDelivery(work, handlers, log, observed => drive(this.#handle(work, observed)))
+    const { log, observation } = this.#options
+    work.end = isObserved(work, log, observation)
+      ? observeDelivery(work, handlers, log, observation, observed => drive(this.#handle(work, observed)))
       : drive(this.#handle(work, handlers))
     return work.end
   }

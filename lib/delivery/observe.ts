@@ -3,18 +3,33 @@ import { channels, trace } from '../channels.ts'
 import type { DeliveryMessage, DuplicateMessage } from '../channels.ts'
 import { logFields, logs, write } from '../log.ts'
 import type { Handler } from '../handlers.ts'
+import { observeAttempt } from '../observation.ts'
+import type { Observation } from '../observation.ts'
 import type { Job } from '../runners/runner.ts'
 import { then } from '../steps.ts'
 import type { MaybePromise } from '../steps.ts'
 import type { Sender, Work } from './work.ts'
 
-/** Whether a log or a channel takes note of it. */
-export function isObserved ({ sender }: Work, log: FastifyBaseLogger): boolean {
-  return channels.delivery.hasSubscribers || channels.handler.hasSubscribers || logs(sender?.request.log ?? log, 'info')
+/** Whether the inspector, a log or a channel takes note of it. */
+export function isObserved ({ sender }: Work, log: FastifyBaseLogger, { observer }: Observation): boolean {
+  return observer !== undefined || channels.delivery.hasSubscribers || channels.handler.hasSubscribers || logs(sender?.request.log ?? log, 'info')
 }
 
 /** Runs the handlers between the messages of the tracing channels, and logs that the delivery was processed. */
 export function observeDelivery (
+  work: Work,
+  handlers: readonly Handler[],
+  log: FastifyBaseLogger,
+  { observer }: Observation,
+  run: (handlers: readonly Handler[]) => MaybePromise<void>
+): MaybePromise<void> {
+  if (observer === undefined) return loggedDelivery(work, handlers, log, run)
+  const { job, sender, attempt, finished } = work
+  const start = { job, request: sender?.request, attempt, handlers, finished, replies: sender?.ownHandler !== undefined }
+  return observeAttempt(observer, start, observed => loggedDelivery(work, observed, log, run))
+}
+
+function loggedDelivery (
   work: Work,
   handlers: readonly Handler[],
   log: FastifyBaseLogger,
@@ -45,7 +60,8 @@ function tracedDelivery (work: Work, handlers: readonly Handler[], run: (handler
   return trace(delivery, message, () => run(observed))
 }
 
-export function observeDuplicate ({ endpoint }: Job, { request }: Sender, state: DuplicateMessage['state']): void {
+export function observeDuplicate ({ endpoint }: Job, { request }: Sender, state: DuplicateMessage['state'], { observer }: Observation): void {
+  observer?.duplicate(request, state)
   // The duplicate's own: it was signed later than the delivery that it joins.
   const { webhookId, timestamp, event } = request.openaiWebhook
   if (logs(request.log, 'info')) write(request.log, 'info', { ...logFields({ endpoint, webhookId, event }), state }, 'webhook delivery is a duplicate')

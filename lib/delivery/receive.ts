@@ -3,6 +3,7 @@ import type { EnqueueMessage } from '../channels.ts'
 import { isCoded } from '../coded.ts'
 import { InProgress, Overloaded, Unavailable } from '../errors.ts'
 import type { Begun, Claims } from '../pipeline/deduplicate.ts'
+import type { Observation } from '../observation.ts'
 import { keyOf } from '../runners/runner.ts'
 import type { Runner } from '../runners/runner.ts'
 import { drive, then } from '../steps.ts'
@@ -27,7 +28,8 @@ export class Receiver {
     readonly works: Works,
     readonly claims: Claims,
     readonly handling: Handling,
-    readonly runner: Runner
+    readonly runner: Runner,
+    readonly observation: Observation
   ) {}
 
   /** @returns the delivery whose verdict the sender waits for; `undefined` where it has been told one */
@@ -51,6 +53,7 @@ export class Receiver {
     } catch (error) {
       return this.#over(work, refused(error))
     }
+    this.observation.observer?.deduplicated(work.sender!.request)
     if (claim.state === 'done') return this.#duplicate(work, 'processed')
     if (claim.state === 'running') return this.#duplicate(work, this.works.isQueued(work.key) ? 'joined' : 'elsewhere')
     work.move({ at: 'claimed', claim })
@@ -67,10 +70,11 @@ export class Receiver {
     if (work.state.at === 'claimed') {
       // Moved before the release is awaited: whoever takes the job from the queue must not use this claim.
       work.move({ at: 'handed on' })
+      if (verdict === PROCESSED) this.observation.observer?.queued(work.job, work.sender!.request)
       if (work.isKept && verdict === PROCESSED) this.works.kept.set(work.key, claim)
       else yield this.claims.release(claim)
     }
-    if (verdict === DUPLICATE) observeDuplicate(work.job, work.sender!, 'queued')
+    if (verdict === DUPLICATE) observeDuplicate(work.job, work.sender!, 'queued', this.observation)
     this.#tell(work, verdict)
   }
 
@@ -103,7 +107,7 @@ export class Receiver {
   #join (work: Work, sender: Sender): Work | undefined {
     const waits = work.verdict === undefined && work.sender !== undefined
     if (waits && work.isCrowded) return this.#refuse(sender, new Overloaded())
-    observeDuplicate(work.job, sender, 'joined')
+    observeDuplicate(work.job, sender, 'joined', this.observation)
     if (!waits) {
       sender.tell(work.verdict ?? DUPLICATE)
       return
@@ -113,7 +117,7 @@ export class Receiver {
   }
 
   #duplicate (work: Work, state: 'processed' | 'joined' | 'elsewhere'): void {
-    observeDuplicate(work.job, work.sender!, state)
+    observeDuplicate(work.job, work.sender!, state, this.observation)
     this.#over(work, state === 'elsewhere' ? refused(new InProgress()) : DUPLICATE)
   }
 

@@ -21,7 +21,8 @@ export async function sumOfRunners (question: Question): Promise<number | undefi
   return answers.length > 0 && known.length === 0 ? undefined : known.reduce((sum, each) => sum + each, 0)
 }
 
-async function answerOf (runner: Runner, question: Question): Promise<number | undefined> {
+/** The answer of one runner. @returns `undefined` when it fails or does not answer in time */
+export async function answerOf (runner: Runner, question: Question): Promise<number | undefined> {
   let answer = asked[question].get(runner)
   if (answer === undefined) {
     answer = ask(runner, question).finally(() => asked[question].delete(runner))

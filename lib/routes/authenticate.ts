@@ -8,6 +8,7 @@ import { headerFault, verify } from '../pipeline/verify.ts'
 import type { Verification } from '../pipeline/verify.ts'
 import { isPromise, then } from '../steps.ts'
 import type { MaybePromise } from '../steps.ts'
+import type { Observation } from '../observation.ts'
 import type { WebhookEvent } from '../events/map.ts'
 import type { Delivery, VerifiedRequest } from '../request.ts'
 import type { Endpoint } from './endpoint.ts'
@@ -25,20 +26,23 @@ export class Authentication {
   readonly #parse: ParseJson
   readonly #validators: Validators
   readonly #failures: Failures
+  readonly #observation: Observation
   readonly #explainer: Explainer
   /** Errors that have been logged and reported. By identity, since a user's verifier may throw any code. */
   readonly #told = new WeakSet<object>()
 
-  constructor (parse: ParseJson, validators: Validators, failures: Failures) {
+  constructor (parse: ParseJson, validators: Validators, failures: Failures, observation: Observation) {
     this.#parse = parse
     this.#validators = validators
     this.#failures = failures
+    this.#observation = observation
     this.#explainer = new Explainer(failures)
   }
 
   /** onRequest: refuses by the headers alone. */
   admit (endpoint: Endpoint) {
-    return (request: FastifyRequest, _reply: FastifyReply, done: Done): void => {
+    return (request: FastifyRequest, reply: FastifyReply, done: Done): void => {
+      this.#observation.observer?.arrived(request, reply, endpoint.name)
       const fault = headerFault(endpoint, request.headers)
       if (fault !== undefined) this.refuse(fault, endpoint, request)
       done(fault)
@@ -47,6 +51,8 @@ export class Authentication {
 
   /** Sets `request.openaiWebhook`, or calls `done` with the error to refuse with. */
   authenticate (endpoint: Endpoint, request: FastifyRequest, rawBody: Buffer, done: Done): void {
+    const { observer } = this.#observation
+    observer?.captured(request, rawBody)
     const settle = (authentic: Authentic | Error): void => {
       if (authentic instanceof Error) {
         this.refuse(authentic, endpoint, request)
@@ -58,11 +64,12 @@ export class Authentication {
       if (channels.verified.hasSubscribers) {
         channels.verified.publish({ endpoint: endpoint.name, webhookId, timestamp, event, secretIndex, bodySize: rawBody.length, request: request as VerifiedRequest })
       }
+      observer?.validated(request as VerifiedRequest)
       done()
     }
     let authentic
     try {
-      authentic = this.verify(endpoint, request.headers, rawBody)
+      authentic = this.verify(endpoint, request.headers, rawBody, observer && (() => { observer.verified(request) }))
     } catch (error) {
       return settle(thrownBySchema(error))
     }
@@ -70,10 +77,14 @@ export class Authentication {
     else settle(authentic)
   }
 
-  /** @returns the delivery, or the coded error to refuse with */
-  verify (verification: Verification, headers: IncomingHttpHeaders, rawBody: Buffer): MaybePromise<Authentic | Error> {
+  /**
+   * @param onVerified called where the signature is right
+   * @returns the delivery, or the coded error to refuse with
+   */
+  verify (verification: Verification, headers: IncomingHttpHeaders, rawBody: Buffer, onVerified?: () => void): MaybePromise<Authentic | Error> {
     return then(verify(verification, { rawBody, headers }), verified => {
       if (verified instanceof Error) return verified
+      onVerified?.()
       const { webhookId, timestamp, keyIndex } = verified
       const event = validate(rawBody, this.#parse, this.#validators)
       if (event instanceof Error) return event

@@ -12,6 +12,7 @@ export type Endpoint = Verification & { readonly name: string }
 /** The receiving routes of one registration, with their handlers. */
 export class Endpoints {
   readonly #registry: Registry
+  readonly #all = new Map<string, Endpoint>()
   readonly #lists = new Map<string, readonly HandlerList[]>()
   readonly #tables = new Map<string, HandlerTable>()
   #appTable: HandlerTable | undefined
@@ -25,8 +26,12 @@ export class Endpoints {
     // Routes that differ by a constraint alone would share jobs and idempotency keys, which go by the URL.
     if (this.#lists.has(name)) throw new InvalidRoute('POST', name, 'expected a URL of its own, got that of another receiving route')
     this.#lists.set(name, lists)
-    return { ...verification, name }
+    const endpoint = { ...verification, name }
+    this.#all.set(name, endpoint)
+    return endpoint
   }
+
+  get all (): ReadonlyMap<string, Endpoint> { return this.#all }
 
   /** The handlers in a route's `on`. */
   listOf (on: RouteOverrides['on'], scope: FastifyInstance): HandlerList {

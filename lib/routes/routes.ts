@@ -7,6 +7,7 @@ import { UnprotectedRoute } from '../errors.ts'
 import type { Failures } from '../failures.ts'
 import { DEFAULTS } from '../options.ts'
 import type { ReceivingOptions } from '../options.ts'
+import type { Observation } from '../observation.ts'
 import type { BodyBounds } from '../pipeline/capture.ts'
 import type { Registry } from '../registry.ts'
 import type { VerifiedRequest } from '../request.ts'
@@ -24,6 +25,7 @@ export interface Routes {
   readonly verifications: Verifications
   readonly authentication: Authentication
   readonly failures: Failures
+  readonly observation: Observation
   readonly receiver: Receiver
   /** ms */
   readonly deadline: number

@@ -76,7 +76,8 @@ export function describeFailure (job: Job, error: unknown): Pick<DeadDelivery, '
   return { errors: [describe(null, causeOf(error))], finished, ...(remembered !== undefined && { remembered }) }
 }
 
-function describe (handler: string | null, error: unknown): DeliveryError {
+/** An error as it is kept: cut, and read in spite of getters that throw. */
+export function describe (handler: string | null, error: unknown): DeliveryError {
   return { handler, message: textOf(error, MAX_MESSAGE), stack: stackOf(error) }
 }
 

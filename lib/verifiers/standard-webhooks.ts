@@ -3,7 +3,7 @@ import type { KeyObject } from 'node:crypto'
 import type { IncomingHttpHeaders } from 'node:http'
 import { InvalidId, InvalidSignature, InvalidTimestamp, MissingHeader } from '../errors.ts'
 import { isMissing, secondsOf, verifierOf } from './verifier.ts'
-import type { SignedDelivery, Verified, Verifier } from './verifier.ts'
+import type { Named, SignedDelivery, Verified, Verifier } from './verifier.ts'
 
 /**
  * The scheme OpenAI signs with, https://github.com/standard-webhooks/standard-webhooks (spec, "Signature scheme"):
@@ -16,7 +16,7 @@ export function standardWebhooks (): Verifier {
   return verifier
 }
 
-const verifier = verifierOf({ judge, judgeHeaders })
+const verifier = verifierOf({ judge, judgeHeaders }, { sign, namedByEvent: false })
 
 // Visible ASCII without "," and ".". A "." would let the signed text `id.timestamp.body` be split at another place, so
 // that an old delivery passes as a fresh one; a "," is how node:http joins a doubled header.
@@ -40,13 +40,24 @@ function judge ({ rawBody, headers }: SignedDelivery, keys: readonly KeyObject[]
 
   const signedHead = `${webhookId}.${headers['webhook-timestamp'] as string}.`
   for (const [keyIndex, key] of keys.entries()) {
-    const expected = createHmac('sha256', key).update(signedHead).update(rawBody).digest('base64')
+    const expected = mac(signedHead, rawBody, key)
     if (listHolds(signatures, Buffer.from(expected))) return { webhookId, timestamp, keyIndex }
   }
   return new InvalidSignature()
 }
 
+const mac = (signedHead: string, rawBody: Buffer, key: KeyObject): string =>
+  createHmac('sha256', key).update(signedHead).update(rawBody).digest('base64')
+
 const PREFIX = 'v1,'
+
+function sign (rawBody: Buffer, { webhookId, timestamp }: Named, key: KeyObject): Record<string, string> {
+  return {
+    'webhook-id': webhookId,
+    'webhook-timestamp': String(timestamp),
+    'webhook-signature': `${PREFIX}${mac(`${webhookId}.${timestamp}.`, rawBody, key)}`
+  }
+}
 
 /**
  * Compares base64 texts and not decoded bytes, so that only the canonical form passes. The list costs no further HMAC, and node:http

@@ -45,22 +45,44 @@ export interface Judge {
   readonly judgeHeaders: (headers: IncomingHttpHeaders) => number | Error
 }
 
+/** What a delivery is signed over, beside its body. */
+export interface Named {
+  readonly webhookId: string
+  /** Unix seconds. */
+  readonly timestamp: number
+}
+
+/** Makes deliveries that a verifier takes, for the inspector. */
+export interface Signer {
+  /** The headers of a delivery, lower-case names. */
+  readonly sign: (rawBody: Buffer, named: Named, key: KeyObject) => Record<string, string>
+  /** Whether the webhook-id is the event's own `id`, so that only another event is a new delivery. */
+  readonly namedByEvent: boolean
+}
+
 // Not a property of the verifier: whoever wraps one may copy its properties.
 const judges = new WeakMap<Verifier, Judge>()
+const signers = new WeakMap<Verifier, Signer>()
 
 /** Makes a verifier that throws what the judge returns. */
-export function verifierOf (judge: Judge, properties: Pick<Verifier, 'keyBytes'> = {}): Verifier {
+export function verifierOf (judge: Judge, signer: Signer, properties: Pick<Verifier, 'keyBytes'> = {}): Verifier {
   const verifier = Object.assign(
     (delivery: SignedDelivery, keys: readonly KeyObject[]) => orThrow(judge.judge(delivery, keys)),
     { checkHeaders: (headers: IncomingHttpHeaders) => orThrow(judge.judgeHeaders(headers)), ...properties }
   )
   judges.set(verifier, judge)
+  signers.set(verifier, signer)
   return verifier
 }
 
 /** The judge that a verifier of ours was made of. */
 export function judgeOf (verifier: Verifier): Judge | undefined {
   return judges.get(verifier)
+}
+
+/** What signs for a verifier of ours; a user's cannot. */
+export function signerOf (verifier: Verifier): Signer | undefined {
+  return signers.get(verifier)
 }
 
 function orThrow<T> (answer: T | Error): T {

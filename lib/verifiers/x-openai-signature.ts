@@ -3,7 +3,7 @@ import type { KeyObject } from 'node:crypto'
 import type { IncomingHttpHeaders } from 'node:http'
 import { InvalidSignature, InvalidTimestamp, MissingHeader } from '../errors.ts'
 import { isMissing, secondsOf, verifierOf } from './verifier.ts'
-import type { SignedDelivery, Verified, Verifier } from './verifier.ts'
+import type { Named, SignedDelivery, Verified, Verifier } from './verifier.ts'
 
 const SIGNATURE = 'x-openai-signature'
 const TIMESTAMP = 'x-openai-timestamp'
@@ -20,7 +20,7 @@ export function xOpenAISignature (): Verifier {
   return verifier
 }
 
-const verifier = verifierOf({ judge, judgeHeaders }, { keyBytes })
+const verifier = verifierOf({ judge, judgeHeaders }, { sign, namedByEvent: true }, { keyBytes })
 
 function keyBytes (secret: string): Buffer {
   return Buffer.from(secret)
@@ -49,6 +49,13 @@ function judge ({ rawBody, headers }: SignedDelivery, keys: readonly KeyObject[]
     }
   }
   return new InvalidSignature()
+}
+
+function sign (rawBody: Buffer, { timestamp }: Named, key: KeyObject): Record<string, string> {
+  return {
+    [TIMESTAMP]: String(timestamp),
+    [SIGNATURE]: createHmac('sha256', key).update(`${timestamp}.`).update(rawBody).digest('hex')
+  }
 }
 
 const EVENT_ID = /^[\x21-\x7e]{1,256}$/

@@ -11,6 +11,7 @@ import { Work, Works } from '../../lib/delivery/work.ts'
 import type { Sender, State, Verdict } from '../../lib/delivery/work.ts'
 import type { Failures } from '../../lib/failures.ts'
 import { Claims } from '../../lib/pipeline/deduplicate.ts'
+import { Observation } from '../../lib/observation.ts'
 import { HandlerList, HandlerTable } from '../../lib/registry.ts'
 import type { Job, Runner } from '../../lib/runners/runner.ts'
 import { memoryStore } from '../../lib/stores/memory.ts'
@@ -92,7 +93,7 @@ t.test('a runner that asks again for a job before it is acknowledged is told how
     const table = new HandlerTable([list], new Set([TYPE]))
     const works = new Works()
     const claims = new Claims({ store: memoryStore(), lease: 60_000, retention: 60_000, onTrouble () {} })
-    const handling = new Handling({ works, claims, handlersOf: () => table, log: silent, signal: new AbortController().signal })
+    const handling = new Handling({ works, claims, handlersOf: () => table, log: silent, observation: new Observation(), signal: new AbortController().signal })
     const host = new Queued(works, claims, handling, {} as Failures)
     const ends: string[] = []
     const attempt = async (job: Job): Promise<void> => {
@@ -108,7 +109,7 @@ t.test('a runner that asks again for a job before it is acknowledged is told how
         await attempt(job)
         await attempt(job)
       }
-    }).receive(ENDPOINT, sender)
+    }, new Observation()).receive(ENDPOINT, sender)
     await works.drained()
     t.same(ends, [fails ? 'failed' : 'succeeded', 'succeeded'])
     t.equal(runs, fails ? 2 : 1)
@@ -203,7 +204,7 @@ async function follow (plan: Plan, scheduler: fc.Scheduler): Promise<void> {
 
   const works = new Works()
   const claims = new Claims({ store, lease: 60_000, retention: 60_000, onTrouble () {} })
-  const handling = new Handling({ works, claims, handlersOf: () => table, log: silent, signal: new AbortController().signal })
+  const handling = new Handling({ works, claims, handlersOf: () => table, log: silent, observation: new Observation(), signal: new AbortController().signal })
   const host = new Queued(works, claims, handling, {} as Failures)
   const queued: Array<Promise<unknown>> = []
   const attempt = async (job: Job): Promise<void> => {
@@ -224,7 +225,7 @@ async function follow (plan: Plan, scheduler: fc.Scheduler): Promise<void> {
     },
     refuses: () => scheduler.schedule(Promise.resolve(), 'enqueue').then(() => { throw new Error('the queue fails') })
   }
-  const receiver = new Receiver(works, claims, handling, { run: runners[plan.runner] })
+  const receiver = new Receiver(works, claims, handling, { run: runners[plan.runner] }, new Observation())
 
   const verdicts = new Map<number, Verdict[]>()
   const deliver = async (nth: number): Promise<void> => {

@@ -1,0 +1,165 @@
+import type { IncomingHttpHeaders } from 'node:http'
+import { isUtf8 } from 'node:buffer'
+import type { FastifyInstance } from 'fastify'
+import type { DeadLetters } from '../dead-letters.ts'
+import type { Endpoint } from '../routes/endpoint.ts'
+import type { Routes } from '../routes/routes.ts'
+import { sampleEvent, sampleTypes } from '../testing/sample.ts'
+import type { SampleType } from '../testing/sample.ts'
+import { newWebhookId } from '../testing/sign.ts'
+import { signerOf } from '../verifiers/verifier.ts'
+import type { Entry } from './entry.ts'
+import type { Journal } from './journal.ts'
+import type { Delivered, Detail, Obstacle } from './messages.ts'
+
+/** What the page asks for cannot be done; the message is for who looks at it. */
+export class ActionFault extends Error {
+  readonly code = 'INSPECTOR_FAULT'
+
+  constructor (readonly statusCode: number, message: string) {
+    super(message)
+  }
+}
+
+export interface ActionsOptions {
+  readonly instance: FastifyInstance
+  readonly routes: Routes
+  readonly journal: Journal
+  readonly deadLetters: DeadLetters
+}
+
+/** What the page's buttons do. */
+export class Actions {
+  readonly #options: ActionsOptions
+
+  constructor (options: ActionsOptions) {
+    this.#options = options
+  }
+
+  /** A sample of an event type, as text to be edited. */
+  sample (type: string): string {
+    const { events } = this.#options.routes
+    if (!Object.hasOwn(events, type)) throw new ActionFault(404, 'no such event type')
+    const event = sampleTypes.includes(type as SampleType)
+      ? sampleEvent(type as SampleType)
+      // A type of the user's own, whose fields only they know.
+      : { ...sampleEvent('batch.completed'), type, data: {} }
+    return JSON.stringify(event, null, 2)
+  }
+
+  /** Whether a delivery can be repeated. */
+  obstacles (entry: Entry): Detail['deliver'] {
+    const edited = this.#obstacle(entry)
+    const again = edited ?? (entry.rawBody === undefined
+      ? 'its body is not kept'
+      : signerOf(this.#endpoint(entry.endpoint)!.verifier)!.namedByEvent ? 'its verifier names a delivery by its event, so the same event would be a duplicate: edit its id' : null)
+    return { again, edited }
+  }
+
+  #obstacle ({ endpoint: url, verifiedAt, headers, tenant }: Entry): Obstacle {
+    const endpoint = this.#endpoint(url)
+    if (endpoint === undefined) return 'this process has no such route'
+    // Signed here, a stranger's payload would reach the handlers.
+    if (headers !== undefined && Number.isNaN(verifiedAt)) return 'it was not verified, so nobody knows whose it is'
+    if (headers === undefined && (isPattern(url) || tenant !== undefined)) return 'it came out of a queue, which does not say at which URL it arrived'
+    return obstacleOf(endpoint)
+  }
+
+  #endpoint (url: string): Endpoint | undefined {
+    return this.#options.routes.endpoints.all.get(url)
+  }
+
+  /** Delivers what was delivered, as it was or edited: signed anew, with a webhook-id of its own. */
+  async again (id: number, body: string | undefined): Promise<Delivered> {
+    const entry = this.#options.journal.find(id)
+    if (entry === undefined) throw new ActionFault(404, 'the delivery is not kept any more')
+    const { again, edited } = this.obstacles(entry)
+    const obstacle = body === undefined ? again : edited
+    if (obstacle !== null) throw new ActionFault(409, `it cannot be delivered again: ${obstacle}`)
+    const { endpoint, url, headers = {}, rawBody, webhookId } = entry
+    return await this.#deliver(endpoint, url, endToEnd(headers), body === undefined ? rawBody! : Buffer.from(body), { again: id, webhookId })
+  }
+
+  /** @param url where the endpoint's own has parameters */
+  async deliver (name: string, url: string, body: string, host: string): Promise<Delivered> {
+    const endpoint = this.#endpoint(name)
+    if (endpoint === undefined) throw new ActionFault(404, 'no such endpoint')
+    if (!fits(name, url)) throw new ActionFault(400, 'expected the path of a URL that fits the endpoint\'s')
+    const obstacle = obstacleOf(endpoint)
+    if (obstacle !== null) throw new ActionFault(409, `it cannot be delivered: ${obstacle}`)
+    return await this.#deliver(name, url, { host }, Buffer.from(body))
+  }
+
+  async #deliver (name: string, url: string, headers: IncomingHttpHeaders, body: Buffer, repeated?: { again: number, webhookId: string | undefined }): Promise<Delivered> {
+    const { instance, journal } = this.#options
+    const { verifier, keyring } = this.#endpoint(name)!
+    const { sign, namedByEvent } = signerOf(verifier)!
+    const webhookId = namedByEvent ? idOf(body) : newWebhookId()
+    if (namedByEvent && repeated !== undefined && webhookId === repeated.webhookId) throw new ActionFault(409, 'its verifier names a delivery by its event: edit the event\'s id, or it is a duplicate')
+    if (webhookId !== undefined) journal.expect(webhookId, repeated?.again)
+    const signed = sign(body, { webhookId: webhookId ?? '', timestamp: Math.floor(Date.now() / 1_000) }, keyring.keys[0]!)
+    const { statusCode, payload } = await instance.inject({
+      method: 'POST',
+      url,
+      headers: { ...headers, 'content-type': 'application/json', ...signed },
+      payload: body
+    })
+    return { status: statusCode, body: payload.slice(0, 2_000) }
+  }
+
+  async requeue ({ endpoint, webhookId, tenant, force }: { endpoint: string, webhookId: string, tenant?: string, force: boolean }): Promise<boolean> {
+    return await this.#options.deadLetters.requeue({ endpoint, webhookId, ...(tenant !== undefined && { tenant }) }, { force })
+  }
+
+  /** Requeues the dead deliveries of a type, or all. Those that need force stay. */
+  async requeueAll (type: string | undefined): Promise<{ requeued: number, failed: string | null }> {
+    const { deadLetters } = this.#options
+    let requeued = 0
+    let failed: string | null = null
+    for (const { endpoint, webhookId, tenant } of await deadLetters.list({ limit: MOST_REQUEUED, ...(type !== undefined && { type }) })) {
+      try {
+        if (await deadLetters.requeue({ endpoint, webhookId, ...(tenant !== undefined && { tenant }) })) requeued++
+      } catch (error) {
+        failed = (error as Error).message
+      }
+    }
+    return { requeued, failed }
+  }
+}
+
+/** Deliveries that one press requeues. */
+const MOST_REQUEUED = 1_000
+
+export function obstacleOf ({ verifier, keyring }: Endpoint): Obstacle {
+  if (signerOf(verifier) === undefined) return 'its verifier is your own, which cannot sign'
+  return keyring.keys.length === 0 ? 'its signing secret is not known yet' : null
+}
+
+/** Whether a route's URL has parameters. */
+export const isPattern = (url: string): boolean => /[:*]/.test(url)
+
+function fits (endpoint: string, url: string): boolean {
+  if (!isPattern(endpoint)) return url === endpoint
+  const [fixed] = endpoint.split(/[:*]/)
+  return url.length <= 2_000 && url.startsWith(fixed!) && !/[\s#]|\/\.\.?(?:\/|$)/.test(url)
+}
+
+/** Of the connection, of the body's framing, or of the signature that is renewed. */
+const NOT_REPEATED = /^(?::|connection$|keep-alive$|transfer-encoding$|te$|trailer$|upgrade$|expect$|http2-settings$|content-(?:length|type|encoding)$|webhook-|x-openai-(?:signature|timestamp)$)/
+
+/** Those that hooks of the app, constraints and tenants may go by. */
+function endToEnd (headers: IncomingHttpHeaders): IncomingHttpHeaders {
+  return {
+    ...(headers[':authority'] !== undefined && { host: String(headers[':authority']) }),
+    ...Object.fromEntries(Object.entries(headers).filter(([name]) => !NOT_REPEATED.test(name)))
+  }
+}
+
+function idOf (body: Buffer): string | undefined {
+  try {
+    const { id } = JSON.parse(isUtf8(body) ? body.toString() : '') as { id?: unknown }
+    return typeof id === 'string' ? id : undefined
+  } catch {
+    return undefined // the validate step says so
+  }
+}

@@ -1,0 +1,153 @@
+import type { IncomingHttpHeaders } from 'node:http'
+import type { FastifyBaseLogger } from 'fastify'
+import { diagnoseQuickly } from '../diagnose.ts'
+import { causes } from '../diagnose/causes.ts'
+import { InvalidSignature, TimestampOutOfTolerance } from '../errors.ts'
+import { logError } from '../log.ts'
+import type { Endpoint } from '../routes/endpoint.ts'
+import type { DeadDelivery, DeliveryError } from '../runners/runner.ts'
+import { standardWebhooks } from '../verifiers/standard-webhooks.ts'
+import { round, rowOf } from './entry.ts'
+import type { Attempt, Entry } from './entry.ts'
+import type { AttemptInfo, DeadInfo, Detail, DiagnosisInfo, ErrorInfo, Row, StepInfo, StepName } from './messages.ts'
+import type { InspectorOptions } from './options.ts'
+
+export interface DetailParts {
+  readonly endpoint: Endpoint | undefined
+  readonly others: readonly Row[]
+  readonly deliver: Detail['deliver']
+  readonly redact: InspectorOptions['redact']
+  readonly log: FastifyBaseLogger
+}
+
+/** All that is kept of one delivery, to be shown. */
+export function detailOf (entry: Entry, { endpoint, others, deliver, redact, log }: DetailParts): Detail {
+  const { url, timestamp, headers, rawBody, refusal, duplicate, attempts, death, sent } = entry
+  return {
+    row: rowOf(entry),
+    url,
+    timestamp: timestamp ?? null,
+    steps: headers === undefined ? null : stepsOf(entry),
+    headers: headers === undefined ? null : shown(headers, redact, log),
+    body: rawBody === undefined ? null : { base64: rawBody.toString('base64'), size: rawBody.length, arrived: headers !== undefined },
+    refusal: refusal === undefined ? null : { ...refusal, error: refusal.error && errorOf(refusal.error) },
+    diagnosis: diagnosisOf(entry, endpoint),
+    duplicate: duplicate ?? null,
+    attempts: attempts.map(attemptOf),
+    death: death === undefined ? null : { at: death.diedAt, attempts: death.attempts, errors: death.errors.map(errorOf) },
+    others,
+    again: sent?.again ?? null,
+    deliver,
+    scheme: entry.webhookId !== undefined && endpoint?.verifier === standardWebhooks() ? 'standard' : null
+  }
+}
+
+export function deadOf ({ endpoint, webhookId, tenant, event, attempts, diedAt, errors, finished }: DeadDelivery): DeadInfo {
+  return {
+    endpoint,
+    webhookId,
+    tenant: tenant ?? null,
+    type: event.type,
+    attempts,
+    diedAt,
+    errors: errors.map(errorOf),
+    event: JSON.stringify(event),
+    finished
+  }
+}
+
+const errorOf = ({ handler, message, stack }: DeliveryError): ErrorInfo => ({ handler, message, stack })
+
+function attemptOf ({ number, at, queued, ms, outcome, handlers, finished, errors }: Attempt): AttemptInfo {
+  return {
+    number,
+    at,
+    queued,
+    ms: ms === undefined ? null : round(ms),
+    outcome,
+    handlers: [
+      ...finished.map(name => ({ name, outcome: 'skipped', ms: null }) as const),
+      ...handlers.map(({ name, outcome, ms }) => ({ name, outcome, ms: ms === undefined ? null : round(ms) }))
+    ],
+    errors: errors.map(errorOf)
+  }
+}
+
+/** The six steps, each from the end of the one before. The first that has no end is the one that failed, or that runs. */
+function stepsOf (entry: Entry): StepInfo[] {
+  const { startedAt, capturedAt, verifiedAt, validatedAt, deduplicatedAt, dispatchedAt, answeredAt, webhookId } = entry
+  const ends: ReadonlyArray<readonly [StepName, number]> = [
+    ['capture', capturedAt], ['verify', verifiedAt], ['validate', validatedAt], ['deduplicate', deduplicatedAt], ['dispatch', dispatchedAt]
+  ]
+  const steps: StepInfo[] = []
+  let from = startedAt
+  for (const [name, to] of ends) {
+    if (Number.isNaN(to)) break
+    steps.push(step(name, from, to))
+    from = to
+  }
+  const next = ends[steps.length]
+  const failed = webhookId === undefined || entry.state === 'refused'
+  // Where headers condemn a delivery, its body is not read: it is the signature that is missing, not the bytes.
+  if (next !== undefined && failed) {
+    const isVerify = next[0] === 'capture' && isOfHeaders(entry)
+    const name = isVerify ? 'verify' : next[0]
+    steps.push({ name, from: since(from), to: Number.isNaN(answeredAt) ? null : since(answeredAt), failed: true })
+  } else if (!Number.isNaN(answeredAt)) {
+    // The deadline may answer before the handlers end.
+    const last = Math.min(from, answeredAt)
+    steps.push(step('acknowledge', last, answeredAt))
+  }
+  return steps
+
+  function since (at: number): number { return round(at - startedAt) }
+  function step (name: StepName, from: number, to: number): StepInfo { return { name, from: since(from), to: since(to), failed: false } }
+}
+
+const HEADER_CODES: readonly string[] = ['MISSING_HEADER', 'INVALID_ID', 'INVALID_TIMESTAMP', 'TIMESTAMP_OUT_OF_TOLERANCE'].map(name => `FST_OPENAI_WEBHOOK_${name}`)
+
+const isOfHeaders = ({ refusal }: Entry): boolean => refusal !== undefined && HEADER_CODES.includes(refusal.code)
+
+const HIDDEN: readonly string[] = ['authorization', 'proxy-authorization', 'cookie', 'set-cookie']
+
+function shown (headers: IncomingHttpHeaders, redact: InspectorOptions['redact'], log: FastifyBaseLogger): Array<[string, string]> {
+  let visible: IncomingHttpHeaders = { ...headers }
+  try {
+    visible = redact?.(visible) ?? visible
+    return Object.entries(visible)
+      .filter(([, value]) => value !== undefined)
+      .map(([name, value]) => [name, HIDDEN.includes(name.toLowerCase()) ? '(hidden)' : String(value)])
+  } catch (error) {
+    logError(log, error, {}, 'the redact function of the inspector failed, so no header is shown')
+    return []
+  }
+}
+
+const INVALID_SIGNATURE = new InvalidSignature().code
+const OUT_OF_TOLERANCE = new TimestampOutOfTolerance().code
+
+/** Why a delivery was refused, as `openai-webhook diagnose` would say it, judged at the time that it came. */
+function diagnosisOf (entry: Entry, endpoint: Endpoint | undefined): DiagnosisInfo | null {
+  const { refusal, headers, rawBody, at } = entry
+  if (refusal === undefined || headers === undefined || endpoint === undefined || endpoint.verifier !== standardWebhooks()) return null
+  if (refusal.code === OUT_OF_TOLERANCE) return stale(Number(headers['webhook-timestamp']) - at / 1_000)
+  const isRead = refusal.code === INVALID_SIGNATURE && rawBody !== undefined
+  if (!isRead && !isOfHeaders(entry)) return null
+  const { keyring, tolerance } = endpoint
+  const { finding, likely, ruledOut } = diagnoseQuickly({
+    headers,
+    rawBody: rawBody ?? Buffer.alloc(0),
+    secret: keyring.keys.map(key => key.export()),
+    now: at,
+    tolerance
+  })
+  // Without the body only what the headers say is known.
+  if (!isRead) return finding === undefined || finding.cause.startsWith('body-') ? null : { cause: finding.cause, message: finding.message, fix: finding.fix, ruledOut: [] }
+  return { cause: finding?.cause ?? null, message: finding?.message ?? likely!, fix: finding?.fix ?? null, ruledOut }
+}
+
+function stale (ahead: number): DiagnosisInfo {
+  const cause = ahead > 0 ? 'timestamp-future' : 'timestamp-stale'
+  const [message, fix] = causes[cause]
+  return { cause, message: message.replace('%s', `${Math.round(Math.abs(ahead))} s`).replace('the time it is judged at', 'it came'), fix, ruledOut: [] }
+}

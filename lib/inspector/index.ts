@@ -1,0 +1,192 @@
+import type { FastifyInstance, FastifyPluginAsync, FastifyReply, FastifyRequest, RouteHandlerMethod, onRequestHookHandler } from 'fastify'
+import { statusOf } from '../coded.ts'
+import { InvalidOptions } from '../errors.ts'
+import { answerOf } from '../metrics/runners.ts'
+import { INSIDE } from '../observation.ts'
+import type { Observation } from '../observation.ts'
+import type { Routes } from '../routes/routes.ts'
+import { assertProtected, isReadOnly, loopbackAlone, mayAct, sameSite } from './access.ts'
+import { ActionFault, Actions, obstacleOf } from './actions.ts'
+import { readAssets } from './assets.ts'
+import { deadOf, detailOf } from './detail.ts'
+import { Journal } from './journal.ts'
+import { Live } from './live.ts'
+import type { Hello, Stats } from './messages.ts'
+import { DEFAULTS, assertInspectorOptions } from './options.ts'
+import type { InspectorOptions } from './options.ts'
+
+export type { InspectorOptions }
+
+/** Bytes of an action: an edited event, far beyond what a route takes by default. */
+const ACTION_LIMIT = 1_048_576
+/** Dead deliveries that are listed. */
+const DEAD_LISTED = 100
+
+const HEADERS = {
+  'content-security-policy': "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+  'x-content-type-options': 'nosniff',
+  'x-frame-options': 'DENY',
+  'referrer-policy': 'no-referrer',
+  'cross-origin-resource-policy': 'same-origin',
+  'cross-origin-opener-policy': 'same-origin',
+  'cache-control': 'no-store'
+}
+
+/**
+ * A page that shows every delivery of the registration in this scope, with what became of it, and that sends and repeats deliveries
+ * and requeues dead ones. Register it after the plugin; deliveries are kept from then on, and only where this is registered.
+ *
+ * Throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS at boot: for a wrong option, without the plugin in scope, and without `onRequest` where
+ * NODE_ENV is `production`. Requests that may not look or act are answered 403 FST_OPENAI_WEBHOOK_INSPECTOR_REFUSED.
+ */
+const inspector: FastifyPluginAsync<InspectorOptions> = async (instance, options) => {
+  assertInspectorOptions(options)
+  assertProtected(options)
+  const { path = DEFAULTS.path, onRequest, readOnly, max = DEFAULTS.max, redact } = options
+  const { routes, observation } = registrationOf(instance)
+  const assets = await readAssets()
+
+  const journal = observation.observer = new Journal(max)
+  const { deadLetters } = instance.openaiWebhook
+  const { receiver: { runner } } = routes
+  const actions = new Actions({ instance, routes, journal, deadLetters })
+  const stats = async (): Promise<Stats> => {
+    const [depth, dead] = await Promise.all([answerOf(runner, 'depth'), answerOf(runner, 'deadCount')])
+    return { ...journal.rate.read(performance.now()), depth: depth ?? null, dead: dead ?? null }
+  }
+  const live = new Live({ watch: watched => journal.watch(watched), takeChanged: () => journal.takeChanged(), stats })
+  const hello = async (request: FastifyRequest): Promise<Hello> => ({
+    readOnly: await isReadOnly(readOnly, request),
+    endpoints: [...routes.endpoints.all.values()].map(endpoint => ({ url: endpoint.name, signs: obstacleOf(endpoint) === null })),
+    types: Object.keys(routes.events).sort(),
+    deadLetters: runner.dead !== undefined,
+    max: { deliveries: journal.deliveries.max, refused: journal.refusals.max },
+    stats: await stats(),
+    rows: journal.rows() // last: what changes from here on is told
+  })
+  instance.addHook('preClose', async () => { live.close() })
+  instance.addHook('onClose', async () => { observation.observer = undefined })
+
+  // No other route's parsing changes: this is a scope of its own.
+  instance.removeAllContentTypeParsers()
+  instance.addContentTypeParser('application/json', { parseAs: 'string' }, instance.getDefaultJsonParser('error', 'error'))
+
+  const admitted = (onRequest === undefined ? [loopbackAlone] : [onRequest].flat()) as onRequestHookHandler[]
+  const common = { exposeHeadRoute: false, schema: { hide: true } as object }
+  const api = { ...common, errorHandler: tell }
+
+  function get (url: string, handler: RouteHandlerMethod): void {
+    instance.route({ ...api, method: 'GET', url: `${path}/api/${url}`, onRequest: [...admitted, sameSite], handler })
+  }
+
+  function post (url: string, act: (body: Asked, request: FastifyRequest) => Promise<object>): void {
+    instance.route({
+      ...api,
+      method: 'POST',
+      url: `${path}/api/${url}`,
+      bodyLimit: ACTION_LIMIT,
+      onRequest: admitted,
+      // Before the body is parsed, or strangers would have it parsed.
+      preParsing: async (request, _reply, payload) => {
+        await mayAct(readOnly)(request)
+        return payload
+      },
+      handler: async (request, reply) => json(reply, await act(new Asked(request.body), request))
+    })
+  }
+
+  function serve (url: string, type: string, content: (request: FastifyRequest) => string): void {
+    instance.route({
+      ...common,
+      method: 'GET',
+      url,
+      onRequest: admitted,
+      handler: (request, reply) => { reply.headers(HEADERS).type(type).send(content(request)) }
+    })
+  }
+
+  // Relative to the page, so that a proxy may put it elsewhere.
+  serve(path, 'text/html; charset=utf-8', () => assets.page.replaceAll('{{base}}', path.slice(path.lastIndexOf('/') + 1)))
+  serve(`${path}/page.js`, 'text/javascript; charset=utf-8', () => assets.script)
+  serve(`${path}/page.css`, 'text/css; charset=utf-8', () => assets.style)
+
+  get('events', async (request, reply) => {
+    reply.headers(HEADERS)
+    await live.open(reply, async () => await hello(request))
+    return reply
+  })
+  get('deliveries/:id', async (request, reply) => {
+    const entry = journal.find(Number((request.params as { id: string }).id))
+    if (entry === undefined) throw new ActionFault(404, 'the delivery is not kept any more: the last ones are')
+    const endpoint = routes.endpoints.all.get(entry.endpoint)
+    return json(reply, detailOf(entry, { endpoint, others: journal.others(entry), deliver: actions.obstacles(entry), redact, log: request.log }))
+  })
+  get('dead', async (request, reply) => {
+    const { type } = request.query as { type?: string }
+    return json(reply, (await deadLetters.list({ limit: DEAD_LISTED, ...(type !== undefined && { type }) })).map(deadOf))
+  })
+  get('sample', async (request, reply) => json(reply, { text: actions.sample(String((request.query as { type?: string }).type)) }))
+
+  post('deliver', async (asked, { headers }) => await actions.deliver(asked.text('endpoint'), asked.text('url'), asked.text('body'), headers.host ?? 'localhost'))
+  post('again', async asked => await actions.again(asked.number('id'), asked.optional('body')))
+  post('requeue', async asked => {
+    const tenant = asked.optional('tenant')
+    return { requeued: await actions.requeue({ endpoint: asked.text('endpoint'), webhookId: asked.text('webhookId'), ...(tenant !== undefined && { tenant }), force: asked.flag('force') }) }
+  })
+  post('requeue-all', async asked => await actions.requeueAll(asked.optional('type')))
+}
+
+export default inspector
+
+/** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
+function registrationOf (instance: FastifyInstance): { routes: Routes, observation: Observation } {
+  const { openaiWebhook } = instance as { openaiWebhook?: FastifyInstance['openaiWebhook'] & { [INSIDE]?: Routes } }
+  const routes = openaiWebhook?.[INSIDE]
+  if (routes === undefined) throw new InvalidOptions('inspector: expected fastify-openai-webhook to be registered before, in this scope or in one above, got none')
+  const { observation } = routes
+  if (observation.observer !== undefined) throw new InvalidOptions('inspector: expected one inspector for a registration of the plugin, got a second one')
+  return { routes, observation }
+}
+
+function json (reply: FastifyReply, value: object): string {
+  reply.headers(HEADERS).type('application/json; charset=utf-8')
+  return JSON.stringify(value)
+}
+
+/** The page shows what went wrong, whatever the app's error handler makes of errors. */
+function tell (error: Error & { code?: unknown }, _request: FastifyRequest, reply: FastifyReply): void {
+  reply.code(statusOf(error)).headers(HEADERS).type('application/json; charset=utf-8')
+    .send(JSON.stringify({ code: String(error.code), message: error.message }))
+}
+
+/** The JSON of an action. */
+class Asked {
+  readonly #body: Record<string, unknown>
+
+  constructor (body: unknown) {
+    this.#body = typeof body === 'object' && body !== null ? body as Record<string, unknown> : {}
+  }
+
+  text (name: string): string {
+    const value = this.optional(name)
+    if (value === undefined) throw new ActionFault(400, `expected ${name} to be a string`)
+    return value
+  }
+
+  optional (name: string): string | undefined {
+    const value = this.#body[name]
+    if (value === undefined || value === null) return undefined
+    if (typeof value !== 'string') throw new ActionFault(400, `expected ${name} to be a string`)
+    return value
+  }
+
+  number (name: string): number {
+    const value = this.#body[name]
+    if (!Number.isSafeInteger(value)) throw new ActionFault(400, `expected ${name} to be a whole number`)
+    return value as number
+  }
+
+  flag (name: string): boolean {
+    return this.#body[name] === true
+  }
+}

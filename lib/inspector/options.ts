@@ -1,0 +1,75 @@
+import type { IncomingHttpHeaders } from 'node:http'
+import type { FastifyReply, FastifyRequest, onRequestAsyncHookHandler, onRequestHookHandler } from 'fastify'
+import { InvalidOptions } from '../errors.ts'
+import { nearest } from '../nearest.ts'
+
+type OnRequest = onRequestHookHandler | onRequestAsyncHookHandler
+
+export interface InspectorOptions {
+  /**
+   * Where the page is, within the `prefix` of `register`.
+   *
+   * @default '/openai-webhook'
+   */
+  path?: string
+  /**
+   * Lets in who may see deliveries, as Fastify's hook of this name: your authentication. Without it the page is served on the
+   * loopback interface alone, and not at all where NODE_ENV is `production`.
+   */
+  onRequest?: OnRequest | readonly OnRequest[]
+  /**
+   * Whether the page may only look: no sending, no requeueing. A function decides for each request, and nothing but `false` lets
+   * it act.
+   *
+   * @default true where NODE_ENV is 'production', else false
+   */
+  readOnly?: boolean | ((request: FastifyRequest) => boolean | Promise<boolean>)
+  /**
+   * Deliveries that are kept, of 16 MB at most.
+   *
+   * @default 500
+   */
+  max?: number
+  /**
+   * The headers as they are shown, given a copy of those that arrived. By default `authorization`, `proxy-authorization`, `cookie`
+   * and `set-cookie` are hidden; they are after yours too.
+   */
+  redact?: (headers: IncomingHttpHeaders) => IncomingHttpHeaders
+}
+
+/** The defaults of options. Each stands at its option too, as `@default`. */
+export const DEFAULTS = { path: '/openai-webhook', max: 500 }
+
+/** Deliveries. A page with more would be slow. */
+const MOST = 10_000
+
+interface Rule {
+  readonly expected: string
+  readonly accepts: (value: unknown) => boolean
+}
+
+const isFunction = (value: unknown): boolean => typeof value === 'function'
+
+const rules: Record<keyof Required<InspectorOptions>, Rule> = {
+  path: { expected: 'a path such as "/openai-webhook", without ":", "*", "?", "#" or a "/" at its end', accepts: value => typeof value === 'string' && /^\/[^\s?#:*]*[^\s?#:*/]$/.test(value) },
+  onRequest: { expected: 'a hook or a non-empty array of hooks', accepts: value => isFunction(value) || (Array.isArray(value) && value.length > 0 && value.every(isFunction)) },
+  readOnly: { expected: 'a boolean or a function of the request', accepts: value => typeof value === 'boolean' || isFunction(value) },
+  max: { expected: `a whole number of deliveries, 1 or more and at most ${MOST}`, accepts: value => Number.isSafeInteger(value) && (value as number) >= 1 && (value as number) <= MOST },
+  redact: { expected: 'a function of the headers', accepts: isFunction }
+}
+
+/** Options of `register` that Fastify itself reads. */
+const FASTIFY_OPTIONS = ['prefix', 'logLevel', 'logSerializers']
+
+/** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
+export function assertInspectorOptions (options: object): asserts options is InspectorOptions {
+  for (const [name, value] of Object.entries(options)) {
+    if (FASTIFY_OPTIONS.includes(name) || value === undefined) continue
+    const rule = Object.hasOwn(rules, name) ? rules[name as keyof InspectorOptions] : undefined
+    if (rule === undefined) throw new InvalidOptions(`inspector: unknown option "${name}"${nearest(name, Object.keys(rules))}`)
+    if (!rule.accepts(value)) throw new InvalidOptions(`inspector: expected ${name} to be ${rule.expected}`)
+  }
+}
+
+export type Done = (error?: Error) => void
+export type Hook = (request: FastifyRequest, reply: FastifyReply, done: Done) => void

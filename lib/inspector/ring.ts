@@ -1,0 +1,55 @@
+import type { Entry } from './entry.ts'
+
+/** The last deliveries, bounded by their number and by the bytes that they take. */
+export class Ring {
+  readonly #entries: Array<Entry | undefined>
+  readonly #maxBytes: number
+  readonly #dropped: (entry: Entry) => void
+  #first = 0
+  #size = 0
+  #bytes = 0
+
+  /** @param dropped called with each that makes room */
+  constructor (readonly max: number, maxBytes: number, dropped: (entry: Entry) => void) {
+    this.#entries = new Array<Entry | undefined>(max).fill(undefined)
+    this.#maxBytes = maxBytes
+    this.#dropped = dropped
+  }
+
+  get bytes (): number { return this.#bytes }
+
+  add (entry: Entry): void {
+    if (this.#size === this.max) this.#dropFirst()
+    this.#entries[(this.#first + this.#size) % this.max] = entry
+    this.#size++
+    this.#bytes += entry.size
+    entry.kept = true
+    this.#shrink()
+  }
+
+  /** A delivery takes more than it did. One that is not kept any more may still be running. */
+  grow (entry: Entry, bytes: number): void {
+    if (!entry.kept) return
+    entry.size += bytes
+    this.#bytes += bytes
+    this.#shrink()
+  }
+
+  * [Symbol.iterator] (): Generator<Entry> {
+    for (let i = 0; i < this.#size; i++) yield this.#entries[(this.#first + i) % this.max]!
+  }
+
+  #shrink (): void {
+    while (this.#bytes > this.#maxBytes) this.#dropFirst()
+  }
+
+  #dropFirst (): void {
+    const entry = this.#entries[this.#first]!
+    this.#entries[this.#first] = undefined
+    this.#first = (this.#first + 1) % this.max
+    this.#size--
+    this.#bytes -= entry.size
+    entry.kept = false
+    this.#dropped(entry)
+  }
+}

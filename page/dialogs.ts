@@ -1,0 +1,135 @@
+import { useEffect, useRef, useState } from 'preact/hooks'
+import type { VNode } from 'preact'
+import type { Delivered, EndpointInfo } from '../lib/inspector/messages.ts'
+import { api } from './api.ts'
+import { html } from './html.ts'
+import type { Child } from './html.ts'
+
+interface DialogProps {
+  title: string
+  /** What the button says that does it. */
+  confirm: string
+  disabled?: boolean
+  onConfirm: () => Promise<void>
+  onClose: () => void
+  children?: Child
+}
+
+/** Asks before something is done, and stays where it fails. */
+export function Dialog ({ title, confirm, disabled = false, onConfirm, onClose, children }: DialogProps): VNode {
+  const dialog = useRef<HTMLDialogElement>(null)
+  const [fault, setFault] = useState('')
+  const [busy, setBusy] = useState(false)
+  useEffect(() => { dialog.current!.showModal() }, [])
+  const submit = async (event: Event): Promise<void> => {
+    event.preventDefault()
+    setBusy(true)
+    try {
+      await onConfirm()
+      onClose()
+    } catch (error) {
+      setFault((error as Error).message)
+      setBusy(false)
+    }
+  }
+  return html`
+    <dialog ref=${dialog} aria-labelledby="dialog-title" onClose=${onClose}>
+      <form onSubmit=${submit}>
+        <h2 id="dialog-title">${title}</h2>
+        ${children}
+        ${fault !== '' && html`<p class="fault" role="alert">${fault}</p>`}
+        <div class="buttons">
+          <button type="button" onClick=${onClose}>Cancel</button>
+          <button type="submit" class="primary" disabled=${disabled || busy}>${confirm}</button>
+        </div>
+      </form>
+    </dialog>`
+}
+
+const isJson = (text: string): boolean => {
+  try {
+    JSON.parse(text)
+    return true
+  } catch {
+    return false
+  }
+}
+
+/** The event that will be delivered. */
+function Editor ({ text, onEdit }: { text: string, onEdit: (text: string) => void }): VNode {
+  return html`
+    <label class="wide">Event
+      <textarea rows="14" spellcheck=${false} value=${text} onInput=${(event: InputEvent) => onEdit((event.target as HTMLTextAreaElement).value)}></textarea>
+    </label>
+    <p class="hint" role="status">${isJson(text) ? 'It is signed here and sent through the real route, with a webhook-id of its own.' : 'This is not JSON. It can be sent all the same, and will be refused.'}</p>`
+}
+
+const told = ({ status, body }: Delivered): string => `answered ${status} ${body.slice(0, 200)}`
+
+export function SampleDialog ({ types, endpoints, onClose, say }: { types: readonly string[], endpoints: readonly EndpointInfo[], onClose: () => void, say: (text: string) => void }): VNode {
+  const signing = endpoints.filter(({ signs }) => signs)
+  const [type, setType] = useState(types.includes('response.completed') ? 'response.completed' : types[0]!)
+  const [endpoint, setEndpoint] = useState(signing[0]?.url ?? '')
+  const [url, setUrl] = useState(signing[0]?.url ?? '')
+  const [text, setText] = useState('')
+  const [fault, setFault] = useState('')
+  useEffect(() => {
+    let latest = true
+    api.sample(type).then(sample => { if (latest) setText(sample) }, (error: Error) => setFault(error.message))
+    return () => { latest = false }
+  }, [type])
+  const choose = (event: Event): void => {
+    const { value } = event.target as HTMLSelectElement
+    setEndpoint(value)
+    setUrl(value)
+  }
+  if (signing.length === 0) {
+    return html`<${Dialog} title="No endpoint to send to" confirm="Close" onConfirm=${async () => {}} onClose=${onClose}>
+      <p>There is no receiving route here whose deliveries can be signed: its verifier is your own.</p>
+    <//>`
+  }
+  return html`
+    <${Dialog} title="Send a signed sample" confirm="Deliver" disabled=${text === ''} onClose=${onClose}
+      onConfirm=${async () => { say(`${type}: ${told(await api.deliver(endpoint, url, text))}`) }}>
+      <label class="wide">Type
+        <select value=${type} onChange=${(event: Event) => setType((event.target as HTMLSelectElement).value)}>
+          ${types.map(each => html`<option value=${each}>${each}</option>`)}
+        </select>
+      </label>
+      ${signing.length > 1 && html`<label class="wide">Endpoint
+        <select value=${endpoint} onChange=${choose}>${signing.map(each => html`<option value=${each.url}>${each.url}</option>`)}</select>
+      </label>`}
+      ${/[:*]/.test(endpoint) && html`<label class="wide">URL, with its parameters filled in
+        <input type="text" value=${url} onInput=${(event: Event) => setUrl((event.target as HTMLInputElement).value)} />
+      </label>`}
+      <${Editor} text=${text} onEdit=${setText} />
+      ${fault !== '' && html`<p class="fault" role="alert">${fault}</p>`}
+    <//>`
+}
+
+interface AgainProps {
+  id: number
+  type: string
+  url: string
+  onClose: () => void
+  say: (text: string) => void
+}
+
+export function AgainDialog ({ id, type, url, onClose, say }: AgainProps): VNode {
+  return html`
+    <${Dialog} title=${`Deliver ${type} again?`} confirm="Deliver" onClose=${onClose}
+      onConfirm=${async () => { say(`${type}: ${told(await api.again(id))}`) }}>
+      <p>The same bytes go to <code>${url}</code> once more, signed anew and with a new webhook-id. To the app it is another
+      delivery, so <strong>its handlers run again and their effects repeat</strong>.</p>
+    <//>`
+}
+
+export function EditDialog ({ id, type, url, text: given, onClose, say }: AgainProps & { text: string }): VNode {
+  const [text, setText] = useState(given)
+  return html`
+    <${Dialog} title=${`Edit ${type} and send it`} confirm="Deliver" onClose=${onClose}
+      onConfirm=${async () => { say(`${type}: ${told(await api.again(id, text))}`) }}>
+      <p>To <code>${url}</code>. The handlers run for it, and have their effects.</p>
+      <${Editor} text=${text} onEdit=${setText} />
+    <//>`
+}
