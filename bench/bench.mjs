@@ -7,7 +7,7 @@ import { Postgres } from './postgres.mjs'
 import { Redis } from './redis.mjs'
 import { max, median, min } from './statistics.mjs'
 
-export const CONNECTIONS = 32
+export const CONNECTIONS = 50
 
 export class Bench {
   #load
@@ -74,7 +74,7 @@ export class Bench {
    * Sends requests, see `buildRequests`.
    *
    * @param {object} server
-   * @param {object} plan
+   * @param {object} plan its `connections` are 50 unless it says otherwise, its `arrivals` a second those of full load
    * @param {object} [options]
    * @param {number} [options.untilHandled] waits until the handlers of so many deliveries have run since the server's start
    * @param {boolean} [options.poll] whether the sender stays awake, at the cost of a core
@@ -101,7 +101,8 @@ export class Bench {
   }
 
   /** Throws unless a correct delivery is answered 200 and a forged one refused. @returns the answer to a correct one */
-  async check (name, server, { scheme, checksNothing = false }, templates) {
+  async check (name, server, { scheme, checksNothing = false, refusesAll = false }, templates) {
+    if (refusesAll) return await this.refusalOf(name, server, { templates, scheme })
     const right = await this.answerTo(server, { templates, scheme })
     if (!right.startsWith('200 ')) throw new Error(`${name} answers a correct delivery ${right}`)
     if (!checksNothing) await this.refusalOf(name, server, { templates, scheme, kind: 'forged' })
@@ -110,7 +111,7 @@ export class Bench {
 
   async refusalOf (name, server, plan) {
     const answer = await this.answerTo(server, plan)
-    if (!/^4\d\d /.test(answer)) throw new Error(`${name} answers a delivery that is ${plan.kind} ${answer}`)
+    if (!/^4\d\d /.test(answer)) throw new Error(`${name} answers a delivery that is ${plan.kind ?? 'correct'} ${answer}`)
     return answer
   }
 
@@ -168,6 +169,7 @@ export function summary (samples) {
     cpu: { rounds: cpu, median: median(cpu), min: min(cpu), max: max(cpu) },
     rate: median(of('rate')),
     p50: median(of('p50')),
-    p99: median(of('p99'))
+    p99: median(of('p99')),
+    worst: max(of('worst'))
   }
 }

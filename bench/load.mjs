@@ -1,4 +1,6 @@
-// The sender, in a process of its own: keep-alive connections over real sockets, one request in flight on each.
+// The sender, in a process of its own: keep-alive connections over real sockets, one request in flight on each. Each
+// connection sends its next request as soon as it has an answer; with `arrivals` a second, requests come when they are due
+// instead, and what waits for a connection has its wait counted.
 import { once } from 'node:events'
 import { connect } from 'node:net'
 import { availableParallelism } from 'node:os'
@@ -8,11 +10,14 @@ import { answerParent } from './processes.mjs'
 let requests = []
 let connections = []
 let polling = false
+/** Requests a second; undefined: as fast as answers come. */
+let arrivals
 
 answerParent({
   /** Signs the requests and opens the connections: nothing of it is measured. */
-  async prepare ({ port, connections: count, poll, ...plan }) {
+  async prepare ({ port, connections: count, poll, arrivals: rate, ...plan }) {
     requests = buildRequests(plan)
+    arrivals = rate
     polling = poll && availableParallelism() > 1
     connections = await Promise.all(Array.from({ length: Math.min(count, requests.length) }, () => open(port)))
   },
@@ -23,14 +28,23 @@ answerParent({
     let next = 0
     let answered = 0
     const start = performance.now()
+    const due = index => arrivals === undefined ? performance.now() : start + index * 1_000 / arrivals
+    const idle = []
+    let clock
     // To wake a sender that sleeps costs the server up to a third of an answer's CPU time, and varies: this one is awake.
     if (polling) poll()
     await new Promise((resolve, reject) => {
       const ended = error => {
         polling = false
+        clearInterval(clock)
         reject(error instanceof Error ? error : new Error(`the server closed a connection after ${answered} answers`))
       }
-      for (const socket of connections) converse(socket, ended)
+      const senders = connections.map(socket => converse(socket, ended))
+      if (arrivals === undefined) for (const send of senders) send()
+      else {
+        idle.push(...senders)
+        clock = setInterval(() => { while (idle.length > 0 && next < requests.length && due(next) <= performance.now()) idle.pop()() }, 1)
+      }
 
       function converse (socket, ended) {
         let index = 0
@@ -39,8 +53,9 @@ answerParent({
 
         function send () {
           if (next === requests.length) return
+          if (due(next) > performance.now()) return idle.push(send)
           index = next++
-          sentAt = performance.now()
+          sentAt = due(index)
           const pieces = requests[index]
           if (pieces.length === 1) return socket.write(pieces[0])
           socket.cork()
@@ -59,13 +74,14 @@ answerParent({
           answers.set(answer, (answers.get(answer) ?? 0) + 1)
           if (++answered === requests.length) {
             polling = false
+            clearInterval(clock)
             return resolve()
           }
           // A refusal may come before the body is out.
           if (socket.writableNeedDrain) socket.once('drain', send)
           else send()
         })
-        send()
+        return send
       }
     })
     const seconds = (performance.now() - start) / 1000
@@ -73,7 +89,7 @@ answerParent({
     connections = []
     latencies.sort()
     const percentile = share => latencies[Math.min(latencies.length - 1, Math.floor(latencies.length * share))]
-    return { seconds, p50: percentile(0.5), p99: percentile(0.99), answers: Object.fromEntries(answers) }
+    return { seconds, p50: percentile(0.5), p99: percentile(0.99), worst: latencies.at(-1), answers: Object.fromEntries(answers) }
   }
 })
 

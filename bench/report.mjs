@@ -1,14 +1,15 @@
 // Measurements become docs/performance.md: nothing here measures.
 import { decimals, table } from './markdown.mjs'
 import { sections } from './sections/index.mjs'
+import { renderSummary } from './summary.mjs'
 
 /**
- * @param {string} template Markdown with `{{machine}}`, `{{targets}}`, and `{{…}}` for each section
+ * @param {string} template Markdown with `{{summary}}`, `{{machine}}`, `{{targets}}`, and `{{…}}` for each section
  * @param {object} machine see `describeMachine`
  * @param {Record<string, unknown>} results what the `run` of each section gave
  */
 export function renderReport (template, machine, results) {
-  const parts = { machine: renderMachine(machine), targets: renderTargets(targetsOf(results)) }
+  const parts = { summary: renderSummary(results), machine: renderMachine(machine), targets: renderTargets(targetsOf(results)) }
   for (const [name, data] of Object.entries(results)) parts[name] = sections[name].render(data)
   const used = new Set()
   const text = template.replaceAll(/\{\{([\w-]+)\}\}/g, (_, name) => {
@@ -23,12 +24,14 @@ export function renderReport (template, machine, results) {
 
 export const targetsOf = results => Object.entries(results).flatMap(([name, data]) => sections[name].targets(data))
 
-/** @param {Array<{ what: string, limit: number, measured?: number, half?: string, note?: string, digits?: number }>} targets */
+/** @param {Array<{ what: string, limit?: number, least?: number, measured?: number, half?: string, note?: string, digits?: number }>} targets */
 export function renderTargets (targets) {
-  return table(['Target', 'at most', 'measured', 'middle half', ''], targets.map(({ what, limit, measured, half = '', note, digits = 2 }) => {
+  return table(['Target', 'wanted', 'measured', 'middle half', ''], targets.map(({ what, limit, least, measured, half = '', note, digits = 2 }) => {
+    const wanted = least === undefined ? `at most ${decimals(limit, digits)}` : `at least ${decimals(least, digits)}`
     const notes = note === undefined ? '' : ` (${note})`
-    if (measured === undefined) return [what, decimals(limit, digits), `not measured${notes}`, half, '']
-    return [what, decimals(limit, digits), `${decimals(measured, digits)}${notes}`, half, measured <= limit ? 'met' : '**missed**']
+    if (measured === undefined) return [what, wanted, `not measured${notes}`, half, '']
+    const met = least === undefined ? measured <= limit : measured >= least
+    return [what, wanted, `${decimals(measured, digits)}${notes}`, half, met ? 'met' : '**missed**']
   }))
 }
 

@@ -18,6 +18,17 @@ export const max = values => Math.max(...values)
  * @returns the median of the rounds' ratios, and between what the middle half of them lies
  */
 export function compared (measured, other) {
-  const ratios = measured.cpu.rounds.map((cpu, round) => cpu / other.cpu.rounds[round])
+  return spread(measured.cpu.rounds.map((cpu, round) => cpu / other.cpu.rounds[round]))
+}
+
+/** As `compared`, of what each costs above a third, which both contain. */
+export function comparedAbove (base, measured, other) {
+  return spread(measured.cpu.rounds.map((cpu, round) => (cpu - base.cpu.rounds[round]) / (other.cpu.rounds[round] - base.cpu.rounds[round])))
+}
+
+/** CPU µs a request above those of another. */
+export const above = (base, measured) => median(measured.cpu.rounds.map((cpu, round) => cpu - base.cpu.rounds[round]))
+
+function spread (ratios) {
   return { median: median(ratios), low: quantile(ratios, 0.25), high: quantile(ratios, 0.75) }
 }

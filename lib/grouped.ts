@@ -1,4 +1,4 @@
-import { AsyncResource } from 'node:async_hooks'
+import { inContext } from './async-context.ts'
 
 interface Waiting<Item, Result> {
   readonly item: Item
@@ -28,7 +28,7 @@ export function grouped<Item, Result> (most: number, all: (items: Item[]) => Pro
   }
 
   // What is waiting is of many requests: the call is made in the async context of none.
-  const callAll = AsyncResource.bind(() => {
+  const callAll = inContext(() => {
     const every = waiting
     waiting = []
     while (every.length > 0) call(every.splice(0, most))

@@ -1,4 +1,4 @@
-import { AsyncResource } from 'node:async_hooks'
+import { inContext } from './async-context.ts'
 import type { FastifyBaseLogger } from 'fastify'
 
 /** Characters of an error's message and of its stack. */
@@ -53,9 +53,11 @@ interface Described {
   readonly event?: { readonly type: string, readonly id?: unknown } | undefined
 }
 
-/** The fields of every line about a delivery. */
-export function logFields ({ endpoint, webhookId, event }: Described, attempt?: number): object {
-  return { webhookId, eventId: nameOf(event?.id), eventType: nameOf(event?.type), endpoint, ...(attempt !== undefined && { attempt }) }
+/** The fields of every line about a delivery. More may be set: to spread them into another object costs a delivery 4 µs. */
+export function logFields ({ endpoint, webhookId, event }: Described, attempt?: number): Record<string, unknown> {
+  const fields: Record<string, unknown> = { webhookId, eventId: nameOf(event?.id), eventType: nameOf(event?.type), endpoint }
+  if (attempt !== undefined) fields['attempt'] = attempt
+  return fields
 }
 
 /** Whether a line of this level is written. To be asked first: the fields of a line cost more than the dispatch. */
@@ -93,7 +95,7 @@ export class RefusalLog {
   readonly #log: FastifyBaseLogger
   readonly #windows = new Map<string, Window>()
   // Bound here: the line at the end of a window is about many requests, and a logger may read the async context of one.
-  readonly #endOutside = AsyncResource.bind((key: string) => this.#end(key))
+  readonly #endOutside = inContext((key: string) => this.#end(key))
 
   /** @param log for the lines at the end of windows */
   constructor (log: FastifyBaseLogger) {

@@ -61,7 +61,8 @@ class Spans {
           const active = begin(message)
           this.#open.set(message, active)
           const { around: inner } = message
-          message.around = work => within(active, inner === undefined ? work : () => inner(work))
+          const around: typeof message.around = work => within(active, inner === undefined ? work : () => inner(work))
+          message.around = around
         })
       },
       end () {},

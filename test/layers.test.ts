@@ -22,7 +22,8 @@ const LAYERS = [
   ['handlers.ts'],
   ['stores', 'request.ts', 'verifiers'],
   ['events', 'coded.ts', 'deadline.ts', 'handler-name.ts', 'log.ts'],
-  ['errors.ts', 'grouped.ts', 'nearest.ts', 'pruning.ts', 'steps.ts', 'typebox.ts']
+  ['errors.ts', 'grouped.ts', 'nearest.ts', 'pruning.ts', 'steps.ts', 'typebox.ts'],
+  ['async-context.ts']
 ]
 
 const files = readdirSync('lib', { recursive: true, encoding: 'utf8' }).filter(file => file.endsWith('.ts'))

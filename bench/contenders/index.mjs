@@ -5,6 +5,7 @@
  * @property {object} [options]
  * @property {string} [scheme] how its deliveries are signed
  * @property {boolean} [checksNothing] a forged delivery is answered 200 too
+ * @property {boolean} [refusesAll] a correct delivery is answered 4xx too
  * @property {string} [needs] what must be there; see Bench.missing
  */
 

@@ -24,6 +24,7 @@ export function untilHandled (wanted) {
  * @param {string[]} [options.types] what the handler that counts is for
  * @param {string[]} [options.otherHandlers] the type of each further one
  * @param {string[]} [options.ownTypes] names for the `events` option
+ * @param {number} [options.remembered] deliveries that the store has processed before
  */
 export async function build ({
   from = 'fastify-openai-webhook',
@@ -37,6 +38,7 @@ export async function build ({
   runner,
   metrics = false,
   logger = false,
+  remembered = 0,
   ...resources
 } = {}) {
   const { default: openaiWebhook } = await import(from)
@@ -47,7 +49,7 @@ export async function build ({
     path: PATH,
     ...(ownTypes.length > 0 && { events: await schemasOf(ownTypes) }),
     ...(idempotency !== undefined && { idempotency }),
-    ...(store !== undefined && { idempotency: { store: await stores[store](resources) } }),
+    ...(store !== undefined && { idempotency: { store: await stores[store]({ ...resources, remembered }) } }),
     ...(runner !== undefined && { runner: await runners[runner](resources) })
   })
   app.openaiWebhook.on(types, handler === 'sync' ? () => { count() } : async () => { count() })
@@ -86,12 +88,43 @@ async function openPool ({ postgresUrl }) {
 
 const stores = {
   memory: async () => (await import('fastify-openai-webhook')).memoryStore(),
-  sqlite: async resources => (await import('fastify-openai-webhook/sqlite')).sqliteStore(await openDatabase(resources)),
-  postgres: async resources => (await import('fastify-openai-webhook/postgres')).postgresStore(await openPool(resources)),
+  async sqlite ({ remembered, ...resources }) {
+    const { sqliteStore } = await import('fastify-openai-webhook/sqlite')
+    const db = await openDatabase(resources)
+    const store = sqliteStore(db)
+    if (remembered > 0) await remember.sqlite(db, remembered)
+    return store
+  },
+  async postgres ({ remembered, ...resources }) {
+    const { postgresStore } = await import('fastify-openai-webhook/postgres')
+    const pool = await openPool(resources)
+    const table = `deliveries_${process.pid}`
+    if (remembered > 0) await remember.postgres(pool, table, remembered)
+    return postgresStore(pool, { table })
+  },
   async redis ({ redisPort }) {
     const { Redis } = await import('ioredis')
     const { redisStore } = await import('fastify-openai-webhook/redis')
     return redisStore(new Redis(redisPort, '127.0.0.1'))
+  }
+}
+
+// Keys that lie evenly among those to come, inserted in their order: in no order, ten million would take an hour.
+const remember = {
+  async sqlite (db, count) {
+    db.exec(`
+      INSERT INTO openai_webhook_deliveries (key, done, ends, forget)
+      WITH RECURSIVE n (i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < ${count - 1})
+      SELECT printf('${PATH} wh_%08x', CAST(i * (4294967296.0 / ${count}) AS INTEGER)) || '000000000000000000000000', 1, 0, 9000000000000 + i FROM n`)
+  },
+  async postgres (pool, table, count) {
+    const { migration } = await import('fastify-openai-webhook/postgres')
+    await pool.query(migration({ tables: { store: table, inbox: false } }))
+    await pool.query(`
+      INSERT INTO ${table} (key, done, ends, forget)
+      SELECT '${PATH} wh_' || lpad(to_hex((i * (4294967296.0 / ${count}))::bigint), 8, '0') || repeat('0', 24), true, now(), now() + interval '72 hours' + i * interval '1 ms'
+      FROM generate_series(0, ${count - 1}) AS i`)
+    await pool.query(`VACUUM ANALYZE ${table}`)
   }
 }
 

@@ -1,5 +1,6 @@
 import * as coldStart from './cold-start.mjs'
 import * as comparison from './comparison.mjs'
+import * as growth from './growth.mjs'
 import * as handlers from './handlers.mjs'
 import * as memory from './memory.mjs'
 import * as production from './production.mjs'
@@ -7,6 +8,7 @@ import * as redis from './redis.mjs'
 import * as refusals from './refusals.mjs'
 import * as runners from './runners.mjs'
 import * as secrets from './secrets.mjs'
+import * as steady from './steady.mjs'
 import * as types from './types.mjs'
 
 /**
@@ -14,5 +16,5 @@ import * as types from './types.mjs'
  * `targets(data)`, see `renderTargets`.
  */
 export const sections = Object.fromEntries([
-  comparison, production, refusals, handlers, secrets, types, coldStart, memory, runners, redis
+  comparison, production, refusals, handlers, secrets, types, coldStart, memory, runners, steady, growth, redis
 ].map(section => [section.name, section]))

@@ -39,8 +39,10 @@ function loggedDelivery (
   if (!logs(to, 'info')) return tracedDelivery(work, handlers, run)
   const startedAt = performance.now()
   return then(tracedDelivery(work, handlers, run), () => {
-    const ms = Math.round((performance.now() - startedAt) * 1_000) / 1_000
-    write(to, 'info', { ...logFields(work.job, work.attempt), handlers: handlers.length, ms }, 'webhook delivery processed')
+    const fields = logFields(work.job, work.attempt)
+    fields['handlers'] = handlers.length
+    fields['ms'] = Math.round((performance.now() - startedAt) * 1_000) / 1_000
+    write(to, 'info', fields, 'webhook delivery processed')
   })
 }
 

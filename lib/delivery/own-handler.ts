@@ -57,7 +57,8 @@ export class OwnHandler {
     const reply = this.#reply
     ;(this.#request as Started)[STARTED] = this
     // An async onSend hook delays `reply.sent`; whether the handler has replied must be known at once.
-    reply.send = payload => this.#send(payload)
+    const send = (payload: unknown): FastifyReply => this.#send(payload)
+    reply.send = send
     traceAfterReset(reply.raw)
     if (this.#standing.state.at === 'late') this.#divertStatus()
     let result
@@ -236,11 +237,12 @@ export class OwnHandler {
   #divertStatus (): void {
     const reply = this.#reply
     const { code } = reply
-    reply.code = reply.status = statusCode => {
+    const divert = (statusCode: number): FastifyReply => {
       if (!reply.sent) return code.call(reply, statusCode)
       if (this.#standing.state.at === 'late') this.#standing.move({ at: 'late', statusCode })
       return reply
     }
+    reply.code = reply.status = divert
   }
 }
 

@@ -40,16 +40,18 @@ export function traceAfterReset (raw: RawResponse): void {
   function trace (): void {
     show('closed')
     const { writeHead, end } = raw as unknown as Record<'writeHead' | 'end', (...args: unknown[]) => RawResponse>
-    raw.writeHead = function (status: number, ...rest: unknown[]) {
+    const tracedHead = (status: number, ...rest: unknown[]): RawResponse => {
       raw.statusCode = status
       show('headersSent')
       return writeHead.call(raw, status, ...rest)
     }
-    raw.end = function (...args: unknown[]) {
+    const tracedEnd = (...args: unknown[]): RawResponse => {
       show('headersSent')
       show('writableEnded')
       return end.apply(raw, args)
     }
+    raw.writeHead = tracedHead
+    raw.end = tracedEnd
   }
 
   function show (name: 'closed' | 'headersSent' | 'writableEnded'): void {
@@ -60,8 +62,9 @@ export function traceAfterReset (raw: RawResponse): void {
 /** Calls `broken` when this side destroys it before it is out. Fastify does so when the source of a stream fails. */
 export function watchDestroy (raw: RawResponse, broken: () => void): void {
   const { destroy } = raw
-  raw.destroy = function (error) {
+  const watched: RawResponse['destroy'] = error => {
     if (!isClosed(raw)) broken()
     return destroy.call(raw, error)
   }
+  raw.destroy = watched
 }

@@ -1,4 +1,4 @@
-import { AsyncResource } from 'node:async_hooks'
+import { inContext } from '../async-context.ts'
 import type { Held } from '../pipeline/deduplicate.ts'
 import type { Job } from '../runners/runner.ts'
 import type { MaybePromise } from '../steps.ts'
@@ -90,7 +90,7 @@ export class Work {
   /** Has the sender told this delivery's verdict, in the async context of its own request. */
   join (sender: Sender): void {
     this.#joined ??= new Map()
-    this.#joined.set(sender, AsyncResource.bind((verdict: Verdict) => sender.tell(verdict)))
+    this.#joined.set(sender, inContext((verdict: Verdict) => sender.tell(verdict)))
   }
 
   /** The sender has been answered by the deadline. Its request is not kept while the handlers run, which may be for hours. */

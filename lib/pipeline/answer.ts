@@ -1,5 +1,6 @@
-import { AsyncLocalStorage, AsyncResource } from 'node:async_hooks'
+import { AsyncLocalStorage } from 'node:async_hooks'
 import type { FastifyReply, FastifyRequest } from 'fastify'
+import { inContext } from '../async-context.ts'
 import { statusOf } from '../coded.ts'
 import { isPromise } from '../steps.ts'
 
@@ -55,7 +56,7 @@ function contested (answer: () => unknown, request: FastifyRequest, reply: Fasti
   return errorHandlers.run(new WeakRef(request), () => {
     try {
       const result = answer()
-      if (isPromise<unknown>(result)) return { then: AsyncResource.bind(result.then.bind(result)) }
+      if (isPromise<unknown>(result)) return { then: inContext(result.then.bind(result)) }
       if (result !== undefined) reply.send(result)
     } catch (thrown) {
       reply.send(thrown)
@@ -67,8 +68,9 @@ function refuseWith (refusal: Refusal, request: Answerable, { raw }: FastifyRepl
   request[PROGRESS] = refusal
   // An onSend hook that throws undefined has Fastify skip those that come after it.
   const writeHead = raw.writeHead as (statusCode: number, ...rest: unknown[]) => typeof raw
-  raw.writeHead = (statusCode: number, ...rest: unknown[]) =>
+  const refusing = (statusCode: number, ...rest: unknown[]): typeof raw =>
     writeHead.call(raw, statusCode < 400 && request[PROGRESS] === refusal ? refusal.statusCode : statusCode, ...rest)
+  raw.writeHead = refusing
 }
 
 /** Has Fastify call the next error handler. */

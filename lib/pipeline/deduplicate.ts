@@ -1,4 +1,4 @@
-import { AsyncResource } from 'node:async_hooks'
+import { inContext } from '../async-context.ts'
 import { Unavailable } from '../errors.ts'
 import { attempt, then } from '../steps.ts'
 import type { MaybePromise } from '../steps.ts'
@@ -37,7 +37,7 @@ export class Claims {
   readonly #held = new Set<Held>()
   #timer: NodeJS.Timeout | undefined
   // Bound here: the claims are of many requests, and the timer must not keep the async context of one, nor run in it.
-  readonly #startTimer = AsyncResource.bind(() => setInterval(() => this.#renewAll(), this.#options.lease / 3).unref())
+  readonly #startTimer = inContext(() => setInterval(() => this.#renewAll(), this.#options.lease / 3).unref())
 
   constructor (options: ClaimsOptions) {
     this.#options = options

@@ -1,6 +1,6 @@
-import { AsyncResource } from 'node:async_hooks'
 import fastify from 'fastify'
 import type { FastifyContextConfig, FastifyInstance, FastifyReply, FastifyRequest, RequestPayload, RouteOptions } from 'fastify'
+import { inContext } from '../async-context.ts'
 import { recordAnswer } from '../delivery/own-handler.ts'
 import { InvalidRoute } from '../errors.ts'
 import { assertOverrides } from '../options.ts'
@@ -73,7 +73,7 @@ function captureAndAuthenticate ({ authentication, failures }: Routes, endpoint:
       return refuse(new fastify.errorCodes.FST_ERR_CTP_INVALID_MEDIA_TYPE())
     }
     // Bound, as Fastify binds content type parsers: the socket's events have no request's async context, which tracers need.
-    readPayload(request, payload, body, AsyncResource.bind((error: Error | null, rawBody: Buffer = Buffer.alloc(0)) => {
+    readPayload(request, payload, body, inContext((error: Error | null, rawBody: Buffer = Buffer.alloc(0)) => {
       if (error !== null) {
         // The sender may go on sending a body that nobody reads.
         reply.header('connection', 'close')

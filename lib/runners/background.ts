@@ -1,4 +1,4 @@
-import { AsyncResource } from 'node:async_hooks'
+import { inContext } from '../async-context.ts'
 import { InvalidOptions, Overloaded } from '../errors.ts'
 import { deadDelivery } from './handler-failures.ts'
 import { keyOf, tellDead } from './runner.ts'
@@ -65,7 +65,7 @@ export function background ({ concurrency = 10, maxQueue = 1_000 }: BackgroundOp
       if (waiting.has(key) || running.has(key)) return 'duplicate'
       if (closing || (running.size >= concurrency && waiting.size >= maxQueue)) throw new Overloaded()
       // Bound: it may be started by the end of another delivery, in the async context of that one's request.
-      waiting.set(key, AsyncResource.bind(() => runOne(key, job)))
+      waiting.set(key, inContext(() => runOne(key, job)))
       startNext()
       return undefined
     },

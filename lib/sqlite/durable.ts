@@ -1,4 +1,4 @@
-import { AsyncResource } from 'node:async_hooks'
+import { inContext } from '../async-context.ts'
 import { Overloaded } from '../errors.ts'
 import { causeOf, deadDelivery, describeFailure } from '../runners/handler-failures.ts'
 import { RETENTION } from '../stores/store.ts'
@@ -116,9 +116,9 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
   /** More is due in the file than there was room for. */
   let behind = false
   // Bound here: the jobs in the file are of many requests, and must not run in the async context of one.
-  const pumpOutside = AsyncResource.bind(pump)
-  const startOutside = AsyncResource.bind(startAhead)
-  const holdOutside = AsyncResource.bind(hold)
+  const pumpOutside = inContext(pump)
+  const startOutside = inContext(startAhead)
+  const holdOutside = inContext(hold)
 
   async function write<T> (work: () => T): Promise<T> {
     let result

@@ -16,7 +16,7 @@ import { durable } from '../../lib/sqlite/index.ts'
 import { build, post, SECRET, sign, stoppedClock, thin } from '../support/deliveries.ts'
 import { deferred, handled, listen, redelivered } from '../support/observe.ts'
 import { openSqlite } from '../support/sqlite.mjs'
-import { CHUNKED, head, Wire } from '../support/wire.ts'
+import { CHUNKED, head, listen as listenOn, request, Wire } from '../support/wire.ts'
 
 // What is kept of requests: little before they are known to be OpenAI's, nothing once they have been answered.
 
@@ -120,6 +120,44 @@ function requestsOf (app: FastifyInstance, context?: AsyncLocalStorage<object>):
     }
   }
 }
+
+t.test('what a delivery was made of is gone with the next small collection, and does not wait for a full one', async t => {
+  // What waits is copied twice and promoted, which doubles what a delivery costs.
+  const minor = (): void => { (gc as (options: { type: 'minor' }) => void)({ type: 'minor' }) }
+  const DELIVERIES = 300
+  for (const [where, url] of [['the app', '/webhooks/openai'], ['a marked route', '/own']] as const) {
+    for (const [kind, handler] of [['synchronous', () => {}], ['asynchronous', async () => {}]] as const) {
+      t.test(`${kind} handlers of ${where}`, async t => {
+        const app = await build(t, { idempotency: false })
+        app.openaiWebhook.on('batch.failed', handler)
+        app.post('/own', { config: { openaiWebhook: {} } }, (_request, reply) => handler() ?? reply.send())
+        app.post('/plain', async () => {})
+        const wire = await Wire.open(t, await listenOn(app))
+        /** Bytes a request that only a full collection frees. */
+        async function waiting (url: string): Promise<number> {
+          const requests = Array.from({ length: DELIVERIES }, () => {
+            const { headers, body } = sign(thin('batch.failed'))
+            return request(Object.entries(headers), Buffer.from(body), url)
+          })
+          gc()
+          for (const each of requests) {
+            await wire.write(each)
+            await wire.answer()
+          }
+          for (let n = 0; n < 4; n++) minor()
+          const before = process.memoryUsage().heapUsed
+          gc()
+          return (before - process.memoryUsage().heapUsed) / DELIVERIES
+        }
+        await waiting('/plain')
+        await waiting(url)
+        const [plain, ours] = [await waiting('/plain'), await waiting(url)]
+        t.comment(`${Math.round(ours)} bytes a delivery, ${Math.round(plain)} of a plain route`)
+        t.ok(ours - plain < 2_000)
+      })
+    }
+  }
+})
 
 const OVERLOADED = /FST_OPENAI_WEBHOOK_OVERLOADED/
 
