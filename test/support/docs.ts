@@ -109,6 +109,15 @@ declare module 'vitest' {
   function onTestFinished (run: () => Promise<void>): void
   function expect (value: unknown): { toBe (expected: unknown): void, toEqual (expected: unknown): void }
 }
+declare module '@jest/globals' {
+  function test (name: string, run: () => Promise<void>): void
+  function afterEach (run: () => Promise<void>): void
+  function expect (value: unknown): { toBe (expected: unknown): void, toEqual (expected: unknown): void }
+}
+declare module '*/helper.js' {
+  import type { FastifyInstance } from 'fastify'
+  function build (t: object): Promise<FastifyInstance>
+}
 declare module '@prisma/client' {
   interface Transaction {
     $queryRawUnsafe (text: string, ...values: unknown[]): Promise<unknown[]>

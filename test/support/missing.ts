@@ -18,3 +18,5 @@ export function postgresBindir (): string {
 
 const SERVER = 'PostgreSQL and PgBouncer (apt-get install postgresql pgbouncer)'
 export const postgresMissing = process.env['CI'] === undefined && !existsSync(join(postgresBindir(), 'initdb')) ? `needs ${SERVER}` : missing(SERVER, 'pgbouncer')
+
+export const nginxMissing = missing('nginx (apt-get install nginx-light)', 'nginx')

@@ -1,7 +1,7 @@
 // npm test, npm run test:long: tap, with the coverage that what is here allows. Arguments are files or options of tap's.
 import { spawnSync } from 'node:child_process'
 import { readFileSync, readdirSync } from 'node:fs'
-import { postgresMissing, prometheusMissing, redisMissing } from './missing.ts'
+import { nginxMissing, postgresMissing, prometheusMissing, redisMissing } from './missing.ts'
 import { missing as missingHandles } from './sqlite.mjs'
 
 const args = process.argv.slice(2)
@@ -30,5 +30,6 @@ const { status } = spawnSync(process.execPath, ['node_modules/tap/dist/esm/run.m
 })
 // libsql covers the same lines.
 for (const reason of Object.values(missingHandles)) if (reason !== false) console.log(`skipped: what ${reason}`)
+if (isLong && nginxMissing !== false) console.log(`skipped: what ${nginxMissing}`)
 for (const reason of missing) console.log(`skipped, and with it the check of coverage: what ${reason}`)
 process.exit(status ?? 1)
