@@ -28,6 +28,13 @@ export interface IdempotencyOptions {
    * @default 270_000_000 (75 h)
    */
   retention?: number
+  /**
+   * Whether the handlers run once for what an event is about, and not once for each `webhook-id`: needed for `reconcile()`. To
+   * be the same in every process that shares the store.
+   *
+   * @default false
+   */
+  reconcile?: boolean
 }
 
 /** What one route, or one call of `unwrap`, may have of its own. */
@@ -135,6 +142,7 @@ export const DEFAULTS = {
   bodyTimeout: 10_000,
   lease: 30_000,
   retention: RETENTION,
+  reconcile: false,
   deadline: 4_500,
   closeTimeout: 10_000
 }
@@ -179,7 +187,7 @@ const pluginRules: Record<keyof Required<OpenAIWebhookOptions>, Rule> = {
   prefix: { expected: 'a string', accepts: value => typeof value === 'string' },
   rateLimit,
   events: { expected: 'an object of TypeBox schemas by event type', accepts: isObject },
-  idempotency: { expected: 'false or an object { store, lease, retention }', accepts: value => value === false || isObject(value) },
+  idempotency: { expected: 'false or an object { store, lease, retention, reconcile }', accepts: value => value === false || isObject(value) },
   runner: { expected: 'a runner such as inline()', accepts: has('run') },
   deadline: wholeNumber('ms', 1, LONGEST_TIMER),
   closeTimeout: wholeNumber('ms', 0, LONGEST_TIMER)
@@ -200,7 +208,8 @@ const routeRules: Record<keyof Required<WebhookRouteOptions>, Rule> = {
 const idempotencyRules: Record<keyof Required<IdempotencyOptions>, Rule> = {
   store: { expected: 'a store such as memoryStore()', accepts: has('begin', 'checkpoint', 'complete', 'extend', 'release') },
   lease: wholeNumber('ms', 1, LONGEST_TIMER),
-  retention: wholeNumber('ms', 1)
+  retention: wholeNumber('ms', 1),
+  reconcile: { expected: 'true or false', accepts: value => typeof value === 'boolean' }
 }
 
 /** Any JSON Schema that describes an event has one of these. */

@@ -80,7 +80,7 @@ interface Registration {
 
 /** The parts of one registration. */
 function assemble (instance: FastifyInstance, options: OpenAIWebhookOptions, compiler: Compiler): Registration {
-  const { store, lease = DEFAULTS.lease, retention = DEFAULTS.retention } = options.idempotency || {}
+  const { store, lease = DEFAULTS.lease, retention = DEFAULTS.retention, reconcile = DEFAULTS.reconcile } = options.idempotency || {}
   const events = { ...officialEvents, ...options.events }
   const runner = options.runner ?? inline()
   const abort = new AbortController()
@@ -90,7 +90,7 @@ function assemble (instance: FastifyInstance, options: OpenAIWebhookOptions, com
   const failures = new Failures(instance.log, registry, observation)
   const endpoints = new Endpoints(registry)
   const onTrouble = (error: unknown): void => failures.trouble(error)
-  const claims = new Claims({ store: options.idempotency === false ? noStore : store ?? memoryStore(), lease, retention, onTrouble })
+  const claims = new Claims({ store: options.idempotency === false ? noStore : store ?? memoryStore(), lease, retention, reconcile, onTrouble })
   const handling = new Handling({ works, claims, log: instance.log, observation, signal: abort.signal, handlersOf: name => endpoints.handlersOf(name) })
   const deadline = options.deadline ?? DEFAULTS.deadline
   const verifications = new Verifications(options, { patience: deadline, warn: message => { instance.log.warn(message) }, onTrouble })

@@ -3,6 +3,7 @@ import { channels } from '../channels.ts'
 import { HandlerFailed } from '../errors.ts'
 import { handlersFailed } from '../runners/handler-failures.ts'
 import type { HandlerFailure } from '../runners/handler-failures.ts'
+import { union } from '../pipeline/deduplicate.ts'
 import type { Claims, Held } from '../pipeline/deduplicate.ts'
 import { dispatch } from '../pipeline/dispatch.ts'
 import { shortestRetention } from '../inbox/inbox.ts'
@@ -119,9 +120,4 @@ const OWN_HANDLER = 'handler'
 
 function ownFailure (error: unknown): Error {
   return error === undefined ? new HandlerFailed() : handlersFailed([{ handler: OWN_HANDLER, error }], 1, [])
-}
-
-/** All names, each once. */
-export function union (names: readonly string[], others: readonly string[] = []): readonly string[] {
-  return others.length === 0 ? names : [...new Set([...names, ...others])]
 }

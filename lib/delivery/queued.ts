@@ -1,11 +1,11 @@
 import { InProgress, MissingRoute } from '../errors.ts'
 import type { Failures } from '../failures.ts'
+import { union } from '../pipeline/deduplicate.ts'
 import type { Claims, Held } from '../pipeline/deduplicate.ts'
 import { keyOf } from '../runners/runner.ts'
 import type { Attempts, DeadDelivery, Job, RunnerHost } from '../runners/runner.ts'
 import { attempt as trying } from '../steps.ts'
 import type { MaybePromise } from '../steps.ts'
-import { union } from './handling.ts'
 import type { Handling } from './handling.ts'
 import { Work } from './work.ts'
 import type { Works } from './work.ts'
@@ -103,7 +103,10 @@ export class Queued implements RunnerHost {
     this.works.queued.set(key, work)
     try {
       const kept = this.works.takeKept(key)
-      const claim = kept !== undefined && this.claims.holds(kept) ? kept : await this.claims.begin(key)
+      const isLost = kept !== undefined && !this.claims.holds(kept)
+      // It may be half of a claim that is held still.
+      if (isLost) await this.claims.release(kept)
+      const claim = kept !== undefined && !isLost ? kept : await this.claims.begin(key, job)
       if (claim.state === 'running') return false
       if (claim.state === 'claimed') {
         work.move({ at: 'claimed', claim })

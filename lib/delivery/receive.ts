@@ -49,7 +49,7 @@ export class Receiver {
   * #receive (work: Work): Steps<void> {
     let claim: Begun
     try {
-      claim = yield this.claims.begin(work.key)
+      claim = yield this.claims.begin(work.key, work.job)
     } catch (error) {
       return this.#over(work, refused(error))
     }

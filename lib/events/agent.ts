@@ -56,7 +56,8 @@ export const agent = markedFamily({
   'agent.session.failed': {
     description: 'Sent when an agent session fails.',
     data: Type.Object(session),
-    sample
+    sample,
+    once: true
   },
   'agent.session.idle': {
     description: 'Sent when an agent session becomes idle.',

@@ -6,21 +6,25 @@ export const batch = family({
   'batch.cancelled': {
     description: 'Sent when a batch API request has been cancelled. data.id is the batch id.',
     data: Thin,
-    sample
+    sample,
+    once: true
   },
   'batch.completed': {
     description: 'Sent when a batch API request has been completed. data.id is the batch id.',
     data: Thin,
-    sample
+    sample,
+    once: true
   },
   'batch.expired': {
     description: 'Sent when a batch API request has expired. data.id is the batch id.',
     data: Thin,
-    sample
+    sample,
+    once: true
   },
   'batch.failed': {
     description: 'Sent when a batch API request has failed. data.id is the batch id.',
     data: Thin,
-    sample
+    sample,
+    once: true
   }
 })

@@ -7,16 +7,19 @@ export const evals = family({
   'eval.run.canceled': {
     description: 'Sent when an eval run has been canceled. data.id is the eval run id.',
     data: Thin,
-    sample
+    sample,
+    once: true
   },
   'eval.run.failed': {
     description: 'Sent when an eval run has failed. data.id is the eval run id.',
     data: Thin,
-    sample
+    sample,
+    once: true
   },
   'eval.run.succeeded': {
     description: 'Sent when an eval run has succeeded. data.id is the eval run id.',
     data: Thin,
-    sample
+    sample,
+    once: true
   }
 })

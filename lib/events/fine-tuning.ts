@@ -6,16 +6,19 @@ export const fineTuning = family({
   'fine_tuning.job.cancelled': {
     description: 'Sent when a fine-tuning job has been cancelled. data.id is the fine-tuning job id.',
     data: Thin,
-    sample
+    sample,
+    once: true
   },
   'fine_tuning.job.failed': {
     description: 'Sent when a fine-tuning job has failed. data.id is the fine-tuning job id.',
     data: Thin,
-    sample
+    sample,
+    once: true
   },
   'fine_tuning.job.succeeded': {
     description: 'Sent when a fine-tuning job has succeeded. data.id is the fine-tuning job id.',
     data: Thin,
-    sample
+    sample,
+    once: true
   }
 })

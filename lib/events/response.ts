@@ -6,21 +6,25 @@ export const response = family({
   'response.cancelled': {
     description: 'Sent when a background response has been cancelled. data.id is the model response id.',
     data: Thin,
-    sample
+    sample,
+    once: true
   },
   'response.completed': {
     description: 'Sent when a background response has been completed. data.id is the model response id.',
     data: Thin,
-    sample
+    sample,
+    once: true
   },
   'response.failed': {
     description: 'Sent when a background response has failed. data.id is the model response id.',
     data: Thin,
-    sample
+    sample,
+    once: true
   },
   'response.incomplete': {
     description: 'Sent when a background response has been interrupted. data.id is the model response id.',
     data: Thin,
-    sample
+    sample,
+    once: true
   }
 })

@@ -13,10 +13,12 @@ export interface EventEntry<Schema extends TSchema = TSchema> {
   readonly schema: Schema
   /** A realistic `data` object; the envelope is added where a whole event is needed. */
   readonly sample: object
+  /** Set where a resource has no more than one event of this type, ever: it has ended. */
+  readonly once?: true
 }
 
 type Entries<Data extends Record<string, TSchema>> = {
-  [Name in keyof Data]: { description: string, data: Data[Name], sample: Static<Data[Name]> }
+  [Name in keyof Data]: { description: string, data: Data[Name], sample: Static<Data[Name]>, once?: true }
 }
 
 type Family<Data extends Record<string, TSchema>, Head extends Envelope> = {
@@ -44,9 +46,10 @@ const standard = { ...marked, object: Type.Optional(marker) }
 const sparse = { id: Type.Optional(marked.id), created_at: Type.Optional(marked.created_at), object: standard.object }
 
 function build (entries: Entries<Record<string, TSchema>>, envelope: Envelope): Record<string, EventEntry> {
-  return Object.fromEntries(Object.entries(entries).map(([name, { description, data, sample }]) => [name, {
+  return Object.fromEntries(Object.entries(entries).map(([name, { description, data, sample, once }]) => [name, {
     description,
     sample: sample as object,
+    ...(once && { once }),
     schema: Type.Object({ ...envelope, type: Type.Literal(name), data })
   }]))
 }

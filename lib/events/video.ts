@@ -7,11 +7,13 @@ export const video = family({
   'video.completed': {
     description: 'Sent when a video generation has completed. data.id is the video id.',
     data: Thin,
-    sample
+    sample,
+    once: true
   },
   'video.failed': {
     description: 'Sent when a video generation has failed. data.id is the video id.',
     data: Thin,
-    sample
+    sample,
+    once: true
   }
 })

@@ -1,8 +1,10 @@
 import { inContext } from '../async-context.ts'
 import { Unavailable } from '../errors.ts'
-import { attempt, then } from '../steps.ts'
-import type { MaybePromise } from '../steps.ts'
+import type { Job } from '../runners/runner.ts'
+import { attempt, drive, then } from '../steps.ts'
+import type { MaybePromise, Steps } from '../steps.ts'
 import type { Claim, IdempotencyStore } from '../stores/store.ts'
+import { resourceKeyOf } from './resource-key.ts'
 
 /** A claim that this process holds, until it is completed, released or lost. */
 export interface Held {
@@ -11,6 +13,8 @@ export interface Held {
   readonly token: string
   /** Handlers that have succeeded in earlier attempts. */
   readonly finished: readonly string[]
+  /** The claim on what the event is about, where that has one of its own: the two are settled together. */
+  readonly resource: Held | undefined
 }
 
 /** The answer to `begin`. */
@@ -22,6 +26,8 @@ export interface ClaimsOptions {
   lease: number
   /** ms */
   retention: number
+  /** Whether what an event is about is claimed beside the delivery. */
+  reconcile?: boolean
   /** Called with what the store failed with, and when a claim is lost. */
   onTrouble: (error: unknown) => void
 }
@@ -43,8 +49,40 @@ export class Claims {
     this.#options = options
   }
 
-  /** @throws FST_OPENAI_WEBHOOK_UNAVAILABLE */
-  begin (key: string): MaybePromise<Begun> {
+  /**
+   * Claims a delivery, and beside it what its event is about, so that the handlers run once though two deliveries tell of it:
+   * `done` and `running` are the answer of whichever is. `finished` has the handlers that succeeded for either.
+   *
+   * @throws FST_OPENAI_WEBHOOK_UNAVAILABLE
+   */
+  begin (key: string, job: Job): MaybePromise<Begun> {
+    const resource = this.#options.reconcile === true ? resourceKeyOf(job) : undefined
+    return resource === undefined ? this.#begin(key) : drive(this.#beginBoth(key, resource))
+  }
+
+  /** The delivery first: whoever has it waits for nobody. */
+  * #beginBoth (key: string, resourceKey: string): Steps<Begun> {
+    const claim: Begun = yield this.#begin(key)
+    if (claim.state !== 'claimed') return claim
+    let resource: Begun
+    try {
+      resource = yield this.#begin(resourceKey)
+    } catch (error) {
+      yield this.release(claim)
+      throw error
+    }
+    if (resource.state === 'claimed') {
+      const both: Held = { ...claim, finished: union(claim.finished, resource.finished), resource }
+      this.#held.delete(claim)
+      this.#held.add(both)
+      return both
+    }
+    // Another delivery has told of it, or is about to.
+    yield resource.state === 'done' ? this.complete(claim) : this.release(claim)
+    return resource
+  }
+
+  #begin (key: string): MaybePromise<Begun> {
     const { store, lease } = this.#options
     // One timer for all claims, which stops when there are none. A quick delivery is over before it fires.
     this.#timer ??= this.#startTimer()
@@ -52,14 +90,33 @@ export class Claims {
   }
 
   /** Whether it is not known to have been lost. */
-  holds (claim: Held): boolean { return this.#held.has(claim) }
+  holds (claim: Held): boolean { return this.#held.has(claim) && (claim.resource === undefined || this.#held.has(claim.resource)) }
 
-  checkpoint ({ key, token }: Held, handler: string): MaybePromise<void> {
+  checkpoint (claim: Held, handler: string): MaybePromise<void> {
     const { store, onTrouble } = this.#options
-    return attempt(() => store.checkpoint(key, token, handler), onTrouble)
+    return this.#ofBoth(claim, ({ key, token }) => attempt(() => store.checkpoint(key, token, handler), onTrouble))
   }
 
   complete (claim: Held): MaybePromise<void> {
+    return this.#ofBoth(claim, each => this.#complete(each))
+  }
+
+  release (claim: Held): MaybePromise<void> {
+    return this.#ofBoth(claim, each => this.#release(each))
+  }
+
+  /**
+   * The resource first: where a crash comes between, the delivery that comes again finds that it has been processed. Both in one
+   * turn, so that a store which groups what arrives makes one commit of them.
+   */
+  #ofBoth (claim: Held, settle: (each: Held) => MaybePromise<void>): MaybePromise<void> {
+    if (claim.resource === undefined) return settle(claim)
+    const first = settle(claim.resource)
+    const second = settle(claim)
+    return then(first, () => second)
+  }
+
+  #complete (claim: Held): MaybePromise<void> {
     const { store, retention, onTrouble } = this.#options
     // A lost claim has been reported when its renewal failed.
     const isHeld = this.#held.delete(claim)
@@ -68,7 +125,7 @@ export class Claims {
     }), onTrouble)
   }
 
-  release (claim: Held): MaybePromise<void> {
+  #release (claim: Held): MaybePromise<void> {
     const { store, onTrouble } = this.#options
     this.#held.delete(claim)
     return attempt(() => store.release(claim.key, claim.token), onTrouble)
@@ -80,7 +137,7 @@ export class Claims {
     if (claim.state !== 'claimed' || !Array.isArray(claim.finished)) {
       throw new TypeError('expected the store\'s begin() to answer { state: "claimed", token, finished }, { state: "running" } or { state: "done" }')
     }
-    const held: Held = { state: 'claimed', key, token: claim.token, finished: claim.finished }
+    const held: Held = { state: 'claimed', key, token: claim.token, finished: claim.finished, resource: undefined }
     this.#held.add(held)
     return held
   }
@@ -112,4 +169,9 @@ export class Claims {
 
 function unavailable (cause: unknown): never {
   throw new Unavailable({ cause })
+}
+
+/** All names, each once. */
+export function union (names: readonly string[], others: readonly string[] = []): readonly string[] {
+  return others.length === 0 ? names : [...new Set([...names, ...others])]
 }
