@@ -10,7 +10,7 @@ import inspector from '../../lib/inspector/index.ts'
 import { Journal } from '../../lib/inspector/journal.ts'
 import { Rate } from '../../lib/inspector/rate.ts'
 import { durable } from '../../lib/sqlite/index.ts'
-import { forge, faultNames } from '../../lib/testing/index.ts'
+import { faultNames, forge, sign as signBytes } from '../../lib/testing/index.ts'
 import { SECRET, build, post, sign, thin } from '../support/deliveries.ts'
 import { detailOf, inspected, journalOf, rowsOf } from '../support/inspector.ts'
 import { deferred, redelivered } from '../support/observe.ts'
@@ -153,15 +153,18 @@ t.test('a flood of refused deliveries displaces no delivery, and no more than a 
 t.test('16 MB are kept at most, whatever the bodies and the errors', async t => {
   const app = await inspected(t, { bodyLimit: 3_000_000 }, { max: 10_000 })
   app.openaiWebhook.on('batch.failed', () => { throw new Error('e'.repeat(100_000)) })
-  const body = (size: number): string => JSON.stringify({ ...thin('batch.failed'), padding: 'p'.repeat(size) })
-  for (let i = 0; i < 40; i++) {
-    await post(app, sign(body(900_000)))
-    await forge(app, 'bad signature', { secret: SECRET, event: JSON.parse(body(900_000)) })
+  const body = (size: number): Buffer => Buffer.from(JSON.stringify({ ...thin('batch.failed'), padding: 'p'.repeat(size) }))
+  const send = async (size: number, secret = SECRET): Promise<void> => {
+    await app.inject({ method: 'POST', url: '/webhooks/openai', headers: signBytes(body(size), { secret }), payload: body(size) })
+  }
+  for (let i = 0; i < 20; i++) {
+    await send(900_000)
+    await send(900_000, `whsec_${Buffer.alloc(32, 'o').toString('base64')}`)
   }
   const { deliveries, refusals } = journalOf(app)
   t.ok(deliveries.bytes <= 12 * 1_048_576 && [...deliveries].length > 5)
   t.ok(refusals.bytes <= 4 * 1_048_576 && [...refusals].length > 2)
-  await post(app, sign(body(2_000_000)))
+  await send(2_000_000)
   t.match(await detailOf(app), { body: null, deliver: { again: /not kept/, edited: null } })
   t.ok((await detailOf(app)).attempts[0]!.errors[0]!.message.length < 3_000)
 })
