@@ -32,7 +32,7 @@ export interface Arguments {
 
 export const EXIT = { ok: 0, failed: 1, usage: 2 } as const
 
-/** Told in one line on stderr, with this exit code: never a stack trace. */
+/** Printed as one line on stderr, without a stack; the process ends with this exit code. */
 export class CommandError extends Error {
   constructor (message: string, readonly exitCode: number = EXIT.failed) {
     super(message)

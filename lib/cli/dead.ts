@@ -11,7 +11,7 @@ import type { SqliteDatabase } from '../sqlite/database.ts'
 import { DeadJobs, openJobs } from '../sqlite/jobs.ts'
 import type { DeadFilter } from '../sqlite/jobs.ts'
 
-/** Opens a file that is there, with a library; `undefined` where the library is not. */
+/** Opens an existing file with one library; `undefined` where the library is not installed. */
 export type OpenSqlite = (file: string) => ClosableDatabase | undefined
 
 type ClosableDatabase = SqliteDatabase & { close: () => unknown }
@@ -90,7 +90,7 @@ const nodeSqlite: OpenSqlite = file => {
   return sqlite === undefined ? undefined : new sqlite.DatabaseSync(file)
 }
 
-/** A package of the working directory's: it is a peer of whoever runs the command, not of this package. */
+/** Loads a package from the working directory, because it belongs to whoever runs the command. */
 const installed = (name: string): OpenSqlite => file => {
   let Handle: new (file: string) => ClosableDatabase
   try {
@@ -135,7 +135,7 @@ const actions: Readonly<Record<string, (args: Arguments, terminal: Terminal, ids
     if (all === (ids.length > 0)) throw usageError('requeue: expected webhook-ids, or --all')
     return jobs => {
       const filter = filterOf(args)
-      // Before the first is requeued: all or none.
+      // Checks all before the first is requeued: all or none.
       const chosen = all ? jobs.list(-1, filter) : [...new Set(ids)].map(id => find(jobs, id, filter))
       if (!force) chosen.forEach(assertSafe)
       let missed = 0
@@ -166,7 +166,7 @@ function filterOf (args: Arguments): DeadFilter {
 
 /** @throws CommandError */
 function open (file: string, libraries: readonly OpenSqlite[]): ClosableDatabase {
-  // A library would make a file that is not there.
+  // Checks first, because a library would create a missing file.
   if (statSync(file, { throwIfNoEntry: false })?.isFile() !== true) throw new CommandError(`${file}: there is no such file`)
   for (const library of libraries) {
     try {

@@ -58,7 +58,7 @@ export const diagnose: Command = {
 }
 
 interface Source {
-  /** Whose time counts. */
+  /** The clock to judge the timestamp by. */
   readonly file: string
   readonly read: () => Promise<Saved>
 }
@@ -77,7 +77,7 @@ function sourceOf (args: Arguments): Source {
   return { file: headersFile, read: () => readApart(headersFile, bodyFile) }
 }
 
-/** Above this, seconds would be in the year 5138. */
+/** Anything above is ms: as seconds it would be after the year 5138. */
 const MAX_SECONDS = 99_999_999_999
 
 /** @throws CommandError */

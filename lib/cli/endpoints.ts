@@ -11,7 +11,7 @@ type Endpoint = Awaited<ReturnType<Webhooks['retrieve']>>
 type EventTypes = Parameters<Webhooks['create']>[0]['event_types']
 type RequestOptions = NonNullable<Parameters<Webhooks['retrieve']>[1]>
 
-/** What an action has to work with once its arguments have been read. */
+/** The input of an action, once its arguments have been read. */
 interface Api {
   readonly webhooks: Webhooks
   readonly read: RequestOptions
@@ -85,7 +85,7 @@ export function endpointsCommand (load: () => Promise<SDK>): Command {
       const apiKey = readApiKey(terminal)
       const baseURL = readBaseURL(args, terminal)
       const sdk = await importSDK(load)
-      // Off, as OPENAI_LOG could have the SDK write what it is sent.
+      // Off, because OPENAI_LOG could make the SDK log what it receives, secrets included.
       const client = new sdk.OpenAI({ apiKey, baseURL, logLevel: 'off', timeout: 30_000 })
       if (!('create' in client.webhooks)) {
         throw new CommandError('this command needs a newer openai package, one that has webhook endpoints: npm i openai@latest')
@@ -94,14 +94,14 @@ export function endpointsCommand (load: () => Promise<SDK>): Command {
         return await act({
           webhooks: client.webhooks,
           read: { signal: terminal.signal },
-          // Never sent twice: if an answer got lost, a second rotation would end the secret that is in use.
+          // Never retried: if an answer got lost, a second rotation would end the secret that is in use.
           write: { signal: terminal.signal, maxRetries: 0 },
           print: (document, readable) => { terminal.out(args.values['json'] === true ? `${JSON.stringify(document)}\n` : readable) },
           terminal
         })
       } catch (error) {
         if (error instanceof CommandError) throw error
-        // Refusals may quote the key.
+        // The API's refusal may quote the key.
         const conceal = (shown: string): string => oneLine(shown.replaceAll(apiKey, '[API key]'))
         throw new CommandError(conceal(explain(error, sdk, client.baseURL, conceal)))
       }
@@ -285,7 +285,7 @@ function readApiKey ({ env }: Terminal): string {
   const apiKey = env['OPENAI_API_KEY']?.trim() ?? ''
   if (apiKey === '') throw new CommandError('no API key: set OPENAI_API_KEY to a key of the project', EXIT.usage)
   if (apiKey.startsWith('whsec_')) throw new CommandError('OPENAI_API_KEY holds a signing secret (whsec_…), expected an API key (sk-…)', EXIT.usage)
-  // A header cannot carry it, and the error would quote it.
+  // Checked here, because fetch's error would quote the key.
   if (!/^[\x21-\x7e]+$/.test(apiKey)) throw new CommandError('OPENAI_API_KEY holds white space or a character that no API key has', EXIT.usage)
   return apiKey
 }
@@ -296,7 +296,7 @@ function readBaseURL (args: Arguments, { env }: Terminal): string | null {
   if (given === '') return null
   const url = URL.canParse(given) ? new URL(given) : undefined
   if (url === undefined || !/^https?:$/.test(url.protocol)) throw usageError(`expected an http(s) URL as the base URL, got "${oneLine(given)}"`)
-  // fetch would refuse it, and quote the password.
+  // Checked here, because fetch's error would quote the password.
   if (url.username !== '' || url.password !== '') throw usageError('expected a base URL without a user name and password')
   return given
 }

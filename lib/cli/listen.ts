@@ -17,7 +17,7 @@ import { readPayload, replayPayload } from '../pipeline/capture.ts'
 import openaiWebhook from '../plugin.ts'
 
 const PATH = '/webhooks/openai'
-/** Bytes read of a delivery, whatever is answered then: far beyond what the plugin takes. */
+/** Bytes that are read of a delivery, far beyond what the plugin takes. */
 const CAPTURE_LIMIT = 1_048_576
 const CAPTURE_BOUNDS = { limit: CAPTURE_LIMIT, deadline: new Deadline(10_000) }
 
@@ -117,7 +117,7 @@ async function makeDirectory (directory: string): Promise<void> {
   }
 }
 
-/** What is known of a request while it is answered. */
+/** A request while it is answered. */
 interface Arrival {
   bytes: Buffer
   file: string | undefined
@@ -138,10 +138,10 @@ function readAll (request: FastifyRequest): Promise<Buffer> {
 async function receiver (secret: string, settings: Settings, to: Sender | undefined, terminal: Terminal): Promise<FastifyInstance> {
   const arrivals = new WeakMap<FastifyRequest, Arrival>()
   const save = saver(settings.save, terminal)
-  // Ctrl-C ends it at once: what is on its way is sent again.
+  // Ctrl-C ends it at once, since OpenAI sends unanswered deliveries again.
   const app = fastify({ forceCloseConnections: true }) as FastifyInstance
 
-  // A refused delivery is not read any further: so it is read, and saved, before anything else.
+  // Reads and saves the body first, because the body of a refused delivery is not read any more.
   app.addHook('onRequest', async (request, reply) => {
     const arrival: Arrival = { bytes: Buffer.alloc(0), file: undefined, answer: '', trouble: undefined }
     arrivals.set(request, arrival)
@@ -194,7 +194,7 @@ function saver (directory: string | undefined, { err }: Terminal): (request: Fas
   if (directory === undefined) return async () => undefined
   let latest = 0
   return async (request, body) => {
-    // A time of its own for each, so that names sort by arrival and never meet.
+    // Each file has a time of its own, so that names sort by arrival and never collide.
     latest = Math.max(Date.now(), latest + 1)
     const time = new Date(latest).toISOString().replace(/[-:]/g, '')
     const webhookId = String(request.headers['webhook-id'] ?? 'none').replace(/[^\w-]/g, '_').slice(0, 100)
@@ -236,7 +236,7 @@ function announce (address: string, made: string | undefined, { forwardTo, save,
 function print (request: FastifyRequest, reply: FastifyReply, arrival: Arrival, settings: Settings, terminal: Terminal): void {
   const { code, message, duplicate } = parseObject(arrival.answer)
   const answer = { status: reply.statusCode, code: textOf(code), duplicate: duplicate === true }
-  // Of a refused delivery these are only what the sender says.
+  // For a refused delivery these are unverified.
   const { type, data } = parseObject(arrival.bytes.toString())
   const webhookId = request.headers['webhook-id']
   const hint = answer.status === 200 ? undefined : hintFor(request, arrival, answer.code, textOf(message), settings)

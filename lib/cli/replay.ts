@@ -34,7 +34,7 @@ export const replay: Command = {
     if (files.length === 0) throw usageError('missing a FILE to send')
     const to = sender(args, terminal)
     const secret = values['resign'] === true ? await readSigningSecret(args, terminal) : undefined
-    // Before the first is sent: all or none.
+    // Reads all before the first is sent: all or none.
     const deliveries: Array<Saved & { file: string }> = []
     for (const file of files) {
       const saved = await readSaved(file)

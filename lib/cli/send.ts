@@ -32,7 +32,7 @@ const ANSWER_LIMIT = 1_048_576
 /** ms; the longest that a timer takes. */
 const LONGEST = 2_147_483_647
 
-/** About one connection or hop, not about the delivery: these are made anew. */
+/** Headers of one connection, not of the delivery: they are made anew. */
 const hopByHop = new Set(['host', 'connection', 'keep-alive', 'proxy-connection', 'te', 'trailer', 'transfer-encoding', 'upgrade', 'content-length', 'expect'])
 
 export function endToEnd<Line extends readonly [name: string, value: unknown]> (lines: readonly Line[]): Line[] {
@@ -63,7 +63,7 @@ export class Sender {
     let timedOut = false
     let answered = false
     const request = this.#open(headers, body.length)
-    // What comes up once the answer has begun is the answer's error too.
+    // An error after the answer has begun belongs to the answer too.
     request.on('error', () => {})
     const timer = setTimeout(() => {
       timedOut = true
@@ -95,7 +95,7 @@ export class Sender {
     try {
       return this.#request(this.#url, { method: 'POST', agent: this.#agent, signal: this.#signal, headers: lines.flat() })
     } catch (error) {
-      // A header that HTTP has no room for.
+      // HTTP does not allow such a header.
       throw this.#unreachable(error as Error, '')
     }
   }

@@ -10,10 +10,10 @@ import { sampleEvent, sampleTypes } from '../testing/sample.ts'
 import type { SampleType } from '../testing/sample.ts'
 import { newWebhookId, sign } from '../testing/sign.ts'
 
-/** From here on a terminal shows a bar in place of a line each. */
+/** From this count on, a terminal shows a bar instead of a line for each. */
 const MANY = 20
 const BAR = 30
-/** On their way at once; at a higher rate than the receiver's, the next waits for one of them. */
+/** Deliveries in flight at once. When the receiver is slower than the rate, the next one waits. */
 const MAX_RUNNING = 256
 
 const help = `Usage: openai-webhook trigger <type…|all> --url URL [options]
@@ -60,7 +60,7 @@ export const trigger: Command = {
     const rate = text(args, 'rate') === undefined ? undefined : count(args, 'rate', 1)
     const duplicate = args.values['duplicate'] === true
     if (args.values['queued'] === true && !duplicate) throw usageError('--queued says what is right for the second delivery of --duplicate')
-    // Before anything is sent, for a path that leads nowhere.
+    // Checks the paths before anything is sent.
     for (const type of types) makeEvent(type, fields)
     const to = sender(args, terminal)
     const secret = await readSigningSecret(args, terminal)
@@ -164,7 +164,7 @@ function makeEvent (type: SampleType, fields: readonly Field[]): object {
   return event
 }
 
-/** Assigning would take `__proto__` for more than a name. */
+/** Defines the property, because assigning `__proto__` would set the prototype. */
 function setField (target: object, key: string, value: unknown): unknown {
   Object.defineProperty(target, key, { value, writable: true, enumerable: true, configurable: true })
   return value

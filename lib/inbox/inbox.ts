@@ -3,12 +3,12 @@ import { InvalidOptions } from '../errors.ts'
 import type { EventContext, EventHandler } from '../handlers.ts'
 import type { MaybePromise } from '../stores/store.ts'
 
-/** Which delivery it is: an event handler's context, or `request.openaiWebhook` on a marked route. */
+/** Names the delivery: an event handler's context, or `request.openaiWebhook` on a marked route. */
 export interface InboxContext {
   readonly webhookId: string
   readonly endpoint: string
   readonly tenant?: string | undefined
-  /** Told when old records could not be deleted. */
+  /** Gets a line when old records could not be deleted. */
   readonly log?: { warn (fields: object, message: string): void } | undefined
 }
 
@@ -27,8 +27,8 @@ export type InboxWork<Tx, Event> = (this: FastifyInstance, tx: Tx, event: Event,
  *
  * - Of any number of callers with the same record, in any number of processes, one commits; the others do nothing.
  * - Work that fails rolls back its writes and its record, so that the next attempt runs it anew.
- * - It needs nothing of the idempotency store and the runner, and holds over a crash at any instant.
- * - What is no write of that transaction, such as a call to another service, is not undone by it.
+ * - It needs neither the idempotency store nor the runner, and holds over a crash at any instant.
+ * - A rollback does not undo effects outside the transaction, such as a call to another service.
  */
 export interface Inbox<Tx> {
   /** Makes an event handler that has `name` wherever it is registered; `work` writes by `tx`. */
@@ -43,20 +43,20 @@ export interface Inbox<Tx> {
 export const INBOX_RETENTION = 30 * 24 * 3_600_000
 
 /**
- * On a handler's context: told that an inbox is to keep a record of the handler for so many ms. Shared by all copies of the
- * package in a process.
+ * A method on a handler's context. It hears for how many ms an inbox keeps a record of the handler. The symbol is shared by
+ * all copies of the package in a process.
  */
 export const KEEPS = Symbol.for('fastify-openai-webhook.inboxKeeps')
 
-/** Of the inboxes of this process. */
+/** The retentions of this process's inboxes. */
 let shortest: number | undefined
 
-/** An inbox is made. */
+/** Called when an inbox is made. */
 export function keepsFor (retention: number): void {
   shortest = Math.min(shortest ?? retention, retention)
 }
 
-/** ms, of the inbox of this process that forgets first; `undefined` where there is none */
+/** The shortest retention of this process's inboxes, in ms; `undefined` where there is none */
 export function shortestRetention (): number | undefined {
   return shortest
 }

@@ -10,12 +10,12 @@ export function lend<Tx extends object> (client: Tx, name: string): { tx: Tx, en
   let over = false
   const tx = new Proxy(client, {
     get (target, property) {
-      // Methods of native handles and private fields know the client itself, not what stands for it.
+      // Native methods and private fields work on the client itself, not on a proxy.
       const value: unknown = Reflect.get(target, property, target)
       if (typeof value !== 'function') return value
       return (...args: unknown[]): unknown => {
         if (over) throw new TransactionOver(name)
-        // A pool would hand the client to the next one in the midst of the transaction.
+        // release() would make the pool lend the client out in the midst of the transaction.
         if (property === 'release') return undefined
         return Reflect.apply(value, target, args)
       }

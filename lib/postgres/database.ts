@@ -2,7 +2,7 @@ import { InvalidOptions } from '../errors.ts'
 import { ALONE } from './migration.ts'
 import type { Table } from './table.ts'
 
-/** What is used of a client that a pool of `pg` gives. */
+/** The part of a `pg` client that is used. */
 export interface PgClient {
   query (text: string, values?: any[]): Promise<{ rows: any[], command: string }>
   release (error?: Error | boolean): void
@@ -10,7 +10,7 @@ export interface PgClient {
   removeListener (event: 'error', listener: (error: Error) => void): unknown
 }
 
-/** What is used of a `Pool` of `pg`. Its two ways to connect are what lets a client's own type be inferred. */
+/** The part of a `pg` `Pool` that is used. It has both ways to connect, so that TypeScript infers the client's own type. */
 export interface PgPool<Client extends PgClient = PgClient> {
   readonly totalCount: number
   connect (): Promise<Client>
@@ -19,7 +19,7 @@ export interface PgPool<Client extends PgClient = PgClient> {
   on (event: 'error', listener: (error: Error) => void): unknown
 }
 
-/** What is used of a `PGlite` of `@electric-sql/pglite`. */
+/** The part of a `PGlite` of `@electric-sql/pglite` that is used. */
 export interface PgLite<Tx extends PgLiteTransaction = PgLiteTransaction> {
   query (text: string, values?: any[]): Promise<{ rows: any[] }>
   exec (sql: string): Promise<unknown>
@@ -35,10 +35,10 @@ type Value = string | number | readonly string[] | readonly number[]
 
 export type Query = (text: string, values: readonly Value[]) => Promise<any[]>
 
-/** A step has been waited for in vain. */
+/** A step took longer than its timeout. */
 export class NoAnswer extends Error {}
 
-/** A database, whichever library leads to it. Nothing of a session outlives a transaction, as PgBouncer asks. */
+/** A database, by whichever library. No session state outlives a transaction, as PgBouncer in transaction mode requires. */
 export interface Database {
   /** A statement that commits by itself. */
   query: Query
@@ -47,7 +47,7 @@ export interface Database {
   /**
    * @param settings of the transaction, as statements
    * @param work its failure rolls back
-   * @param rolledBack what it fails with when it could not be committed although nothing had been thrown
+   * @param rolledBack makes the error for a COMMIT that rolled back although `work` had not thrown
    */
   transaction: <Result>(settings: string, work: (tx: object, query: Query) => Promise<Result>, rolledBack: () => Error) => Promise<Result>
 }
@@ -72,7 +72,7 @@ function isLite (db: unknown): db is PgLite {
   return [query, exec, transaction].every(method => typeof method === 'function')
 }
 
-/** A session that began while its server was read-only stays so, where that is the default of its database or role. */
+/** A session that began while its server was read-only stays read-only, where that is the default of its database or role. */
 function isReadOnly (error: unknown): boolean {
   return (error as { code?: unknown } | null | undefined)?.code === '25006'
 }
@@ -117,7 +117,7 @@ class Pooled implements Database {
         if (isReadOnly(error)) throw error
         return { error }
       }
-      // Where this fails, whether it has committed is not known: the next attempt finds out.
+      // If this fails, nobody knows whether it has committed. The next attempt finds out.
       const { command } = await this.#send(client, 'COMMIT')
       return command === 'COMMIT' ? { result } : { error: rolledBack() }
     })
@@ -143,7 +143,7 @@ class Pooled implements Database {
     const connecting = new Promise<PgClient>((resolve, reject) => {
       this.#pool.connect((error: Error | undefined, client: PgClient) => {
         if (error !== undefined) return reject(error)
-        // While it is lent out, the pool does not listen: a server that goes would end the process. A promise would be late.
+        // The pool does not listen while the client is lent out, so a server that goes away would end the process. A listener in a promise would come too late.
         client.on('error', ignore)
         resolve(client)
       })
@@ -162,7 +162,7 @@ class Pooled implements Database {
     return await this.#within(client.query(text, values as any[]), 'no answer of PostgreSQL', ignore)
   }
 
-  /** A pool and a client wait for ever, unless they are told otherwise, and not all versions of pg can be told for one query. */
+  /** By default a pool and a client wait for ever, and not all versions of pg take a timeout for one query. */
   async #within<Result> (step: Promise<Result>, what: string, givenUp: () => void): Promise<Result> {
     let timer: NodeJS.Timeout | undefined
     const late = new Promise<never>((_resolve, reject) => {
@@ -196,7 +196,7 @@ class Lite implements Database {
   }
 
   async transaction<Result> (settings: string, work: (tx: object, query: Query) => Promise<Result>): Promise<Result> {
-    // It fails by itself where COMMIT rolls back.
+    // PGlite itself throws when COMMIT rolls back.
     return await this.#db.transaction(async tx => {
       await tx.exec(settings)
       return await work(tx, async (text, values) => (await tx.query(text, [...values])).rows)
@@ -207,7 +207,7 @@ class Lite implements Database {
 /**
  * Creates a table where it is missing.
  *
- * @returns to be awaited before each use; what failed is tried again
+ * @returns a function to await before each use; a failed creation is tried again
  */
 export function creating (database: Database, { sql }: Table, schema: string): () => Promise<void> | undefined {
   let created = false
@@ -215,7 +215,7 @@ export function creating (database: Database, { sql }: Table, schema: string): (
 
   async function create (): Promise<void> {
     try {
-      // Where it is there, the right to create it is not needed.
+      // Looks first, so that an existing table needs no right to create one.
       const [{ missing }] = await database.query('SELECT to_regclass($1) IS NULL AS missing', [sql]) as [{ missing: boolean }]
       if (missing) await database.script(ALONE + schema)
       created = true

@@ -1,4 +1,4 @@
-/** Lets so many through at once, in the order in which they came. */
+/** Lets a fixed number through at once, in order of arrival. */
 export class Gate {
   #free: number
   readonly #waiting: Array<() => void> = []

@@ -53,7 +53,7 @@ export interface PostgresInboxOptions {
   idleTimeout?: number
 }
 
-/** `first()` alone: `once()` needs connections. */
+/** Has `first()` alone, because `once()` needs connections. */
 export type PostgresFirst = Pick<PostgresInbox<never>, 'first'>
 
 export interface PostgresInbox<Tx> extends Inbox<Tx> {
@@ -94,7 +94,7 @@ export function postgresInbox (db?: PgPool | PgLite, options: PostgresInboxOptio
   const ready = migrate ? creating(database, table, inboxSchema(table)) : () => undefined
   const gate = new Gate(concurrency)
   const pruning = new Pruning(async () => await records.prune(database))
-  // The default of the database may be a level at which one of two holders fails instead of waiting.
+  // Sets the level, because at a stricter default one of two holders would fail instead of waiting.
   const settings = `SET TRANSACTION ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = ${lockTimeout}; SET LOCAL idle_in_transaction_session_timeout = ${idleTimeout}`
 
   function recorded ({ log }: InboxContext): void {
@@ -146,8 +146,8 @@ class Records {
     this.#retention = retention
     const columns = `${sql} (endpoint, tenant, webhook_id, handler)`
     this.insert = `INSERT INTO ${columns} VALUES ($1, $2, $3, $4) ON CONFLICT DO NOTHING RETURNING 1`
-    // Each parameter once and in order, for libraries that only know `?`. Nothing is written where the statement is in a
-    // transaction of its own: that would have committed before the effect.
+    // Each parameter comes once and in order, for libraries that only know `?`. Outside the caller's transaction the statement
+    // writes nothing, because its record would commit before the effect.
     this.#insertInside = `
       WITH here AS (SELECT pg_current_xact_id()::text = $1::text AS inside), record AS (
         INSERT INTO ${columns} SELECT $2::text, $3::text, $4::text, $5::text FROM here WHERE inside ON CONFLICT DO NOTHING RETURNING 1
@@ -162,7 +162,7 @@ class Records {
     return (await database.query(this.#expired, [])).length
   }
 
-  /** @param prunes where there is no other connection to do it by */
+  /** @param prunes in this transaction, where there is no other connection */
   async first (query: InboxQuery<PromiseLike<unknown>>, name: string, context: InboxContext, prunes = false): Promise<boolean> {
     assertHandlerName('first', name)
     const [before] = rowsOf(await query('SELECT pg_current_xact_id()::text AS id', []))

@@ -4,7 +4,7 @@ import type { Table } from './table.ts'
 export const STORE_TABLE = 'openai_webhook_deliveries'
 export const INBOX_TABLE = 'openai_webhook_inbox'
 
-/** Processes that create tables at the same instant would fail on PostgreSQL's own catalogue. Any number. */
+/** The key of an advisory lock, any number. Without the lock, processes that create tables at the same instant would fail on PostgreSQL's catalogue. */
 export const ALONE = 'SELECT pg_advisory_xact_lock(1868658536);\n'
 
 export interface MigrationOptions {

@@ -29,9 +29,9 @@ const TIMEOUT = 4_000
 /** Deliveries of one statement. */
 const GROUP = 100
 
-/** ms for which a lock is waited for: less than TIMEOUT, since the server goes on with what has been given up here. */
+/** ms that a statement waits for a lock: less than TIMEOUT, because the server goes on with a statement that was given up here. */
 const LOCK_TIMEOUT = 3_500
-/** So that there is time for the others where one of a group has its row locked. */
+/** Shorter in a group, so that one locked row leaves time for the others. */
 const LOCK_TIMEOUT_OF_GROUP = 1_500
 
 interface Asked {
@@ -41,14 +41,14 @@ interface Asked {
   readonly ms: number
 }
 
-/** What `complete` has only the key of. */
+/** A row of an answer. One of `complete` has only its key. */
 interface Row {
   readonly key: string
   readonly state: Claim['state']
   readonly finished: string
 }
 
-/** The parameters of a statement of many rows. Its wait for locks is set in it, since there may be no session: of itself alone. */
+/** The parameters of a statement of many rows. The statement sets its own lock_timeout, for itself alone, because there may be no session. */
 const ASKED = `asked AS (
       SELECT asked.*, set_config('lock_timeout', $4, true) FROM unnest($1::text[], $2::text[], $3::float8[]) AS asked (key, token, ms)
     )`
@@ -58,8 +58,8 @@ const MAX_KEY = 1_000
 
 /**
  * Remembers deliveries in PostgreSQL (13 or later), for any number of processes, with one round trip each for `begin` and
- * `complete`, which deliveries that come at once share. Leases run by the server's clock. The pool is the user's, who closes it; it may lead through PgBouncer in
- * transaction mode. Creates its table with the first delivery, unless `migrate` is false.
+ * `complete`, which deliveries that come at once share. Leases run by the server's clock. The pool is the user's, who closes
+ * it; it may lead through PgBouncer in transaction mode. Creates its table with the first delivery, unless `migrate` is false.
  *
  * While no connection can be had, the server is down or read-only, or has not answered within 4 s, each call fails, and the
  * sender is told 503.
@@ -71,10 +71,10 @@ export function postgresStore (db: PgPool | PgLite, { table: tableName = STORE_T
   const database = databaseOf('postgresStore', db, TIMEOUT)
   const ready = migrate ? creating(database, table, storeSchema(table)) : () => undefined
 
-  // New rows, released ones and run-out leases. What the last SELECT sees is older than what a concurrent INSERT has written: a
-  // row that it does not find, or finds expired, is somebody else's claim. Rows are locked in the order of their keys, so that
-  // processes that have the same deliveries do not wait for each other in a circle.
-  // What has its own token was claimed by the same call, whose answer was lost.
+  // Claims new rows, released ones and run-out leases. The last SELECT sees an older state than a concurrent INSERT has
+  // written, so a row that it does not find, or finds expired, is somebody else's claim. Rows are locked in the order of their
+  // keys, so that processes with the same deliveries do not wait for each other in a circle. A row with the call's own token
+  // was claimed by the same call, whose answer was lost.
   const begin = `
     WITH ${ASKED},
     claim AS (
@@ -101,7 +101,7 @@ export function postgresStore (db: PgPool | PgLite, { table: tableName = STORE_T
     return rows.length
   })
 
-  /** One statement for what a turn asks of different deliveries; what it asks of one delivery more than once takes several. */
+  /** Makes one statement of a turn's claims of different deliveries. Several claims of one delivery take several statements. */
   const forMany = (sql: string) => grouped<Asked, Row | undefined>(GROUP, async asked => {
     const rows = new Map<Asked, Row>()
     const lockTimeout = asked.length > 1 ? LOCK_TIMEOUT_OF_GROUP : LOCK_TIMEOUT
@@ -123,7 +123,7 @@ export function postgresStore (db: PgPool | PgLite, { table: tableName = STORE_T
       const token = randomUUID()
       const { state, finished } = await beginOne({ key: short(key), token, ms: lease }) as Row
       if (state !== 'claimed') return { state }
-      // What is wrong with the database is told by the next begin().
+      // The next begin() tells what is wrong with the database.
       pruning.inserted(() => {})
       return { state, token, finished: finished.split('\n').filter(Boolean).map(name => JSON.parse(name) as string) }
     },
@@ -142,7 +142,7 @@ export function postgresStore (db: PgPool | PgLite, { table: tableName = STORE_T
   }
 }
 
-/** A key that an index takes. */
+/** Shortens a key to what an index takes. */
 function short (key: string): string {
   if (Buffer.byteLength(key) <= MAX_KEY) return key
   return `sha256 ${createHash('sha256').update(key).digest('hex')}`

@@ -28,27 +28,27 @@ export interface PgBossOptions {
    */
   worker?: boolean | { concurrency?: number, pollingIntervalSeconds?: number }
   /**
-   * How often the handlers of a delivery are started before it goes to the dead letter queue. A start that a crash ended counts.
+   * How often the handlers of a delivery are started before it goes to the dead letter queue. A start counts when it ends in a crash.
    *
    * @default 16
    */
   attempts?: number
   /**
-   * ms before the second attempt, in whole seconds for pg-boss. It doubles with each, up to an hour; a random part of up to
-   * as much is added. 0: at once.
+   * ms before the second attempt; pg-boss counts in whole seconds. The wait doubles with each attempt, up to an hour, and a random
+   * part of up to as much is added. 0: at once.
    *
    * @default 1_000
    */
   backoff?: number
   /**
-   * For how long a worker may be silent before another one attempts what it was running, 10 or more. It is looked for every
-   * `superviseIntervalSeconds` of the PgBoss, and no sooner than `monitorIntervalSeconds` after the last look.
+   * Seconds that a worker may be silent before another one attempts its deliveries, 10 or more. pg-boss looks every
+   * `superviseIntervalSeconds`, and no sooner than `monitorIntervalSeconds` after the last look.
    *
    * @default 30
    */
   heartbeatSeconds?: number
   /**
-   * For how long an attempt may take, up to 86_400.
+   * Seconds that an attempt may take, up to 86_400.
    *
    * @default 3_600
    */
@@ -57,19 +57,19 @@ export interface PgBossOptions {
 
 /** What pg-boss keeps of a delivery. */
 interface QueuedDelivery {
-  /** Tells a delivery, in all its lives. */
+  /** Identifies a delivery, requeued or not. */
   readonly key: string
   readonly type: string
-  /** The job as JSON, a text since jsonb refuses U+0000. */
+  /** The job as JSON text, because jsonb refuses U+0000. */
   readonly delivery: string
 }
 
 type QueuedJob = JobWithMetadata<QueuedDelivery>
 
-/** What an attempt has left behind, as JSON for the same reason. */
+/** The result of an attempt, as JSON text for the same reason. */
 type Failure = Pick<DeadDelivery, 'attempts' | 'errors' | 'finished' | 'remembered'> & Partial<Pick<DeadDelivery, 'diedAt'>>
 
-/** One that pg-boss has asked for a job, or that runs one. */
+/** A worker of pg-boss that waits for a job or runs one. */
 interface Slot {
   id: string
   busy: boolean
@@ -80,13 +80,13 @@ const GROUP = 100
 /** Seconds */
 const MAX_BACKOFF = 3_600
 const MAX_EXPIRY = 86_400
-/** Seconds, ten years: nothing that was acknowledged is deleted before it has run, and nothing dead before a person has acted. */
+/** Seconds, ten years: an acknowledged delivery is not deleted before it has run, nor a dead one before a person has acted. */
 const KEPT = 315_360_000
 /** Characters */
 const MAX_SUMMARY = 1_000
 /** Jobs that pg-boss lists. */
 const MAX_LIST = 100_000
-/** ms for which a job is looked at, until it is on record as dead. */
+/** ms for which a job is polled until pg-boss has recorded it as dead. */
 const PATIENCE = 10_000
 const WORKER_DEFAULTS = { concurrency: 10, pollingIntervalSeconds: 2 }
 
@@ -121,14 +121,14 @@ export function pgboss ({
   if (!(pollingIntervalSeconds >= 0.5)) throw new InvalidOptions('pgboss: expected worker.pollingIntervalSeconds to be a number, 0.5 or more')
   const deadName = `${queueName}-dead`
   const settings = {
-    // One more than is told: what an attempt that ended with its process has left behind is seen to in it.
+    // One more than the user's, for the start that buries a delivery whose last attempt died with its process.
     retryLimit: attempts,
     retryDelay: Math.ceil(backoff / 1_000),
     ...(backoff > 0 && { retryBackoff: true, retryDelayMax: MAX_BACKOFF }),
     heartbeatSeconds,
     expireInSeconds,
     retentionSeconds: KEPT,
-    // While it is kept, a delivery that comes again is not queued again.
+    // While pg-boss keeps the job, a delivery that comes again is not queued again.
     deleteAfterSeconds: RETENTION / 1_000,
     deadLetter: deadName
   }
@@ -137,7 +137,7 @@ export function pgboss ({
     return jobs.map(({ id }) => inserted.has(id!))
   })
   const slots: Slot[] = []
-  /** Dead deliveries that are told once pg-boss has them on record. */
+  /** Dead deliveries that wait to be told until pg-boss has recorded them. */
   const dying = new Set<Promise<void>>()
   const drained = new AbortController()
   setMaxListeners(0, drained.signal)
@@ -146,9 +146,9 @@ export function pgboss ({
   let closing = false
 
   function onError (error: Error & { queue?: string }): void {
-    // An 'error' that nobody listened for would have ended the process: what is not of this queue is the user's, who may not listen.
+    // An 'error' event without a listener would end the process. Errors of other queues are left to the user's listeners.
     if ((error.queue ?? queueName) !== queueName && boss.listenerCount('error') > 1) return
-    // pg-boss tells an object with the fields of an error.
+    // pg-boss emits an object with the fields of an error.
     host?.report(error instanceof Error ? error : Object.assign(new Error(), error))
   }
 
@@ -160,7 +160,7 @@ export function pgboss ({
     return isNew
   }
 
-  /** Otherwise it would wait for the next poll, where pg-boss does not listen to PostgreSQL. */
+  /** Wakes the workers, because pg-boss without LISTEN finds the job at its next poll. */
   function wakeOne (): void {
     const inTurn = slots.map((_, nth) => slots[(nextSlot + nth) % slots.length]!)
     const idle = inTurn.findIndex(({ busy }) => !busy)
@@ -185,7 +185,7 @@ export function pgboss ({
     return { id, status: 'completed' }
   }
 
-  /** No attempt is left, and the last one has not come to its end. The store may know what had succeeded. */
+  /** No attempt is left, and the last one has no result. The store may know which handlers had succeeded. */
   async function giveUp (host: RunnerHost, job: QueuedJob, delivery: Job, attempts: number): Promise<JobResult> {
     let known
     try {
@@ -206,12 +206,12 @@ export function pgboss ({
     return { id: job.id, status: 'deadletter', output: outputOf({ attempts, errors, finished, ...(remembered !== undefined && { remembered }), diedAt }) }
   }
 
-  /** pg-boss records what a handler has returned, and tells nobody when it has. Where it cannot, the job is attempted again. */
+  /** Polls, because pg-boss does not say when it has recorded a result. If it cannot record one, the job is attempted again. */
   async function tellOnceRecorded (host: RunnerHost, { id, retryCount }: QueuedJob, dead: DeadDelivery, error: unknown): Promise<void> {
     for (let wait = 10; wait < PATIENCE; wait *= 2) {
       await sleep(wait, undefined, { ref: false, signal: drained.signal }).catch(() => {})
       const [job] = await boss.findJobs(queueName, { id }).catch(() => [])
-      // Another attempt tells of itself.
+      // A later attempt tells by itself.
       if (job?.state === 'failed' && job.retryCount === retryCount) return tellDead(host, dead, error)
     }
   }
@@ -233,7 +233,7 @@ export function pgboss ({
       if (worker === false) return
       const options = { includeMetadata: true, perJobResults: true, pollingIntervalSeconds, notifyPollingIntervalSeconds: pollingIntervalSeconds } as const
       for (let nth = 0; nth < concurrency; nth++) {
-        // One each, as the id of none but the first is given where pg-boss is asked for several.
+        // Calls work() once for each slot, because for several at once pg-boss returns the id of the first alone.
         const slot: Slot = { id: '', busy: false }
         slots.push(slot)
         slot.id = await boss.work<QueuedDelivery, JobResult[], typeof options>(queueName, options, async jobs => {
@@ -242,7 +242,7 @@ export function pgboss ({
             return await Promise.all(jobs.map(async job => await handle(startedBy, job)))
           } finally {
             slot.busy = false
-            // There may be more: pg-boss would ask for the next one with its next poll.
+            // Asks again at once, because there may be more jobs and pg-boss would wait for its next poll.
             boss.notifyWorker(slot.id)
           }
         })
@@ -258,7 +258,7 @@ export function pgboss ({
         limit: Math.min(limit, MAX_LIST),
         ...(type !== undefined && { data: { type: storable(type) } })
       })
-      // Before 12.38 they come in any order, and all of them.
+      // Sorts and cuts, because before 12.38 pg-boss gives all of them, in any order.
       return jobs.sort((a, b) => deathOf(a) - deathOf(b)).slice(0, limit).map(deadOf)
     },
     async deadCount () {
@@ -269,7 +269,7 @@ export function pgboss ({
       for (const job of await boss.findJobs<QueuedDelivery>(deadName, { queued: true, data: { key: idOf(delivery) } })) {
         const { attempts, errors, diedAt, finished, ...again } = await asLeft(job)
         if (!force) assertRemembered({ ...again, finished })
-        // Its id is made of the dead letter's: any number of requeues, or one that a crash has cut off, make one job.
+        // The job's id is made of the dead letter's, so that several requeues, or one that a crash has cut off, make one job.
         const isNew = await enqueue(uuidOf(`requeued ${job.id}`), { ...again, ...(finished.length > 0 && { finished }) })
         await boss.deleteJob(deadName, job.id)
         if (isNew) requeued = true
@@ -302,7 +302,7 @@ function uuidOf (text: string): string {
   return bytes.toString('hex').replace(/^(.{8})(.{4})(.{4})(.{4})/, '$1-$2-$3-$4-')
 }
 
-/** What an attempt has left behind, with a line for people who look at the queue. */
+/** The result of an attempt, with a line for people who look at the queue. */
 function outputOf (failure: Failure): { message: string, failure: string } {
   const summary = failure.errors.map(({ handler, message }) => handler === null ? message : `${handler}: ${message}`).join('; ')
   return { message: storable(summary.slice(0, MAX_SUMMARY)), failure: JSON.stringify(failure) }
@@ -322,7 +322,7 @@ function deadOf (job: QueuedJob): DeadDelivery {
   const delivery = JSON.parse(job.data.delivery) as Job
   const failure = failureOf(job.sourceOutput)
   if (failure !== undefined) return { ...delivery, diedAt: deathOf(job), ...failure }
-  // pg-boss, or a person, has given it up.
+  // Given up by pg-boss or by a person, so without our result.
   const { value } = (job.sourceOutput ?? {}) as { value?: { message?: string } }
   const error = Object.assign(new Error(value?.message ?? 'pg-boss failed the job'), { stack: '' })
   return deadDelivery(delivery, Number(job.sourceRetryCount) + 1, error, deathOf(job))

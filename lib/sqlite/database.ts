@@ -3,8 +3,8 @@ import { InvalidOptions } from '../errors.ts'
 import { Group } from './group.ts'
 
 /**
- * What node:sqlite, better-sqlite3 and libsql share. Its parameters are `any`: each library takes other values, and until
- * TypeScript 6 what takes fewer than another is refused.
+ * A statement of node:sqlite, better-sqlite3 or libsql. Its parameters are `any`, since each library takes other values, and
+ * TypeScript before 6 refuses a type whose parameters are narrower than another's.
  */
 export interface SqliteStatement {
   run (...parameters: any[]): { changes: number | bigint }
@@ -33,28 +33,28 @@ export interface SqliteDatabase {
   prepare (sql: string): SqliteStatement
 }
 
-/** ms; how long a write waits for another process's, where the handle has no wait of its own. It blocks the event loop. */
+/** ms that a write waits for another process's write, where the user's handle has no busy_timeout. The wait blocks the event loop. */
 const BUSY_TIMEOUT = 1_000
 
-/** ms between two tries to take a lock that SQLite does not wait for. */
+/** ms between two attempts at a lock for which SQLite itself does not wait. */
 const LOCK_RETRY = 10
 
-/** How many times as long as one write has waited in vain the next ones do not wait: a locked file takes a tenth of the time at most. */
+/** After a write has waited in vain, no write waits for ten times as long, so that a locked file blocks the event loop a tenth of the time. */
 const PATIENCE = 10
 
-/** Until when (performance.now()) writes do not wait. By handle: a store and a runner that share one are told by one wait. */
+/** The time (performance.now()) until which writes do not wait. Kept by handle, so that a store and a runner on one handle wait once. */
 const impatientUntil = new WeakMap<SqliteDatabase, number>()
 
-/** By handle: what a store and a runner write on one shares its commits. */
+/** Kept by handle, so that a store and a runner on one handle share commits. */
 const groups = new WeakMap<SqliteDatabase, Group>()
 
-/** The drivers share SQLite's words for SQLITE_BUSY, not the code. */
+/** Matches the message, because the drivers have no error code in common for SQLITE_BUSY. */
 const isLocked = (error: unknown): boolean => /database is locked/.test((error as Error).message)
 
 /** Blocks the thread, as SQLite's own wait does. */
 const sleep = (ms: number): unknown => Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, ms)
 
-/** The user's handle, made ready: write-ahead log with one fsync a commit, so that what was committed survives. */
+/** Prepares the user's handle: write-ahead log, and one fsync a commit, so that a commit survives a power failure. */
 export class Database {
   readonly #db: SqliteDatabase
   readonly #file: string
@@ -66,9 +66,9 @@ export class Database {
       throw new InvalidOptions('expected an open SQLite handle (node:sqlite, better-sqlite3 or libsql), which has exec() and prepare()')
     }
     this.#db = db
-    // First: another process may be recovering the log that a crash left behind.
+    // This comes first, because another process may be recovering the log that a crash has left.
     const [busy] = this.prepare('PRAGMA busy_timeout').all() as [{ timeout: number }]
-    // What wraps a handle may hide how it reads, and every comparison with a number would be false.
+    // Reads a number, because a wrapper may hide that the handle reads BigInt: every comparison with a number would be false.
     if (typeof busy.timeout !== 'number') {
       const got = Array.isArray(busy) ? 'arrays' : `objects with ${typeof busy.timeout}`
       throw new InvalidOptions(`expected a SQLite handle whose rows are objects with numbers, got ${got}: open it without returnArrays, readBigInts, safeIntegers or what else changes how rows are read`)
@@ -76,14 +76,14 @@ export class Database {
     if (busy.timeout === 0) db.exec(`PRAGMA busy_timeout = ${BUSY_TIMEOUT}`)
     this.#useWriteAheadLog(busy.timeout || BUSY_TIMEOUT)
     db.exec('PRAGMA synchronous = FULL')
-    // Takes the write lock first: a reader that turns into a writer is refused without a wait.
+    // Takes the write lock first, because SQLite refuses a reader that becomes a writer without waiting.
     this.transaction(() => {
       db.exec(schema)
       if (added !== undefined) this.#addColumn(added)
     })
     const [main] = this.prepare('PRAGMA database_list').all() as [{ file: string | null }]
     this.#file = main.file as string
-    // In memory it has none, told as '' or null.
+    // A database in memory has no file: drivers answer '' or null.
     this.#inode = main.file ? statSync(main.file).ino : undefined
   }
 
@@ -114,7 +114,7 @@ export class Database {
   /** A query. */
   prepare (sql: string): Statement {
     const statement: SqliteStatement & RowModes = this.#db.prepare(sql)
-    // A statement begins with what the user has set on the handle.
+    // A new statement has the handle's settings, so ours are set on each.
     statement.setReadBigInts?.(false)
     statement.setReturnArrays?.(false)
     statement.safeIntegers?.(false)
@@ -148,17 +148,17 @@ export class Database {
       try {
         this.#db.exec('ROLLBACK')
       } catch {
-        // Such as a full disk: SQLite has rolled back by itself.
+        // SQLite has rolled back by itself, as it does when the disk is full.
       }
       throw error
     }
   }
 
   /**
-   * Commits what `work` writes together with whatever else this turn of the event loop writes on the handle.
+   * Commits what `work` writes, in one commit with everything else that this turn of the event loop writes on the handle.
    *
    * @param work synchronous; may run twice
-   * @param unwritten what can be answered where the file cannot be written, if anything
+   * @param unwritten gives the answer when the file cannot be written, where there is one
    * @returns what it returned, once that is committed
    */
   write<T> (work: () => T, unwritten?: () => T | undefined): Promise<T> {
@@ -167,12 +167,12 @@ export class Database {
     return group.write(work, unwritten)
   }
 
-  /** Whether the handle is in a transaction, of whoever began it. */
+  /** Whether the handle is in a transaction, whoever began it. */
   isInTransaction (): boolean {
     try {
       this.#db.exec('BEGIN')
     } catch (error) {
-      // The drivers have no property for it in common.
+      // Asks by a statement, because the drivers have no common property for it.
       if (/within a transaction/.test((error as Error).message)) return true
       throw error
     }
@@ -180,7 +180,7 @@ export class Database {
     return false
   }
 
-  /** SQLite's wait for a lock blocks the event loop: after one that was in vain nobody waits for a while, until a lock is had. */
+  /** SQLite's wait for a lock blocks the event loop. So after a wait in vain nobody waits for a while, or until a lock is taken. */
   #begin (): void {
     const startedAt = performance.now()
     if (startedAt < (impatientUntil.get(this.#db) ?? 0)) return this.#beginAtOnce()
@@ -205,7 +205,7 @@ export class Database {
   }
 
   /**
-   * SQLite goes on writing to a file that was deleted, replaced or emptied, and what it commits is gone with the process.
+   * Fails when the file was deleted, replaced or emptied. SQLite goes on writing to the old file, whose commits are lost when the process ends.
    *
    * @throws when the file is not the one that was opened
    */

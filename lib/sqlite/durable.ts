@@ -18,20 +18,20 @@ export interface DurableOptions {
    */
   concurrency?: number
   /**
-   * How often the handlers of a delivery are started before it is kept as dead. A start that ended in a
-   * crash counts, and so does that of a delivery (up to 200) that was next; with 1, of none.
+   * How often the handlers of a delivery are started before it is kept as dead. A start counts when it ends in a crash.
+   * A crash also costs up to 200 waiting deliveries one attempt each, unless `attempts` is 1.
    *
    * @default 16
    */
   attempts?: number
   /**
-   * ms before the second attempt. It doubles with each, up to an hour, and a random part of up to half is taken off.
+   * ms before the second attempt. The wait doubles with each attempt, up to an hour; a random part of up to half is taken off.
    *
    * @default 1_000
    */
   backoff?: number
   /**
-   * ms for which an attempt holds without being renewed: how long after a crash what was running is attempted again.
+   * ms for which an attempt holds without being renewed: so long after a crash its deliveries are attempted again.
    *
    * @default 30_000
    */
@@ -44,18 +44,18 @@ export interface DurableRunner extends Runner {
   /** How many there are. */
   deadCount (): number
   /**
-   * Gives a dead delivery its attempts anew; what had succeeded of it does not run again. @returns whether there was one
+   * Gives a dead delivery its attempts anew. Handlers that had succeeded do not run again. @returns whether there was one
    *
    * @throws FST_OPENAI_WEBHOOK_NEEDS_FORCE
    */
   requeue (delivery: DeliveryRef, options?: RequeueOptions): boolean
 }
 
-/** Deliveries whose first attempt is on record before there is room for it: each would cost two more commits otherwise. */
+/** Deliveries whose first attempt is recorded ahead, before there is room to run it. Otherwise each would cost two more commits. */
 const AHEAD = 200
 /** ms */
 const MAX_BACKOFF = 3_600_000
-/** ms after which the file is looked at again: for trouble to be over, or for what another process has queued. */
+/** ms between two looks at the file: after trouble, or for deliveries that another process has queued. */
 const POLL_INTERVAL = 1_000
 const MAX_ERROR_LENGTH = 2_000
 /** The end of the lease of a job that another process has taken over. */
@@ -90,9 +90,9 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
   const insert = database.prepare('INSERT INTO openai_webhook_jobs (key, job, due, attempts) VALUES (?, ?, ?, ?) ON CONFLICT (key) DO NOTHING')
   const due = database.prepare("SELECT key, job, attempts, due, failure FROM openai_webhook_jobs WHERE state = 'pending' AND due <= ? ORDER BY due LIMIT ?")
   const next = database.prepare("SELECT min(due) AS due FROM openai_webhook_jobs WHERE state = 'pending' AND due > ?")
-  // `due` is compared: of several processes one takes a job, and holds it until then. While it is renewed, either end counts.
+  // Compares `due`, so that one of several processes takes a job. That process holds it until then. During a renewal the old end and the new one both count.
   const held = "key = ? AND state = 'pending' AND due IN (?, ?)"
-  // Counted before it runs, so that a delivery that kills the process dies in the end.
+  // Counts the attempt before it runs, so that a delivery that kills the process is dead in the end.
   const take = database.prepare("UPDATE openai_webhook_jobs SET attempts = attempts + ?, due = ? WHERE key = ? AND state = 'pending' AND due = ?")
   const untake = database.prepare(`UPDATE openai_webhook_jobs SET attempts = attempts - 1, due = ? WHERE ${held}`)
   const renew = database.prepare(`UPDATE openai_webhook_jobs SET due = ? WHERE ${held}`)
@@ -101,7 +101,7 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
   const pending = database.prepare("SELECT count(*) AS count FROM openai_webhook_jobs WHERE state = 'pending'")
 
   const active = new Map<string, Active>()
-  /** Of those, what waits for room: in order of arrival. */
+  /** Those of them that wait for room, in order of arrival. */
   const ahead = new Set<Ahead>()
   let starting = false
   /** Deliveries whose handlers run. */
@@ -111,11 +111,11 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
   let timer: NodeJS.Timeout | undefined
   let renewal: NodeJS.Timeout | undefined
   let scheduled = false
-  /** What is started while nothing can be written could not be recorded, and would run again. */
+  /** Set while the file cannot be written. No job is started then, since its success could not be recorded and it would run again. */
   let isWritable = true
-  /** More is due in the file than there was room for. */
+  /** Set when more jobs are due than there was room for. */
   let behind = false
-  // Bound here: the jobs in the file are of many requests, and must not run in the async context of one.
+  // Bound here, because the jobs in the file belong to many requests and must not run in the async context of one.
   const pumpOutside = inContext(pump)
   const startOutside = inContext(startAhead)
   const holdOutside = inContext(hold)
@@ -135,7 +135,7 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
     return result
   }
 
-  /** Starts what is due and there is room for; looks again when something else will be. */
+  /** Starts due jobs while there is room, and sets the timer for the next look. */
   function pump (): void {
     scheduled = false
     if (closing || host === undefined) return
@@ -147,7 +147,7 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
       const room = Math.max(concurrency - running - ahead.size, 0)
       const rows = due.all(now, room + 1) as Row[]
       behind = rows.length > room
-      // An event loop that was blocked for longer than the lease: it is still running here.
+      // The event loop was blocked for longer than the lease, and the job still runs here.
       startAll(host, rows.slice(0, room).filter(({ key }) => !active.has(key)))
       const [soonest] = next.all(now) as [{ due: number | null }]
       if (!behind && soonest.due !== null) wait = Math.min(wait, soonest.due - now)
@@ -160,14 +160,14 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
   function schedule (): void {
     if (scheduled) return
     scheduled = true
-    // Lets acknowledgements leave before a handler can hold up the event loop.
+    // Waits a turn, so that acknowledgements leave before a handler can block the event loop.
     setImmediate(pumpOutside)
   }
 
   async function startAll (host: RunnerHost, rows: readonly Row[]): Promise<void> {
     if (rows.length === 0) return
     const entries = rows.map(({ key }) => holdOutside(key))
-    // The last attempt ended with the process, or with a lease that ran out.
+    // The process died during the last attempt, or its lease ran out.
     const isOver = ({ attempts: before }: Row): boolean => before >= attempts
     let taken: boolean[]
     try {
@@ -194,7 +194,7 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
     return entry
   }
 
-  /** Begins its lease, as that is written: until then it may have had to wait for a lock. */
+  /** Begins the lease when it is written, since the write may have waited for a lock. */
   function leased (entry: Active): number {
     entry.until = Date.now() + lease
     return entry.until
@@ -209,7 +209,7 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
     try {
       await work()
     } catch (error) {
-      // A row that cannot be read. The lease runs out, and it is looked at again.
+      // The row cannot be read. It is looked at again once its lease has run out.
       host.report(error)
     }
     letGo(entry)
@@ -222,7 +222,7 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
     const late: Ahead[] = []
     for (const next of ahead) {
       const { host, job, entry } = next
-      // A process that was suspended, or a file that was locked, for longer than the lease: another process may have run it.
+      // The process was suspended, or the file was locked, for longer than the lease, so another process may have run the job.
       if (entry.until <= Date.now()) late.push(next)
       else if (running < concurrency) {
         ahead.delete(next)
@@ -232,7 +232,7 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
     if (late.length > 0) giveBack(late)
   }
 
-  /** So that another process, or this one when it is started anew, need not wait for the end of a lease. */
+  /** Gives jobs back, so that another process, or this one after a restart, need not wait for the end of a lease. */
   async function giveBack (waiting: readonly Ahead[]): Promise<void> {
     for (const each of waiting) ahead.delete(each)
     const [given] = await Promise.allSettled([
@@ -263,7 +263,7 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
     await succeeded()
   }
 
-  /** There is room for another, which is started in this turn: what they write then shares a commit. */
+  /** Room has become free. The next job starts in this turn, so that both share a commit. */
   function ended (): void {
     running--
     startSoon(queueMicrotask)
@@ -287,21 +287,21 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
     const failure = { attempt: count, ...describeFailure(job, error) }
     const recorded = await record(host, job, () => postpone.run(Date.now() + delay(count), describe(error), JSON.stringify(failure), ...holder(entry)))
     host.report(error, job, recorded ? { attempt: count, attempts } : undefined)
-    // It may be due before anything else is.
+    // This job may be due before any other.
     schedule()
   }
 
-  /** No attempt is left. What had succeeded in the last one is on record in the store, if anywhere. */
+  /** No attempt is left. Only the store may know which handlers succeeded in the last one. */
   async function giveUp (host: RunnerHost, job: Job, count: number, entry: Active): Promise<void> {
     let known
     try {
       known = await host.recorded?.(job)
     } catch (trouble) {
-      // The lease runs out, and it is looked at again.
+      // It is looked at again once its lease has run out.
       return host.report(trouble, job)
     }
     const { done: isDone = false, ...left } = known ?? {}
-    // Where it is not there any more, another process has done the same.
+    // When the row is gone, another process has done the same.
     if (isDone) await done(host, job, entry)
     else await die(host, { ...job, ...left }, count, entry, new Error('the process ended while the handlers ran'), false)
   }
@@ -316,7 +316,7 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
     return recorded
   }
 
-  /** @returns whether it is on record; where it is not, the lease runs out and the job is attempted again */
+  /** @returns whether it is recorded; if not, the job is attempted again once its lease has run out */
   async function record (host: RunnerHost, job: Job, statement: () => Changes, ran = true): Promise<boolean> {
     try {
       if (await write(() => changed(statement()))) return true
@@ -337,7 +337,7 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
     try {
       const renewed = await write(() => entries.map(entry => {
         const until = Date.now() + lease
-        // Not before it is known to be held: another process that took the job over in this millisecond has the same end.
+        // Sets `until` after the commit, because another process that took the job over in this millisecond has the same end.
         if (!changed(renew.run(until, ...holder(entry)))) return LOST
         entry.renewing = until
         return until
@@ -367,7 +367,7 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
         prune(Date.now() - RETENTION)
         return changed(insert.run(key, text, entry === undefined ? Date.now() : leased(entry), attempt))
       })
-      // What waits in the file comes first. A last attempt is not spent before it starts.
+      // Jobs in the file come first. A last attempt is not counted before it starts.
       const most = attempts === 1 ? concurrency : concurrency + AHEAD
       if (host === undefined || behind || active.size >= most || active.has(key)) {
         behind = true
@@ -390,7 +390,7 @@ export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, 
         return undefined
       }
       ahead.add(waiting)
-      // Lets acknowledgements leave before a handler can hold up the event loop.
+      // Waits a turn, so that acknowledgements leave before a handler can block the event loop.
       startSoon(setImmediate)
       return undefined
     },
@@ -423,13 +423,13 @@ interface Active {
   readonly key: string
   /** ms since the epoch: the end of its lease, once that has begun. */
   until: number
-  /** What that is becoming; whether it has is not known until the commit has been answered. */
+  /** The end that is being written; whether it holds is known once the commit has been answered. */
   renewing: number | undefined
   readonly done: Promise<void>
   readonly over: () => void
 }
 
-/** One whose handlers are to be started as soon as there is room. */
+/** A job whose handlers start as soon as there is room. */
 interface Ahead {
   readonly host: RunnerHost
   readonly entry: Active
@@ -445,7 +445,7 @@ function jobOf ({ job, failure }: Row): Job {
   return { ...JSON.parse(job) as Job, ...(finished.length > 0 && { finished }), ...(remembered !== undefined && { remembered }) }
 }
 
-/** A failure in a line, for people who look at the file. */
+/** A failure in one line, for people who read the file. */
 function describe (error: unknown): string {
   const { message = error } = (causeOf(error) ?? {}) as { message?: unknown }
   return String(message).slice(0, MAX_ERROR_LENGTH)

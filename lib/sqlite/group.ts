@@ -14,9 +14,9 @@ interface Member {
 }
 
 /**
- * Writes that are asked for in one turn of the event loop share a transaction and its fsync: that is what a commit costs.
+ * Puts the writes of one turn of the event loop into one transaction, because the fsync is what a commit costs.
  *
- * From BEGIN to COMMIT nothing is awaited, so that no other statement of the handle's can get into it.
+ * Nothing is awaited between BEGIN and COMMIT, so that no other statement on the handle gets in between.
  */
 export class Group {
   readonly #database: Transactions
@@ -27,13 +27,13 @@ export class Group {
   }
 
   /**
-   * @param work runs in a transaction, with others before and after it; once more by itself where one of them throws
-   * @param unwritten what can be answered where nothing can be written, if anything
+   * @param work runs in a transaction, with others before and after it; if one of them throws, each runs again by itself
+   * @param unwritten gives the answer when nothing can be written, where there is one
    * @returns what it returned, once that is committed; rejects when it threw, or when the commit failed
    */
   write<T> (work: () => T, unwritten?: () => T | undefined): Promise<T> {
     return new Promise((resolve, reject) => {
-      // After what the sockets have brought in this turn.
+      // Runs after the sockets' events of this turn, whose writes then share the commit.
       if (this.#members.push({ work, unwritten, resolve, reject }) === 1) setImmediate(() => this.#commit())
     })
   }
@@ -58,7 +58,7 @@ export class Group {
 
   #otherwise (at: 'begin' | 'work' | 'commit', size: number, error: unknown): (member: Member) => void {
     if (at === 'begin') return member => answerUnwritten(member, error)
-    // It is the fault of one of them, perhaps.
+    // One member may be at fault, so each is run by itself.
     if (at === 'work' && size > 1) return member => this.#commitAlone(member)
     return ({ reject }) => reject(error)
   }
@@ -77,7 +77,7 @@ function answerUnwritten ({ unwritten, resolve, reject }: Member, error: unknown
     const answer = unwritten?.()
     if (answer !== undefined) return resolve(answer)
   } catch {
-    // What cannot be read either is told by the first failure.
+    // If reading fails too, the first failure tells more.
   }
   reject(error)
 }

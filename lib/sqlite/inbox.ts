@@ -25,7 +25,7 @@ const SCHEMA = `
   CREATE INDEX IF NOT EXISTS openai_webhook_inbox_at ON openai_webhook_inbox (at);
 `
 
-// The time is SQLite's, in whole seconds: the parameters of the record are all there are.
+// Uses SQLite's clock, in whole seconds, because the statement has no parameter for the time.
 const INSERT = `
   INSERT INTO openai_webhook_inbox (endpoint, tenant, webhook_id, handler, at) VALUES (?, ?, ?, ?, CAST(strftime('%s', 'now') AS INTEGER) * 1000)
   ON CONFLICT DO NOTHING RETURNING 1`
@@ -82,7 +82,7 @@ export function sqliteInbox<Db extends SqliteDatabase> (db: Db, { retention = IN
           try {
             const result = work.call(this, tx, event, context)
             if (!isPromise(result)) return
-            // It goes on without its `tx`, and fails: that is told by the error below.
+            // The work goes on without its `tx` and fails. The error below tells that.
             result.then(undefined, () => {})
           } finally {
             end()

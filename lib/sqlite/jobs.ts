@@ -22,12 +22,12 @@ const SCHEMA = `
   CREATE INDEX IF NOT EXISTS openai_webhook_jobs_over ON openai_webhook_jobs (state, ended) WHERE ended IS NOT NULL;
 `
 
-/** The user's handle, with the table of `durable()`. A file of a version before 0.2 is given the column that it lacks. */
+/** Opens the table of `durable()` on the user's handle. A file of a version before 0.2 gets the column that it lacks. */
 export function openJobs (db: SqliteDatabase): Database {
   return new Database(db, SCHEMA, { table: 'openai_webhook_jobs', column: 'failure' })
 }
 
-/** Which of the dead deliveries; all that are given have to fit. */
+/** Selects dead deliveries: each field that is given has to match. */
 export interface DeadFilter {
   readonly webhookId?: string | undefined
   readonly endpoint?: string | undefined
@@ -64,7 +64,7 @@ export class DeadJobs {
   constructor (database: Database) {
     this.#database = database
     this.#find = database.prepare("SELECT job, attempts, error, failure, ended FROM openai_webhook_jobs WHERE key = ? AND state = 'dead'")
-    // What had finished stays on record; the errors were those of its last life.
+    // Finished handlers stay recorded. The errors go, since they belong to the last life.
     this.#revive = database.prepareWrite(`
       UPDATE openai_webhook_jobs
       SET state = 'pending', attempts = 0, due = ?, error = NULL, ended = NULL, failure = json_set(failure, '$.attempt', 0, '$.errors', json_array())
@@ -105,7 +105,7 @@ function read ({ job, attempts, error, failure, ended }: Row): DeadDelivery {
   return {
     ...JSON.parse(job) as Job,
     attempts,
-    // Before 0.2 the error was one text, and a process of that version may have been the last to write it.
+    // Before 0.2 the error was one text. A process of that version may have written the row last.
     errors: attempt === attempts ? errors : [{ handler: null, message: error ?? '', stack: '' }],
     finished,
     ...(remembered !== undefined && { remembered }),

@@ -5,7 +5,7 @@ import { pruning } from './pruning.ts'
 import { RETENTION } from '../stores/store.ts'
 import type { Claim, IdempotencyStore } from '../stores/store.ts'
 
-// Rows lie in the order of arrival, so that a delivery's second write finds the page of its first, and of its neighbours.
+// Rows are stored in the order of arrival, so that a delivery's second write touches the page of its first one and of its neighbours.
 // `ends` is the end of the lease while there is a token, `forget` when the row may go. All times are ms since the epoch.
 const SCHEMA = `
   CREATE TABLE IF NOT EXISTS openai_webhook_deliveries (
@@ -40,7 +40,7 @@ export function sqliteStore (db: SqliteDatabase): IdempotencyStore {
     ON CONFLICT (key) DO UPDATE SET token = excluded.token, done = 0, ends = excluded.ends, forget = excluded.forget
       WHERE (done = 1 AND openai_webhook_deliveries.forget <= ?) OR (done = 0 AND (openai_webhook_deliveries.token IS NULL OR openai_webhook_deliveries.ends <= ?))
     RETURNING finished`)
-  // What holds the claim off: a duplicate is told so while the file cannot be written.
+  // Reads what stands against the claim, so that a duplicate gets its answer while the file cannot be written.
   const settled = database.prepare(`
     SELECT done FROM openai_webhook_deliveries
     WHERE key = ? AND ((done = 1 AND forget > ?) OR (done = 0 AND token IS NOT NULL AND ends > ?))`)
@@ -59,8 +59,8 @@ export function sqliteStore (db: SqliteDatabase): IdempotencyStore {
       return database.write((): Claim => {
         const now = Date.now()
         prune(now)
-        // Not get(), here and below: libsql leaves its statement open, and with it the snapshot that the next write would be
-        // refused for.
+        // all() and not get(), here and below: libsql leaves the statement of get() open, and with it a snapshot, for which
+        // SQLite would refuse the next write.
         const [claimed] = claim.all(key, token, now + lease, now + RETENTION, now, now) as [Pick<Row, 'finished'>] | []
         if (claimed !== undefined) return { state: 'claimed', token, finished: JSON.parse(claimed.finished) as string[] }
         const [row] = read.all(key) as [Pick<Row, 'done'>]
