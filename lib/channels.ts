@@ -10,6 +10,8 @@ import type { VerifiedRequest } from './request.ts'
 export interface DeliveryInfo {
   /** The receiving route's URL. */
   readonly endpoint: string
+  /** Only where the route serves many tenants. */
+  readonly tenant?: string | undefined
   readonly webhookId: string
   /** When the delivery was signed, in Unix seconds. */
   readonly timestamp: number
@@ -32,6 +34,8 @@ export interface RefusedMessage {
   readonly statusCode: number
   readonly error: unknown
   readonly endpoint: string
+  /** Whatever the sender has named, where the route serves many tenants. */
+  readonly tenant?: string | undefined
   /** Known once the delivery is verified. So is the event. */
   readonly webhookId?: string | undefined
   readonly event?: DeliveryInfo['event'] | undefined
@@ -103,6 +107,7 @@ export interface HandlerMessage extends TracedMessage {
 export interface TroubleMessage {
   readonly error: unknown
   readonly endpoint?: string | undefined
+  readonly tenant?: string | undefined
   readonly webhookId?: string | undefined
   readonly event?: DeliveryInfo['event'] | undefined
 }

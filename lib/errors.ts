@@ -36,6 +36,8 @@ export const InvalidTimestamp = refusal('INVALID_TIMESTAMP',
 export const TimestampOutOfTolerance = refusal('TIMESTAMP_OUT_OF_TOLERANCE',
   '%s is more than %d s away from this server\'s clock', 401)
 export const InvalidSignature = refusal('INVALID_SIGNATURE', 'no signature matches the body and the signing secret', 401)
+/** For log, channels and onError: the sender is answered INVALID_SIGNATURE, so that nobody learns who is a tenant. */
+export const UnknownTenant = refusal('UNKNOWN_TENANT', '%s', 401)
 
 // Validate
 
@@ -50,7 +52,7 @@ export const DeadlineExceeded = refusal('DEADLINE', 'the event is still being pr
 export const Overloaded = refusal('OVERLOADED', 'no room for another delivery now; retry later', 503)
 export const MissingRoute = coded('MISSING_ROUTE',
   'the delivery was received at %s, which has handlers of its own, and this process has no such route: declare it in every process that runs its deliveries', 500)
-export const Unavailable = refusal('UNAVAILABLE', 'the store or queue cannot be reached; retry later', 503)
+export const Unavailable = refusal('UNAVAILABLE', 'the store, the queue or the signing secret cannot be reached; retry later', 503)
 
 // Dead deliveries
 

@@ -1,7 +1,7 @@
 import type { FastifyBaseLogger, FastifyRequest } from 'fastify'
 import { channels } from './channels.ts'
 import { statusOf } from './coded.ts'
-import { InvalidSignature } from './errors.ts'
+import { InvalidSignature, UnknownTenant } from './errors.ts'
 import { causeOf, isHandlersFailure } from './runners/handler-failures.ts'
 import { RefusalLog, logError, logFields } from './log.ts'
 import type { Observation } from './observation.ts'
@@ -32,12 +32,15 @@ export class Failures {
     const statusCode = statusOf(error)
     // A database or gRPC client in a hook of the app may give a number as code.
     const code = typeof given === 'string' || typeof given === 'number' ? String(given) : 'UNKNOWN'
-    if (statusCode >= 500 && cause !== undefined) logError(request.log, cause, { code, ...logFields(delivery) }, message)
-    else if (error instanceof InvalidSignature && (cause instanceof TypeError || cause instanceof ReferenceError)) this.#refusals.faulty(request.log, cause, code, delivery.endpoint)
+    const { endpoint, tenant, webhookId, event } = delivery
+    if (cause === undefined) this.#refusals.write(request.log, code, statusCode, delivery)
+    else if (statusCode >= 500 && webhookId !== undefined) logError(request.log, cause, { code, ...logFields(delivery) }, message)
+    else if (statusCode >= 500) this.#refusals.failed(request.log, code, cause, delivery, message)
+    else if (error instanceof InvalidSignature && (cause instanceof TypeError || cause instanceof ReferenceError)) this.#refusals.faulty(request.log, cause, code, endpoint)
+    else if (error instanceof UnknownTenant) this.#refusals.unnamed(request.log, cause, code, endpoint)
     else this.#refusals.write(request.log, code, statusCode, delivery)
     if (channels.refused.hasSubscribers) {
-      const { endpoint, webhookId, event } = delivery
-      channels.refused.publish({ endpoint, webhookId, event, code, statusCode, error, request })
+      channels.refused.publish({ endpoint, tenant, webhookId, event, code, statusCode, error, request })
     }
     this.#observation.observer?.refused({ code, statusCode, error }, delivery, request)
     this.report(error, delivery, request.log)
@@ -57,8 +60,8 @@ export class Failures {
   /** Something fails that no sender hears of, such as a store after the handlers have run. */
   trouble (error: unknown, delivery: FailureInfo = {}, attempt?: number): void {
     logError(this.#log, error, logFields(delivery, attempt), 'webhook trouble')
-    const { endpoint, webhookId, event } = delivery
-    if (channels.trouble.hasSubscribers) channels.trouble.publish({ error, endpoint, webhookId, event })
+    const { endpoint, tenant, webhookId, event } = delivery
+    if (channels.trouble.hasSubscribers) channels.trouble.publish({ error, endpoint, tenant, webhookId, event })
     this.report(error, infoOf(delivery))
   }
 
@@ -90,6 +93,11 @@ export class Failures {
   }
 }
 
-function infoOf ({ endpoint, webhookId, event }: FailureInfo): FailureInfo {
-  return { ...(endpoint !== undefined && { endpoint }), ...(webhookId !== undefined && { webhookId }), ...(event !== undefined && { event }) }
+function infoOf ({ endpoint, tenant, webhookId, event }: FailureInfo): FailureInfo {
+  return {
+    ...(endpoint !== undefined && { endpoint }),
+    ...(tenant !== undefined && { tenant }),
+    ...(webhookId !== undefined && { webhookId }),
+    ...(event !== undefined && { event })
+  }
 }

@@ -9,7 +9,9 @@ export interface EventContext {
   readonly timestamp: number
   /** The receiving route's URL. */
   readonly endpoint: string
-  /** Logs with the delivery's `webhookId`, `eventType` and `endpoint`. */
+  /** The tenant whose secret it was signed with; only where the route serves many. */
+  readonly tenant?: string
+  /** Logs with the delivery's `webhookId`, `eventType`, `endpoint` and `tenant`. */
   readonly log: FastifyBaseLogger
   /** Aborts when the app is closing and `closeTimeout` is over; not at the deadline. */
   readonly signal: AbortSignal

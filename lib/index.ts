@@ -49,7 +49,7 @@ export type {
 // Options and contexts
 export type { OpenAIWebhook } from './api.ts'
 export type {
-  EndpointOptions, IdempotencyOptions, OpenAIWebhookOptions, ReceivingOptions, RouteOverrides, VerifiedHandler, WebhookRouteOptions
+  EndpointOptions, IdempotencyOptions, OpenAIWebhookOptions, ReceivingOptions, RouteOverrides, TenantOptions, TenantSecret, VerifiedHandler, WebhookRouteOptions
 } from './options.ts'
 export type { DeadHandler, ErrorHandler, FailureInfo, HandlerOptions } from './registry.ts'
 export type { Delivery, RequestDelivery, VerifiedRequest, WebhookHeaders } from './request.ts'

@@ -49,13 +49,15 @@ const nameOf = (value: unknown): string | undefined => typeof value === 'string'
 
 interface Described {
   readonly endpoint?: string | undefined
+  readonly tenant?: string | undefined
   readonly webhookId?: string | undefined
   readonly event?: { readonly type: string, readonly id?: unknown } | undefined
 }
 
 /** The fields of every line about a delivery. More may be set: to spread them into another object costs a delivery 4 µs. */
-export function logFields ({ endpoint, webhookId, event }: Described, attempt?: number): Record<string, unknown> {
+export function logFields ({ endpoint, tenant, webhookId, event }: Described, attempt?: number): Record<string, unknown> {
   const fields: Record<string, unknown> = { webhookId, eventId: nameOf(event?.id), eventType: nameOf(event?.type), endpoint }
+  if (tenant !== undefined) fields['tenant'] = tenant
   if (attempt !== undefined) fields['attempt'] = attempt
   return fields
 }
@@ -71,7 +73,9 @@ export function logs (log: FastifyBaseLogger, level: 'info' | 'warn'): boolean {
 const FIXES: Readonly<Record<string, string>> = {
   FST_OPENAI_WEBHOOK_INVALID_SIGNATURE: 'where the sender is OpenAI: compare OPENAI_WEBHOOK_SECRET, or the secret option, with the signing secret ' +
     '(whsec_…) of the endpoint that has this URL at OpenAI, and give both while one replaces another; if it is the same, something in ' +
-    'front of the app rewrites the body. Log level debug and `npx openai-webhook diagnose` say which'
+    'front of the app rewrites the body. Log level debug and `npx openai-webhook diagnose` say which',
+  FST_OPENAI_WEBHOOK_UNKNOWN_TENANT: 'where the sender is OpenAI: compare the URL of the endpoint at OpenAI with what tenant.of makes of it, and see ' +
+    'that tenant.secret finds a secret for that name'
 }
 
 /** Lines in a window about refusals with one code at one endpoint. Further ones are counted. */
@@ -109,6 +113,16 @@ export class RefusalLog {
   /** A user's verifier is at fault. Strangers may bring it about, so it is bounded too. */
   faulty (log: FastifyBaseLogger, cause: Error, code: string, endpoint: string): void {
     if (this.#hasRoom(log, 'VERIFIER_FAILED', endpoint)) logError(log, cause, { code, endpoint }, 'the verifier failed, and the delivery was refused')
+  }
+
+  /** A user's `tenant.of` has thrown, likewise. */
+  unnamed (log: FastifyBaseLogger, cause: unknown, code: string, endpoint: string): void {
+    if (this.#hasRoom(log, 'TENANT_OF_FAILED', endpoint)) logError(log, cause, { code, endpoint }, 'tenant.of failed, and the delivery was refused')
+  }
+
+  /** At `error`, with the cause: something of the app's has failed, before it was known who the sender is. */
+  failed (log: FastifyBaseLogger, code: string, cause: unknown, delivery: Described & { endpoint: string }, message: string): void {
+    if (this.#hasRoom(log, code, delivery.endpoint)) logError(log, cause, { code, ...logFields(delivery) }, message)
   }
 
   unprocessed (log: FastifyBaseLogger, statusCode: number, endpoint: string): void {

@@ -1,5 +1,5 @@
 import type {
-  FastifyContextConfig, RawReplyDefaultExpression, RawRequestDefaultExpression, RawServerDefault, RouteGenericInterface, RouteHandlerMethod
+  FastifyContextConfig, FastifyRequest, RawReplyDefaultExpression, RawRequestDefaultExpression, RawServerDefault, RouteGenericInterface, RouteHandlerMethod
 } from 'fastify'
 import type { TSchema } from '@sinclair/typebox'
 import { InvalidOptions } from './errors.ts'
@@ -111,8 +111,43 @@ export interface OpenAIWebhookOptions extends ReceivingOptions {
   closeTimeout?: number
 }
 
+/** The tenants of a route, each with a signing secret of its own. */
+export interface TenantOptions {
+  /**
+   * Names the tenant of a request, which is not verified yet: 1 to 256 visible ASCII characters. Whatever else it returns, or
+   * throws, is answered 401.
+   *
+   * It must give one spelling per tenant: where `secret` finds `Acme` and `acme` alike, a delivery to one can be sent again to
+   * the other.
+   */
+  of: (request: FastifyRequest & { params: any, query: any }) => string | null | undefined
+  /**
+   * Fetches a tenant's signing secret, or several while one replaces another; `undefined` or `null` for an unknown tenant: 401.
+   * Where it fails, takes longer than the deadline or gives what is no secret, the sender is answered 503.
+   */
+  secret: (tenant: string) => TenantSecret | Promise<TenantSecret>
+  /**
+   * ms for which a secret is kept. After that it serves on while it is asked for again. It is also asked for again, at most once
+   * a minute, when no signature matches.
+   *
+   * @default 300_000
+   */
+  ttl?: number
+  /**
+   * Tenants whose secrets are kept; beyond it the one that was not used for longest is forgotten.
+   *
+   * @default 10_000
+   */
+  max?: number
+}
+
+/** A tenant's signing secret, or several while one replaces another. `undefined` and `null`: there is no such tenant. */
+export type TenantSecret = string | readonly string[] | null | undefined
+
 /** `config.openaiWebhook` of a marked route. */
 export interface RouteOverrides extends ReceivingOptions {
+  /** In place of `secret`: the route serves many tenants. */
+  tenant?: TenantOptions
   /** Handlers by event type or pattern. */
   on?: RouteHandlers
 }
@@ -144,7 +179,9 @@ export const DEFAULTS = {
   retention: RETENTION,
   reconcile: false,
   deadline: 4_500,
-  closeTimeout: 10_000
+  closeTimeout: 10_000,
+  tenantTtl: 300_000,
+  tenantMax: 10_000
 }
 
 interface Rule {
@@ -158,7 +195,7 @@ const isObject = (value: unknown): value is Record<string, unknown> =>
   typeof value === 'object' && value !== null && !Array.isArray(value)
 
 const wholeNumber = (unit: string, min: number, max = Number.MAX_SAFE_INTEGER): Rule => ({
-  expected: `a whole number of ${unit}, ${min} or more${max === LONGEST_TIMER ? ` and at most ${max}` : ''}`,
+  expected: `a whole number of ${unit}, ${min} or more${max < Number.MAX_SAFE_INTEGER ? ` and at most ${max}` : ''}`,
   accepts: value => Number.isSafeInteger(value) && (value as number) >= min && (value as number) <= max
 })
 
@@ -195,6 +232,7 @@ const pluginRules: Record<keyof Required<OpenAIWebhookOptions>, Rule> = {
 
 const overrideRules: Record<keyof Required<RouteOverrides>, Rule> = {
   ...receivingRules,
+  tenant: { expected: 'an object { of, secret, ttl, max }', accepts: isObject },
   on: { expected: 'an object of handlers by event type', accepts: isObject }
 }
 
@@ -203,6 +241,14 @@ const routeRules: Record<keyof Required<WebhookRouteOptions>, Rule> = {
   url: { expected: 'a path that begins with "/"', accepts: value => typeof value === 'string' && value.startsWith('/') },
   handler: { expected: 'a function', accepts: value => typeof value === 'function' },
   rateLimit
+}
+
+const tenantRules: Record<keyof Required<TenantOptions>, Rule> = {
+  of: { expected: 'a function of the request', accepts: value => typeof value === 'function' },
+  secret: { expected: 'a function of the tenant', accepts: value => typeof value === 'function' },
+  ttl: wholeNumber('ms', 1),
+  // What they take is reserved at boot.
+  max: wholeNumber('tenants', 1, 10_000_000)
 }
 
 const idempotencyRules: Record<keyof Required<IdempotencyOptions>, Rule> = {
@@ -233,6 +279,7 @@ const RIGHT_PLACES: Readonly<Record<string, (name: string) => string>> = {
   on: () => 'handlers are added by app.openaiWebhook.on(type, handler); those of one route alone by `on` of app.openaiWebhook.route() or of config.openaiWebhook',
   handler: () => 'handlers are added by app.openaiWebhook.on(type, handler); the one that replies is `handler` of a route',
   rateLimit: () => 'a marked route has it beside, as in config: { openaiWebhook: {}, rateLimit: {} }',
+  tenant: () => 'it is an option of a route, as in app.openaiWebhook.route({ url, tenant }); unwrap() takes the `secret` of the tenant whose delivery it is',
   bodyTimeout: () => 'it is an option of the plugin and of its routes',
   ...Object.fromEntries(['events', 'idempotency', 'runner', 'deadline', 'closeTimeout'].map(name => [name, ofPlugin])),
   ...Object.fromEntries(['store', 'lease', 'retention'].map(name => [name, ofIdempotency])),
@@ -256,12 +303,23 @@ export function assertEndpointOptions (options: unknown): asserts options is End
 /** Of `config.openaiWebhook`. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
 export function assertOverrides (options: unknown): asserts options is RouteOverrides {
   assertRules('', overrideRules, options)
+  assertTenant(options as RouteOverrides)
 }
 
 /** Of `.route()`. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
 export function assertRouteOptions (options: unknown): asserts options is WebhookRouteOptions {
   assertRules('', routeRules, options)
+  assertTenant(options as WebhookRouteOptions)
   if (!isObject(options) || options['url'] === undefined) throw new InvalidOptions('expected url to be a path that begins with "/", got nothing')
+}
+
+function assertTenant ({ tenant, secret }: RouteOverrides): void {
+  if (tenant === undefined) return
+  if (secret !== undefined) throw new InvalidOptions('expected `tenant` or `secret`, got both: with tenants, tenant.secret gives the secret of each')
+  assertRules('tenant.', tenantRules, tenant)
+  for (const name of ['of', 'secret'] as const) {
+    if (tenant[name] === undefined) throw new InvalidOptions(`expected tenant.${name} to be ${tenantRules[name].expected}, got nothing`)
+  }
 }
 
 function assertRules (at: string, rules: Record<string, Rule>, options: unknown, also: readonly string[] = []): void {

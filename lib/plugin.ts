@@ -17,6 +17,7 @@ import { Validators, jsonParser } from './pipeline/validate.ts'
 import type { Compiler } from './pipeline/validate.ts'
 import { Observation } from './observation.ts'
 import { Registry } from './registry.ts'
+import type { FailureInfo } from './registry.ts'
 import { Authentication } from './routes/authenticate.ts'
 import { Endpoints } from './routes/endpoint.ts'
 import { dispatching, guard } from './routes/guard.ts'
@@ -89,7 +90,7 @@ function assemble (instance: FastifyInstance, options: OpenAIWebhookOptions, com
   const observation = new Observation()
   const failures = new Failures(instance.log, registry, observation)
   const endpoints = new Endpoints(registry)
-  const onTrouble = (error: unknown): void => failures.trouble(error)
+  const onTrouble = (error: unknown, delivery?: FailureInfo): void => failures.trouble(error, delivery)
   const claims = new Claims({ store: options.idempotency === false ? noStore : store ?? memoryStore(), lease, retention, reconcile, onTrouble })
   const handling = new Handling({ works, claims, log: instance.log, observation, signal: abort.signal, handlersOf: name => endpoints.handlersOf(name) })
   const deadline = options.deadline ?? DEFAULTS.deadline

@@ -26,6 +26,8 @@ export type DeadHandler = (delivery: DeadDelivery) => unknown
 /** What is known of the delivery that failed. For a refusal by header that is nothing. */
 export interface FailureInfo {
   endpoint?: string
+  /** Where the route serves many. Of a refusal it is whatever the sender has named. */
+  tenant?: string
   webhookId?: string
   event?: { readonly type: string }
 }

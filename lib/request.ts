@@ -13,6 +13,8 @@ export interface Delivery {
   readonly timestamp: number
   /** The receiving route's URL. */
   readonly endpoint: string
+  /** The tenant whose secret it was signed with; only where the route serves many. */
+  readonly tenant?: string
 }
 
 export type WebhookHeaders = Headers | Readonly<Record<string, string | readonly string[] | undefined>> | FastifyRequest['headers']

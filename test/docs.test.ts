@@ -150,7 +150,7 @@ t.test('the drawing in docs/lifecycle.md has every answer to a sender, with its 
   })
   const noAnswers = [
     errors.InvalidOptions, errors.InvalidSecret, errors.InvalidRoute, errors.AlreadyRegistered, errors.AlreadyStarted, errors.MissingRoute, errors.NoDeadLetters, errors.NeedsForce, errors.InspectorRefused,
-    errors.TransactionOver, errors.RolledBack, errors.NoTransaction, errors.AsyncWork,
+    errors.TransactionOver, errors.RolledBack, errors.NoTransaction, errors.AsyncWork, errors.UnknownTenant,
     errors.NoResource, errors.BatchNotEnded, errors.BatchStalled, errors.BatchBroken, errors.InvalidBatchLine, errors.BatchLineTooLong
   ].map(CodedError => new CodedError().code)
   const answers = catalogue
@@ -163,8 +163,9 @@ t.test('docs/options.md and README.md list every option with its default', async
   const interfaces = interfaceProperties('lib/options.ts')
   const own = ['EndpointOptions', 'ReceivingOptions', 'OpenAIWebhookOptions'].flatMap(name => [...interfaces.get(name)!])
   const ofRoutes = ['RouteOverrides', 'WebhookRouteOptions'].flatMap(name => [...interfaces.get(name)!.keys()])
-  const nested = [...interfaces.get('IdempotencyOptions')!].map(([name, property]) => [`idempotency.${name}`, property] as const)
-  t.equal(interfaces.size - 1, 6, 'options are in the six interfaces that this test reads; the other one is Rule')
+  const nested = [['idempotency', 'IdempotencyOptions'], ['tenant', 'TenantOptions']].flatMap(([of, name]) =>
+    [...interfaces.get(name!)!].map(([option, property]) => [`${of}.${option}`, property] as const))
+  t.equal(interfaces.size - 1, 7, 'options are in the seven interfaces that this test reads; the other one is Rule')
 
   const reference = listed('docs/options.md')
   for (const [name, { fallback }] of [...own, ...nested]) {

@@ -223,6 +223,16 @@ webhook
     on: { 'video.completed' (event) { same<typeof event.type, 'video.completed'>(); same<typeof this, FastifyInstance>() } },
     handler: async (request, reply) => reply.code(202).send(request.openaiWebhook.webhookId)
   })
+webhook
+  .route({ url: '/of/:project', tenant: { of: request => request.params.project, secret: async project => project === 'a' ? ['b', 'c'] : undefined, ttl: 1_000, max: 7 } })
+  .route({ url: '/of', tenant: { of: ({ hostname }) => hostname, secret: () => null } })
+// @ts-expect-error no secret
+webhook.route({ url: '/of', tenant: { of: () => 'a' } })
+// @ts-expect-error a tenant is named by text
+webhook.route({ url: '/of', tenant: { of: () => 7, secret: () => 'a' } })
+// @ts-expect-error no route, no tenants
+webhook.unwrap('', {}, { tenant: { of: () => 'a', secret: () => 'b' } })
+webhook.on('batch.failed', (_event, { tenant }) => { same<typeof tenant, string | undefined>() })
 // @ts-expect-error no url
 webhook.route({ secret: 'a' })
 // @ts-expect-error misspelt event type
@@ -234,7 +244,7 @@ app.post('/marked', { config: { openaiWebhook: { tolerance: 60, secret: async ()
   const { event } = request.openaiWebhook
   same<typeof request.openaiWebhook, Delivery>()
   same<typeof event, WebhookEvent>()
-  same<Omit<Delivery, 'event'>, { readonly rawBody: Buffer, readonly webhookId: string, readonly timestamp: number, readonly endpoint: string }>()
+  same<Omit<Delivery, 'event'>, { readonly rawBody: Buffer, readonly webhookId: string, readonly timestamp: number, readonly endpoint: string, readonly tenant?: string }>()
   if (event.type === 'batch.completed') same<typeof event.data.id, string>()
   // @ts-expect-error read-only
   request.openaiWebhook.webhookId = 'another'

@@ -10,6 +10,7 @@ export class Context implements EventContext {
   readonly webhookId: string
   readonly timestamp: number
   readonly endpoint: string
+  declare readonly tenant?: string
   readonly signal: AbortSignal
   declare readonly request?: VerifiedRequest
   readonly #work: Work
@@ -21,6 +22,7 @@ export class Context implements EventContext {
     this.webhookId = job.webhookId
     this.timestamp = job.timestamp
     this.endpoint = job.endpoint
+    if (job.tenant !== undefined) this.tenant = job.tenant
     this.signal = signal
     this.#work = work
     this.#parentLog = sender?.request.log ?? log

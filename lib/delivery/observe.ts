@@ -50,9 +50,9 @@ function tracedDelivery (work: Work, handlers: readonly Handler[], run: (handler
   const { delivery, handler } = channels
   const observesHandlers = handler.hasSubscribers
   if (!observesHandlers && !delivery.hasSubscribers) return run(handlers)
-  const { job: { webhookId, timestamp, endpoint, event, carrier }, attempt, sender } = work
+  const { job: { webhookId, timestamp, endpoint, tenant, event, carrier }, attempt, sender } = work
   // Field by field: a spread costs a delivery 4 µs, and a queue may have added an `error` to the job.
-  const message: DeliveryMessage = { webhookId, timestamp, endpoint, event, carrier, attempt, queued: sender === undefined, handlers: handlers.length, request: sender?.request }
+  const message: DeliveryMessage = { webhookId, timestamp, endpoint, tenant, event, carrier, attempt, queued: sender === undefined, handlers: handlers.length, request: sender?.request }
   const observed = !observesHandlers
     ? handlers
     : handlers.map((observed): Handler => ({
@@ -65,7 +65,7 @@ function tracedDelivery (work: Work, handlers: readonly Handler[], run: (handler
 export function observeDuplicate ({ endpoint }: Job, { request }: Sender, state: DuplicateMessage['state'], { observer }: Observation): void {
   observer?.duplicate(request, state)
   // The duplicate's own: it was signed later than the delivery that it joins.
-  const { webhookId, timestamp, event } = request.openaiWebhook
-  if (logs(request.log, 'info')) write(request.log, 'info', { ...logFields({ endpoint, webhookId, event }), state }, 'webhook delivery is a duplicate')
-  if (channels.duplicate.hasSubscribers) channels.duplicate.publish({ endpoint, webhookId, timestamp, event, state, request })
+  const { webhookId, timestamp, tenant, event } = request.openaiWebhook
+  if (logs(request.log, 'info')) write(request.log, 'info', { ...logFields({ endpoint, tenant, webhookId, event }), state }, 'webhook delivery is a duplicate')
+  if (channels.duplicate.hasSubscribers) channels.duplicate.publish({ endpoint, tenant, webhookId, timestamp, event, state, request })
 }

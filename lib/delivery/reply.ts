@@ -76,8 +76,8 @@ export class Reply implements Sender {
   }
 
   get #delivery (): Refused {
-    const { webhookId, event } = this.request.openaiWebhook
-    return { endpoint: this.options.endpoint, webhookId, event }
+    const { webhookId, tenant, event } = this.request.openaiWebhook
+    return { endpoint: this.options.endpoint, ...(tenant !== undefined && { tenant }), webhookId, event }
   }
 
   #refuse (error: Error): void {

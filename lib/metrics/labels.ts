@@ -1,7 +1,7 @@
 import fastify from 'fastify'
 import {
   BodyTimeout, DeadlineExceeded, HandlerFailed, InProgress, InvalidBody, InvalidEvent, InvalidId, InvalidSignature, InvalidTimestamp, MissingHeader, Overloaded,
-  TimestampOutOfTolerance, Unavailable, UnprotectedRoute
+  TimestampOutOfTolerance, Unavailable, UnknownTenant, UnprotectedRoute
 } from '../errors.ts'
 import { guideEntries, officialEntries } from '../events/index.ts'
 
@@ -20,7 +20,7 @@ export const UNAVAILABLE = codeOf(Unavailable)
 
 /** Our answers other than 200. */
 export const refusalCodes: readonly string[] = [
-  UnprotectedRoute, BodyTimeout, MissingHeader, InvalidId, InvalidTimestamp, TimestampOutOfTolerance, InvalidSignature, InvalidBody, InvalidEvent, InProgress,
+  UnprotectedRoute, BodyTimeout, MissingHeader, InvalidId, InvalidTimestamp, TimestampOutOfTolerance, InvalidSignature, UnknownTenant, InvalidBody, InvalidEvent, InProgress,
   HandlerFailed, DeadlineExceeded
 ].map(codeOf).concat(OVERLOADED, UNAVAILABLE)
 

@@ -1,7 +1,7 @@
 import type { IncomingHttpHeaders } from 'node:http'
 import { isRefusal } from '../coded.ts'
 import { InvalidId, InvalidSignature, InvalidTimestamp, TimestampOutOfTolerance } from '../errors.ts'
-import type { Keyring } from '../verifiers/keyring.ts'
+import type { Keys } from '../verifiers/keyring.ts'
 import { isPromise } from '../steps.ts'
 import type { MaybePromise } from '../stores/store.ts'
 import { judgeOf } from '../verifiers/verifier.ts'
@@ -12,12 +12,12 @@ export interface Verification {
   readonly judge: Judge['judge']
   /** Absent where a user's verifier has no `checkHeaders`. */
   readonly judgeHeaders: Judge['judgeHeaders'] | undefined
-  readonly keyring: Keyring
+  readonly keyring: Keys
   /** Seconds, past and future. */
   readonly tolerance: number
 }
 
-export function verificationBy (verifier: Verifier, keyring: Keyring, tolerance: number): Verification {
+export function verificationBy (verifier: Verifier, keyring: Keys, tolerance: number): Verification {
   const { judge, judgeHeaders } = judgeOf(verifier) ?? usersJudge(verifier)
   return { verifier, judge, judgeHeaders, keyring, tolerance }
 }

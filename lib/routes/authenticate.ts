@@ -1,12 +1,14 @@
 import type { IncomingHttpHeaders } from 'node:http'
 import type { FastifyReply, FastifyRequest } from 'fastify'
 import { channels } from '../channels.ts'
+import { InvalidSignature, Overloaded, Unavailable, UnknownTenant } from '../errors.ts'
 import type { Failures } from '../failures.ts'
+import { retryLater } from '../pipeline/acknowledge.ts'
 import { validate } from '../pipeline/validate.ts'
 import type { ParseJson, Validators } from '../pipeline/validate.ts'
 import { headerFault, verify } from '../pipeline/verify.ts'
 import type { Verification } from '../pipeline/verify.ts'
-import { isPromise, then } from '../steps.ts'
+import { attempt, isPromise, then } from '../steps.ts'
 import type { MaybePromise } from '../steps.ts'
 import type { Observation } from '../observation.ts'
 import type { WebhookEvent } from '../events/map.ts'
@@ -50,30 +52,39 @@ export class Authentication {
   }
 
   /** Sets `request.openaiWebhook`, or calls `done` with the error to refuse with. */
-  authenticate (endpoint: Endpoint, request: FastifyRequest, rawBody: Buffer, done: Done): void {
+  authenticate (endpoint: Endpoint, request: FastifyRequest, reply: FastifyReply, rawBody: Buffer, done: Done): void {
     const { observer } = this.#observation
     observer?.captured(request, rawBody)
+    const { name, tenants } = endpoint
+    const tenant = tenants?.nameOf(request)
+    if (tenant instanceof Error) return this.#refuse(tenant, endpoint, request, reply, done)
+    let verification: Verification = endpoint
+
     const settle = (authentic: Authentic | Error): void => {
       if (authentic instanceof Error) {
-        this.refuse(authentic, endpoint, request)
-        this.#explainer.explain(authentic, endpoint, request, rawBody)
-        return done(authentic)
+        this.#explainer.explain(authentic, name, verification, request, rawBody)
+        return this.#refuse(authentic, endpoint, request, reply, done, tenant)
       }
       const { webhookId, timestamp, event, secretIndex } = authentic
-      request.openaiWebhook = { webhookId, timestamp, endpoint: endpoint.name, rawBody, event }
+      request.openaiWebhook = tenant === undefined
+        ? { webhookId, timestamp, endpoint: name, rawBody, event }
+        : { webhookId, timestamp, endpoint: name, tenant, rawBody, event }
       if (channels.verified.hasSubscribers) {
-        channels.verified.publish({ endpoint: endpoint.name, webhookId, timestamp, event, secretIndex, bodySize: rawBody.length, request: request as VerifiedRequest })
+        channels.verified.publish({ endpoint: name, tenant, webhookId, timestamp, event, secretIndex, bodySize: rawBody.length, request: request as VerifiedRequest })
       }
       observer?.validated(request as VerifiedRequest)
       done()
     }
-    let authentic
-    try {
-      authentic = this.verify(endpoint, request.headers, rawBody, observer && (() => { observer.verified(request) }))
-    } catch (error) {
-      return settle(thrownBySchema(error))
-    }
-    if (isPromise<Authentic | Error>(authentic)) authentic.then(settle, error => settle(thrownBySchema(error)))
+    const onVerified = observer && (() => { observer.verified(request) })
+    const authentic = attempt<Authentic | Error>(() => {
+      if (tenants === undefined || tenant === undefined) return this.verify(endpoint, request.headers, rawBody, onVerified)
+      return then(tenants.verificationOf(tenant), found => {
+        if (found instanceof Error) return found
+        verification = found
+        return this.verify(found, request.headers, rawBody, onVerified)
+      })
+    }, thrownBySchema)
+    if (isPromise<Authentic | Error>(authentic)) authentic.then(settle, done)
     else settle(authentic)
   }
 
@@ -93,9 +104,18 @@ export class Authentication {
   }
 
   /** Logs, publishes and reports a refusal before there is an event to name. */
-  refuse (error: Error, { name }: Endpoint, request: FastifyRequest): void {
+  refuse (error: Error, { name }: Endpoint, request: FastifyRequest, tenant?: string): void {
     this.#told.add(error)
-    this.#failures.refused(error, { endpoint: name }, request)
+    this.#failures.refused(error, { endpoint: name, ...(tenant !== undefined && { tenant }) }, request)
+  }
+
+  #refuse (error: Error, endpoint: Endpoint, request: FastifyRequest, reply: FastifyReply, done: Done, tenant?: string): void {
+    this.refuse(error, endpoint, request, tenant)
+    if (error instanceof Unavailable || error instanceof Overloaded) retryLater(reply)
+    if (!(error instanceof UnknownTenant)) return done(error)
+    const answer = new InvalidSignature()
+    this.#told.add(answer)
+    done(answer)
   }
 
   /** Whether a refusal has been through `refuse`. */

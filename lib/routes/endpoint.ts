@@ -5,9 +5,14 @@ import { HandlerList, HandlerTable } from '../registry.ts'
 import type { Registry } from '../registry.ts'
 import type { RouteOverrides } from '../options.ts'
 import { toArray } from './hooks.ts'
+import type { Tenants } from './tenants.ts'
 
 /** A receiving route: its own verification, and the URL that names it in jobs, logs and idempotency keys. */
-export type Endpoint = Verification & { readonly name: string }
+export type Endpoint = Verification & {
+  readonly name: string
+  /** Where it serves many: each has a verification of its own, and the endpoint no keys. */
+  readonly tenants: Tenants | undefined
+}
 
 /** The receiving routes of one registration, with their handlers. */
 export class Endpoints {
@@ -22,11 +27,11 @@ export class Endpoints {
   }
 
   /** @throws FST_OPENAI_WEBHOOK_INVALID_ROUTE */
-  add (name: string, verification: Verification, lists: readonly HandlerList[]): Endpoint {
+  add (name: string, verification: Verification, lists: readonly HandlerList[], tenants?: Tenants): Endpoint {
     // Routes that differ by a constraint alone would share jobs and idempotency keys, which go by the URL.
     if (this.#lists.has(name)) throw new InvalidRoute('POST', name, 'expected a URL of its own, got that of another receiving route')
     this.#lists.set(name, lists)
-    const endpoint = { ...verification, name }
+    const endpoint = { ...verification, name, tenants }
     this.#all.set(name, endpoint)
     return endpoint
   }

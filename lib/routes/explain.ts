@@ -1,8 +1,8 @@
 import type { FastifyRequest } from 'fastify'
 import { InvalidSignature } from '../errors.ts'
 import type { Failures } from '../failures.ts'
+import type { Verification } from '../pipeline/verify.ts'
 import { standardWebhooks } from '../verifiers/standard-webhooks.ts'
-import type { Endpoint } from './endpoint.ts'
 
 /** Log levels at which `debug` is written. */
 const DETAILED = new Set(['debug', 'trace'])
@@ -18,7 +18,7 @@ export class Explainer {
     this.#failures = failures
   }
 
-  explain (refusal: Error, { name, verifier, keyring, tolerance }: Endpoint, { headers, log }: FastifyRequest, rawBody: Buffer): void {
+  explain (refusal: Error, name: string, { verifier, keyring, tolerance }: Verification, { headers, log }: FastifyRequest, rawBody: Buffer): void {
     if (!(refusal instanceof InvalidSignature) || !DETAILED.has(log.level) || verifier !== standardWebhooks()) return
     const now = Date.now()
     // A clock set back must not silence it until it has caught up.

@@ -28,7 +28,8 @@ export function protectMarked (routes: Routes, scope: FastifyInstance, route: Ro
   const verification = verifications.of(overrides, true)
   const list = endpoints.listOf(on, scope)
   const dispatches = route.handler === routes.handler
-  const endpoint = endpoints.add(route.url, verification, dispatches ? [registry.app, list] : [list])
+  const tenants = verifications.tenantsOf(route.url, overrides.tenant, verification)
+  const endpoint = endpoints.add(route.url, verification, dispatches ? [registry.app, list] : [list], tenants)
 
   const capture = captureAndAuthenticate(routes, endpoint, body)
   route.config = { ...route.config, [PROTECTED]: capture } as FastifyContextConfig
@@ -79,7 +80,7 @@ function captureAndAuthenticate ({ authentication, failures }: Routes, endpoint:
         reply.header('connection', 'close')
         return refuse(error)
       }
-      authentication.authenticate(endpoint, request, rawBody, error => {
+      authentication.authenticate(endpoint, request, reply, rawBody, error => {
         if (error === undefined) done(null, replayPayload(rawBody, payload.receivedEncodedLength))
         else done(error)
       })

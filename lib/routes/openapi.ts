@@ -139,7 +139,7 @@ const refusals: ReadonlyArray<readonly [status: number, when: string, ...codes: 
   [413, 'The body is over the limit.', 'FST_ERR_CTP_BODY_TOO_LARGE'],
   [415, 'The body is not application/json.', 'FST_ERR_CTP_INVALID_MEDIA_TYPE'],
   [500, 'A handler failed.', HandlerFailed],
-  [503, 'Not done by the deadline, no room for it, or a store or queue that cannot be reached.', DeadlineExceeded, Overloaded, Unavailable]
+  [503, 'Not done by the deadline, no room for it, or a store, a queue or a signing secret that cannot be reached.', DeadlineExceeded, Overloaded, Unavailable]
 ]
 
 /** @param exhaustive whether no verifier or handler of the user's can answer with codes of its own */

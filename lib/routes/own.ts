@@ -30,7 +30,8 @@ export function ownRoute (
     captureBody(child, body)
     shareDecorators(child)
     child.decorate(OWN, true)
-    const endpoint = endpoints.add(child.prefix + url, verification, [registry.app, list])
+    const name = child.prefix + url
+    const endpoint = endpoints.add(name, verification, [registry.app, list], verifications.tenantsOf(name, overrides.tenant, verification))
     const admit = authentication.admit(endpoint)
     // Loaded only where it can be asked for: @fastify/swagger documents the routes that are declared after it.
     const documents = scope.hasPlugin('@fastify/swagger') ? await import('./openapi.ts') : undefined
@@ -45,10 +46,10 @@ export function ownRoute (
         ...(rateLimit !== undefined && { rateLimit })
       } as FastifyContextConfig,
       onRequest: admit,
-      preHandler: (request, _reply, done) => {
+      preHandler: (request, reply, done) => {
         // Fastify parses no request without a body and a content type.
         const rawBody = Buffer.isBuffer(request.body) ? request.body : Buffer.alloc(0)
-        authentication.authenticate(endpoint, request, rawBody, error => {
+        authentication.authenticate(endpoint, request, reply, rawBody, error => {
           if (error === undefined) request.body = (request as VerifiedRequest).openaiWebhook.event
           done(error)
         })

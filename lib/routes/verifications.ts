@@ -2,11 +2,12 @@ import { InvalidSecret } from '../errors.ts'
 import { SecretSource } from '../verifiers/keyring.ts'
 import type { Keyring, Secret, SecretOptions } from '../verifiers/keyring.ts'
 import { DEFAULTS } from '../options.ts'
-import type { EndpointOptions } from '../options.ts'
+import type { EndpointOptions, TenantOptions } from '../options.ts'
 import { verificationBy } from '../pipeline/verify.ts'
 import type { Verification } from '../pipeline/verify.ts'
 import { standardWebhooks } from '../verifiers/standard-webhooks.ts'
 import type { Verifier } from '../verifiers/verifier.ts'
+import { NO_KEYS, Tenants } from './tenants.ts'
 
 /** How each endpoint of one registration verifies: by the plugin's options and a route's overrides. */
 export class Verifications {
@@ -35,11 +36,17 @@ export class Verifications {
    * @param atBoot whether `load` calls a secret function. Else it is called when a delivery needs it
    * @throws FST_OPENAI_WEBHOOK_INVALID_SECRET
    */
-  of ({ secret, verifier = this.#verifier, tolerance = this.#own.tolerance ?? DEFAULTS.tolerance }: EndpointOptions, atBoot: boolean): Verification {
+  of ({ secret, tenant, verifier = this.#verifier, tolerance = this.#own.tolerance ?? DEFAULTS.tolerance }: EndpointOptions & { tenant?: TenantOptions }, atBoot: boolean): Verification {
+    if (tenant !== undefined) return verificationBy(verifier, NO_KEYS, tolerance)
     const source = secret === undefined ? this.#sourceOfOwn() : this.#source(secret)
     const keyring = source.keyring(verifier.keyBytes)
     if (atBoot) this.#loading.add(keyring)
     return verificationBy(verifier, keyring, tolerance)
+  }
+
+  /** @param verification the endpoint's own, which has no keys */
+  tenantsOf (endpoint: string, tenant: TenantOptions | undefined, verification: Verification): Tenants | undefined {
+    return tenant && new Tenants(endpoint, tenant, verification, this.#secretOptions)
   }
 
   /** Calls the secret functions for the first time. @throws FST_OPENAI_WEBHOOK_INVALID_SECRET */

@@ -23,7 +23,7 @@ export const RETENTION = 75 * 3_600_000
  * - `finished` handlers outlive `release` and an expired lease; an unfinished key is kept for at least 72 h.
  * - A failure of the store rejects (or throws); the caller answers 503 and nothing is lost.
  *
- * Methods may answer synchronously. `key` is at most ~2,400 characters of printable text.
+ * Methods may answer synchronously. `key` is at most ~2,700 characters of printable text.
  */
 export interface IdempotencyStore {
   /** @param lease ms */

@@ -12,12 +12,23 @@ export interface SecretOptions {
   /** Called when a secret is not of the `whsec_` form. */
   warn: (message: string) => void
   /** Called when a secret function fails after boot. The keys known so far stay in use. */
-  onTrouble: (error: unknown) => void
+  onTrouble: (error: unknown, of?: { readonly endpoint: string, readonly tenant: string }) => void
   /** ms for which a refresh may hold up a delivery. */
   patience: number
 }
 
-type KeyBytes = ((secret: string) => Uint8Array) | undefined
+export type KeyBytes = ((secret: string) => Uint8Array) | undefined
+
+/** The keys that a delivery may be signed with. */
+export interface Keys {
+  readonly keys: readonly KeyObject[]
+  /**
+   * To be called when no signature matches: there may be newer keys.
+   *
+   * @returns whether there are; `undefined` where nobody was asked
+   */
+  refresh (): Promise<boolean> | undefined
+}
 
 /** The key of WeakMaps for the usual way to make a key of a secret's text. */
 const WHSEC = {}
@@ -84,24 +95,31 @@ export class SecretSource {
   }
 
   async #ask (secret: Extract<Secret, Function>): Promise<boolean> {
-    let timer: NodeJS.Timeout | undefined
-    const tooLate = new Promise<never>((_resolve, reject) => {
-      timer = setTimeout(() => reject(new InvalidSecret(`the \`secret\` function took more than ${this.#options.patience} ms`)), this.#options.patience)
-    })
-    let isAnswered = true
     try {
-      this.answer = { secrets: await Promise.race([secret(), tooLate]) }
+      this.answer = { secrets: await inTime(secret, this.#options.patience) }
+      return true
     } catch (error) {
-      isAnswered = false
       this.#options.onTrouble(error)
+      return false
     }
+  }
+}
+
+/** Calls a secret function. It rejects as that does, or when that takes more than `patience` ms. */
+export async function inTime<T> (secret: () => T | Promise<T>, patience: number): Promise<T> {
+  let timer: NodeJS.Timeout | undefined
+  const tooLate = new Promise<never>((_resolve, reject) => {
+    timer = setTimeout(() => reject(new InvalidSecret(`the \`secret\` function took more than ${patience} ms`)), patience)
+  })
+  try {
+    return await Promise.race([secret(), tooLate])
+  } finally {
     clearTimeout(timer)
-    return isAnswered
   }
 }
 
 /** The keys that a verifier uses: made at boot, and anew when their source has answered again. */
-export class Keyring {
+export class Keyring implements Keys {
   readonly #source: SecretSource
   readonly #keyBytes: KeyBytes
   readonly #options: SecretOptions
@@ -138,18 +156,20 @@ export class Keyring {
   /** Makes keys of the source's last answer. Where that is unusable, the keys stay as they are. @throws FST_OPENAI_WEBHOOK_INVALID_SECRET */
   adopt (): void {
     this.#madeOf = this.#source.answer
-    const secrets = this.#madeOf?.secrets
-    const list = typeof secrets === 'string' ? [secrets] : secrets
-    if (!Array.isArray(list) || list.length === 0) {
-      throw new InvalidSecret(`expected a signing secret or a non-empty array of them, got ${describe(secrets)}`)
-    }
-    this.#keys = list.map(secret => createSecretKey(this.#bytes(secret)))
+    this.#keys = keysOf(this.#madeOf?.secrets, this.#keyBytes, this.#options.warn)
   }
+}
 
-  #bytes (secret: unknown): Uint8Array {
-    assertSecret(secret)
-    return this.#keyBytes?.(secret) ?? secretBytes(secret, this.#options.warn)
+/** Makes keys of one secret's text or of several. @throws FST_OPENAI_WEBHOOK_INVALID_SECRET */
+export function keysOf (secrets: unknown, keyBytes: KeyBytes, warn: (message: string) => void): KeyObject[] {
+  const list: unknown = typeof secrets === 'string' ? [secrets] : secrets
+  if (!Array.isArray(list) || list.length === 0) {
+    throw new InvalidSecret(`expected a signing secret or a non-empty array of them, got ${describe(secrets)}`)
   }
+  return list.map((secret: unknown) => {
+    assertSecret(secret)
+    return createSecretKey(keyBytes?.(secret) ?? secretBytes(secret, warn))
+  })
 }
 
 function describe (value: unknown): string {

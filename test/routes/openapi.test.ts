@@ -325,6 +325,8 @@ t.test('every answer is documented with its code', async t => {
   const { path, text } = readDocument('docs/errors.md')
   for (const [first, status] of tableRows({ path, text: text.slice(text.indexOf('## Verify'), text.indexOf('## Queued and dead deliveries')) })) {
     const code = /^`(FST_[A-Z_]+)`$/.exec(first!)?.[1]
+    // No sender is answered with it.
+    if (code === `${PREFIX}UNKNOWN_TENANT`) continue
     if (code !== undefined) (catalogue[status!] ??= []).push(code)
   }
   t.same(Object.keys(catalogue), ['400', '401', '408', '409', '413', '415', '500', '503'], 'the sections that are read have them all')

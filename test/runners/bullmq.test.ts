@@ -10,6 +10,7 @@ import { build, thin } from '../support/deliveries.ts'
 import { DEADLINE, IMPATIENT, Member, TcpProxy, UNAVAILABLE, answer, batchFailed, deliverUntil200, effectsIn, redisClient, replicaOf, until } from '../support/faults.ts'
 import { capturedLog, deferred, listen, redelivered } from '../support/observe.ts'
 import { RedisServer, redisMissing } from '../support/redis.ts'
+import { keepsTenantsApart } from '../support/tenants.ts'
 
 type Teardown = { teardown: (fn: () => unknown) => void }
 
@@ -71,6 +72,11 @@ t.test('bullmq', { skip }, async t => {
     t.same(outcomes.map(({ status }) => status), ['fulfilled', 'rejected', 'fulfilled'])
     t.equal(await runner.depth!(), 6)
     await runner.close!()
+  })
+
+  await t.test('a delivery of each tenant, with the same webhook-id', async t => {
+    const { port } = await RedisServer.start(t)
+    await keepsTenantsApart(t, { runner: bullmq({ connection: { port, host: '127.0.0.1' }, attempts: 1 }) })
   })
 
   t.test('Redis is down: 503, queued and run once when it is back', async t => {

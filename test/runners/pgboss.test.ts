@@ -10,6 +10,7 @@ import { Member, answer, batchFailed, effectsIn, until } from '../support/faults
 import { capturedLog, deferred, listen, redelivered } from '../support/observe.ts'
 import { newQueue, queueing, startedBoss } from '../support/pgboss.ts'
 import { PostgresServer, postgresMissing } from '../support/postgres.ts'
+import { keepsTenantsApart } from '../support/tenants.ts'
 
 type Teardown = { teardown: (fn: () => unknown) => void }
 
@@ -454,4 +455,8 @@ t.test('depth', { skip }, async t => {
   t.equal(await answer(app, batchFailed()), '200')
   await boss.supervise(queueName)
   t.equal(await runner.depth!(), 1)
+})
+
+t.test('a delivery of each tenant, with the same webhook-id', { skip }, async t => {
+  await keepsTenantsApart(t, { runner: pgboss({ boss: await startedBoss(t, server), queueName: newQueue(), attempts: 1 }) })
 })
