@@ -104,6 +104,33 @@ t.test('every relative link leads to a file, and to a heading of it', async t =>
   }
 })
 
+t.test('llms.txt has every document, and leads to nothing else', async t => {
+  const links = relativeLinks(readDocument('llms.txt')).map(({ file }) => file)
+  t.same([...new Set(links)].sort(), documents.map(({ path }) => path).filter(path => path !== 'docs/performance.md' && path !== 'CHANGELOG.md').sort())
+})
+
+t.test('the README is short, its pictures are there, and each is there in light and dark', async t => {
+  const { text } = readDocument('README.md')
+  t.ok(text.split('\n').length <= 221, `${text.split('\n').length - 1} lines`)
+  const pictures = [...text.matchAll(/(?:src|srcset)="([^"]+)"/g)].map(([, path]) => path!)
+  t.ok(pictures.length >= 2)
+  for (const path of pictures) {
+    t.ok(existsSync(join(ROOT, path)), path)
+    t.ok(pictures.includes(path.replace(/light|dark/, theme => theme === 'light' ? 'dark' : 'light')), path)
+  }
+  const statuses = (theme: string): string[] => [...readDocument(`docs/images/delivery-${theme}.svg`).text.matchAll(/<text[^>]*>([^<]*)</g)]
+    .flatMap(([, shown]) => shown!.match(/\b[245]\d\d\b/g) ?? [])
+  t.same(new Set(statuses('light')), new Set(['200', '408', '413', '415', '401', '400', '409', '500', '503']))
+  t.same(statuses('dark'), statuses('light'))
+})
+
+t.test('docs/assistants.md names no event type that does not exist, save as a mistake', async t => {
+  const [names, mistakes] = readDocument('docs/assistants.md').text.split('## Mistakes to avoid')
+  const types = new Set([...Object.keys(officialEntries)])
+  for (const [, type] of names!.matchAll(/`((?:response|batch|fine_tuning|eval|realtime)\.[\w.]+)`/g)) t.ok(types.has(type!), `${type}`)
+  for (const [, wrong] of mistakes!.matchAll(/^\| `((?:fine_tuning|eval|batch)\.[\w.]+)`/gm)) t.notOk(types.has(wrong!), `${wrong}`)
+})
+
 t.test('docs/events.md is what the generator makes of the event table', async t => {
   const { render } = await import(new URL('../docs/generate.mjs', import.meta.url).href) as Generator
   const { text } = readDocument('docs/events.md')

@@ -79,10 +79,10 @@ app.ready().then(() => console.log(typeof app.openaiWebhook.on, typeof openaiWeb
 
   await t.test('ships only what a user needs', async t => {
     const stray = files.map(({ path }) => path)
-      .filter(path => !/^dist\/.+\.(?:js|d\.ts)$|^docs\/(?:recipes\/)?[^/]+\.md$|^docs\/examples\/observability\/[^/]+\.(?:json|yml)$|^(?:LICENSE|README\.md|CHANGELOG\.md|package\.json)$/.test(path))
+      .filter(path => !/^dist\/.+\.(?:js|d\.ts)$|^docs\/(?:recipes\/)?[^/]+\.md$|^docs\/examples\/observability\/[^/]+\.(?:json|yml)$|^(?:LICENSE|README\.md|CHANGELOG\.md|llms\.txt|package\.json)$/.test(path))
     t.same(stray, [])
     t.ok(files.some(({ path }) => path === 'dist/index.js'))
-    t.ok(files.some(({ path }) => path === 'LICENSE'))
+    for (const name of ['LICENSE', 'llms.txt', 'docs/assistants.md']) t.ok(files.some(({ path }) => path === name), name)
   })
 
   await t.test('is clean for publint and attw', async t => {
