@@ -77,7 +77,7 @@ export const NoTransaction = coded('NO_TRANSACTION',
 export const AsyncWork = coded('ASYNC_WORK',
   'the work of the handler "%s" returned a promise and was rolled back: a transaction on a SQLite handle is over when the function returns', 500)
 
-// Resources: retrieve() and batchResults() reject with these
+// Resources: retrieve(), batchResults() and reconcile() reject with these
 
 export const NoResource = coded('NO_RESOURCE', 'there is nothing to retrieve for the event %s: %s', 500)
 export const BatchNotEnded = coded('BATCH_NOT_ENDED',
@@ -87,3 +87,4 @@ export const BatchBroken = coded('BATCH_BROKEN',
   'the batch\'s %s file broke off after %d bytes and could not be resumed there: read it again from the start', 500)
 export const InvalidBatchLine = coded('INVALID_BATCH_LINE', 'line %d of the batch\'s %s file is not a result: expected %s', 500)
 export const BatchLineTooLong = coded('BATCH_LINE_TOO_LONG', 'line %d of the batch\'s %s file is longer than lineLimit, which is %d bytes', 500)
+export const UnexpectedList = coded('UNEXPECTED_LIST', 'GET %s was answered with something else than the API\'s: expected %s; is it the API\'s base URL?', 500)

@@ -178,7 +178,8 @@ t.test('the drawing in docs/lifecycle.md has every answer to a sender, with its 
   const noAnswers = [
     errors.InvalidOptions, errors.InvalidSecret, errors.InvalidRoute, errors.AlreadyRegistered, errors.AlreadyStarted, errors.MissingRoute, errors.NoDeadLetters, errors.NeedsForce, errors.InspectorRefused,
     errors.TransactionOver, errors.RolledBack, errors.NoTransaction, errors.AsyncWork, errors.UnknownTenant,
-    errors.NoResource, errors.BatchNotEnded, errors.BatchStalled, errors.BatchBroken, errors.InvalidBatchLine, errors.BatchLineTooLong
+    errors.NoResource, errors.BatchNotEnded, errors.BatchStalled, errors.BatchBroken, errors.InvalidBatchLine, errors.BatchLineTooLong,
+    errors.UnexpectedList
   ].map(CodedError => new CodedError().code)
   const answers = catalogue
     .filter(({ code }) => !noAnswers.includes(code) && code !== new errors.UnprotectedRoute().code)

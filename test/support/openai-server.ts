@@ -22,9 +22,16 @@ interface Answer {
   headers?: Record<string, string>
 }
 
+/** A resource, as far as its list looks at it. */
+export interface Listed {
+  id: string
+  created_at: number
+  [field: string]: unknown
+}
+
 export interface ServerOptions {
   apiKey?: string
-  /** Endpoints in a page. */
+  /** Endpoints, and listed resources, in a page. */
   pageSize?: number
   /** What the project can receive. */
   eventTypes?: string[]
@@ -43,6 +50,8 @@ export class OpenAIServer {
   readonly answers: Answer[] = []
   /** JSON, a file's text or what replies, by method and path: `GET /v1/batches/batch_1`. */
   readonly resources = new Map<string, object | string | ((reply: FastifyReply) => unknown)>()
+  /** Resources that are listed, in any order, by path: `/v1/batches`. */
+  readonly lists = new Map<string, Listed[]>()
   readonly #app = Fastify({ forceCloseConnections: true })
   readonly #eventTypes: string[]
   readonly #pageSize: number
@@ -99,6 +108,9 @@ export class OpenAIServer {
       const resource = this.resources.get(`${method} ${url}`)
       if (typeof resource === 'function') return await resource(reply)
       if (resource !== undefined) return await reply.send(resource)
+      const { pathname, searchParams } = new URL(url, this.url)
+      const listed = this.lists.get(pathname)
+      if (listed !== undefined && method === 'GET') return await this.#page(reply, listed, searchParams)
     })
 
     app.get<{ Querystring: { after?: string } }>('/v1/webhook_endpoints', async ({ query: { after } }) => {
@@ -152,6 +164,17 @@ export class OpenAIServer {
 
     // Hooks run for unknown paths as well, so that resources are served there.
     app.setNotFoundHandler(async ({ method, url }, reply) => await refuse(reply, 404, null, `Invalid URL (${method} ${url})`))
+  }
+
+  /** By creation, the newest first unless it is said otherwise. */
+  async #page (reply: FastifyReply, listed: Listed[], query: URLSearchParams): Promise<FastifyReply> {
+    const after = query.get('after')
+    const order = query.get('order') === 'asc' ? 1 : -1
+    const sorted = [...listed].sort((a, b) => order * (a.created_at - b.created_at || (a.id < b.id ? -1 : 1)))
+    const start = after === null ? 0 : sorted.findIndex(({ id }) => id === after) + 1
+    if (after !== null && start === 0) return refuse(reply, 400, 'invalid_value', `Invalid value for 'after': '${after}'.`)
+    const data = sorted.slice(start, start + Math.min(this.#pageSize, Number(query.get('limit') ?? 20)))
+    return await reply.send({ object: 'list', data, first_id: data[0]?.id ?? null, last_id: data.at(-1)?.id ?? null, has_more: start + data.length < sorted.length })
   }
 
   #find (id: string, reply: FastifyReply): Endpoint | undefined {

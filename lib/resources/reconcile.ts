@@ -1,0 +1,228 @@
+import { createHash } from 'node:crypto'
+import { InvalidOptions } from '../errors.ts'
+import { nearest } from '../nearest.ts'
+import { sign } from '../testing/sign.ts'
+import { SecretSource } from '../verifiers/keyring.ts'
+import { EVALS, endedSince, FAMILY_NAMES, typesOf } from './ended.ts'
+import type { Ended } from './ended.ts'
+import type { ResourceClient } from './kinds.ts'
+import { post } from './post.ts'
+
+export interface ReconcileOptions {
+  /** The receiver, such as http://127.0.0.1:3000/webhooks/openai. */
+  url: string | URL
+  /**
+   * The receiver's signing secret.
+   *
+   * @default process.env.OPENAI_WEBHOOK_SECRET
+   */
+  secret?: string
+  /**
+   * What ended since then: a Date, ms since the epoch, a date as text, or how long ago, such as `3d`, `12h`, `90m`. What the
+   * receiver's store has forgotten, it processes again: go no further back than its `idempotency.retention`.
+   */
+  since: Date | number | string
+  /**
+   * Event types or families of what can be listed: `batch.*`, `fine_tuning.job.*`, `video.*`, `agent.session.failed`, and
+   * `eval.run.*` with `evals`.
+   *
+   * @default all of them
+   */
+  types?: readonly string[]
+  /** The evals whose runs are listed. The API has no list over all of them. */
+  evals?: readonly string[]
+  /**
+   * Lists, and delivers nothing.
+   *
+   * @default false
+   */
+  dryRun?: boolean
+  /**
+   * ms to wait for an answer of the receiver's.
+   *
+   * @default 10_000
+   */
+  timeout?: number
+  signal?: AbortSignal
+  /** Told of each step. What it throws ends the run. */
+  onProgress?: (progress: ReconcileProgress) => void
+}
+
+export type ReconcileProgress =
+  /** So many have been found so far. */
+  | { readonly step: 'list', readonly family: string, readonly found: number }
+  | { readonly step: 'deliver', readonly done: number, readonly total: number, readonly event: ReconciledEvent }
+
+export interface ReconciledEvent {
+  readonly type: string
+  /** The resource's. */
+  readonly id: string
+  readonly webhookId: string
+  /** Unix seconds. */
+  readonly endedAt: number
+  /**
+   * `listed` by a dry run; `delivered` where the receiver answered 200, so it is processed or queued; `duplicate` where it had
+   * processed that before; `failed` for any other answer or none.
+   */
+  readonly outcome: 'listed' | 'delivered' | 'duplicate' | 'failed'
+  /** The receiver's status, where it answered. */
+  readonly status?: number
+  /** The receiver's word for it, such as FST_OPENAI_WEBHOOK_DEADLINE, or why no answer came. */
+  readonly code?: string
+}
+
+export interface ReconcileReport {
+  /** Oldest first. */
+  readonly events: readonly ReconciledEvent[]
+  readonly delivered: number
+  readonly duplicates: number
+  readonly failed: number
+  /** What the project cannot list, with the API's status. Only where `types` did not ask for it. */
+  readonly skipped: ReadonlyArray<{ readonly family: string, readonly status: number }>
+}
+
+const TIMEOUT = 10_000
+const AT_ONCE = 4
+const UNITS: Readonly<Record<string, number>> = { s: 1_000, m: 60_000, h: 3_600_000, d: 86_400_000 }
+/** The project has no access to it, or the API is no more: an API key that is wrong is 401. */
+const UNLISTED: readonly unknown[] = [403, 404, 410]
+
+/**
+ * Delivers events that did not arrive: lists what has ended since a time, makes the event that was sent for each, signs it and
+ * delivers it to the receiver, which is to have `idempotency: { reconcile: true }` and knows what it has processed. A second run
+ * does nothing, since an event's `webhook-id` is made of its type and its resource's id.
+ *
+ * Rejects with FST_OPENAI_WEBHOOK_INVALID_OPTIONS, FST_OPENAI_WEBHOOK_INVALID_SECRET, FST_OPENAI_WEBHOOK_UNEXPECTED_LIST, the
+ * signal's reason and the SDK's errors. What the receiver refuses is in the report.
+ *
+ * @param client of the official `openai` package, with an API key of the project whose events are received
+ */
+export async function reconcile (client: ResourceClient, options: ReconcileOptions): Promise<ReconcileReport> {
+  const plan = planOf(options)
+  const { signal, dryRun = false, onProgress } = options
+  const { found, skipped } = await list(client, plan, options)
+  const events: ReconciledEvent[] = found.map(ended => ({ ...identityOf(ended), outcome: 'listed' }))
+  if (!dryRun) {
+    const next = found.entries()
+    let done = 0
+    async function deliverNext (): Promise<void> {
+      for (const [index, ended] of next) {
+        signal?.throwIfAborted()
+        const event = events[index] = { ...identityOf(ended), ...await deliver(ended, plan, signal) }
+        onProgress?.({ step: 'deliver', done: ++done, total: found.length, event })
+      }
+    }
+    await Promise.all(Array.from({ length: AT_ONCE }, deliverNext))
+  }
+  const count = (wanted: ReconciledEvent['outcome']): number => events.filter(({ outcome }) => outcome === wanted).length
+  return { events, delivered: count('delivered'), duplicates: count('duplicate'), failed: count('failed'), skipped }
+}
+
+interface Plan {
+  readonly url: URL
+  readonly secret: string
+  /** Unix seconds */
+  readonly since: number
+  readonly types: ReadonlySet<string>
+  readonly families: ReadonlyArray<{ readonly family: string, readonly evalId?: string }>
+  readonly timeout: number
+}
+
+async function list (client: ResourceClient, { since, types, families }: Plan, { types: asked, signal, onProgress }: ReconcileOptions): Promise<{ found: Ended[], skipped: ReconcileReport['skipped'] }> {
+  // By their webhook-ids: pages may shift while they are read.
+  const found = new Map<string, Ended>()
+  const skipped: Array<ReconcileReport['skipped'][number]> = []
+  for (const { family, ...options } of families) {
+    try {
+      for await (const page of endedSince(client, family, since, { ...options, signal })) {
+        for (const ended of page) if (types.has(ended.type)) found.set(identityOf(ended).webhookId, ended)
+        onProgress?.({ step: 'list', family, found: found.size })
+      }
+    } catch (error) {
+      const { status } = Object(error) as { status?: unknown }
+      if (asked !== undefined || !UNLISTED.includes(status)) throw error
+      skipped.push({ family, status: status as number })
+    }
+  }
+  return { found: [...found.values()].sort((a, b) => a.endedAt - b.endedAt), skipped }
+}
+
+function identityOf ({ type, data: { id }, endedAt }: Ended): Omit<ReconciledEvent, 'outcome'> {
+  return { type, id, webhookId: `wh_reconciled_${digest(type, id)}`, endedAt }
+}
+
+function digest (type: string, id: string): string {
+  return createHash('sha256').update(`${type} ${id}`).digest('hex').slice(0, 32)
+}
+
+async function deliver (ended: Ended, { url, secret, timeout }: Plan, signal: AbortSignal | undefined): Promise<Pick<ReconciledEvent, 'outcome' | 'status' | 'code'>> {
+  const { type, id, webhookId, endedAt } = identityOf(ended)
+  const body = JSON.stringify({ id: `evt_reconciled_${digest(type, id)}`, object: 'event', created_at: Math.floor(endedAt), type, data: ended.data })
+  const { status, code, duplicate } = await post(url, sign(body, { secret, webhookId }), body, timeout, signal)
+  return {
+    outcome: status !== 200 ? 'failed' : duplicate ? 'duplicate' : 'delivered',
+    ...(status !== undefined && { status }),
+    ...(code !== undefined && { code })
+  }
+}
+
+/** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS, FST_OPENAI_WEBHOOK_INVALID_SECRET */
+function planOf ({ url, secret = process.env['OPENAI_WEBHOOK_SECRET'], since, types, evals = [], dryRun = false, timeout = TIMEOUT }: ReconcileOptions): Plan {
+  if (!Number.isSafeInteger(timeout) || timeout < 1 || timeout > 2 ** 31 - 1) throw invalid('timeout', 'a whole number of ms, from 1 to 2147483647')
+  if (!dryRun) new SecretSource(secret as string, { warn: ignore, onTrouble: ignore, patience: 0 }).keyring(undefined)
+  const wanted = new Set(types === undefined ? FAMILY_NAMES.flatMap(typesOf) : types.flatMap(listable))
+  const families = FAMILY_NAMES.filter(family => family !== EVALS && typesOf(family).some(type => wanted.has(type)))
+  if (types !== undefined && evals.length === 0 && typesOf(EVALS).some(type => wanted.has(type))) throw invalid('evals', 'the ids of the evals whose runs are meant: the API has no list over all of them')
+  return {
+    url: dryRun ? DRY : urlOf(url),
+    secret: secret!,
+    since: sinceOf(since),
+    types: wanted,
+    families: [...families.map(family => ({ family })), ...evals.map(evalId => ({ family: EVALS, evalId: idOf(evalId) }))],
+    timeout
+  }
+}
+
+/** ms, of a text such as 3d, 12h, 90m or 45s. */
+export function durationOf (text: unknown): number | undefined {
+  const [, amount, unit] = typeof text === 'string' ? /^(\d+)([smhd])$/.exec(text) ?? [] : []
+  return unit === undefined ? undefined : Number(amount) * UNITS[unit]!
+}
+
+const ignore = (): void => {}
+
+/** Nothing is delivered there. */
+const DRY = new URL('http://127.0.0.1')
+
+function invalid (name: string, expected: string): Error {
+  return new InvalidOptions(`reconcile(): expected ${name} to be ${expected}`)
+}
+
+/** The types that a name stands for. */
+function listable (name: string): string[] {
+  const known = FAMILY_NAMES.flatMap(typesOf)
+  const matching = known.filter(type => type === name || (name.endsWith('.*') && type.startsWith(name.slice(0, -1))))
+  if (matching.length === 0) throw invalid('types', `of what the API can list, ${known.join(', ')} or families of these; it has no list for "${name.slice(0, 64)}"${nearest(name, [...known, ...FAMILY_NAMES])}`)
+  return matching
+}
+
+function idOf (evalId: unknown): string {
+  if (typeof evalId !== 'string' || !/^[\w-]{1,256}$/.test(evalId)) throw invalid('evals', 'ids of evals, such as eval_123')
+  return evalId
+}
+
+function urlOf (given: string | URL): URL {
+  const url = URL.canParse(String(given)) ? new URL(given) : undefined
+  if (url === undefined || !/^https?:$/.test(url.protocol) || url.username + url.password !== '') {
+    throw invalid('url', 'an http(s) address without user name and password, such as http://127.0.0.1:3000/webhooks/openai')
+  }
+  return url
+}
+
+/** Unix seconds. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
+export function sinceOf (since: unknown): number {
+  const ago = durationOf(since)
+  const ms = ago !== undefined ? Date.now() - ago : since instanceof Date || typeof since === 'string' ? new Date(since).getTime() : since
+  if (typeof ms !== 'number' || !Number.isFinite(ms) || ms > Date.now()) throw invalid('since', 'a time in the past: a Date, ms since the epoch, a date as text, or how long ago, such as 3d, 12h or 90m')
+  return ms / 1_000
+}
