@@ -1,6 +1,6 @@
 // Signed requests as bytes, each with a webhook-id, an event id and a signature of its own: a repeated request would
 // measure the duplicate path. Made before the clock starts.
-import { createHmac, createSecretKey, randomBytes, randomUUID } from 'node:crypto'
+import { createHash, createHmac, createSecretKey, randomBytes, randomUUID } from 'node:crypto'
 
 export const PATH = '/webhooks/openai'
 
@@ -9,6 +9,11 @@ export const secrets = (count = 1) => Array.from({ length: count }, (_, index) =
 
 export const [SECRET] = secrets()
 const key = createSecretKey(Buffer.from(SECRET.slice('whsec_'.length), 'base64'))
+
+/** Each tenant's own. */
+export const secretOf = tenant => `whsec_${createHash('sha256').update(tenant).digest('base64')}`
+
+export const tenantNames = count => Array.from({ length: count }, (_, index) => `proj_${String(index).padStart(8, '0')}`)
 
 const EVENT_ID = '<event-id>'
 const EVENT_ID_LENGTH = 'evt_'.length + 32
@@ -73,7 +78,7 @@ const unixNow = () => Math.floor(Date.now() / 1000)
 
 /** The header lines of a delivery that is signed, unsigned, stale (an hour old) or forged. */
 const schemes = {
-  standard (kind, parts) {
+  standard (kind, parts, key) {
     const id = `wh_${randomUUID().replaceAll('-', '')}`
     const timestamp = unixNow() - (kind === 'stale' ? 3_600 : 0)
     const lines = [`webhook-id: ${id}`, `webhook-timestamp: ${timestamp}`]
@@ -94,21 +99,23 @@ function mac (key, parts, encoding) {
 }
 
 /**
- * @param {{ templates: string[][], count: number, kind?: string, scheme?: string }} plan
+ * @param {{ templates: string[][], count: number, kind?: string, scheme?: string, tenants?: number }} plan
  * @returns {Buffer[][]} the pieces of each request
  */
-export function buildRequests ({ templates, count, kind = 'signed', scheme = 'standard' }) {
+export function buildRequests ({ templates, count, kind = 'signed', scheme = 'standard', tenants = 0 }) {
+  const senders = tenantNames(tenants).map(name => ({ path: `${PATH}/${name}`, key: createSecretKey(Buffer.from(secretOf(name).slice('whsec_'.length), 'base64')) }))
   const events = templates.map(([head, tail]) => ({ head, tail: Buffer.from(tail) }))
   return Array.from({ length: count }, (_, index) => {
     const { head, tail } = events[index % events.length]
+    const { path, key: ofSender } = senders[Math.floor(Math.random() * tenants)] ?? { path: PATH, key }
     const first = Buffer.from(`${head}evt_${randomUUID().replaceAll('-', '')}`)
     const lines = [
-      `POST ${PATH} HTTP/1.1`,
+      `POST ${path} HTTP/1.1`,
       'host: 127.0.0.1',
       'accept: */*',
       'content-type: application/json',
       `content-length: ${first.length + tail.length}`,
-      ...schemes[scheme](kind, [first, tail])
+      ...schemes[scheme](kind, [first, tail], ofSender)
     ]
     const start = Buffer.concat([Buffer.from(`${lines.join('\r\n')}\r\n\r\n`), first])
     return tail.length > SHARED_FROM ? [start, tail] : [Buffer.concat([start, tail])]

@@ -45,6 +45,7 @@ const results = {
   production: { plan, variants: each({ 'inline HMAC': 20, 'raw-body + openai': 60, 'the plugin': 22, 'the plugin, metrics': 24 }) },
   handlers: { plan, variants: each({ '1 for 1 type': 20, '200 for 40 types': 20.4 }) },
   secrets: { plan, variants: each({ 1: 20, 5: 30 }) },
+  tenants: { plan, variants: each({ 1: 20, '10,000': 20.2 }) },
   types: { plan, size: 512, variants: each({ 1: 20, 40: 21 }) },
   'cold-start': {
     starts: 3,

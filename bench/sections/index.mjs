@@ -9,6 +9,7 @@ import * as refusals from './refusals.mjs'
 import * as runners from './runners.mjs'
 import * as secrets from './secrets.mjs'
 import * as steady from './steady.mjs'
+import * as tenants from './tenants.mjs'
 import * as types from './types.mjs'
 
 /**
@@ -16,5 +17,5 @@ import * as types from './types.mjs'
  * `targets(data)`, see `renderTargets`.
  */
 export const sections = Object.fromEntries([
-  comparison, production, refusals, handlers, secrets, types, coldStart, memory, runners, steady, growth, redis
+  comparison, production, refusals, handlers, secrets, tenants, types, coldStart, memory, runners, steady, growth, redis
 ].map(section => [section.name, section]))
