@@ -11,7 +11,8 @@ export { default } from './plugin.ts'
 
 // Events
 export { guideEvents } from './events/index.ts'
-export type { EventsOf, GuideEvents, OfficialEvents } from './events/index.ts'
+export type { GuideEvents, OfficialEvents } from './events/index.ts'
+export type { AnySchema, EventOfSchema, EventsOf, StandardResult, StandardSchema, TypeBoxSchema } from './events/users.ts'
 // A star, so that `declare module 'fastify-openai-webhook'` merges into what is declared there.
 export type * from './events/map.ts'
 export type { EventContext, EventHandler, RouteHandlers } from './handlers.ts'

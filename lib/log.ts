@@ -115,6 +115,11 @@ export class RefusalLog {
     if (this.#hasRoom(log, 'VERIFIER_FAILED', endpoint)) logError(log, cause, { code, endpoint }, 'the verifier failed, and the delivery was refused')
   }
 
+  /** A user's schema has thrown, likewise. */
+  unjudged (log: FastifyBaseLogger, cause: unknown, code: string, endpoint: string): void {
+    if (this.#hasRoom(log, 'SCHEMA_FAILED', endpoint)) logError(log, cause, { code, endpoint }, 'a schema failed, and the delivery was refused')
+  }
+
   /** A user's `tenant.of` has thrown, likewise. */
   unnamed (log: FastifyBaseLogger, cause: unknown, code: string, endpoint: string): void {
     if (this.#hasRoom(log, 'TENANT_OF_FAILED', endpoint)) logError(log, cause, { code, endpoint }, 'tenant.of failed, and the delivery was refused')

@@ -1,14 +1,14 @@
 import type {
   FastifyContextConfig, FastifyRequest, RawReplyDefaultExpression, RawRequestDefaultExpression, RawServerDefault, RouteGenericInterface, RouteHandlerMethod
 } from 'fastify'
-import type { TSchema } from '@sinclair/typebox'
 import { InvalidOptions } from './errors.ts'
 import type { Secret } from './verifiers/keyring.ts'
 import { nearest } from './nearest.ts'
 import type { Runner } from './runners/runner.ts'
 import { RETENTION } from './stores/store.ts'
 import type { IdempotencyStore } from './stores/store.ts'
-import { KindGuard } from './typebox.ts'
+import { jsonSchemaOf, kindOf } from './events/users.ts'
+import type { AnySchema } from './events/users.ts'
 import type { RouteHandlers } from './handlers.ts'
 import type { Verifier } from './verifiers/verifier.ts'
 
@@ -87,8 +87,11 @@ export interface OpenAIWebhookOptions extends ReceivingOptions {
    * shall not apply. They count deliveries whose headers are in order, before any is hashed.
    */
   rateLimit?: RateLimit
-  /** Schemas of further event types, or other ones for known types. Type them by merging into `OpenAIWebhookEvents`. */
-  events?: Readonly<Record<string, TSchema>>
+  /**
+   * Schemas of further event types, or other ones for known types: of TypeBox 0.34 or 1.x, or with Standard Schema (Zod, Valibot,
+   * ArkType), synchronous. They check an event and do not change it. Type them by merging `EventsOf` into `OpenAIWebhookEvents`.
+   */
+  events?: Readonly<Record<string, AnySchema>>
   /** `false`: a delivery that comes twice is processed twice. */
   idempotency?: IdempotencyOptions | false
   /**
@@ -223,7 +226,7 @@ const pluginRules: Record<keyof Required<OpenAIWebhookOptions>, Rule> = {
   path: { expected: 'a path that begins with "/", or false', accepts: value => value === false || (typeof value === 'string' && value.startsWith('/')) },
   prefix: { expected: 'a string', accepts: value => typeof value === 'string' },
   rateLimit,
-  events: { expected: 'an object of TypeBox schemas by event type', accepts: isObject },
+  events: { expected: 'an object of schemas by event type', accepts: isObject },
   idempotency: { expected: 'false or an object { store, lease, retention, reconcile }', accepts: value => value === false || isObject(value) },
   runner: { expected: 'a runner such as inline()', accepts: has('run') },
   deadline: wholeNumber('ms', 1, LONGEST_TIMER),
@@ -337,22 +340,22 @@ function adviceOn (name: string, known: readonly string[]): string {
   return nearest(name, known) || `: expected ${known.slice(0, -1).join(', ')} or ${known.at(-1)}`
 }
 
-function assertSchema (type: string, schema: TSchema): void {
-  if (!KindGuard.IsSchema(schema)) {
-    throw new InvalidOptions(`expected events["${type}"] to be a schema of TypeBox 0.34 (npm i @sinclair/typebox@0.34), got ${showSchema(schema)}`)
+function assertSchema (type: string, schema: AnySchema): void {
+  if (kindOf(schema) === undefined) {
+    throw new InvalidOptions(`expected events["${type}"] to be a schema of TypeBox 0.34 or 1.x, or with Standard Schema (Zod, Valibot, ArkType), got ${showSchema(schema)}`)
   }
-  const { const: literal } = ((schema['properties'] as Record<string, TSchema> | undefined)?.['type'] ?? {}) as { const?: unknown }
+  const { properties } = jsonSchemaOf(schema) as { properties?: { type?: { const?: unknown } } }
+  const literal = properties?.type?.const
   if (literal !== undefined && literal !== type) {
     throw new InvalidOptions(`expected events["${type}"] to have the type "${type}", got the literal ${show(literal)}`)
   }
 }
 
-/** Names what was given in place of a schema of TypeBox 0.34. */
+/** Names what was given in place of a schema. */
 function showSchema (value: unknown): string {
   if ((typeof value !== 'object' && typeof value !== 'function') || value === null) return show(value)
-  const { '~kind': kind, '~standard': standard, constructor } = value as { '~kind'?: unknown, '~standard'?: { vendor?: unknown }, constructor?: unknown }
-  if (kind !== undefined) return 'one of TypeBox 1.x, the package "typebox"'
-  if (standard !== undefined) return `one of ${String(standard.vendor).slice(0, 32)}`
+  const { '~standard': standard, constructor } = value as { '~standard'?: { version?: unknown }, constructor?: unknown }
+  if (standard !== undefined) return `one of another version of Standard Schema (${show(standard?.version)})`
   if (JSON_SCHEMA_KEYWORDS.some(keyword => Object.hasOwn(value, keyword))) return 'a plain JSON Schema'
   return isObject(value) && typeof constructor === 'function' && constructor !== Object ? `an instance of ${constructor.name}` : show(value)
 }

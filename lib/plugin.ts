@@ -13,8 +13,9 @@ import { Failures } from './failures.ts'
 import { DEFAULTS, assertOptions } from './options.ts'
 import type { OpenAIWebhookOptions } from './options.ts'
 import { Claims } from './pipeline/deduplicate.ts'
-import { Validators, jsonParser } from './pipeline/validate.ts'
-import type { Compiler } from './pipeline/validate.ts'
+import { jsonParser } from './pipeline/validate.ts'
+import { Validators, compilersFor } from './pipeline/validators.ts'
+import type { Compilers } from './pipeline/validators.ts'
 import { Observation } from './observation.ts'
 import { Registry } from './registry.ts'
 import type { FailureInfo } from './registry.ts'
@@ -31,7 +32,6 @@ import { runnersInUse } from './runners/runner.ts'
 import { OpenAIWebhookScope } from './scope.ts'
 import { memoryStore } from './stores/memory.ts'
 import { noStore } from './stores/none.ts'
-import { TypeCompiler } from './typebox.ts'
 import type { OpenAIWebhook } from './api.ts'
 import { Verifications } from './routes/verifications.ts'
 
@@ -39,8 +39,8 @@ import { Verifications } from './routes/verifications.ts'
 async function openaiWebhook (instance: FastifyInstance, options: OpenAIWebhookOptions): Promise<void> {
   assertOptions(options)
   if (instance.hasDecorator('openaiWebhook')) throw new AlreadyRegistered()
-  const compiler = options.events === undefined ? TypeCompiler : await usersCompiler()
-  const { routes, deadLetters, start, close } = assemble(instance, options, compiler)
+  const compilers = await compilersFor(options.events ?? {})
+  const { routes, deadLetters, start, close } = assemble(instance, options, compilers)
 
   const scopes = new WeakMap<FastifyInstance, OpenAIWebhook>()
   instance.decorate('openaiWebhook', {
@@ -80,7 +80,7 @@ interface Registration {
 }
 
 /** The parts of one registration. */
-function assemble (instance: FastifyInstance, options: OpenAIWebhookOptions, compiler: Compiler): Registration {
+function assemble (instance: FastifyInstance, options: OpenAIWebhookOptions, compilers: Compilers): Registration {
   const { store, lease = DEFAULTS.lease, retention = DEFAULTS.retention, reconcile = DEFAULTS.reconcile } = options.idempotency || {}
   const events = { ...officialEvents, ...options.events }
   const runner = options.runner ?? inline()
@@ -101,7 +101,7 @@ function assemble (instance: FastifyInstance, options: OpenAIWebhookOptions, com
     events,
     endpoints,
     verifications,
-    authentication: new Authentication(jsonParser(instance), new Validators(officialEvents, options.events ?? {}, compiler), failures, observation),
+    authentication: new Authentication(jsonParser(instance), new Validators(officialEvents, options.events ?? {}, compilers), failures, observation),
     failures,
     observation,
     receiver: new Receiver(works, claims, handling, runner, observation),
@@ -134,14 +134,6 @@ function assemble (instance: FastifyInstance, options: OpenAIWebhookOptions, com
       await closed
     }
   }
-}
-
-/** The user's copy of TypeBox compiles the user's schemas: it has the formats and kinds that were registered with it. */
-async function usersCompiler (): Promise<Compiler> {
-  // A name that the bundler cannot see, or it would bundle our copy.
-  const name: string = '@sinclair/typebox/compiler'
-  const module = await import(name) as typeof import('@sinclair/typebox/compiler')
-  return module.TypeCompiler
 }
 
 export default fp(openaiWebhook, { fastify: '5.x', name: 'fastify-openai-webhook' })

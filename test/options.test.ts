@@ -9,11 +9,11 @@ import { capturedLog, codeOf, deferred, messageOf, redelivered, watchedStore } f
 const RECEIVED = '{"received":true}'
 const DUPLICATE = '{"received":true,"duplicate":true}'
 
-/** What people have in place of a schema of TypeBox 0.34, as its libraries make it. */
+/** What people have in place of a schema. */
 const foreignSchemas: Record<string, unknown> = {
-  'one of TypeBox 1.x, the package "typebox"': Object.defineProperty({ type: 'object', properties: {} }, '~kind', { value: 'Object' }),
-  'one of zod': { type: 'object', '~standard': { version: 1, vendor: 'zod', validate () {} } },
-  'one of arktype': Object.assign(() => {}, { '~standard': { version: 1, vendor: 'arktype', validate () {} } }),
+  'one of another version of Standard Schema (2)': { type: 'object', '~standard': { version: 2, vendor: 'zod', validate () {} } },
+  'one of another version of Standard Schema (1)': Object.assign(() => {}, { '~standard': { version: 1, vendor: 'arktype' } }),
+  'one of another version of Standard Schema (undefined)': { '~standard': null },
   'a plain JSON Schema': { type: 'object', properties: {} },
   'an instance of ZodObject': new (class ZodObject { _def = {} })(),
   'a value of type object': { id: 'string' },
@@ -51,18 +51,18 @@ t.test('wrong values are refused: what was expected, what came', async t => {
     [{ bodyLimit: '64kb' }, 'expected bodyLimit to be a whole number of bytes, 1 or more, got "64kb"'],
     [{ bodyTimeout: 0 }, 'expected bodyTimeout to be a whole number of ms, 1 or more and at most 2147483647, got 0'],
     [{ bodyTimeout: '10s' }, 'expected bodyTimeout to be a whole number of ms, 1 or more and at most 2147483647, got "10s"'],
-    [{ events: [] }, 'expected events to be an object of TypeBox schemas by event type, got an array'],
+    [{ events: [] }, 'expected events to be an object of schemas by event type, got an array'],
     ...Object.entries(foreignSchemas).map(([got, schema]) => [
       { events: { 'order.shipped': event('order.shipped'), 'order.paid': schema } },
-      `expected events["order.paid"] to be a schema of TypeBox 0.34 (npm i @sinclair/typebox@0.34), got ${got}`
+      `expected events["order.paid"] to be a schema of TypeBox 0.34 or 1.x, or with Standard Schema (Zod, Valibot, ArkType), got ${got}`
     ] as [object, string]),
     [{ events: { 'order.paid': event('order.shipped') } }, 'expected events["order.paid"] to have the type "order.paid", got the literal "order.shipped"'],
     [{ events: { 'order.paid': Type.Object({ type: Type.Literal(7) }) } }, 'expected events["order.paid"] to have the type "order.paid", got the literal 7'],
     [{ verifier: 'standard' }, 'expected verifier to be a function, got "standard"'],
     [{ verifier: {} }, 'expected verifier to be a function, got a value of type object'],
-    [{ idempotency: true }, 'expected idempotency to be false or an object { store, lease, retention }, got true'],
-    [{ idempotency: null }, 'expected idempotency to be false or an object { store, lease, retention }, got null'],
-    [{ idempotency: memoryStore }, 'expected idempotency to be false or an object { store, lease, retention }, got a value of type function'],
+    [{ idempotency: true }, 'expected idempotency to be false or an object { store, lease, retention, reconcile }, got true'],
+    [{ idempotency: null }, 'expected idempotency to be false or an object { store, lease, retention, reconcile }, got null'],
+    [{ idempotency: memoryStore }, 'expected idempotency to be false or an object { store, lease, retention, reconcile }, got a value of type function'],
     [{ idempotency: { store: {} } }, 'expected idempotency.store to be a store such as memoryStore(), got a value of type object'],
     [{ idempotency: { store: new Map() } }, 'expected idempotency.store to be a store such as memoryStore(), got a value of type object'],
     [{ idempotency: { lease: 0 } }, 'expected idempotency.lease to be a whole number of ms, 1 or more and at most 2147483647, got 0'],

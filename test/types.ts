@@ -7,6 +7,10 @@ import { postgresInbox, postgresStore } from '../lib/postgres/index.ts'
 import type { Inbox } from '../lib/postgres/index.ts'
 import { sqliteInbox } from '../lib/sqlite/index.ts'
 import { Type } from '@sinclair/typebox'
+import { type as arktype } from 'arktype'
+import { Type as TypeBox1 } from 'typebox'
+import * as v from 'valibot'
+import * as z from 'zod'
 import Fastify from 'fastify'
 import type { FastifyBaseLogger, FastifyInstance } from 'fastify'
 import type { UnwrapWebhookEvent } from 'openai/resources/webhooks'
@@ -484,3 +488,24 @@ sqliteInbox(sqlite).first(async () => [], 'eight', { webhookId: 'wh_1', endpoint
 // @ts-expect-error not a client alone
 postgresStore(new Client())
 export const inboxes: Array<Inbox<PoolClient> | Promise<boolean> | boolean> = [postgresInbox(pgPool), answered, atOnce]
+
+// Schemas of any library: the event as it arrives
+
+const schemas = {
+  old: Type.Object({ data: Type.Object({ id: Type.String(), note: Type.Optional(Type.String()) }) }),
+  typebox: TypeBox1.Object({ data: TypeBox1.Object({ id: TypeBox1.String(), note: TypeBox1.Optional(TypeBox1.String()) }) }),
+  unsafe: TypeBox1.Unsafe<{ data: { id: string } }>({ type: 'object' }),
+  zod: z.object({ data: z.object({ id: z.string(), note: z.string().default('none') }) }),
+  valibot: v.object({ data: v.object({ id: v.string(), note: v.optional(v.string(), 'none') }) }),
+  arktype: arktype({ data: { id: 'string', note: "string = 'none'" } })
+}
+type BySchema = EventsOf<typeof schemas>
+same<BySchema['old'], { data: { id: string, note?: string } }>()
+same<BySchema['typebox'], { data: { id: string, note?: string } }>()
+same<BySchema['unsafe'], { data: { id: string } }>()
+same<BySchema['zod'], { data: { id: string, note?: string | undefined } }>()
+same<BySchema['valibot'], { data: { id: string, note?: string | undefined } }>()
+same<BySchema['arktype'], { data: { id: string, note?: string } }>()
+app.register(openaiWebhook, { events: schemas })
+// @ts-expect-error a plain JSON Schema
+app.register(openaiWebhook, { events: { 'a.b': { type: 'object' } } })

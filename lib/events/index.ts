@@ -1,4 +1,3 @@
-import type { Static, TSchema } from '@sinclair/typebox'
 import { agent } from './agent.ts'
 import { batch } from './batch.ts'
 import { call, connection } from './call.ts'
@@ -8,6 +7,7 @@ import { guideEntries } from './guide.ts'
 import { response } from './response.ts'
 import { safety, safetyIdentifier } from './safety.ts'
 import type { EventEntry } from './schema.ts'
+import type { EventsOf } from './users.ts'
 import { video } from './video.ts'
 
 /**
@@ -31,9 +31,6 @@ export const officialEntries = {
 export { guideEntries }
 
 type SchemasOf<Entries extends Record<string, EventEntry>> = { [Name in keyof Entries]: Entries[Name]['schema'] }
-
-/** The TypeScript types of a set of schemas, for declaration merging into `OpenAIWebhookEvents`. */
-export type EventsOf<Schemas extends Record<string, TSchema>> = { [Name in keyof Schemas]: Static<Schemas[Name]> }
 
 export type OfficialEvents = EventsOf<SchemasOf<typeof officialEntries>>
 

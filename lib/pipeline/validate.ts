@@ -1,9 +1,7 @@
 import { isUtf8 } from 'node:buffer'
 import type { FastifyInstance, FastifyRequest } from 'fastify'
-import type { TSchema } from '@sinclair/typebox'
-import type { TypeCheck } from '@sinclair/typebox/compiler'
-import { InvalidBody, InvalidEvent, InvalidOptions } from '../errors.ts'
-import { TypeCompiler } from '../typebox.ts'
+import { InvalidBody, InvalidEvent } from '../errors.ts'
+import type { Validators } from './validators.ts'
 
 /** Parses JSON text or throws; refuses `__proto__` and `constructor.prototype` keys. */
 export type ParseJson = (text: string) => unknown
@@ -24,40 +22,6 @@ export function jsonParser (instance: FastifyInstance): ParseJson {
   }
 }
 
-/** The compiler of one copy of TypeBox. It knows the formats and kinds that were registered with that copy. */
-export type Compiler = Pick<typeof TypeCompiler, 'Compile'>
-
-/**
- * Checks events by type. The user's schemas are compiled at boot, since they may be faulty; ours when the first event of the type
- * comes, since all of them would take 7 ms of an app's start.
- */
-export class Validators {
-  readonly #compiled = new Map<string, TypeCheck<TSchema>>()
-  readonly #ours: Readonly<Record<string, TSchema>>
-
-  /** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
-  constructor (ours: Readonly<Record<string, TSchema>>, users: Readonly<Record<string, TSchema>>, usersCompiler: Compiler) {
-    this.#ours = ours
-    for (const [type, schema] of Object.entries(users)) {
-      try {
-        this.#compiled.set(type, usersCompiler.Compile(schema))
-      } catch (cause) {
-        // A kind or a reference that this copy of TypeBox does not know.
-        throw new InvalidOptions(`expected events["${type}"] to be a schema that TypeBox can compile, got: ${(cause as Error).message}`, { cause })
-      }
-    }
-  }
-
-  /** @returns undefined for an unknown type */
-  for (type: string): TypeCheck<TSchema> | undefined {
-    const compiled = this.#compiled.get(type)
-    if (compiled !== undefined || !Object.hasOwn(this.#ours, type)) return compiled
-    const made = TypeCompiler.Compile(this.#ours[type]!)
-    this.#compiled.set(type, made)
-    return made
-  }
-}
-
 /**
  * Makes an event of the signed bytes. An unknown type passes unchecked, since OpenAI adds types.
  *
@@ -66,8 +30,14 @@ export class Validators {
 export function validate (rawBody: Buffer, parse: ParseJson, validators: Validators): { type: string } | Error {
   const event = toEvent(rawBody, parse)
   if (event instanceof Error) return event
-  const validator = validators.for(event.type)
-  return validator === undefined || validator.Check(event) ? event : new InvalidEvent(faults(validator, event))
+  let faults
+  try {
+    faults = validators.for(event.type)?.(event)
+  } catch (thrown) {
+    // The user's own, so it is for the log alone.
+    return new InvalidEvent('its schema failed', { cause: thrown instanceof Error ? thrown : new Error('a schema threw what is no Error') })
+  }
+  return faults === undefined ? event : new InvalidEvent(faults)
 }
 
 function toEvent (rawBody: Buffer, parse: ParseJson): { type: string } | Error {
@@ -117,17 +87,4 @@ function cannotBeQueued (value: unknown, levels: number): string | undefined {
     if (fault !== undefined) return fault
   }
   return undefined
-}
-
-const MAX_FAULTS = 5
-const MAX_LENGTH = 400
-
-/** Lists paths and what was expected there. TypeBox's messages hold nothing of the value. */
-function faults (validator: TypeCheck<TSchema>, event: unknown): string {
-  const found = new Map<string, string>()
-  for (const { path, message } of validator.Errors(event)) {
-    if (!found.has(path)) found.set(path, `${path} (${message})`)
-    if (found.size === MAX_FAULTS) break
-  }
-  return [...found.values()].join(', ').slice(0, MAX_LENGTH)
 }

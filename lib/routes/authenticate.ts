@@ -5,10 +5,11 @@ import { InvalidSignature, Overloaded, Unavailable, UnknownTenant } from '../err
 import type { Failures } from '../failures.ts'
 import { retryLater } from '../pipeline/acknowledge.ts'
 import { validate } from '../pipeline/validate.ts'
-import type { ParseJson, Validators } from '../pipeline/validate.ts'
+import type { ParseJson } from '../pipeline/validate.ts'
+import type { Validators } from '../pipeline/validators.ts'
 import { headerFault, verify } from '../pipeline/verify.ts'
 import type { Verification } from '../pipeline/verify.ts'
-import { attempt, isPromise, then } from '../steps.ts'
+import { isPromise, then } from '../steps.ts'
 import type { MaybePromise } from '../steps.ts'
 import type { Observation } from '../observation.ts'
 import type { WebhookEvent } from '../events/map.ts'
@@ -76,14 +77,13 @@ export class Authentication {
       done()
     }
     const onVerified = observer && (() => { observer.verified(request) })
-    const authentic = attempt<Authentic | Error>(() => {
-      if (tenants === undefined || tenant === undefined) return this.verify(endpoint, request.headers, rawBody, onVerified)
-      return then(tenants.verificationOf(tenant), found => {
+    const authentic = tenants === undefined || tenant === undefined
+      ? this.verify(endpoint, request.headers, rawBody, onVerified)
+      : then(tenants.verificationOf(tenant), found => {
         if (found instanceof Error) return found
         verification = found
         return this.verify(found, request.headers, rawBody, onVerified)
       })
-    }, thrownBySchema)
     if (isPromise<Authentic | Error>(authentic)) authentic.then(settle, done)
     else settle(authentic)
   }
@@ -122,9 +122,4 @@ export class Authentication {
   hasTold (error: Error): boolean {
     return this.#told.has(error)
   }
-}
-
-/** Only a user's schema may throw in `verify`, and it may throw anything. */
-function thrownBySchema (cause: unknown): Error {
-  return cause instanceof Error ? cause : new Error('a schema threw what is no Error, as the event was checked', { cause })
 }

@@ -1,11 +1,12 @@
 import { STATUS_CODES } from 'node:http'
 import type { FastifyErrorConstructor } from '@fastify/error'
-import type { TSchema } from '@sinclair/typebox'
 import {
   BodyTimeout, DeadlineExceeded, HandlerFailed, InProgress, InvalidBody, InvalidEvent, InvalidId, InvalidSignature, InvalidTimestamp, MissingHeader, Overloaded,
   TimestampOutOfTolerance, Unavailable
 } from '../errors.ts'
 import { guideEntries, officialEntries } from '../events/index.ts'
+import { jsonSchemaOf } from '../events/users.ts'
+import type { AnySchema } from '../events/users.ts'
 import { standardWebhooks } from '../verifiers/standard-webhooks.ts'
 import type { Verifier } from '../verifiers/verifier.ts'
 import { xOpenAISignature } from '../verifiers/x-openai-signature.ts'
@@ -20,7 +21,7 @@ interface Operation {
 }
 
 export interface Documented {
-  readonly events: Readonly<Record<string, TSchema>>
+  readonly events: Readonly<Record<string, AnySchema>>
   readonly verifier: Verifier
   /** Whether a handler of the route's own replies. */
   readonly replies: boolean
@@ -87,7 +88,7 @@ const foreignRefusals = [InvalidId, InvalidTimestamp, TimestampOutOfTolerance, I
 
 /** One member fits an event: that of its type, or else the last. */
 function union (events: Documented['events'], isOpenAPI30 = false): JsonSchema {
-  const descriptions = new Map<TSchema, string>([...Object.values(officialEntries), ...Object.values(guideEntries)]
+  const descriptions = new Map<AnySchema, string>([...Object.values(officialEntries), ...Object.values(guideEntries)]
     .map(({ schema, description }) => [schema, description]))
   const members = Object.entries(events).map(([type, schema]) => {
     const plain = toPlain(schema, isOpenAPI30)
@@ -120,11 +121,11 @@ function hasType ({ properties }: { properties?: Record<string, { const?: unknow
 }
 
 /**
- * Without TypeBox's symbols. @fastify/swagger turns `examples` into the one `example` of OpenAPI 3.0 itself, but not
+ * Without TypeBox's symbols; of Standard Schema, where the library can give a JSON Schema. @fastify/swagger turns `examples` into the one `example` of OpenAPI 3.0 itself, but not
  * within a union.
  */
-function toPlain (schema: TSchema, isOpenAPI30: boolean): JsonSchema {
-  return JSON.parse(JSON.stringify(schema, (_key, value: unknown) => {
+function toPlain (schema: AnySchema, isOpenAPI30: boolean): JsonSchema {
+  return JSON.parse(JSON.stringify(jsonSchemaOf(schema, ...(isOpenAPI30 ? ['openapi-3.0'] : [])), (_key, value: unknown) => {
     // A property that is called `examples` has a schema there, not an array.
     const { examples, ...rest } = (value ?? {}) as { examples?: unknown }
     return isOpenAPI30 && Array.isArray(examples) ? { ...rest, example: examples[0] as unknown } : value

@@ -1,9 +1,9 @@
-import type { TSchema } from '@sinclair/typebox'
 import type { FastifyInstance, RouteHandlerMethod } from 'fastify'
 import { Deadline } from '../deadline.ts'
 import { Reply } from '../delivery/reply.ts'
 import type { Receiver } from '../delivery/receive.ts'
 import { UnprotectedRoute } from '../errors.ts'
+import type { AnySchema } from '../events/users.ts'
 import type { Failures } from '../failures.ts'
 import { DEFAULTS } from '../options.ts'
 import type { ReceivingOptions } from '../options.ts'
@@ -20,7 +20,7 @@ import { SKIPPED } from './guard.ts'
 /** Shared by the receiving routes of one registration. */
 export interface Routes {
   readonly registry: Registry
-  readonly events: Readonly<Record<string, TSchema>>
+  readonly events: Readonly<Record<string, AnySchema>>
   readonly endpoints: Endpoints
   readonly verifications: Verifications
   readonly authentication: Authentication

@@ -490,7 +490,7 @@ t.test('a schema that throws as it is checked fails the delivery, and no other',
   app.post('/own', { config: { openaiWebhook: {} } }, async () => ({}))
   const told: unknown[] = []
   let runs = 0
-  app.openaiWebhook.onAny(() => { runs++ }).onError(error => { told.push('cause' in error ? error.cause : error) })
+  app.openaiWebhook.onAny(() => { runs++ }).onError(error => { told.push(error) })
   const delivered: object = { webhookId: 'wh_1', timestamp: 1, event: thin('batch.failed') }
   for (const url of ['/webhooks/openai', '/own']) {
     const deliver = async (event: object): Promise<number> => {
@@ -498,8 +498,11 @@ t.test('a schema that throws as it is checked fails the delivery, and no other',
       return (await app.inject({ method: 'POST', url, headers, payload: body })).statusCode
     }
     for (thrown of [new Error('no way to tell'), 'a text', null, delivered]) {
-      t.equal(await deliver({ ...thin('batch.failed'), type: 'own.event' }), 500, `${url} ${String(thrown)}`)
-      t.equal(told.pop(), thrown)
+      t.equal(await deliver({ ...thin('batch.failed'), type: 'own.event' }), 400, `${url} ${String(thrown)}`)
+      const { code, cause } = told.pop() as { code: string, cause: Error }
+      t.equal(code, 'FST_OPENAI_WEBHOOK_INVALID_EVENT')
+      if (thrown instanceof Error) t.equal(cause, thrown)
+      else t.equal(cause.message, 'a schema threw what is no Error')
     }
     t.equal(runs, 0)
     t.equal(await deliver(thin('batch.failed')), 200, url)

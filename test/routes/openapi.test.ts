@@ -8,13 +8,17 @@ import swaggerUi from '@fastify/swagger-ui'
 import { Validator } from '@seriousme/openapi-schema-validator'
 import { Type } from '@sinclair/typebox'
 import type { TSchema } from '@sinclair/typebox'
+import { type as arktype } from 'arktype'
 import Fastify from 'fastify'
 import type { FastifyInstance } from 'fastify'
 import t from 'tap'
 import type { Test } from 'tap'
+import { Type as TypeBox1 } from 'typebox'
 import ts from 'typescript'
+import * as v from 'valibot'
+import * as z from 'zod'
 import openaiWebhook, { guideEvents, memoryStore, standardWebhooks, xOpenAISignature } from '../../lib/index.ts'
-import type { IdempotencyStore, OpenAIWebhookOptions, Verifier } from '../../lib/index.ts'
+import type { AnySchema, IdempotencyStore, OpenAIWebhookOptions, Verifier } from '../../lib/index.ts'
 import { officialEntries } from '../../lib/events/index.ts'
 import { deliver, faultNames, forge, redeliver, sampleEvent, sampleTypes, sign, testSecret } from '../../lib/testing/index.ts'
 import { codeBlocks, readDocument, tableRows } from '../support/docs.ts'
@@ -100,7 +104,7 @@ async function fitter (t: Test, schemas: Record<string, object>): Promise<(name:
 const Recursive = Type.Recursive(This => Type.Object({ name: Type.String(), children: Type.Array(This) }))
 
 /** Schemas of a user's own: what TypeBox has beside plain objects. */
-const OWN_EVENTS: Record<string, TSchema> = {
+const OWN_EVENTS: Record<string, AnySchema> = {
   'own.described': Type.Object({ type: Type.Literal('own.described'), data: Type.Object({}) }, { title: 'Mine', description: 'My own words.' }),
   'own.untyped': Type.Object({ type: Type.String(), data: Type.Object({ count: Type.Integer() }) }),
   'own.intersection': Type.Intersect([Type.Object({ type: Type.Literal('own.intersection') }), Type.Object({ data: Type.Object({ id: Type.String() }) })]),
@@ -113,7 +117,12 @@ const OWN_EVENTS: Record<string, TSchema> = {
     // Names that mean something in a schema, as names of properties.
     data: Type.Object({ examples: Type.String(), const: Type.String(), type: Type.Number({ examples: [1, 2] }), list: Type.Array(Type.String({ examples: ['a'] })) })
   }),
-  'own.record': Type.Object({ type: Type.Literal('own.record'), data: Type.Record(Type.String(), Type.Integer()) })
+  'own.record': Type.Object({ type: Type.Literal('own.record'), data: Type.Record(Type.String(), Type.Integer()) }),
+  'own.typebox1': TypeBox1.Object({ type: TypeBox1.Literal('own.typebox1'), data: TypeBox1.Object({ count: TypeBox1.Integer() }) }),
+  'own.cyclic1': TypeBox1.Cyclic({ Tree: TypeBox1.Object({ type: TypeBox1.Literal('own.cyclic1'), data: TypeBox1.Optional(TypeBox1.Ref('Tree')) }) }, 'Tree'),
+  'own.zod': z.object({ type: z.literal('own.zod'), data: z.object({ count: z.int(), note: z.string().optional() }) }),
+  'own.arktype': arktype({ type: "'own.arktype'", data: { count: 'number.integer' } }),
+  'own.valibot': v.object({ type: v.literal('own.valibot'), data: v.object({ count: v.number() }) })
 }
 
 const IDENTIFIED: Record<string, TSchema> = {
@@ -237,6 +246,8 @@ t.test('the body is the union of the event schemas', async t => {
         { type: 'own.nullable', data: { maybe: null, level: 'high' } },
         { type: 'own.names', data: { examples: 'a', const: 'b', type: 1, list: [] } },
         { type: 'own.record', data: { any: 1 } },
+        ...['typebox1', 'zod', 'arktype', 'valibot'].map(library => ({ type: `own.${library}`, data: { count: 1, more: true } })),
+        { type: 'own.cyclic1', data: { type: 'own.cyclic1' } },
         { type: 'brand.new', data: 7 },
         { type: 'brand.new', data: { count: 1 } },
         { ...sampleEvent('batch.failed'), data: { id: 'batch_1', count: 1 } },
@@ -251,6 +262,8 @@ t.test('the body is the union of the event schemas', async t => {
         { type: 'own.nullable', data: { maybe: null, level: 2 } },
         { type: 'own.names', data: { examples: ['a'], const: 'b', type: 1, list: [] } },
         { type: 'own.record', data: { any: 'x' } },
+        ...['typebox1', 'zod', 'arktype'].map(library => ({ type: `own.${library}`, data: { count: 1.5 } })),
+        { type: 'own.zod', data: { count: 1, note: 7 } },
         { type: 7 },
         { data: {} },
         {},

@@ -1,0 +1,71 @@
+import type { Static, TSchema } from '@sinclair/typebox'
+/** @ts-ignore The package may not be there: then nobody has its schemas. */
+import type { Static as StaticOf1 } from 'typebox'
+import { KindGuard } from '../typebox.ts'
+
+/**
+ * A schema of any library that has Standard Schema, https://standardschema.dev: Zod, Valibot, ArkType and others. `validate` must
+ * answer at once. Copied from the specification, as that says, to what is used here.
+ */
+export interface StandardSchema<Input = unknown, Output = Input> {
+  readonly '~standard': {
+    readonly version: 1
+    readonly vendor: string
+    readonly validate: (value: unknown, ...options: never[]) => StandardResult<Output> | Promise<StandardResult<Output>>
+    readonly types?: { readonly input: Input, readonly output: Output } | undefined
+    /** Standard JSON Schema, where the library has it. */
+    readonly jsonSchema?: { readonly input: (options: { readonly target: any }) => Record<string, unknown> } | undefined
+  }
+}
+
+export type StandardResult<Output = unknown> =
+  | { readonly value: Output, readonly issues?: undefined }
+  | { readonly issues: ReadonlyArray<{ readonly message: string, readonly path?: ReadonlyArray<PropertyKey | { readonly key: PropertyKey }> | undefined }> }
+
+/** A schema of TypeBox 1.x, the package `typebox`. */
+export type TypeBoxSchema = { readonly '~kind': string } | { readonly '~unsafe': unknown }
+
+/** What `events` takes: a schema of TypeBox 0.34, of TypeBox 1.x, or with Standard Schema. */
+export type AnySchema = TSchema | TypeBoxSchema | StandardSchema
+
+/** The type of an event as it arrives, which is as handlers get it: it is checked, and not changed. */
+export type EventOfSchema<Schema> = Schema extends { readonly '~standard': { readonly types?: infer Types } }
+  ? NonNullable<Types> extends { readonly input: infer Input } ? Input : never
+  : Schema extends TSchema ? Static<Schema> : StaticOf1<Schema & {}>
+
+/** The TypeScript types of a set of schemas, for declaration merging into `OpenAIWebhookEvents`. */
+export type EventsOf<Schemas extends Readonly<Record<string, AnySchema>>> = { [Name in keyof Schemas]: EventOfSchema<Schemas[Name]> }
+
+export type SchemaKind = 'TypeBox 0.34' | 'TypeBox 1.x' | 'Standard Schema'
+
+/** @returns undefined for what is no schema that `events` takes */
+export function kindOf (schema: unknown): SchemaKind | undefined {
+  // ArkType's are functions.
+  if ((typeof schema !== 'object' && typeof schema !== 'function') || schema === null) return undefined
+  if (isStandard(schema)) return 'Standard Schema'
+  if (Object.hasOwn(schema, '~kind') || Object.hasOwn(schema, '~unsafe')) return 'TypeBox 1.x'
+  return KindGuard.IsSchema(schema) ? 'TypeBox 0.34' : undefined
+}
+
+export function isStandard (schema: object): schema is StandardSchema {
+  const { '~standard': standard } = schema as { '~standard'?: { version?: unknown, validate?: unknown } }
+  return standard?.version === 1 && typeof standard.validate === 'function'
+}
+
+/** The JSON Schema of what arrives, where the library can tell; else an empty one. @param targets that are preferred */
+export function jsonSchemaOf (schema: AnySchema, ...targets: string[]): object {
+  if (!isStandard(schema)) return kindOf(schema) === 'TypeBox 1.x' ? selfContained(schema) : schema
+  const { jsonSchema } = schema['~standard']
+  for (const target of [...targets, 'draft-2020-12', 'draft-07']) {
+    try {
+      const { $schema, ...converted } = jsonSchema!.input({ target })
+      return selfContained(converted)
+    } catch {} // no such target, what JSON Schema has no words for, or no such method
+  }
+  return {}
+}
+
+/** A reference to a part of the schema would lead to nowhere, once that is a part of a document. */
+function selfContained (schema: object): object {
+  return JSON.stringify(schema).includes('"$ref"') ? {} : schema
+}
