@@ -65,6 +65,13 @@ function editable ({ body }: Detail): string {
 function Body ({ detail, readOnly, say, ask }: { detail: Detail, readOnly: boolean, say: (text: string) => void, ask: (what: 'again' | 'edit') => void }): VNode {
   const { row, url, timestamp, steps, headers, body, refusal, diagnosis, duplicate, attempts, death, others, again } = detail
   const fact = (name: string, value: unknown): VNode | false => value !== null && html`<div><dt>${name}</dt><dd>${value}</dd></div>`
+  const handled = attempts.length > 0 && html`
+    <section>
+      <h3>${plural(row.attempts, 'attempt', 'attempts')}</h3>
+      ${attempts.map(attempt => html`<${Attempt} attempt=${attempt} />`)}
+    </section>`
+  // What is looked for comes first.
+  const failed = attempts.some(({ outcome }) => outcome === 'failed')
   return html`
     <${Buttons} detail=${detail} readOnly=${readOnly} say=${say} ask=${ask} />
     <dl class="facts">
@@ -79,7 +86,7 @@ function Body ({ detail, readOnly, say, ask }: { detail: Detail, readOnly: boole
       ${duplicate !== null && fact('Duplicate', DUPLICATES[duplicate])}
       ${row.own && fact('Sent', again === null ? 'from this page' : html`from this page, <a href=${`#/${again}`}>again</a>`)}
     </dl>
-    ${refusal !== null && html`
+    ${refusal !== null && refusal.code !== HANDLER_FAILED && html`
       <section class="cause">
         <h3>Why it was not taken</h3>
         <p><code>${refusal.code}</code> ${refusal.message}</p>
@@ -92,12 +99,9 @@ function Body ({ detail, readOnly, say, ask }: { detail: Detail, readOnly: boole
         <p>${plural(death.attempts, 'attempt', 'attempts')}, the last of which ended with:</p>
         ${death.errors.map(error => html`<${Failure} error=${error} />`)}
       </section>`}
+    ${failed && handled}
     ${steps !== null && html`<${Steps} steps=${steps} />`}
-    ${attempts.length > 0 && html`
-      <section>
-        <h3>${plural(row.attempts, 'attempt', 'attempts')}</h3>
-        ${attempts.map(attempt => html`<${Attempt} attempt=${attempt} />`)}
-      </section>`}
+    ${!failed && handled}
     ${body === null
       ? html`<section><h3>Payload</h3><p class="hint">${row.state === 'refused' ? 'Its headers condemned it, so its body was not read.' : 'Its body is too large to be kept.'}</p></section>`
       : html`<${Payload} body=${body} />`}
@@ -112,6 +116,9 @@ function Body ({ detail, readOnly, say, ask }: { detail: Detail, readOnly: boole
         <ul>${others.map(other => html`<li><a href=${`#/${other.id}`}>${time(other.at)}</a> <${State} state=${other.state} /> ${other.status}</li>`)}</ul>
       </section>`}`
 }
+
+/** What the handlers threw says more. */
+const HANDLER_FAILED = 'FST_OPENAI_WEBHOOK_HANDLER_FAILED'
 
 const DUPLICATES: Readonly<Record<string, string>> = {
   processed: 'it had been processed before',

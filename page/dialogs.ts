@@ -91,7 +91,7 @@ export function SampleDialog ({ types, endpoints, onClose, say }: { types: reado
   return html`
     <${Dialog} title="Send a signed sample" confirm="Deliver" disabled=${text === ''} onClose=${onClose}
       onConfirm=${async () => { say(`${type}: ${told(await api.deliver(endpoint, url, text))}`) }}>
-      <label class="wide">Type
+      <label class="wide">Sample of
         <select value=${type} onChange=${(event: Event) => setType((event.target as HTMLSelectElement).value)}>
           ${types.map(each => html`<option value=${each}>${each}</option>`)}
         </select>

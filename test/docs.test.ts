@@ -208,6 +208,8 @@ t.test('docs/options.md and README.md list every option with its default', async
     t.equal(row![0]!.replaceAll('`', ''), fallback, `README.md ${name}: the default`)
   }
 
-  const allowed = new Set([...own, ...nested].map(([name]) => name).concat(ofRoutes))
+  const ofInspector = [...interfaceProperties('lib/inspector/options.ts').get('InspectorOptions')!.keys()]
+  for (const name of ofInspector) t.ok(reference.has(name), `docs/options.md ${name}, of the inspector`)
+  const allowed = new Set([...own, ...nested].map(([name]) => name).concat(ofRoutes, ofInspector))
   t.same([...reference.keys()].filter(name => !allowed.has(name)), [], 'no option that does not exist')
 })

@@ -5,6 +5,7 @@ import { randomBytes } from 'node:crypto'
 import { fileURLToPath } from 'node:url'
 import Fastify from 'fastify'
 import openaiWebhook, { guideEvents } from 'fastify-openai-webhook'
+import inspector from 'fastify-openai-webhook/inspector'
 
 const once = process.argv.includes('--once')
 const port = Number(process.env.PORT ?? (once ? 0 : 3000))
@@ -13,6 +14,8 @@ const secret = process.env.OPENAI_WEBHOOK_SECRET ?? `whsec_${randomBytes(32).toS
 
 const app = Fastify({ logger: { level: 'fatal' } })
 await app.register(openaiWebhook, { secret, events: guideEvents })
+// It would refuse to start in production without an `onRequest` that authenticates.
+if (process.env.NODE_ENV !== 'production') await app.register(inspector)
 
 /** What the handlers got, by webhook-id. */
 const got = new Map()
@@ -55,6 +58,7 @@ client.on('exit', async code => {
   process.exitCode = wrong === 0 ? 0 : 1
   if (once) return await app.close()
   printing = true
+  if (app.hasRoute({ method: 'GET', url: '/openai-webhook' })) console.log(`\nSee them at ${new URL('/openai-webhook', url).href}`)
   console.log(`\nListening on ${url}. Send one by hand from another terminal:\n`)
   const shown = ownSecret ? `OPENAI_WEBHOOK_SECRET=${secret} ` : ''
   console.log(`  ${shown}node docs/examples/send.mjs ${url} batch.failed\n\nCtrl-C ends it.`)

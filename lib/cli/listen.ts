@@ -14,6 +14,8 @@ import { milliseconds, paint, paintStatus, printable, told } from './table.ts'
 import { guideEvents } from '../events/index.ts'
 import { Deadline } from '../deadline.ts'
 import { readPayload, replayPayload } from '../pipeline/capture.ts'
+import inspector from '../inspector/index.ts'
+import { DEFAULTS } from '../inspector/options.ts'
 import openaiWebhook from '../plugin.ts'
 
 const PATH = '/webhooks/openai'
@@ -24,6 +26,7 @@ const CAPTURE_BOUNDS = { limit: CAPTURE_LIMIT, deadline: new Deadline(10_000) }
 const help = `Usage: openai-webhook listen [options]
 
 A receiver that verifies deliveries and prints what arrives: time, type, webhook-id, answer. Ctrl-C ends it.
+Its inspector, a page for this machine alone, shows each of them and sends samples; not with --forward-to.
 Without a signing secret it makes one for this run and prints it.
 
   --port N             (3000; 0 for any that is free)
@@ -34,7 +37,7 @@ Without a signing secret it makes one for this run and prints it.
   --timeout MS         how long to wait for that answer (10000)
   --save DIR           writes each delivery, refused ones too, to DIR/<time>-<webhook-id>.http:
                        "Name: value" lines, an empty line, the body's bytes
-  --json               a JSON object a line: {"listening":…}, then one for each delivery
+  --json               a JSON object a line: {"listening":…,"inspector":…}, then one for each delivery
 ${secretHelp}
 
 Examples:
@@ -65,8 +68,8 @@ export const listen: Command = {
 
     const app = await receiver(secret, settings, to, terminal)
     try {
-      const address = await bind(app, settings)
-      announce(address, given === undefined ? secret : undefined, settings, terminal)
+      const { address, page } = await bind(app, settings)
+      announce(address, page, given === undefined ? secret : undefined, settings, terminal)
       if (!terminal.signal.aborted) await once(terminal.signal, 'abort')
     } finally {
       await app.close()
@@ -83,6 +86,8 @@ interface Settings {
   forwardTo: URL | undefined
   save: string | undefined
   json: boolean
+  /** Whether its page is served. It shows what the plugin's own route receives, to this machine alone. */
+  inspects: boolean
 }
 
 /** @throws CommandError */
@@ -100,7 +105,8 @@ function readSettings (args: Arguments): Settings {
     path,
     forwardTo: url(args, 'forward-to'),
     save: text(args, 'save'),
-    json: values['json'] === true
+    json: values['json'] === true,
+    inspects: text(args, 'forward-to') === undefined && process.env['NODE_ENV'] !== 'production'
   }
 }
 
@@ -141,8 +147,10 @@ async function receiver (secret: string, settings: Settings, to: Sender | undefi
   // Ctrl-C ends it at once, since OpenAI sends unanswered deliveries again.
   const app = fastify({ forceCloseConnections: true }) as FastifyInstance
 
+  const isOfPage = ({ routeOptions: { url } }: FastifyRequest): boolean => url !== undefined && url !== settings.path
   // Reads and saves the body first, because the body of a refused delivery is not read any more.
   app.addHook('onRequest', async (request, reply) => {
+    if (isOfPage(request)) return
     const arrival: Arrival = { bytes: Buffer.alloc(0), file: undefined, answer: '', trouble: undefined }
     arrivals.set(request, arrival)
     if (request.is404) return
@@ -154,11 +162,18 @@ async function receiver (secret: string, settings: Settings, to: Sender | undefi
     }
     arrival.file = await save(request, arrival.bytes)
   })
-  app.addHook('preParsing', async (request, _reply, payload) => request.is404 ? payload : replayPayload(arrivals.get(request)!.bytes))
-  app.addHook('onSend', async (request, _reply, payload) => { arrivals.get(request)!.answer = String(payload) })
-  app.addHook('onResponse', async (request, reply) => { print(request, reply, arrivals.get(request)!, settings, terminal) })
+  app.addHook('preParsing', async (request, _reply, payload) => request.is404 || isOfPage(request) ? payload : replayPayload(arrivals.get(request)!.bytes))
+  app.addHook('onSend', async (request, _reply, payload) => {
+    const arrival = arrivals.get(request)
+    if (arrival !== undefined) arrival.answer = String(payload)
+  })
+  app.addHook('onResponse', async (request, reply) => {
+    const arrival = arrivals.get(request)
+    if (arrival !== undefined) print(request, reply, arrival, settings, terminal)
+  })
 
   await app.register(openaiWebhook, { secret, events: guideEvents, path: to === undefined ? settings.path : false })
+  if (settings.inspects) await app.register(inspector)
   if (to !== undefined) {
     // The receiver decides what it takes, and whether it has seen it.
     app.removeAllContentTypeParsers()
@@ -210,7 +225,7 @@ function saver (directory: string | undefined, { err }: Terminal): (request: Fas
 }
 
 /** @throws CommandError when it cannot */
-async function bind (app: FastifyInstance, { port, host, path }: Settings): Promise<string> {
+async function bind (app: FastifyInstance, { port, host, path, inspects }: Settings): Promise<{ address: string, page: string | undefined }> {
   try {
     await app.listen({ port, host })
   } catch (error) {
@@ -219,13 +234,19 @@ async function bind (app: FastifyInstance, { port, host, path }: Settings): Prom
     throw new CommandError(`cannot listen on port ${port} of ${host}: ${why}`)
   }
   const { address, family, port: bound } = app.server.address() as AddressInfo
-  return `http://${family === 'IPv6' ? `[${address}]` : address}:${bound}${path}`
+  const named = family === 'IPv6' ? `[${address}]` : address
+  const loopback = LOOPBACK[named]
+  return { address: `http://${named}:${bound}${path}`, page: inspects && loopback !== undefined ? `http://${loopback}:${bound}${DEFAULTS.path}` : undefined }
 }
 
-function announce (address: string, made: string | undefined, { forwardTo, save, json }: Settings, terminal: Terminal): void {
-  if (json) terminal.out(`${JSON.stringify({ listening: address })}\n`)
+/** How this machine reaches what listens on an address of its own, or on all of them. */
+const LOOPBACK: Readonly<Record<string, string>> = { '127.0.0.1': '127.0.0.1', '0.0.0.0': '127.0.0.1', '[::1]': '[::1]', '[::]': '[::1]' }
+
+function announce (address: string, page: string | undefined, made: string | undefined, { forwardTo, save, json }: Settings, terminal: Terminal): void {
+  if (json) terminal.out(`${JSON.stringify({ listening: address, inspector: page })}\n`)
   const say = json ? terminal.err : terminal.out
   say(`listening on ${address}\n`)
+  if (page !== undefined) say(`inspector on ${page}\n`)
   if (forwardTo !== undefined) say(`forwarding to ${forwardTo.href}\n`)
   if (save !== undefined) say(`saving to ${save}\n`)
   if (made !== undefined) {

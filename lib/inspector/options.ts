@@ -58,8 +58,8 @@ const rules: Record<keyof Required<InspectorOptions>, Rule> = {
   redact: { expected: 'a function of the headers', accepts: isFunction }
 }
 
-/** Options of `register` that Fastify itself reads. */
-const FASTIFY_OPTIONS = ['prefix', 'logLevel', 'logSerializers']
+/** Options of `register` that Fastify itself or fastify-cli reads. */
+const FASTIFY_OPTIONS = ['prefix', 'logLevel', 'logSerializers', 'skipOverride']
 
 /** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
 export function assertInspectorOptions (options: object): asserts options is InspectorOptions {

@@ -526,7 +526,7 @@ t.test('listen, trigger, save and replay: the round trip is byte for byte', asyn
   listener.interrupt()
   t.equal(await listener.ended, 0)
   t.equal(listener.err, '')
-  t.match(listener.out, new RegExp(`^listening on .+\nsaving to ${dir}\n\\d\\d:\\d\\d:\\d\\d  batch\\.completed {17}wh_\\w{32}  200 received   batch_\\w+  \\d+\\.\\d ms\n.+ 200 duplicate  batch_`))
+  t.match(listener.out, new RegExp(`^listening on .+\ninspector on .+\nsaving to ${dir}\n\\d\\d:\\d\\d:\\d\\d  batch\\.completed {17}wh_\\w{32}  200 received   batch_\\w+  \\d+\\.\\d ms\n.+ 200 duplicate  batch_`))
 })
 
 t.test('replay: what a receiver refuses for its age it takes once signed again', async t => {
@@ -631,7 +631,7 @@ t.test('listen says why it refuses, and what to do', async t => {
   t.equal(listener.err, '')
 
   const json = start(t, ['listen', '--port', '0', '--json'], { env })
-  const [, address] = await json.shows(/^\{"listening":"(http[^"]+)"\}\n/)
+  const [, address] = await json.shows(/^\{"listening":"(http[^"]+)","inspector":"http[^"]+\/openai-webhook"\}\n/)
   const other = await Wire.open(t, Number(new URL(address!).port))
   await other.write(request(Object.entries(sign(event)), Buffer.from(event)))
   await other.answer()
@@ -647,6 +647,28 @@ t.test('listen says why it refuses, and what to do', async t => {
   t.match(jsonLines(json.out).at(-1), { code: null, hint: null })
   t.match(json.err, /^listening on /, 'for people, beside the data')
   t.match(url, /^http:/)
+})
+
+t.test('listen serves the inspector to this machine: it sends samples, and is no delivery itself', async t => {
+  const dir = t.testdir()
+  const listener = start(t, ['listen', '--port', '0', '--save', dir], { env: { OPENAI_WEBHOOK_SECRET: SECRET } })
+  const { url, port } = await listening(listener)
+  const [, address] = await listener.shows(/^inspector on (http:\S+)$/m)
+  t.equal(address, `http://127.0.0.1:${port}/openai-webhook`)
+  t.match(await (await fetch(address!)).text(), /<script type="module" src="openai-webhook\/page\.js">/)
+  const response = await fetch(`${address}/api/deliver`, {
+    method: 'POST',
+    headers: { 'content-type': 'application/json', origin: new URL(address!).origin },
+    body: JSON.stringify({ endpoint: new URL(url).pathname, url: new URL(url).pathname, body: JSON.stringify(thin('batch.failed')) })
+  })
+  t.same(await response.json(), { status: 200, body: '{"received":true}' })
+  await listener.shows(/batch\.failed .+ 200 received/)
+  t.equal(readdirSync(dir).length, 1)
+
+  const forwarding = start(t, ['listen', '--port', '0', '--forward-to', url], { env: { OPENAI_WEBHOOK_SECRET: SECRET } })
+  const { port: other } = await listening(forwarding)
+  t.equal((await fetch(`http://127.0.0.1:${other}/openai-webhook`)).status, 404)
+  t.notMatch(forwarding.out, /inspector/)
 })
 
 t.test('listen reads a bounded body', async t => {

@@ -20,3 +20,7 @@ const SERVER = 'PostgreSQL and PgBouncer (apt-get install postgresql pgbouncer)'
 export const postgresMissing = process.env['CI'] === undefined && !existsSync(join(postgresBindir(), 'initdb')) ? `needs ${SERVER}` : missing(SERVER, 'pgbouncer')
 
 export const nginxMissing = missing('nginx (apt-get install nginx-light)', 'nginx')
+
+/** Of Debian's package. */
+export const CHROMIUM = '/usr/bin/chromium'
+export const chromiumMissing: string | false = process.env['CI'] === undefined && !existsSync(CHROMIUM) ? 'needs chromium (apt-get install chromium)' : false

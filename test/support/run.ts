@@ -1,7 +1,7 @@
 // npm test, npm run test:long: tap, with the coverage that what is here allows. Arguments are files or options of tap's.
 import { spawnSync } from 'node:child_process'
 import { readFileSync, readdirSync } from 'node:fs'
-import { nginxMissing, postgresMissing, prometheusMissing, redisMissing } from './missing.ts'
+import { chromiumMissing, nginxMissing, postgresMissing, prometheusMissing, redisMissing } from './missing.ts'
 import { missing as missingHandles } from './sqlite.mjs'
 
 const args = process.argv.slice(2)
@@ -28,6 +28,8 @@ const { status } = spawnSync(process.execPath, ['node_modules/tap/dist/esm/run.m
   stdio: 'inherit',
   env: { ...process.env, ...(isLong && { TEST_LONG: '1' }) }
 })
+// The page is not in lib.
+if (chromiumMissing !== false) console.log(`skipped: what ${chromiumMissing}`)
 // libsql covers the same lines.
 for (const reason of Object.values(missingHandles)) if (reason !== false) console.log(`skipped: what ${reason}`)
 if (isLong && nginxMissing !== false) console.log(`skipped: what ${nginxMissing}`)
