@@ -6,10 +6,10 @@ export class Deadline {
   /** @param ms how long each waits */
   constructor (readonly ms: number) {}
 
-  /** Calls `expired` after `ms`, unless it is stopped before. */
+  /** Calls `expired` after `ms`, unless it is stopped before; at once where there is no time left. */
   start (expired: () => void): NodeJS.Timeout {
     // Unref'd: whoever waits holds a socket open, and the timer alone must not keep the process alive.
-    const timer = setTimeout(() => this.#end(timer, expired), this.ms).unref()
+    const timer = setTimeout(() => this.#end(timer, expired), this.closed ? 0 : this.ms).unref()
     this.#waiting.set(timer, expired)
     return timer
   }

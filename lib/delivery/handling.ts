@@ -61,7 +61,7 @@ export class Handling {
     const { claims, log, signal } = this.#options
     const { claim } = work.state as Extract<State, { at: 'handling' }>
     const ownHandler = work.sender?.ownHandler
-    const failures: readonly HandlerFailure[] = yield dispatch(handlers, work.job.event, new Context(work, log, signal), (handler, isLast) =>
+    const failures: readonly HandlerFailure[] = yield * dispatch(handlers, work.job.event, new Context(work, log, signal), (handler, isLast) =>
       // The last success needs no checkpoint, since it completes the delivery, unless the route's own handler is still to come.
       isLast && ownHandler === undefined ? undefined : claims.checkpoint(claim, handler.name))
     if (failures.length > 0) return yield * this.#settle(work, claim, this.#failed(work, failures))

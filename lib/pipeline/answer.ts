@@ -111,5 +111,5 @@ export const isSuccess = (statusCode: number): boolean => statusCode >= 200 && s
 
 /** Fastify goes by the tag: a Response of undici's is of another class. */
 export function isResponse (payload: unknown): payload is Response {
-  return Object.prototype.toString.call(payload) === '[object Response]'
+  return typeof payload === 'object' && Object.prototype.toString.call(payload) === '[object Response]'
 }

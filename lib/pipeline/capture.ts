@@ -45,8 +45,15 @@ export function readPayload (request: FastifyRequest, payload: RequestPayload, {
   // A request that is cut off emits 'error'. Another stream may only emit 'close'.
   if (isReplaced) payload.on('close', onClose)
   payload.resume() // @fastify/compress hands on a paused one
-  const timer = deadline.closed ? undefined : deadline.start(() => { giveUp(deadline.closed ? new Overloaded() : new BodyTimeout(deadline.ms)) })
-  if (timer === undefined) giveUp(new Overloaded())
+  let timer: NodeJS.Timeout | undefined
+  if (deadline.closed) giveUp(new Overloaded())
+  else process.nextTick(startTimer)
+
+  // Most bodies come with their headers and are whole in the next tick: a timer each would cost 3 % of a delivery.
+  function startTimer (): void {
+    if (gathered === undefined || request.raw.complete) return
+    timer = deadline.start(() => { giveUp(deadline.closed ? new Overloaded() : new BodyTimeout(deadline.ms)) })
+  }
 
   function onData (data: unknown): void {
     const chunk = toChunk(data)

@@ -16,17 +16,21 @@ interface Progress {
 }
 
 /** Starts every handler in order and waits for all of them. @returns those that failed, with what they threw */
-export function dispatch (handlers: readonly Handler[], event: unknown, context: EventContext, succeeded: Succeeded): MaybePromise<readonly HandlerFailure[]> {
+export function * dispatch (handlers: readonly Handler[], event: unknown, context: EventContext, succeeded: Succeeded): Steps<readonly HandlerFailure[]> {
   const failures: HandlerFailure[] = []
   const progress: Progress = { event, context, succeeded, failures, remaining: handlers.length }
+  // The usual case, without promises of its own.
+  if (handlers.length === 1) {
+    yield * run(handlers[0]!, progress)
+    return failures
+  }
   const waiting: Promise<void>[] = []
   for (const handler of handlers) {
     const ended = drive(run(handler, progress))
     if (isPromise<void>(ended)) waiting.push(ended)
   }
-  if (waiting.length === 0) return failures
-  // One promise less in the usual case.
-  return (waiting.length === 1 ? waiting[0]! : Promise.all(waiting)).then(() => failures)
+  if (waiting.length > 0) yield Promise.all(waiting)
+  return failures
 }
 
 // Not within dispatch(): V8 makes a hidden class for the generators of each function object, in old space. One for each

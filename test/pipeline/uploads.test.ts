@@ -410,6 +410,9 @@ t.test('a closed deadline', async t => {
   t.same(seen, ['first', 'second'])
   clock.advance(1_000)
   t.equal(seen.length, 2, 'each once')
+  deadline.start(waiting('late'))
+  clock.advance(1)
+  t.same(seen, ['first', 'second', 'late'], 'what starts afterwards has no time left')
 })
 
 t.test('the memory that a body takes', async t => {
