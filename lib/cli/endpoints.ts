@@ -1,11 +1,12 @@
 import type { OpenAI } from 'openai'
+import { explained, importSDK, oneLine, readApiKey, readBaseURL } from './api.ts'
+import type { SDK } from './api.ts'
 import { CommandError, EXIT, text, usageError } from './command.ts'
 import type { Arguments, Command, Terminal } from './command.ts'
-import { paint, printable } from './table.ts'
+import { paint } from './table.ts'
 import { officialEntries } from '../events/index.ts'
 import { nearest } from '../nearest.ts'
 
-type SDK = typeof import('openai')
 type Webhooks = OpenAI['webhooks']
 type Endpoint = Awaited<ReturnType<Webhooks['retrieve']>>
 type EventTypes = Parameters<Webhooks['create']>[0]['event_types']
@@ -101,9 +102,7 @@ export function endpointsCommand (load: () => Promise<SDK>): Command {
         })
       } catch (error) {
         if (error instanceof CommandError) throw error
-        // The API's refusal may quote the key.
-        const conceal = (shown: string): string => oneLine(shown.replaceAll(apiKey, '[API key]'))
-        throw new CommandError(conceal(explain(error, sdk, client.baseURL, conceal)))
+        throw new CommandError(explained(error, sdk, client.baseURL, apiKey))
       }
     }
   }
@@ -280,38 +279,6 @@ async function expand (names: readonly string[], api: Api): Promise<EventTypes> 
   return [...new Set(types)] as EventTypes
 }
 
-/** @throws CommandError */
-function readApiKey ({ env }: Terminal): string {
-  const apiKey = env['OPENAI_API_KEY']?.trim() ?? ''
-  if (apiKey === '') throw new CommandError('no API key: set OPENAI_API_KEY to a key of the project', EXIT.usage)
-  if (apiKey.startsWith('whsec_')) throw new CommandError('OPENAI_API_KEY holds a signing secret (whsec_…), expected an API key (sk-…)', EXIT.usage)
-  // Checked here, because fetch's error would quote the key.
-  if (!/^[\x21-\x7e]+$/.test(apiKey)) throw new CommandError('OPENAI_API_KEY holds white space or a character that no API key has', EXIT.usage)
-  return apiKey
-}
-
-/** @throws CommandError */
-function readBaseURL (args: Arguments, { env }: Terminal): string | null {
-  const given = text(args, 'base-url') ?? env['OPENAI_BASE_URL']?.trim() ?? ''
-  if (given === '') return null
-  const url = URL.canParse(given) ? new URL(given) : undefined
-  if (url === undefined || !/^https?:$/.test(url.protocol)) throw usageError(`expected an http(s) URL as the base URL, got "${oneLine(given)}"`)
-  // Checked here, because fetch's error would quote the password.
-  if (url.username !== '' || url.password !== '') throw usageError('expected a base URL without a user name and password')
-  return given
-}
-
-/** @throws CommandError */
-async function importSDK (load: () => Promise<SDK>): Promise<SDK> {
-  try {
-    return await load()
-  } catch (error) {
-    const { code } = error as NodeJS.ErrnoException
-    if (code === 'ERR_MODULE_NOT_FOUND') throw new CommandError('this command needs the openai package: npm i openai')
-    throw new CommandError(`the openai package cannot be loaded: ${oneLine(String(error))}`)
-  }
-}
-
 /** The answer, when it is one of the API's: an address that is not the API's may answer 200 as well. */
 function expected<Answer extends { object: string }> (object: Answer['object'], answer: Answer): Answer {
   if ((answer as Partial<Answer> | undefined)?.object !== object) throw new Error(`expected a ${object}`)
@@ -343,31 +310,4 @@ await app.register(openaiWebhook, {
 
 After 24 hours remove OPENAI_WEBHOOK_SECRET_PREVIOUS; the code can stay.
 `
-}
-
-const ADVICE: Readonly<Record<number, string>> = {
-  401: ' (the API key was refused: see OPENAI_API_KEY)',
-  404: ' (is the id right, and the API key of the project that has it?)'
-}
-
-function explain (error: unknown, { APIConnectionError, APIError, APIUserAbortError }: SDK, baseURL: string, conceal: (shown: string) => string): string {
-  if (error instanceof APIUserAbortError) return 'interrupted'
-  if (error instanceof APIConnectionError) return `cannot reach ${baseURL}: ${rootCause(error)}`
-  if (!(error instanceof APIError) || error.status === undefined) return `unexpected answer from ${baseURL}: ${(error as Error).message}`
-  const { status, code, type } = error as { status: number, code?: string | null, type?: string | null }
-  const name = code ?? type ?? ''
-  // The body may be a proxy's page.
-  const said = conceal(error.message.replace(/^\d+ /, '')).slice(0, 300)
-  return `${baseURL} answered ${status}${name === '' ? '' : ` ${name}`}: ${said}${ADVICE[status] ?? ''}`
-}
-
-/** What fetch wraps twice: ECONNREFUSED, ENOTFOUND, a certificate's fault, a timeout. */
-function rootCause (error: Error): string {
-  let root: NodeJS.ErrnoException = error
-  while (root.cause instanceof Error) root = root.cause
-  return root.code ?? root.message
-}
-
-function oneLine (shown: string): string {
-  return printable(shown.replaceAll(/\s+/g, ' ').trim(), Infinity)
 }

@@ -10,6 +10,7 @@ const commands: Readonly<Record<string, () => Promise<Command>>> = {
   replay: async () => (await import('./replay.ts')).replay,
   diagnose: async () => (await import('./diagnose.ts')).diagnose,
   dead: async () => (await import('./dead.ts')).dead,
+  reconcile: async () => (await import('./reconcile.ts')).reconcile,
   endpoints: async () => (await import('./endpoints.ts')).endpoints
 }
 

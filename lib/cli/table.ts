@@ -29,3 +29,11 @@ export function told ({ status, code, duplicate }: Pick<Answer, 'status' | 'code
 export function milliseconds (ms: number): string {
   return `${ms.toFixed(1)} ms`
 }
+
+const BAR = 30
+
+/** A bar in place of a line each, written over the one before. Only for a terminal. */
+export function progress (done: number, total: number, text: string): string {
+  const filled = Math.floor(BAR * done / total)
+  return `\r${'█'.repeat(filled)}${'░'.repeat(BAR - filled)} ${done}/${total}  ${text}\x1b[K`
+}

@@ -4,7 +4,7 @@ import type { Arguments, Command, Terminal } from './command.ts'
 import { secretHelp, secretOptions } from './secret.ts'
 import { readSigningSecret, sendOptions, sender } from './send.ts'
 import type { Answer, Sender } from './send.ts'
-import { milliseconds, paint, paintStatus, told } from './table.ts'
+import { milliseconds, paint, paintStatus, progress, told } from './table.ts'
 import { nearest } from '../nearest.ts'
 import { sampleEvent, sampleTypes } from '../testing/sample.ts'
 import type { SampleType } from '../testing/sample.ts'
@@ -12,7 +12,6 @@ import { newWebhookId, sign } from '../testing/sign.ts'
 
 /** From this count on, a terminal shows a bar instead of a line for each. */
 const MANY = 20
-const BAR = 30
 /** Deliveries in flight at once. When the receiver is slower than the rate, the next one waits. */
 const MAX_RUNNING = 256
 
@@ -216,8 +215,7 @@ class Report {
     if (this.#json) {
       this.#line({ type, webhookId, status: status ?? null, code: code ?? null, duplicate, ms: round(ms) })
     } else if (this.#bar) {
-      const filled = Math.floor(BAR * this.#done / this.#expected)
-      this.#terminal.out(`\r${'█'.repeat(filled)}${'░'.repeat(BAR - filled)} ${this.#done}/${this.#expected}  ${this.#tally()}\x1b[K`)
+      this.#terminal.out(progress(this.#done, this.#expected, this.#tally()))
     } else {
       this.#terminal.out(`${type.padEnd(this.#width)}  ${paintStatus(this.#terminal, status)}  ${words}  ${paint(this.#terminal, 'dim', milliseconds(ms))}\n`)
     }

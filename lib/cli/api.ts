@@ -1,0 +1,73 @@
+import { CommandError, EXIT, text, usageError } from './command.ts'
+import type { Arguments, Terminal } from './command.ts'
+import { printable } from './table.ts'
+
+// For commands that ask OpenAI's API, through the official package.
+
+export type SDK = typeof import('openai')
+
+/** @throws CommandError */
+export function readApiKey ({ env }: Terminal): string {
+  const apiKey = env['OPENAI_API_KEY']?.trim() ?? ''
+  if (apiKey === '') throw new CommandError('no API key: set OPENAI_API_KEY to a key of the project', EXIT.usage)
+  if (apiKey.startsWith('whsec_')) throw new CommandError('OPENAI_API_KEY holds a signing secret (whsec_…), expected an API key (sk-…)', EXIT.usage)
+  // Checked here, because fetch's error would quote the key.
+  if (!/^[\x21-\x7e]+$/.test(apiKey)) throw new CommandError('OPENAI_API_KEY holds white space or a character that no API key has', EXIT.usage)
+  return apiKey
+}
+
+/** @throws CommandError */
+export function readBaseURL (args: Arguments, { env }: Terminal): string | null {
+  const given = text(args, 'base-url') ?? env['OPENAI_BASE_URL']?.trim() ?? ''
+  if (given === '') return null
+  const url = URL.canParse(given) ? new URL(given) : undefined
+  if (url === undefined || !/^https?:$/.test(url.protocol)) throw usageError(`expected an http(s) URL as the base URL, got "${oneLine(given)}"`)
+  // Checked here, because fetch's error would quote the password.
+  if (url.username !== '' || url.password !== '') throw usageError('expected a base URL without a user name and password')
+  return given
+}
+
+/** @throws CommandError */
+export async function importSDK (load: () => Promise<SDK>): Promise<SDK> {
+  try {
+    return await load()
+  } catch (error) {
+    const { code } = error as NodeJS.ErrnoException
+    if (code === 'ERR_MODULE_NOT_FOUND') throw new CommandError('this command needs the openai package: npm i openai')
+    throw new CommandError(`the openai package cannot be loaded: ${oneLine(String(error))}`)
+  }
+}
+
+/** In a line, without the key, which refusals may quote. */
+export function explained (error: unknown, sdk: SDK, baseURL: string, apiKey: string): string {
+  const conceal = (shown: string): string => oneLine(shown.replaceAll(apiKey, '[API key]'))
+  return conceal(explain(error, sdk, baseURL, conceal))
+}
+
+const ADVICE: Readonly<Record<number, string>> = {
+  401: ' (the API key was refused: see OPENAI_API_KEY)',
+  404: ' (is the id right, and the API key of the project that has it?)'
+}
+
+function explain (error: unknown, { APIConnectionError, APIError, APIUserAbortError }: SDK, baseURL: string, conceal: (shown: string) => string): string {
+  if (error instanceof APIUserAbortError) return 'interrupted'
+  if (error instanceof APIConnectionError) return `cannot reach ${baseURL}: ${rootCause(error)}`
+  if (!(error instanceof APIError) || error.status === undefined) return `unexpected answer from ${baseURL}: ${(error as Error).message}`
+  const { status, code, type } = error as { status: number, code?: string | null, type?: string | null }
+  const name = code ?? type ?? ''
+  // The body may be a proxy's page.
+  const said = conceal(error.message.replace(/^\d+ /, '')).slice(0, 300)
+  return `${baseURL} answered ${status}${name === '' ? '' : ` ${name}`}: ${said}${ADVICE[status] ?? ''}`
+}
+
+/** What fetch wraps twice: ECONNREFUSED, ENOTFOUND, a certificate's fault, a timeout. */
+function rootCause (error: Error): string {
+  let root: NodeJS.ErrnoException = error
+  while (root.cause instanceof Error) root = root.cause
+  return root.code ?? root.message
+}
+
+/** A stranger's text, in one line. */
+export function oneLine (shown: string): string {
+  return printable(shown.replaceAll(/\s+/g, ' ').trim(), Infinity)
+}
