@@ -26,7 +26,7 @@ export const api = {
   detail: async (id: number) => await answer<Detail>(`deliveries/${id}`),
   sample: async (type: string) => (await answer<{ text: string }>(`sample${query('type', type)}`)).text,
   dead: async () => await answer<DeadInfo[]>('dead'),
-  deliver: async (endpoint: string, url: string, body: string) => await post<Delivered>('deliver', { endpoint, url, body }),
+  deliver: async (endpoint: string, url: string, tenant: string, body: string) => await post<Delivered>('deliver', { endpoint, url, body, ...(tenant !== '' && { tenant }) }),
   again: async (id: number, body?: string) => await post<Delivered>('again', { id, body }),
   requeue: async ({ endpoint, webhookId, tenant }: Pick<DeadInfo, 'endpoint' | 'webhookId' | 'tenant'>, force: boolean) =>
     (await post<{ requeued: boolean }>('requeue', { endpoint, webhookId, tenant, force })).requeued,

@@ -71,6 +71,7 @@ export function SampleDialog ({ types, endpoints, onClose, say }: { types: reado
   const [type, setType] = useState(types.includes('response.completed') ? 'response.completed' : types[0]!)
   const [endpoint, setEndpoint] = useState(signing[0]?.url ?? '')
   const [url, setUrl] = useState(signing[0]?.url ?? '')
+  const [tenant, setTenant] = useState('')
   const [text, setText] = useState('')
   const [fault, setFault] = useState('')
   useEffect(() => {
@@ -90,7 +91,7 @@ export function SampleDialog ({ types, endpoints, onClose, say }: { types: reado
   }
   return html`
     <${Dialog} title="Send a signed sample" confirm="Deliver" disabled=${text === ''} onClose=${onClose}
-      onConfirm=${async () => { say(`${type}: ${told(await api.deliver(endpoint, url, text))}`) }}>
+      onConfirm=${async () => { say(`${type}: ${told(await api.deliver(endpoint, url, tenant, text))}`) }}>
       <label class="wide">Sample of
         <select value=${type} onChange=${(event: Event) => setType((event.target as HTMLSelectElement).value)}>
           ${types.map(each => html`<option value=${each}>${each}</option>`)}
@@ -101,6 +102,9 @@ export function SampleDialog ({ types, endpoints, onClose, say }: { types: reado
       </label>`}
       ${/[:*]/.test(endpoint) && html`<label class="wide">URL, with its parameters filled in
         <input type="text" value=${url} onInput=${(event: Event) => setUrl((event.target as HTMLInputElement).value)} />
+      </label>`}
+      ${signing.some(each => each.url === endpoint && each.tenants) && html`<label class="wide">Tenant
+        <input type="text" value=${tenant} onInput=${(event: Event) => setTenant((event.target as HTMLInputElement).value)} />
       </label>`}
       <${Editor} text=${text} onEdit=${setText} />
       ${fault !== '' && html`<p class="fault" role="alert">${fault}</p>`}

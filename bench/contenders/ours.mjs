@@ -38,6 +38,7 @@ export async function build ({
   store,
   runner,
   metrics = false,
+  inspector = false,
   logger = false,
   remembered = 0,
   tenants = 0,
@@ -54,6 +55,7 @@ export async function build ({
     ...(store !== undefined && { idempotency: { store: await stores[store]({ ...resources, remembered }) } }),
     ...(runner !== undefined && { runner: await runners[runner](resources) })
   })
+  if (inspector) await app.register((await import('fastify-openai-webhook/inspector')).default, { onRequest: (request, reply, done) => { done() } })
   app.openaiWebhook.on(types, handler === 'sync' ? () => { count() } : async () => { count() })
   for (const type of otherHandlers) app.openaiWebhook.on(type, () => {})
   if (tenants > 0) {

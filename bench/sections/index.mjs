@@ -2,6 +2,7 @@ import * as coldStart from './cold-start.mjs'
 import * as comparison from './comparison.mjs'
 import * as growth from './growth.mjs'
 import * as handlers from './handlers.mjs'
+import * as inspector from './inspector.mjs'
 import * as memory from './memory.mjs'
 import * as production from './production.mjs'
 import * as redis from './redis.mjs'
@@ -17,5 +18,5 @@ import * as types from './types.mjs'
  * `targets(data)`, see `renderTargets`.
  */
 export const sections = Object.fromEntries([
-  comparison, production, refusals, handlers, secrets, tenants, types, coldStart, memory, runners, steady, growth, redis
+  comparison, production, inspector, refusals, handlers, secrets, tenants, types, coldStart, memory, runners, steady, growth, redis
 ].map(section => [section.name, section]))

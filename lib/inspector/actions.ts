@@ -2,6 +2,7 @@ import type { IncomingHttpHeaders } from 'node:http'
 import { isUtf8 } from 'node:buffer'
 import type { FastifyInstance } from 'fastify'
 import type { DeadLetters } from '../dead-letters.ts'
+import type { Verification } from '../pipeline/verify.ts'
 import type { Endpoint } from '../routes/endpoint.ts'
 import type { Routes } from '../routes/routes.ts'
 import { sampleEvent, sampleTypes } from '../testing/sample.ts'
@@ -76,23 +77,26 @@ export class Actions {
     const { again, edited } = this.obstacles(entry)
     const obstacle = body === undefined ? again : edited
     if (obstacle !== null) throw new ActionFault(409, `it cannot be delivered again: ${obstacle}`)
-    const { endpoint, url, headers = {}, rawBody, webhookId } = entry
-    return await this.#deliver(endpoint, url, endToEnd(headers), body === undefined ? rawBody! : Buffer.from(body), { again: id, webhookId })
+    const { endpoint, url, tenant, headers = {}, rawBody, webhookId } = entry
+    return await this.#deliver(endpoint, url, tenant, endToEnd(headers), body === undefined ? rawBody! : Buffer.from(body), { again: id, webhookId })
   }
 
-  /** @param url where the endpoint's own has parameters */
-  async deliver (name: string, url: string, body: string, host: string): Promise<Delivered> {
+  /**
+   * @param url fits the endpoint's, which may have parameters
+   * @param tenant where the endpoint serves many
+   */
+  async deliver (name: string, url: string, tenant: string | undefined, body: string, host: string): Promise<Delivered> {
     const endpoint = this.#endpoint(name)
     if (endpoint === undefined) throw new ActionFault(404, 'no such endpoint')
     if (!fits(name, url)) throw new ActionFault(400, 'expected the path of a URL that fits the endpoint\'s')
     const obstacle = obstacleOf(endpoint)
     if (obstacle !== null) throw new ActionFault(409, `it cannot be delivered: ${obstacle}`)
-    return await this.#deliver(name, url, { host }, Buffer.from(body))
+    return await this.#deliver(name, url, tenant, { host }, Buffer.from(body))
   }
 
-  async #deliver (name: string, url: string, headers: IncomingHttpHeaders, body: Buffer, repeated?: { again: number, webhookId: string | undefined }): Promise<Delivered> {
+  async #deliver (name: string, url: string, tenant: string | undefined, headers: IncomingHttpHeaders, body: Buffer, repeated?: { again: number, webhookId: string | undefined }): Promise<Delivered> {
     const { instance, journal } = this.#options
-    const { verifier, keyring } = this.#endpoint(name)!
+    const { verifier, keyring } = await verificationOf(this.#endpoint(name)!, tenant)
     const { sign, namedByEvent } = signerOf(verifier)!
     const webhookId = namedByEvent ? idOf(body) : newWebhookId()
     if (namedByEvent && repeated !== undefined && webhookId === repeated.webhookId) throw new ActionFault(409, 'its verifier names a delivery by its event: edit the event\'s id, or it is a duplicate')
@@ -130,9 +134,18 @@ export class Actions {
 /** Deliveries that one press requeues. */
 const MOST_REQUEUED = 1_000
 
-export function obstacleOf ({ verifier, keyring }: Endpoint): Obstacle {
+export function obstacleOf ({ verifier, keyring, tenants }: Endpoint): Obstacle {
   if (signerOf(verifier) === undefined) return 'its verifier is your own, which cannot sign'
-  return keyring.keys.length === 0 ? 'its signing secret is not known yet' : null
+  return tenants === undefined && keyring.keys.length === 0 ? 'its signing secret is not known yet' : null
+}
+
+/** How deliveries of an endpoint, or of one of its tenants, are verified. @throws ActionFault */
+export async function verificationOf (endpoint: Endpoint, tenant: string | undefined): Promise<Verification> {
+  if (endpoint.tenants === undefined) return endpoint
+  if (tenant === undefined || tenant === '') throw new ActionFault(400, 'expected a tenant: this endpoint serves many')
+  const found = await endpoint.tenants.verificationOf(tenant)
+  if (found instanceof Error) throw new ActionFault(409, `the tenant's secret cannot be had: ${found.message}`)
+  return found
 }
 
 /** Whether a route's URL has parameters. */

@@ -4,7 +4,7 @@ import { diagnoseQuickly } from '../diagnose.ts'
 import { causes } from '../diagnose/causes.ts'
 import { InvalidSignature, TimestampOutOfTolerance } from '../errors.ts'
 import { logError } from '../log.ts'
-import type { Endpoint } from '../routes/endpoint.ts'
+import type { Verification } from '../pipeline/verify.ts'
 import type { DeadDelivery, DeliveryError } from '../runners/runner.ts'
 import { standardWebhooks } from '../verifiers/standard-webhooks.ts'
 import { round, rowOf } from './entry.ts'
@@ -13,7 +13,8 @@ import type { AttemptInfo, DeadInfo, Detail, DiagnosisInfo, ErrorInfo, Row, Step
 import type { InspectorOptions } from './options.ts'
 
 export interface DetailParts {
-  readonly endpoint: Endpoint | undefined
+  /** Of its endpoint, or of its tenant; absent where this process has none. */
+  readonly verification: Verification | undefined
   readonly others: readonly Row[]
   readonly deliver: Detail['deliver']
   readonly redact: InspectorOptions['redact']
@@ -21,7 +22,7 @@ export interface DetailParts {
 }
 
 /** All that is kept of one delivery, to be shown. */
-export function detailOf (entry: Entry, { endpoint, others, deliver, redact, log }: DetailParts): Detail {
+export function detailOf (entry: Entry, { verification, others, deliver, redact, log }: DetailParts): Detail {
   const { url, timestamp, headers, rawBody, refusal, duplicate, attempts, death, sent } = entry
   return {
     row: rowOf(entry),
@@ -31,14 +32,14 @@ export function detailOf (entry: Entry, { endpoint, others, deliver, redact, log
     headers: headers === undefined ? null : shown(headers, redact, log),
     body: rawBody === undefined ? null : { base64: rawBody.toString('base64'), size: rawBody.length, arrived: headers !== undefined },
     refusal: refusal === undefined ? null : { ...refusal, error: refusal.error && errorOf(refusal.error) },
-    diagnosis: diagnosisOf(entry, endpoint),
+    diagnosis: diagnosisOf(entry, verification),
     duplicate: duplicate ?? null,
     attempts: attempts.map(attemptOf),
     death: death === undefined ? null : { at: death.diedAt, attempts: death.attempts, errors: death.errors.map(errorOf) },
     others,
     again: sent?.again ?? null,
     deliver,
-    scheme: entry.webhookId !== undefined && endpoint?.verifier === standardWebhooks() ? 'standard' : null
+    scheme: entry.webhookId !== undefined && verification?.verifier === standardWebhooks() ? 'standard' : null
   }
 }
 
@@ -127,13 +128,13 @@ const INVALID_SIGNATURE = new InvalidSignature().code
 const OUT_OF_TOLERANCE = new TimestampOutOfTolerance().code
 
 /** Why a delivery was refused, as `openai-webhook diagnose` would say it, judged at the time that it came. */
-function diagnosisOf (entry: Entry, endpoint: Endpoint | undefined): DiagnosisInfo | null {
+function diagnosisOf (entry: Entry, verification: Verification | undefined): DiagnosisInfo | null {
   const { refusal, headers, rawBody, at } = entry
-  if (refusal === undefined || headers === undefined || endpoint === undefined || endpoint.verifier !== standardWebhooks()) return null
+  if (refusal === undefined || headers === undefined || verification === undefined || verification.verifier !== standardWebhooks()) return null
   if (refusal.code === OUT_OF_TOLERANCE) return stale(Number(headers['webhook-timestamp']) - at / 1_000)
   const isRead = refusal.code === INVALID_SIGNATURE && rawBody !== undefined
   if (!isRead && !isOfHeaders(entry)) return null
-  const { keyring, tolerance } = endpoint
+  const { keyring, tolerance } = verification
   const { finding, likely, ruledOut } = diagnoseQuickly({
     headers,
     rawBody: rawBody ?? Buffer.alloc(0),

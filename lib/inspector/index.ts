@@ -6,7 +6,7 @@ import { INSIDE } from '../observation.ts'
 import type { Observation } from '../observation.ts'
 import type { Routes } from '../routes/routes.ts'
 import { assertProtected, isReadOnly, loopbackAlone, mayAct, sameSite } from './access.ts'
-import { ActionFault, Actions, obstacleOf } from './actions.ts'
+import { ActionFault, Actions, obstacleOf, verificationOf } from './actions.ts'
 import { readAssets } from './assets.ts'
 import { deadOf, detailOf } from './detail.ts'
 import { Journal } from './journal.ts'
@@ -57,7 +57,7 @@ const inspector: FastifyPluginAsync<InspectorOptions> = async (instance, options
   const live = new Live({ watch: watched => journal.watch(watched), takeChanged: () => journal.takeChanged(), stats })
   const hello = async (request: FastifyRequest): Promise<Hello> => ({
     readOnly: await isReadOnly(readOnly, request),
-    endpoints: [...routes.endpoints.all.values()].map(endpoint => ({ url: endpoint.name, signs: obstacleOf(endpoint) === null })),
+    endpoints: [...routes.endpoints.all.values()].map(endpoint => ({ url: endpoint.name, signs: obstacleOf(endpoint) === null, tenants: endpoint.tenants !== undefined })),
     types: Object.keys(routes.events).sort(),
     deadLetters: runner.dead !== undefined,
     max: { deliveries: journal.deliveries.max, refused: journal.refusals.max },
@@ -118,8 +118,10 @@ const inspector: FastifyPluginAsync<InspectorOptions> = async (instance, options
   get('deliveries/:id', async (request, reply) => {
     const entry = journal.find(Number((request.params as { id: string }).id))
     if (entry === undefined) throw new ActionFault(404, 'the delivery is not kept any more: the last ones are')
+    // Of a tenant that is not known there is nothing to diagnose with.
     const endpoint = routes.endpoints.all.get(entry.endpoint)
-    return json(reply, detailOf(entry, { endpoint, others: journal.others(entry), deliver: actions.obstacles(entry), redact, log: request.log }))
+    const verification = endpoint && await verificationOf(endpoint, entry.tenant).catch(() => undefined)
+    return json(reply, detailOf(entry, { verification, others: journal.others(entry), deliver: actions.obstacles(entry), redact, log: request.log }))
   })
   get('dead', async (request, reply) => {
     const { type } = request.query as { type?: string }
@@ -127,7 +129,7 @@ const inspector: FastifyPluginAsync<InspectorOptions> = async (instance, options
   })
   get('sample', async (request, reply) => json(reply, { text: actions.sample(String((request.query as { type?: string }).type)) }))
 
-  post('deliver', async (asked, { headers }) => await actions.deliver(asked.text('endpoint'), asked.text('url'), asked.text('body'), headers.host ?? 'localhost'))
+  post('deliver', async (asked, { headers }) => await actions.deliver(asked.text('endpoint'), asked.text('url'), asked.optional('tenant'), asked.text('body'), headers.host ?? 'localhost'))
   post('again', async asked => await actions.again(asked.number('id'), asked.optional('body')))
   post('requeue', async asked => {
     const tenant = asked.optional('tenant')

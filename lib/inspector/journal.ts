@@ -192,7 +192,7 @@ export class Journal implements Observer {
     }
   }
 
-  refused ({ code, statusCode, error }: { code: string, statusCode: number, error: unknown }, { endpoint }: Refused, request: FastifyRequest): void {
+  refused ({ code, statusCode, error }: { code: string, statusCode: number, error: unknown }, { endpoint, tenant }: Refused, request: FastifyRequest): void {
     // A hook of the app before ours may have refused it.
     const entry = (request as Noted)[ENTRY] ?? this.#note(request, endpoint)
     const { cause, message } = error as { cause?: unknown, message?: unknown }
@@ -202,6 +202,7 @@ export class Journal implements Observer {
     if (entry.webhookId === undefined) {
       entry.status = statusCode
       entry.state = 'refused'
+      entry.tenant = tenant
       if (!entry.kept) this.#keepRefused(entry)
       return
     }

@@ -40,6 +40,8 @@ export interface EndpointInfo {
   readonly url: string
   /** Whether a delivery can be signed for it here. */
   readonly signs: boolean
+  /** Whether it serves many. */
+  readonly tenants: boolean
 }
 
 /** The first message of a stream. */

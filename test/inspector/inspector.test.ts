@@ -330,6 +330,30 @@ t.test('samples of every type, those of the user\'s included, to the endpoint th
   t.equal(got.at(-1), 'own.type /hooks/:project /hooks/acme', 'it keeps its URL')
 })
 
+t.test('many tenants behind one route: shown, diagnosed and delivered to by name', async t => {
+  const app = await inspected(t)
+  const got: unknown[] = []
+  app.openaiWebhook.onAny((_event, { tenant }) => { got.push(tenant) })
+  app.openaiWebhook.route({
+    url: '/tenants/:name',
+    tenant: { of: request => (request.params as { name: string }).name, secret: name => name === 'acme' ? SECRET : undefined }
+  })
+  await post(app, sign(thin('batch.failed')), '/tenants/acme')
+  t.match(await detailOf(app), { row: { tenant: 'acme', endpoint: '/tenants/:name', state: 'processed' }, url: '/tenants/acme', scheme: 'standard', deliver: { again: null } })
+  t.match((await act(app, 'again', { id: 1 })).json(), { status: 200 })
+  const { headers, body } = sign(thin('batch.failed'))
+  await post(app, { headers, body: Buffer.concat([body, Buffer.from('\n')]) }, '/tenants/acme')
+  t.match(await detailOf(app), { row: { tenant: 'acme', state: 'refused' }, diagnosis: { cause: 'body-newline-added' } })
+  await post(app, sign(thin('batch.failed')), '/tenants/nobody')
+  t.match(await detailOf(app), { row: { tenant: 'nobody', state: 'refused', status: 401, code: 'FST_OPENAI_WEBHOOK_UNKNOWN_TENANT' }, diagnosis: null })
+  const sample = { endpoint: '/tenants/:name', url: '/tenants/acme', body: body.toString() }
+  t.match((await act(app, 'deliver', { ...sample, tenant: 'acme' })).json(), { status: 200 })
+  t.match((await act(app, 'deliver', sample)).json(), { message: /expected a tenant/ })
+  t.match((await act(app, 'deliver', { ...sample, tenant: '' })).json(), { message: /expected a tenant/ })
+  t.match((await act(app, 'deliver', { ...sample, tenant: 'nobody' })).json(), { message: /secret cannot be had/ })
+  t.same(got, ['acme', 'acme', 'acme'])
+})
+
 t.test('a secret that is not known yet', async t => {
   const app = await inspected(t, { secret: async () => SECRET })
   await app.ready()

@@ -55,7 +55,7 @@ t.test('a page that looks is told what is there, then what changes, and figures'
     readOnly: false,
     deadLetters: false,
     max: { deliveries: 7, refused: 7 },
-    endpoints: [{ url: '/webhooks/openai', signs: true }],
+    endpoints: [{ url: '/webhooks/openai', signs: true, tenants: false }],
     rows: [{ id: 1, type: 'batch.failed' }],
     stats: { depth: Number, dead: null, seconds: 5 }
   })
