@@ -46,6 +46,7 @@ const results = {
   handlers: { plan, variants: each({ '1 for 1 type': 20, '200 for 40 types': 20.4 }) },
   secrets: { plan, variants: each({ 1: 20, 5: 30 }) },
   tenants: { plan, variants: each({ 1: 20, '10,000': 20.2 }) },
+  inspector: { plan, variants: each({ 'the plugin': 20, 'with the inspector': 22 }) },
   types: { plan, size: 512, variants: each({ 1: 20, 40: 21 }) },
   'cold-start': {
     starts: 3,
