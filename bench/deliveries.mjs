@@ -98,6 +98,9 @@ function mac (key, parts, encoding) {
   return hmac.digest(encoding)
 }
 
+/** Goes on from one call to the next, so that each tenant has its turn. */
+let sender = 0
+
 /**
  * @param {{ templates: string[][], count: number, kind?: string, scheme?: string, tenants?: number }} plan
  * @returns {Buffer[][]} the pieces of each request
@@ -107,7 +110,7 @@ export function buildRequests ({ templates, count, kind = 'signed', scheme = 'st
   const events = templates.map(([head, tail]) => ({ head, tail: Buffer.from(tail) }))
   return Array.from({ length: count }, (_, index) => {
     const { head, tail } = events[index % events.length]
-    const { path, key: ofSender } = senders[Math.floor(Math.random() * tenants)] ?? { path: PATH, key }
+    const { path, key: ofSender } = tenants > 0 ? senders[sender++ % tenants] : { path: PATH, key }
     const first = Buffer.from(`${head}evt_${randomUUID().replaceAll('-', '')}`)
     const lines = [
       `POST ${path} HTTP/1.1`,

@@ -97,7 +97,7 @@ t.test('unknown options are refused, with the nearest known one', async t => {
     [{ cache: true }, `unknown option "cache": expected ${ALL}`],
     [{ toString: 7 }, `unknown option "toString": expected ${ALL}`],
     [{ idempotency: { leese: 7 } }, 'unknown option "idempotency.leese", did you mean "lease"?'],
-    [{ idempotency: { ttl: 7 } }, 'unknown option "idempotency.ttl": expected store, lease or retention']
+    [{ idempotency: { ttl: 7 } }, 'unknown option "idempotency.ttl": expected store, lease, retention or reconcile']
   ]
   for (const [options, message] of cases) t.equal(await messageOf(() => register({ secret: SECRET, ...options })), message)
 })

@@ -1,4 +1,5 @@
 import { createHmac } from 'node:crypto'
+import { setTimeout as sleep } from 'node:timers/promises'
 import type { FastifyInstance } from 'fastify'
 import { LRUCache } from 'lru-cache'
 import { Registry } from 'prom-client'
@@ -505,6 +506,50 @@ t.test('tenants that are invented', async t => {
     await turn()
     for (const name of known) t.equal(await deliver(app, name), RECEIVED)
     t.equal(db.asked.length, 36, 'the others get theirs then')
+  })
+
+  t.test('do not slow the real ones', async t => {
+    const db = table(rowsOf('acme'))
+    // A database that takes its time.
+    db.answer = async () => { await sleep(20) }
+    const app = await listen(await serving(t, tenants(() => true, { secret: db.secret })))
+    const { port } = app.server.address() as { port: number }
+    const sent = async (tenant: string): Promise<number> => {
+      const { headers, body } = signedBy(tenant)
+      const response = await fetch(`http://127.0.0.1:${port}${urlOf(tenant)}`, { method: 'POST', headers, body: new Uint8Array(body) })
+      await response.arrayBuffer()
+      return response.status
+    }
+    const measured = async (): Promise<{ statuses: Set<number>, p99: number }> => {
+      const latencies: number[] = []
+      const statuses = new Set<number>()
+      for (let nth = 0; nth < 100; nth++) {
+        const start = performance.now()
+        statuses.add(await sent('acme'))
+        latencies.push(performance.now() - start)
+      }
+      return { statuses, p99: latencies.sort((a, b) => a - b)[98]! }
+    }
+    await measured()
+    const alone = await measured()
+    db.asked.length = 0
+    const start = performance.now()
+    const over = new AbortController()
+    let invented = 0
+    const flood = Array.from({ length: 20 }, async () => {
+      const answers = new Set<number>()
+      while (!over.signal.aborted) answers.add(await sent(`invented-${invented++}`))
+      return answers
+    })
+    const among = await measured()
+    over.abort()
+    const answers = new Set((await Promise.all(flood)).flatMap(each => [...each]))
+    const seconds = (performance.now() - start) / 1_000
+    t.same([...alone.statuses, ...among.statuses], [200, 200])
+    t.same([...answers].filter(status => status !== 401 && status !== 503), [])
+    t.notOk(db.asked.includes('acme'))
+    t.ok(db.asked.length <= 100 * (seconds + 1), `${db.asked.length} look-ups for ${invented} invented tenants`)
+    t.comment(`p99 of a real tenant: ${alone.p99.toFixed(1)} ms alone, ${among.p99.toFixed(1)} ms among ${Math.round(invented / seconds)} invented a second, ${db.asked.length} of ${invented} looked up`)
   })
 
   t.test('leave no memory behind', async t => {
