@@ -47,6 +47,7 @@ export class Journal implements Observer {
   constructor (max: number) {
     const dropped = (entry: Entry): void => {
       this.#changed?.delete(entry)
+      if (this.#queued.size === 0) return
       const { endpoint, tenant, webhookId = '' } = entry
       const key = keyOf({ endpoint, webhookId, ...(tenant !== undefined && { tenant }) })
       if (this.#queued.get(key) === entry) this.#queued.delete(key)
@@ -180,7 +181,7 @@ export class Journal implements Observer {
         else entry.dispatchedAt = startedAt + record.ms
         if (error === undefined) {
           record.outcome = 'processed'
-          this.#queued.delete(keyOf(job))
+          if (this.#queued.size > 0) this.#queued.delete(keyOf(job))
           return this.#move(entry, 'processed')
         }
         record.outcome = 'failed'
