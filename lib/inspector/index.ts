@@ -71,7 +71,11 @@ const inspector: FastifyPluginAsync<InspectorOptions> = async (instance, options
   instance.removeAllContentTypeParsers()
   instance.addContentTypeParser('application/json', { parseAs: 'string' }, instance.getDefaultJsonParser('error', 'error'))
 
-  const admitted = (onRequest === undefined ? [loopbackAlone] : [onRequest].flat()) as onRequestHookHandler[]
+  const letsIn = (onRequest === undefined ? [loopbackAlone] : [onRequest].flat()) as onRequestHookHandler[]
+  const admitted: onRequestHookHandler[] = [...letsIn, (request, _reply, done) => {
+    admittedRequests.add(request)
+    done()
+  }]
   const common = { exposeHeadRoute: false, schema: { hide: true } as object }
   const api = { ...common, errorHandler: tell }
 
@@ -105,8 +109,8 @@ const inspector: FastifyPluginAsync<InspectorOptions> = async (instance, options
     })
   }
 
-  // Relative to the page, so that a proxy may put it elsewhere.
-  serve(path, 'text/html; charset=utf-8', () => assets.page.replaceAll('{{base}}', path.slice(path.lastIndexOf('/') + 1)))
+  // Relative to the page, so that a proxy may put it elsewhere. The app may take a slash at the end of its URL for none.
+  serve(path, 'text/html; charset=utf-8', ({ url }) => assets.page.replaceAll('{{base}}', /\/(?:\?|$)/.test(url) ? '.' : path.slice(path.lastIndexOf('/') + 1)))
   serve(`${path}/page.js`, 'text/javascript; charset=utf-8', () => assets.script)
   serve(`${path}/page.css`, 'text/css; charset=utf-8', () => assets.style)
 
@@ -155,8 +159,14 @@ function json (reply: FastifyReply, value: object): string {
   return JSON.stringify(value)
 }
 
-/** The page shows what went wrong, whatever the app's error handler makes of errors. */
-function tell (error: Error & { code?: unknown }, _request: FastifyRequest, reply: FastifyReply): void {
+/** Whoever may look is told what went wrong, whatever the app's error handler makes of errors. */
+const admittedRequests = new WeakSet<FastifyRequest>()
+
+function tell (error: Error & { code?: unknown }, request: FastifyRequest, reply: FastifyReply): void {
+  if (!admittedRequests.has(request)) {
+    reply.send(error) // has the app's own error handler called
+    return
+  }
   reply.code(statusOf(error)).headers(HEADERS).type('application/json; charset=utf-8')
     .send(JSON.stringify({ code: String(error.code), message: error.message }))
 }

@@ -88,6 +88,8 @@ t.test('one HTML, one script, one style, under 60 KB, with a policy that lets no
   }
   t.ok(size < 60_000, `${size} bytes`)
   t.equal((await app.inject({ method: 'HEAD', url: `${PAGE}/api/events` })).statusCode, 404)
+  const lax = await inspected(t, {}, {}, { routerOptions: { ignoreTrailingSlash: true } })
+  t.match((await lax.inject(`${PAGE}/?x=1`)).body, /src="\.\/page\.js"/)
 })
 
 t.test('without onRequest it refuses to start in production', async t => {
@@ -432,6 +434,7 @@ t.test('over HTTP/2, and where the app has an error handler of its own', async t
   await ask({ ':method': 'POST', ':path': '/webhooks/openai', ...delivery.headers }, delivery.body.toString())
   const post = async (headers: Record<string, string>) => await ask({ ':method': 'POST', ':path': `${PAGE}/api/again`, 'content-type': 'application/json', ...headers }, '{"id":1}')
   t.equal((await post({ origin: 'http://evil.example' })).status, 403)
+  t.equal((await ask({ ':path': `${PAGE}/api/dead`, 'x-forwarded-for': 'x' })).text, 'teapot', 'who may not look is told what the app tells')
   t.match(JSON.parse((await post({ origin: `http://127.0.0.1:${port}` })).text), { status: 200 })
   t.same(got, [undefined, `127.0.0.1:${port}`].map(String))
 })
