@@ -72,10 +72,10 @@ export class Claims {
       throw error
     }
     if (resource.state === 'claimed') {
-      const both: Held = { ...claim, finished: union(claim.finished, resource.finished), resource }
+      const held: Held = { ...claim, finished: union(claim.finished, resource.finished), resource }
       this.#held.delete(claim)
-      this.#held.add(both)
-      return both
+      this.#held.add(held)
+      return held
     }
     // Another delivery has told of it, or is about to.
     yield resource.state === 'done' ? this.complete(claim) : this.release(claim)
@@ -93,27 +93,27 @@ export class Claims {
   holds (claim: Held): boolean { return this.#held.has(claim) && (claim.resource === undefined || this.#held.has(claim.resource)) }
 
   checkpoint (claim: Held, handler: string): MaybePromise<void> {
-    const { store, onTrouble } = this.#options
-    return this.#ofBoth(claim, ({ key, token }) => attempt(() => store.checkpoint(key, token, handler), onTrouble))
-  }
-
-  complete (claim: Held): MaybePromise<void> {
-    return this.#ofBoth(claim, each => this.#complete(each))
-  }
-
-  release (claim: Held): MaybePromise<void> {
-    return this.#ofBoth(claim, each => this.#release(each))
+    if (claim.resource === undefined) return this.#checkpoint(claim, handler)
+    return both(this.#checkpoint(claim.resource, handler), this.#checkpoint(claim, handler))
   }
 
   /**
    * The resource first: where a crash comes between, the delivery that comes again finds that it has been processed. Both in one
    * turn, so that a store which groups what arrives makes one commit of them.
    */
-  #ofBoth (claim: Held, settle: (each: Held) => MaybePromise<void>): MaybePromise<void> {
-    if (claim.resource === undefined) return settle(claim)
-    const first = settle(claim.resource)
-    const second = settle(claim)
-    return then(first, () => second)
+  complete (claim: Held): MaybePromise<void> {
+    if (claim.resource === undefined) return this.#complete(claim)
+    return both(this.#complete(claim.resource), this.#complete(claim))
+  }
+
+  release (claim: Held): MaybePromise<void> {
+    if (claim.resource === undefined) return this.#release(claim)
+    return both(this.#release(claim.resource), this.#release(claim))
+  }
+
+  #checkpoint ({ key, token }: Held, handler: string): MaybePromise<void> {
+    const { store, onTrouble } = this.#options
+    return attempt(() => store.checkpoint(key, token, handler), onTrouble)
   }
 
   #complete (claim: Held): MaybePromise<void> {
@@ -169,6 +169,10 @@ export class Claims {
 
 function unavailable (cause: unknown): never {
   throw new Unavailable({ cause })
+}
+
+function both (first: MaybePromise<void>, second: MaybePromise<void>): MaybePromise<void> {
+  return then(first, () => second)
 }
 
 /** All names, each once. */

@@ -44,22 +44,25 @@ export async function * bytesOf ({ file, open, idleTimeout, signal }: BytesOptio
   let received = 0
   let reader = readerOf(answer)
   try {
-    for (let fruitless = 0; ;) {
+    let fruitless = 0
+    let isWhole = false
+    while (!isWhole) {
       const read = await next(reader, { file, idleTimeout, signal })
       if ('value' in read) {
         received += read.value.length
         fruitless = 0
         yield read.value
+      } else if (total === undefined ? !('cause' in read) : received >= total) {
+        isWhole = true
       } else {
-        if (total === undefined ? !('cause' in read) : received >= total) return
-        await reader.cancel().catch(() => {}) // of what is broken already
         if (!resumable || fruitless++ === FRUITLESS) throw new BatchBroken(file, received, { cause: read.cause })
+        end(reader)
         reader = await resume(received)
       }
     }
   } finally {
     // Where the consumer has had enough, this ends the connection.
-    await reader.cancel().catch(() => {})
+    end(reader)
   }
 
   async function resume (from: number): Promise<Reader> {
@@ -74,7 +77,7 @@ export async function * bytesOf ({ file, open, idleTimeout, signal }: BytesOptio
     const rest = readerOf(resumed)
     // 200 would be the whole file, or another one.
     if (resumed.status === 206 && isRangeFrom(resumed.headers.get('content-range'), from, total)) return rest
-    await rest.cancel()
+    end(rest)
     throw new BatchBroken(file, from)
   }
 }
@@ -100,6 +103,11 @@ async function next (reader: Reader, { file, idleTimeout, signal }: Omit<BytesOp
     clearTimeout(timer)
     signal?.removeEventListener('abort', onAbort!)
   }
+}
+
+/** Not awaited: what is stalled may not answer this either. */
+function end (reader: Reader): void {
+  reader.cancel().catch(() => {})
 }
 
 function readerOf ({ body }: FileAnswer): Reader {

@@ -105,11 +105,18 @@ export async function reconcile (client: ResourceClient, options: ReconcileOptio
   if (!dryRun) {
     const next = found.entries()
     let done = 0
+    let isOver = false
     async function deliverNext (): Promise<void> {
-      for (const [index, ended] of next) {
-        signal?.throwIfAborted()
-        const event = events[index] = { ...identityOf(ended), ...await deliver(ended, plan, signal) }
-        onProgress?.({ step: 'deliver', done: ++done, total: found.length, event })
+      try {
+        for (const [index, ended] of next) {
+          signal?.throwIfAborted()
+          const event = events[index] = { ...identityOf(ended), ...await deliver(ended, plan, signal) }
+          onProgress?.({ step: 'deliver', done: ++done, total: found.length, event })
+          if (isOver) return
+        }
+      } finally {
+        // Where one has failed, the others deliver nothing more.
+        isOver = true
       }
     }
     await Promise.all(Array.from({ length: AT_ONCE }, deliverNext))

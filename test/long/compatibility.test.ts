@@ -108,6 +108,8 @@ import { webhookTracing } from 'fastify-openai-webhook/otel'
 import { pgboss } from 'fastify-openai-webhook/pgboss'
 import { postgresInbox, postgresStore } from 'fastify-openai-webhook/postgres'
 import { redisStore } from 'fastify-openai-webhook/redis'
+import OpenAI from 'openai'
+import { batchResults, retrieve } from 'fastify-openai-webhook/resources'
 import { deliver, runnerContract, sampleEvent, storeContract } from 'fastify-openai-webhook/testing'
 
 const app = Fastify()
@@ -129,6 +131,9 @@ export const store = postgresStore(pool)
 export const handler = postgresInbox(pool).once('settle', async tx => { await tx.query('select 1') })
 await deliver(app, sampleEvent('batch.failed'))
 export const runner = pgboss({ boss: new PgBoss(''), worker: { concurrency: 2 } })
+const client = new OpenAI()
+app.openaiWebhook.on('response.completed', async event => { console.log((await retrieve(client, event)).output_text) })
+for await (const { customId, error } of batchResults(client, await client.batches.retrieve('batch_1'))) console.log(customId, error?.message)
 export const cases = [...storeContract(() => memoryStore()), ...runnerContract(inline), ...runnerContract(() => background())]
 `)
   writeFileSync(join(cwd, 'tsconfig.json'), JSON.stringify({
