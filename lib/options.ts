@@ -285,7 +285,7 @@ const RIGHT_PLACES: Readonly<Record<string, (name: string) => string>> = {
   tenant: () => 'it is an option of a route, as in app.openaiWebhook.route({ url, tenant }); unwrap() takes the `secret` of the tenant whose delivery it is',
   bodyTimeout: () => 'it is an option of the plugin and of its routes',
   ...Object.fromEntries(['events', 'idempotency', 'runner', 'deadline', 'closeTimeout'].map(name => [name, ofPlugin])),
-  ...Object.fromEntries(['store', 'lease', 'retention'].map(name => [name, ofIdempotency])),
+  ...Object.fromEntries(['store', 'lease', 'retention', 'reconcile'].map(name => [name, ofIdempotency])),
   ...Object.fromEntries(['concurrency', 'attempts', 'backoff'].map(name => [name, ofRunner])),
   max: () => 'it is an option of the store, as in { idempotency: { store: memoryStore({ max }) } }'
 }

@@ -118,6 +118,8 @@ t.test('an option in the wrong place is refused, with the right one', async t =>
     [await registered({ max: 7 }), /^unknown option "max": .*memoryStore\(\{ max \}\)/],
     [await registered({ idempotency: { max: 7 } }), /^unknown option "idempotency\.max": .*memoryStore\(\{ max \}\)/],
     [await registered({ idempotency: { deadline: 7 } }), /^unknown option "idempotency\.deadline": it is an option of the plugin, as in app\.register\(openaiWebhook, \{ deadline \}\)/],
+    [await registered({ reconcile: true }), /^unknown option "reconcile": .*\{ idempotency: \{ reconcile \} \}/],
+    [await registered({ tenant: {} }), /^unknown option "tenant": it is an option of a route, as in app\.openaiWebhook\.route\(\{ url, tenant \}\)/],
     [await route({ deadline: 7 }), /^unknown option "deadline": it is an option of the plugin/],
     [await route({ lease: 7 }), /^unknown option "lease": .*\{ idempotency: \{ lease \} \}/],
     [await route({ path: '/other' }), /^unknown option "path": a route has `url`/],

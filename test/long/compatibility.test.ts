@@ -136,18 +136,35 @@ app.openaiWebhook.on('response.completed', async event => { console.log((await r
 for await (const { customId, error } of batchResults(client, await client.batches.retrieve('batch_1'))) console.log(customId, error?.message)
 export const cases = [...storeContract(() => memoryStore()), ...runnerContract(inline), ...runnerContract(() => background())]
 `)
-  writeFileSync(join(cwd, 'tsconfig.json'), JSON.stringify({
-    compilerOptions: { module: 'NodeNext', moduleResolution: 'NodeNext', target: 'ES2022', strict: true, exactOptionalPropertyTypes: true, noEmit: true, esModuleInterop: true, types: ['node'] },
-    files: ['app.ts', ...Object.keys(TYPED)]
-  }))
+  writeFileSync(join(cwd, 'required.cts'), `
+import Fastify = require('fastify')
+import openaiWebhook = require('fastify-openai-webhook')
+import sqlite = require('fastify-openai-webhook/sqlite')
+const app = Fastify.fastify()
+void app.register(openaiWebhook.default).after(() => { app.openaiWebhook.on('batch.failed', event => { console.log(event.data.id, sqlite.durable.length) }) })
+`)
+  const configure = (module: string, moduleResolution: string, files: string[]): void => {
+    writeFileSync(join(cwd, 'tsconfig.json'), JSON.stringify({
+      compilerOptions: { module, moduleResolution, target: 'ES2022', strict: true, exactOptionalPropertyTypes: true, noEmit: true, esModuleInterop: true, types: ['node'] },
+      files
+    }))
+  }
+  /** The declarations of other packages are theirs; ours and the user's are checked with the library check on. */
+  async function faultsBy (version: string): Promise<string[]> {
+    const output = await run(cwd, process.execPath, `node_modules/typescript-${version}/bin/tsc`).then(() => [], ({ stdout }: { stdout: string }) => stdout.split('\n'))
+    return output.filter(line => /^\S/.test(line) && /^(?!node_modules\/)|^node_modules\/fastify-openai-webhook\//.test(line))
+  }
 
+  const files = ['app.ts', ...Object.keys(TYPED)]
+  configure('NodeNext', 'NodeNext', files)
   for (const types of NODE_TYPES) {
     await install(cwd, `@types/node@${types}`, '--ignore-scripts')
-    for (const version of TYPESCRIPTS) {
-      const output = await run(cwd, process.execPath, `node_modules/typescript-${version}/bin/tsc`).then(() => [], ({ stdout }: { stdout: string }) => stdout.split('\n'))
-      // The declarations of other packages are theirs; ours and the user's are checked with the library check on.
-      const faults = output.filter(line => /^\S/.test(line) && /^(?!node_modules\/)|^node_modules\/fastify-openai-webhook\//.test(line))
-      t.same(faults, [], `TypeScript ${version}, @types/node ${types}`)
-    }
+    for (const version of TYPESCRIPTS) t.same(await faultsBy(version), [], `TypeScript ${version}, @types/node ${types}`)
   }
+  for (const [module, resolution] of [['Node16', 'Node16'], ['ESNext', 'Bundler']] as const) {
+    configure(module, resolution, ['app.ts'])
+    for (const version of TYPESCRIPTS) t.same(await faultsBy(version), [], `TypeScript ${version}, ${module}, ${resolution}`)
+  }
+  configure('NodeNext', 'NodeNext', ['required.cts'])
+  for (const version of TYPESCRIPTS.filter(version => version !== '5.5')) t.same(await faultsBy(version), [], `TypeScript ${version}, CommonJS`)
 })
