@@ -69,9 +69,11 @@ const GIVEN = `
 import type { FastifyInstance } from 'fastify'
 import type { IncomingHttpHeaders } from 'node:http'
 import type plugin from 'fastify-openai-webhook'
+import type inspectorPlugin from 'fastify-openai-webhook/inspector'
 declare global {
   const app: FastifyInstance
   const openaiWebhook: typeof plugin
+  const inspector: typeof inspectorPlugin
   const rawBody: Buffer
   const headers: IncomingHttpHeaders
   function acceptCall (callId: string, idempotencyKey: string): Promise<void>
