@@ -1,5 +1,4 @@
 import type { IncomingHttpHeaders } from 'node:http'
-import { isUtf8 } from 'node:buffer'
 import type { FastifyInstance } from 'fastify'
 import type { DeadLetters } from '../dead-letters.ts'
 import type { Verification } from '../pipeline/verify.ts'
@@ -134,9 +133,8 @@ export class Actions {
 /** Deliveries that one press requeues. */
 const MOST_REQUEUED = 1_000
 
-export function obstacleOf ({ verifier, keyring, tenants }: Endpoint): Obstacle {
-  if (signerOf(verifier) === undefined) return 'its verifier is your own, which cannot sign'
-  return tenants === undefined && keyring.keys.length === 0 ? 'its signing secret is not known yet' : null
+export function obstacleOf ({ verifier }: Endpoint): Obstacle {
+  return signerOf(verifier) === undefined ? 'its verifier is your own, which cannot sign' : null
 }
 
 /** How deliveries of an endpoint, or of one of its tenants, are verified. @throws ActionFault */
@@ -170,7 +168,7 @@ function endToEnd (headers: IncomingHttpHeaders): IncomingHttpHeaders {
 
 function idOf (body: Buffer): string | undefined {
   try {
-    const { id } = JSON.parse(isUtf8(body) ? body.toString() : '') as { id?: unknown }
+    const { id } = JSON.parse(body.toString()) as { id?: unknown }
     return typeof id === 'string' ? id : undefined
   } catch {
     return undefined // the validate step says so

@@ -132,8 +132,8 @@ function diagnosisOf (entry: Entry, verification: Verification | undefined): Dia
   const { refusal, headers, rawBody, at } = entry
   if (refusal === undefined || headers === undefined || verification === undefined || verification.verifier !== standardWebhooks()) return null
   if (refusal.code === OUT_OF_TOLERANCE) return stale(Number(headers['webhook-timestamp']) - at / 1_000)
-  const isRead = refusal.code === INVALID_SIGNATURE && rawBody !== undefined
-  if (!isRead && !isOfHeaders(entry)) return null
+  // What condemns a delivery by its headers is found in them, before a body is looked at.
+  if (!isOfHeaders(entry) && (refusal.code !== INVALID_SIGNATURE || rawBody === undefined)) return null
   const { keyring, tolerance } = verification
   const { finding, likely, ruledOut } = diagnoseQuickly({
     headers,
@@ -142,8 +142,6 @@ function diagnosisOf (entry: Entry, verification: Verification | undefined): Dia
     now: at,
     tolerance
   })
-  // Without the body only what the headers say is known.
-  if (!isRead) return finding === undefined || finding.cause.startsWith('body-') ? null : { cause: finding.cause, message: finding.message, fix: finding.fix, ruledOut: [] }
   return { cause: finding?.cause ?? null, message: finding?.message ?? likely!, fix: finding?.fix ?? null, ruledOut }
 }
 

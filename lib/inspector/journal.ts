@@ -211,7 +211,7 @@ export class Journal implements Observer {
     // Its handlers run on, or have failed; or it is told that it is a duplicate of one that runs elsewhere.
     if (code === DEADLINE && entry.state === 'running') this.#move(entry, 'late')
     else if (entry.state === 'received') this.#move(entry, 'refused')
-    else this.#changed?.add(entry)
+    else this.#move(entry, entry.state)
   }
 
   dead (delivery: DeadDelivery): void {

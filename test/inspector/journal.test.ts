@@ -12,7 +12,7 @@ import { Rate } from '../../lib/inspector/rate.ts'
 import { durable } from '../../lib/sqlite/index.ts'
 import { faultNames, forge, sign as signBytes } from '../../lib/testing/index.ts'
 import { SECRET, build, post, sign, thin } from '../support/deliveries.ts'
-import { detailOf, inspected, journalOf, rowsOf } from '../support/inspector.ts'
+import { act, detailOf, inspected, journalOf, rowsOf } from '../support/inspector.ts'
 import { deferred, redelivered } from '../support/observe.ts'
 
 const states = (app: FastifyInstance): string[] => rowsOf(app).map(({ state }) => state)
@@ -229,6 +229,28 @@ t.test('a worker that has received nothing shows what comes out of the queue', a
   t.equal((await detailOf(app)).attempts.length, 10, 'the last ones')
 })
 
+t.test('what is not kept any more may still run, and be waited for', async t => {
+  let host: RunnerHost | undefined
+  const app = await inspected(t, { runner: { start (given) { host = given }, run () {}, depth: () => 0 } }, { max: 1 })
+  const end = deferred()
+  app.openaiWebhook.on('batch.failed', () => end.promise).on('batch.completed', () => { throw new Error('no bucket') })
+  await app.ready()
+  const job = (webhookId: string, type = 'batch.failed'): Job => ({ webhookId, timestamp: 1_750_861_210, endpoint: '/webhooks/openai', event: thin(type) })
+  const first = Promise.resolve(host!.process({ ...job('wh_1'), tenant: 'acme' }))
+  const second = Promise.resolve(host!.process(job('wh_2')))
+  await until(() => rowsOf(app)[0]?.webhookId === 'wh_2')
+  end.reject(new Error('no bucket'))
+  await t.rejects(first)
+  await t.rejects(second)
+  t.match(rowsOf(app), [{ webhookId: 'wh_2', state: 'failed' }])
+  t.equal(rowsOf(app).length, 1)
+  // It came out of a queue, and can be delivered again all the same: its URL is known.
+  t.match((await detailOf(app)).deliver, { again: null, edited: null })
+  t.match((await act(app, 'again', { id: rowsOf(app)[0]!.id })).json(), { status: 200 })
+  await t.rejects(Promise.resolve().then(() => host!.process({ ...job('wh_3', 'batch.completed'), tenant: 'acme' })))
+  t.match((await detailOf(app)).deliver, { again: /at which URL/ })
+})
+
 t.test('a route that replies by itself, and a store or a queue that fails', async t => {
   const app = await inspected(t)
   app.post('/own', { config: { openaiWebhook: {} } }, async (_request, reply) => await reply.code(202).send('ok'))
@@ -270,6 +292,7 @@ t.test('hooks of the app that answer or refuse by themselves, before and after v
   at = 'refuse'
   await post(app, sign(thin('batch.failed')))
   t.match(last(), { state: 'refused', status: 429, code: '5' })
+  t.match((await detailOf(app)).steps, [{ name: 'capture', to: null, failed: true }])
   at = 'before'
   await post(app, sign(thin('batch.failed')))
   t.match(last(), { state: 'refused', status: 204, code: 'ANSWERED_BY_A_HOOK' })
