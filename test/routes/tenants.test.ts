@@ -1,7 +1,8 @@
+import { createRequire } from 'node:module'
 import { createHmac } from 'node:crypto'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { FastifyInstance } from 'fastify'
-import { LRUCache } from 'lru-cache'
+import type { LRUCache as Cache } from 'lru-cache'
 import { Registry } from 'prom-client'
 import t from 'tap'
 import { background, channels, standardWebhooks, xOpenAISignature } from '../../lib/index.ts'
@@ -14,6 +15,7 @@ import { SECRET, build, outcome, post, sign, stoppedClock, thin } from '../suppo
 import type { Signed } from '../support/deliveries.ts'
 import { until } from '../support/faults.ts'
 import { capturedLog, codeOf, deferred, messageOf, listen } from '../support/observe.ts'
+import { sized } from '../support/size.ts'
 import { openSqlite } from '../support/sqlite.mjs'
 import { keepsTenantsApart, secretOf, serving, signedBy, tenants, urlOf } from '../support/tenants.ts'
 
@@ -528,14 +530,14 @@ t.test('tenants that are invented', async t => {
       const flood = Array.from({ length: 20 }, async () => { while (!over.signal.aborted) strangers.push(await stranger()) })
       const answers: number[] = []
       const latencies: number[] = []
-      for (let nth = 0; nth < 100; nth++) {
+      for (let nth = 0; nth < sized(20, 300); nth++) {
         const sentAt = performance.now()
         answers.push(await sent('acme'))
         latencies.push(performance.now() - sentAt)
       }
       over.abort()
       await Promise.all(flood)
-      return { p99: latencies.sort((a, b) => a - b)[98]!, answers, strangers, seconds: (performance.now() - start) / 1_000 }
+      return { p99: latencies.sort((a, b) => a - b)[Math.ceil(latencies.length * 0.99) - 1]!, answers, strangers, seconds: (performance.now() - start) / 1_000 }
     }
     let names = 0
     await sent('acme')
@@ -552,8 +554,9 @@ t.test('tenants that are invented', async t => {
 
   t.test('leave no memory behind', async t => {
     const sizes: number[] = []
+    const { LRUCache } = createRequire(import.meta.url)('lru-cache') as typeof import('lru-cache')
     const { set } = LRUCache.prototype
-    LRUCache.prototype.set = function (this: LRUCache<object, object>, ...args: Parameters<typeof set>) {
+    LRUCache.prototype.set = function (this: Cache<object, object>, ...args: Parameters<typeof set>) {
       const result = set.apply(this, args)
       sizes.push(this.size)
       return result
