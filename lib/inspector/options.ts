@@ -1,9 +1,10 @@
 import type { IncomingHttpHeaders } from 'node:http'
-import type { FastifyReply, FastifyRequest, onRequestAsyncHookHandler, onRequestHookHandler } from 'fastify'
+import type { FastifyInstance, FastifyReply, FastifyRequest, HookHandlerDoneFunction } from 'fastify'
 import { InvalidOptions } from '../errors.ts'
 import { nearest } from '../nearest.ts'
 
-type OnRequest = onRequestHookHandler | onRequestAsyncHookHandler
+/** With `done` or asynchronous. One type, since TypeScript infers no parameters from Fastify's two. */
+export type OnRequest = (this: FastifyInstance, request: FastifyRequest, reply: FastifyReply, done: HookHandlerDoneFunction) => void | Promise<unknown>
 
 export interface InspectorOptions {
   /**
@@ -70,6 +71,3 @@ export function assertInspectorOptions (options: object): asserts options is Ins
     if (!rule.accepts(value)) throw new InvalidOptions(`inspector: expected ${name} to be ${rule.expected}`)
   }
 }
-
-export type Done = (error?: Error) => void
-export type Hook = (request: FastifyRequest, reply: FastifyReply, done: Done) => void
