@@ -133,7 +133,7 @@ const inspector: FastifyPluginAsync<InspectorOptions> = async (instance, options
   })
   get('sample', async (request, reply) => json(reply, { text: actions.sample(String((request.query as { type?: string }).type)) }))
 
-  post('deliver', async (asked, { headers }) => await actions.deliver(asked.text('endpoint'), asked.text('url'), asked.optional('tenant'), asked.text('body'), headers.host ?? 'localhost'))
+  post('deliver', async (asked, { host }) => await actions.deliver(asked.text('endpoint'), asked.text('url'), asked.optional('tenant'), asked.text('body'), host))
   post('again', async asked => await actions.again(asked.number('id'), asked.optional('body')))
   post('requeue', async asked => {
     const tenant = asked.optional('tenant')
