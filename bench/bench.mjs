@@ -21,12 +21,14 @@ export class Bench {
   /**
    * @param {object} [options]
    * @param {boolean} [options.quick] fewer rounds
+   * @param {boolean} [options.short] a third of the rounds
    * @param {string} [options.profile] a directory for CPU profiles of the servers
    * @param {(line: string) => void} [options.log]
    */
-  static async start ({ quick = false, profile, log = () => {} } = {}) {
+  static async start ({ quick = false, short = false, profile, log = () => {} } = {}) {
     const bench = new Bench()
     bench.quick = quick
+    bench.short = short
     bench.log = log
     bench.#serverFlags = profile === undefined ? [] : ['--cpu-prof', `--cpu-prof-dir=${profile}`]
     bench.#directory = mkdtempSync(join(tmpdir(), 'bench-'))
@@ -58,7 +60,8 @@ export class Bench {
 
   /** How much is sent: `rounds` in each generation of processes, of `count` requests, after `warmUp` requests. */
   scaled (plan) {
-    return this.quick ? { ...plan, warmUp: plan.warmUp / 4, rounds: 6, generations: 1 } : plan
+    if (this.quick) return { ...plan, warmUp: plan.warmUp / 4, rounds: 6, generations: 1 }
+    return this.short ? { ...plan, rounds: 6, generations: 2 } : plan
   }
 
   /** Whether what a contender needs is there. */

@@ -13,17 +13,19 @@ import { sections } from './sections/index.mjs'
 const HELP = `npm run bench [-- options]
 
   --quick                 fewer rounds, after a shorter warm-up, by one process of each contender: no verdict
+  --short                 a third of the rounds, in half of the time
   --only SECTION          may be repeated: ${Object.keys(sections).join(', ')}
   --contenders NAME,…     of the comparison: ${Object.keys(contenders).join(', ')}
   --sizes BYTES,…         of the comparison: ${SIZES.map(({ size }) => size).join(', ')}
   --baseline DIRECTORY    in the comparison, the plugin as built in another checkout
   --profile DIRECTORY     where a CPU profile of each server goes
-  --no-write              leaves docs/performance.md as it is; so does each of the above
+  --no-write              leaves docs/performance.md as it is; so does each of the above but --short
 `
 
 const { values: flags } = parseArgs({
   options: {
     quick: { type: 'boolean', default: false },
+    short: { type: 'boolean', default: false },
     only: { type: 'string', multiple: true },
     contenders: { type: 'string' },
     sizes: { type: 'string' },
@@ -58,7 +60,7 @@ const start = performance.now()
 const log = line => console.error(`${Math.round((performance.now() - start) / 1000)} s\t${line}`)
 const machine = describeMachine()
 const results = {}
-const bench = await Bench.start({ quick: flags.quick, log, ...(flags.profile !== undefined && { profile: resolve(flags.profile) }) })
+const bench = await Bench.start({ quick: flags.quick, short: flags.short, log, ...(flags.profile !== undefined && { profile: resolve(flags.profile) }) })
 try {
   for (const name of chosen) {
     results[name] = await sections[name].run(bench, choice)

@@ -14,7 +14,7 @@ const REMEMBERING = [['inline', 'sqlite', 4_000], ['inline', 'postgres', 2_000]]
 const pairsOf = list => list.map(([runner, store, count]) => ({ runner, store, count }))
 
 export async function run (bench) {
-  const rounds = bench.quick ? 1 : 3
+  const rounds = bench.quick ? 1 : bench.short ? 2 : 3
   const templates = [eventOf(200)]
 
   const connected = pairsThere(bench, pairsOf(CONNECTED))

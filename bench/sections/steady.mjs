@@ -11,7 +11,7 @@ const ARRIVALS = 1_000
 const LIMIT = 25
 
 export async function run (bench) {
-  const rounds = bench.quick ? 1 : 3
+  const rounds = bench.quick ? 1 : bench.short ? 2 : 3
   const count = bench.quick ? 1_000 : 3_000
   const { pairs, leftOut } = pairsThere(bench)
   const results = []
