@@ -1,7 +1,6 @@
 import type { KeyObject } from 'node:crypto'
-import { createRequire } from 'node:module'
 import type { FastifyRequest } from 'fastify'
-import type { LRUCache } from 'lru-cache'
+import { LRUCache } from 'lru-cache'
 import { Overloaded, Unavailable, UnknownTenant } from '../errors.ts'
 import { DEFAULTS } from '../options.ts'
 import type { TenantOptions } from '../options.ts'
@@ -9,9 +8,6 @@ import type { Verification } from '../pipeline/verify.ts'
 import type { MaybePromise } from '../steps.ts'
 import { inTime, keysOf } from '../verifiers/keyring.ts'
 import type { Keys, SecretOptions } from '../verifiers/keyring.ts'
-
-// Loaded with the first endpoint of many tenants: it would take a twentieth of the start of every app.
-const lruCache = (): typeof import('lru-cache') => createRequire(import.meta.url)('lru-cache')
 
 // Times are of the monotonic clock: one that is set forward or back neither asks for secrets nor stops that.
 
@@ -68,7 +64,7 @@ export class Tenants {
   readonly #options: SecretOptions
   readonly #kept: LRUCache<string, Tenant>
   /** When each was asked for. Apart from the kept ones, so that it evicts none. */
-  readonly #unknown: LRUCache<string, number>
+  readonly #unknown = new LRUCache<string, number>({ max: MAX_UNKNOWN })
   readonly #lookups = new Map<string, Promise<Verification | Error>>()
   /** When the last lookups began, in a ring. */
   readonly #began = new Float64Array(MAX_LOOKUPS_A_SECOND).fill(-Infinity)
@@ -83,9 +79,7 @@ export class Tenants {
     this.#ttl = ttl
     this.#verification = verification
     this.#options = options
-    const { LRUCache } = lruCache()
     this.#kept = new LRUCache({ max })
-    this.#unknown = new LRUCache({ max: MAX_UNKNOWN })
   }
 
   /** @returns the tenant's name, or FST_OPENAI_WEBHOOK_UNKNOWN_TENANT */

@@ -79,7 +79,7 @@ app.ready().then(() => console.log(typeof app.openaiWebhook.on, typeof openaiWeb
 
   await t.test('ships only what a user needs', async t => {
     const stray = files.map(({ path }) => path)
-      .filter(path => !/^dist\/.+\.(?:js|d\.ts)$|^docs\/(?:recipes\/)?[^/]+\.md$|^docs\/examples\/observability\/[^/]+\.(?:json|yml)$|^(?:LICENSE|README\.md|CHANGELOG\.md|llms\.txt|package\.json)$/.test(path))
+      .filter(path => !/^dist\/.+\.(?:js|d\.ts)$|^dist\/inspector\/page\/(?:index\.html|page\.css)$|^docs\/(?:recipes\/)?[^/]+\.md$|^docs\/examples\/observability\/[^/]+\.(?:json|yml)$|^(?:LICENSE|README\.md|CHANGELOG\.md|llms\.txt|package\.json)$/.test(path))
     t.same(stray, [])
     t.ok(files.some(({ path }) => path === 'dist/index.js'))
     for (const name of ['LICENSE', 'llms.txt', 'docs/assistants.md']) t.ok(files.some(({ path }) => path === name), name)

@@ -1,8 +1,7 @@
-import { createRequire } from 'node:module'
 import { createHmac } from 'node:crypto'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { FastifyInstance } from 'fastify'
-import type { LRUCache as Cache } from 'lru-cache'
+import { LRUCache } from 'lru-cache'
 import { Registry } from 'prom-client'
 import t from 'tap'
 import { background, channels, standardWebhooks, xOpenAISignature } from '../../lib/index.ts'
@@ -554,9 +553,8 @@ t.test('tenants that are invented', async t => {
 
   t.test('leave no memory behind', async t => {
     const sizes: number[] = []
-    const { LRUCache } = createRequire(import.meta.url)('lru-cache') as typeof import('lru-cache')
     const { set } = LRUCache.prototype
-    LRUCache.prototype.set = function (this: Cache<object, object>, ...args: Parameters<typeof set>) {
+    LRUCache.prototype.set = function (this: LRUCache<object, object>, ...args: Parameters<typeof set>) {
       const result = set.apply(this, args)
       sizes.push(this.size)
       return result
