@@ -1,5 +1,7 @@
 import type { Static, TSchema } from '@sinclair/typebox'
-/** @ts-ignore The package may not be there: then nobody has its schemas. */
+// The peer is optional: in an app without it the import cannot be resolved, and nobody has its schemas. A JSDoc comment, because
+// other comments do not get into the declarations, which the app's compiler reads. Not @ts-expect-error: most have the package.
+/** @ts-ignore: `typebox` may not be installed */
 import type { Static as StaticOf1 } from 'typebox'
 import { KindGuard } from '../typebox.ts'
 
