@@ -7,9 +7,10 @@ import t from 'tap'
 import type { Command } from '../../lib/cli/command.ts'
 import { CommandError, EXIT, parse } from '../../lib/cli/command.ts'
 import { endpoints, endpointsCommand } from '../../lib/cli/endpoints.ts'
-import { main } from '../../lib/cli/main.ts'
 import { officialEntries } from '../../lib/events/index.ts'
 import { testSecret } from '../../lib/testing/index.ts'
+import { run as runCommand } from '../support/command.ts'
+import type { Given, Result } from '../support/command.ts'
 import { build } from '../support/deliveries.ts'
 import { OpenAIServer } from '../support/openai-server.ts'
 import { freePort } from '../support/redis.ts'
@@ -21,31 +22,9 @@ const bin = join(root, 'dist/cli/bin.js')
 // What a user would run has nothing of the test runner's loaders in its environment.
 const env = Object.fromEntries(Object.entries(process.env).filter(([name]) => !/^(?:NODE_OPTIONS|NODE_V8_COVERAGE|_TAPJS|TAP|OPENAI_)/.test(name)))
 
-interface Result {
-  code: number
-  out: string
-  err: string
-}
-
-interface Given {
-  env?: Record<string, string>
-  isTTY?: boolean
-  signal?: AbortSignal
-}
-
 /** Runs `openai-webhook endpoints …` in this process. */
-async function run (argv: string, { env = {}, isTTY = false, signal = new AbortController().signal }: Given = {}): Promise<Result> {
-  const result = { code: 0, out: '', err: '' }
-  const args = argv.match(/'[^']*'|\S+/g)!.map(arg => arg.replaceAll("'", ''))
-  result.code = await main(['endpoints', ...args], {
-    out: text => { result.out += text },
-    err: text => { result.err += text },
-    isTTY,
-    env,
-    signal
-  })
-  return result
-}
+const run = async (argv: string, given?: Given): Promise<Result> =>
+  await runCommand(['endpoints', ...argv.match(/'[^']*'|\S+/g)!.map(arg => arg.replaceAll("'", ''))], given)
 
 /** Runs it against the server, with its API key. */
 async function ask (server: OpenAIServer, argv: string, given: Given = {}): Promise<Result> {

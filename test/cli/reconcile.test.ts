@@ -1,30 +1,17 @@
 import { stripVTControlCharacters } from 'node:util'
 import t from 'tap'
 import type { Test } from 'tap'
-import { main } from '../../lib/cli/main.ts'
 import { parse } from '../../lib/cli/command.ts'
 import { reconcile, reconcileCommand } from '../../lib/cli/reconcile.ts'
+import { run as runCommand } from '../support/command.ts'
+import type { Given, Result } from '../support/command.ts'
 import { build, SECRET } from '../support/deliveries.ts'
 import { readDocument } from '../support/docs.ts'
 import { OpenAIServer } from '../support/openai-server.ts'
 
 const NOW = Math.floor(Date.now() / 1_000)
 
-interface Result { code: number, out: string, err: string }
-
-interface Given { env?: Record<string, string>, isTTY?: boolean, signal?: AbortSignal }
-
-async function run (argv: string, { env = {}, isTTY = false, signal = new AbortController().signal }: Given = {}): Promise<Result> {
-  const result = { code: 0, out: '', err: '' }
-  result.code = await main(['reconcile', ...argv.split(' ').filter(arg => arg !== '')], {
-    out: text => { result.out += text },
-    err: text => { result.err += text },
-    isTTY,
-    env,
-    signal
-  })
-  return result
-}
+const run = async (argv: string, given?: Given): Promise<Result> => await runCommand(['reconcile', ...argv.split(' ').filter(arg => arg !== '')], given)
 
 async function setUp (t: Test, reconciles = true) {
   const server = await OpenAIServer.start(t, { pageSize: 100 })

@@ -49,7 +49,24 @@ export class Session {
   }
 }
 
-/** Runs a command line in this process. */
+export interface Result { code: number, out: string, err: string }
+
+export interface Given { env?: Environment, isTTY?: boolean, signal?: AbortSignal }
+
+/** Runs a command line in this process to its end. */
+export async function run (argv: readonly string[], { env = {}, isTTY = false, signal = new AbortController().signal }: Given = {}): Promise<Result> {
+  const result = { code: 0, out: '', err: '' }
+  result.code = await main(argv, {
+    out: text => { result.out += text },
+    err: text => { result.err += text },
+    isTTY,
+    env,
+    signal
+  })
+  return result
+}
+
+/** Starts a command line in this process. */
 export function start (t: Teardown, argv: readonly string[], { env = {}, isTTY = false }: { env?: Environment, isTTY?: boolean } = {}): Session {
   const session = new Session()
   const interrupted = new AbortController()
