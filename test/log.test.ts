@@ -160,9 +160,9 @@ t.test('a refused delivery is a line at warn, with its code and nothing of a pay
     { ...line, code: 'FST_ERR_CTP_INVALID_MEDIA_TYPE', statusCode: 415 },
     { ...line, ...NAMED, code: 'FST_OPENAI_WEBHOOK_IN_PROGRESS', statusCode: 409 }
   ])
-  await new Promise(resolve => setImmediate(resolve)) // the diagnosis of a signature comes after the answer
+  // The diagnosis of a signature comes after the answer.
+  while (!JSON.stringify(log.lines).includes('the signature does not match')) await new Promise(resolve => setImmediate(resolve))
   const text = JSON.stringify(log.lines)
-  t.match(text, /the signature does not match/)
   for (const secret of [MARKER, SECRET.slice('whsec_'.length), 'Zm9yZ2Vk', valid().headers['webhook-signature']!]) t.notOk(text.includes(secret), secret)
 })
 
