@@ -1,4 +1,4 @@
-import type { FastifyInstance, FastifyReply, RouteHandlerMethod } from 'fastify'
+import type { FastifyInstance, FastifyReply, FastifyRequest, RouteHandlerMethod } from 'fastify'
 import t from 'tap'
 import type { OpenAIWebhookOptions } from '../../lib/index.ts'
 import { build, post, sign, stoppedClock, thin } from '../support/deliveries.ts'
@@ -257,6 +257,24 @@ t.test('what a handler throws reaches the error handler of its scope', async t =
   app.setErrorHandler((error: Error, _request, reply) => reply.code(507).send(`handled: ${(error.cause as AggregateError).errors}`))
 
   t.equal(await answer(app), '507 handled: Error: disk full')
+})
+
+t.test('an error handler of the route answers as on a plain route, in whatever way', async t => {
+  const ways: Record<string, (error: unknown, request: FastifyRequest, reply: FastifyReply) => unknown> = {
+    sends: (_error, _request, reply) => { reply.code(507).send('sent') },
+    'returns a promise': async (_error, _request, reply) => { reply.code(507); return 'returned' },
+    throws: () => { throw new Error('the error handler failed') },
+    'throws later': async () => { throw new Error('the error handler failed') }
+  }
+  for (const [name, errorHandler] of Object.entries(ways)) {
+    const { app } = await route(t, async () => {})
+    const fails = async (): Promise<never> => { throw new Error('disk full') }
+    app.post('/failing', { ...marked, errorHandler: errorHandler as never }, fails)
+    app.post('/plain', { errorHandler: errorHandler as never }, fails)
+    const [ours, plain] = await Promise.all(['/failing', '/plain'].map(async url => await post(app, sign(thin('batch.failed')), url)))
+    t.same([ours!.statusCode, ours!.body], [plain!.statusCode, plain!.body], name)
+    t.ok(ours!.statusCode >= 500, name)
+  }
 })
 
 t.test('a hijacked reply', async t => {
