@@ -1,7 +1,5 @@
 import { AsyncLocalStorage } from 'node:async_hooks'
-import { execFile } from 'node:child_process'
 import { join } from 'node:path'
-import { promisify } from 'node:util'
 import type { FastifyInstance, FastifyRequest } from 'fastify'
 import Database from 'libsql'
 import t from 'tap'
@@ -10,6 +8,7 @@ import type { DeliveryMessage, EnqueueMessage, HandlerMessage, IdempotencyStore,
 import { durable } from '../lib/sqlite/index.ts'
 import { SECRET, build, outcome, post, sign, thin } from './support/deliveries.ts'
 import { capturedLog, closeTimeout, deferred, drained, redelivered } from './support/observe.ts'
+import { runProgram } from './support/program.mjs'
 
 type Teardown = { teardown: (fn: () => unknown) => void }
 
@@ -477,16 +476,14 @@ t.test('without a subscriber nothing is published', async t => {
 
 t.test('a subscriber that throws changes neither the answer nor what others are told; Node has it as an uncaught exception', async t => {
   const script = join(import.meta.dirname, 'support/processes/throwing-subscriber.mjs')
-  const env = Object.fromEntries(Object.entries(process.env).filter(([name]) => !/^(?:NODE_OPTIONS|_TAPJS|TAP)/.test(name)))
-  const run = promisify(execFile)
-  const { stdout } = await run(process.execPath, [script, 'listens'], { env })
+  const { stdout } = await runProgram([script, 'listens'])
   const { statusCode, body, told } = JSON.parse(stdout) as { statusCode: number, body: string, told: string[] }
   t.equal(statusCode, 200)
   t.equal(body, '{"received":true}')
   t.same(told.sort(), ['a subscriber failed', 'a subscriber failed', 'a subscriber failed', 'handled', 'wh_1'])
 
   // Without a listener it ends the process, as anything does that nobody catches.
-  const ended = await run(process.execPath, [script], { env }).catch((error: unknown) => error) as { code: number, stdout: string, stderr: string }
+  const ended = await runProgram([script]).catch((error: unknown) => error) as { code: number, stdout: string, stderr: string }
   t.equal(ended.code, 1)
   t.equal(ended.stdout, '')
   t.match(ended.stderr, /a subscriber failed/)

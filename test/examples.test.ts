@@ -1,4 +1,3 @@
-import { spawn } from 'node:child_process'
 import type { ChildProcess } from 'node:child_process'
 import { once } from 'node:events'
 import { readdirSync, readFileSync, writeFileSync } from 'node:fs'
@@ -11,15 +10,13 @@ import { SECRET, sign, thin } from './support/deliveries.ts'
 import { codeBlocks, interfaceProperties, readDocument, readDocuments, ROOT, tableRows } from './support/docs.ts'
 import { deferred } from './support/observe.ts'
 import { PostgresServer, postgresMissing } from './support/postgres.ts'
+import { environment, spawnProgram } from './support/program.mjs'
 import { RedisServer, redisMissing } from './support/redis.ts'
 import { HANDLES, missing, openSqlite } from './support/sqlite.mjs'
 import type { HandleName } from './support/sqlite.mjs'
 
 const RECEIVED = '{"received":true}'
 const DUPLICATE = '{"received":true,"duplicate":true}'
-
-/** An example is a user's program: nothing of the test runner's in its environment. */
-const environment = Object.fromEntries(Object.entries(process.env).filter(([name]) => !/^(?:NODE_OPTIONS|_TAPJS|TAP)/.test(name)))
 
 interface Teardown { teardown: (fn: () => unknown) => void }
 
@@ -33,7 +30,7 @@ class Program {
   #origin = ''
 
   constructor (t: Teardown, path: string, env: Record<string, string> = {}, args: string[] = []) {
-    this.#child = spawn(process.execPath, [join(ROOT, path), ...args], {
+    this.#child = spawnProgram([join(ROOT, path), ...args], {
       env: { ...environment, OPENAI_WEBHOOK_SECRET: SECRET, PORT: '0', ...env },
       stdio: ['ignore', 'pipe', 'pipe']
     })

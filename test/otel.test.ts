@@ -1,4 +1,3 @@
-import { fork, spawn } from 'node:child_process'
 import { EventEmitter, once } from 'node:events'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -27,6 +26,7 @@ import { SECRET, post, sign, thin } from './support/deliveries.ts'
 import type { Signed } from './support/deliveries.ts'
 import { codeBlocks, readDocument } from './support/docs.ts'
 import { deferred, redelivered } from './support/observe.ts'
+import { environment, forkProgram, spawnProgram } from './support/program.mjs'
 import { RedisServer, redisMissing } from './support/redis.ts'
 import { Wire, head, listen } from './support/wire.ts'
 
@@ -619,7 +619,6 @@ t.test('a queued delivery', async t => {
 })
 
 /** Other processes are users' programs: nothing of a test runner's in their environment. */
-const env = Object.fromEntries(Object.entries(process.env).filter(([name]) => !/^(?:NODE_OPTIONS|_TAPJS|TAP)/.test(name)))
 
 interface WorkerSpan {
   name: string
@@ -635,7 +634,7 @@ interface WorkerSpan {
 
 t.test('a worker in another process links to the request that accepted the delivery', { skip: redisMissing }, async t => {
   const redis = await RedisServer.start(t)
-  const worker = fork(fileURLToPath(new URL('support/processes/otel-worker.mjs', import.meta.url)), [String(redis.port)], { env, execArgv: [] })
+  const worker = forkProgram(fileURLToPath(new URL('support/processes/otel-worker.mjs', import.meta.url)), [String(redis.port)])
   const exited = once(worker, 'exit')
   t.teardown(async () => {
     worker.kill('SIGKILL')
@@ -683,7 +682,7 @@ t.test('a worker in another process links to the request that accepted the deliv
 t.test('the recipe\'s program traces a delivery, and exports what it has traced before it ends', async t => {
   const { code } = codeBlocks(readDocument('docs/recipes/opentelemetry.md')).find(({ language }) => language === 'js')!
   const file = join(t.testdir({ 'app.mjs': code }), 'app.mjs')
-  const program = spawn(process.execPath, [file], { env: { ...env, OPENAI_WEBHOOK_SECRET: SECRET, PORT: '0' }, stdio: ['ignore', 'pipe', 'inherit'] })
+  const program = spawnProgram([file], { env: { ...environment, OPENAI_WEBHOOK_SECRET: SECRET, PORT: '0' }, stdio: ['ignore', 'pipe', 'inherit'] })
   const ended = once(program, 'close')
   t.teardown(async () => {
     program.kill('SIGKILL')

@@ -1,4 +1,3 @@
-import { spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { join } from 'node:path'
 import { createInterface } from 'node:readline'
@@ -6,6 +5,7 @@ import t from 'tap'
 import ts from 'typescript'
 import { codeBlocks, readDocument } from './support/docs.ts'
 import { SECRET, sign, thin } from './support/deliveries.ts'
+import { environment, spawnProgram } from './support/program.mjs'
 
 t.test('the first example of the README receives a delivery over a socket', async t => {
   const { code } = codeBlocks(readDocument('README.md')).find(({ language }) => language === 'ts')!
@@ -16,8 +16,8 @@ t.test('the first example of the README receives a delivery over a socket', asyn
   })
   // Within the package, so that its name leads to what is published: `exports`, dist/.
   const file = join(t.testdir({ 'readme.mjs': outputText }), 'readme.mjs')
-  const child = spawn(process.execPath, [file], {
-    env: { ...process.env, OPENAI_WEBHOOK_SECRET: SECRET },
+  const child = spawnProgram([file], {
+    env: { ...environment, OPENAI_WEBHOOK_SECRET: SECRET },
     stdio: ['ignore', 'pipe', 'pipe']
   })
   const exited = once(child, 'exit')

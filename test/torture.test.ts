@@ -18,7 +18,8 @@ t.test('a receiver killed with SIGKILL at random instants, under load', { timeou
   t.comment(`SEED=${seed}`)
   const redis = redisMissing === false ? await RedisServer.start(t) : undefined
   const dir = t.testdir()
-  for (const { store, runner, handle, needsRedis, losesOnCrash } of PAIRS as Array<{ store: string, runner: string, handle?: HandleName, needsRedis: boolean, losesOnCrash: boolean }>) {
+  for (const { store, runner, handle, needsRedis, losesOnCrash, small = false } of PAIRS as Array<{ store: string, runner: string, handle?: HandleName, needsRedis: boolean, losesOnCrash: boolean, small?: boolean }>) {
+    if (!small && !isLong) continue
     await t.test(`${store} store, ${runner} runner${handle === undefined ? '' : `, ${handle}`}`, { skip: (needsRedis && redisMissing) || missing[handle ?? 'libsql'] }, async t => {
       const result = await torture({ store, runner, handle, kills: KILLS, seed, dir, redisPort: redis?.port }) as Result
       t.ok(result.acknowledged > KILLS, `${result.acknowledged} deliveries were acknowledged`)

@@ -13,14 +13,14 @@ import { run as runCommand } from '../support/command.ts'
 import type { Given, Result } from '../support/command.ts'
 import { build } from '../support/deliveries.ts'
 import { OpenAIServer } from '../support/openai-server.ts'
+import { environment, runProgram } from '../support/program.mjs'
 import { freePort } from '../support/redis.ts'
 
 const exec = promisify(execFile)
 const root = resolve(import.meta.dirname, '../..')
 const bin = join(root, 'dist/cli/bin.js')
 
-// What a user would run has nothing of the test runner's loaders in its environment.
-const env = Object.fromEntries(Object.entries(process.env).filter(([name]) => !/^(?:NODE_OPTIONS|NODE_V8_COVERAGE|_TAPJS|TAP|OPENAI_)/.test(name)))
+const env = Object.fromEntries(Object.entries(environment).filter(([name]) => !name.startsWith('OPENAI_')))
 
 /** Runs `openai-webhook endpoints …` in this process. */
 const run = async (argv: string, given?: Given): Promise<Result> =>
@@ -362,7 +362,7 @@ t.test('the bin, in a process of its own', async t => {
   const server = await OpenAIServer.start(t)
   const child = async (script: string, ...argv: string[]): Promise<Result> => {
     const options = { env: { ...env, OPENAI_API_KEY: server.apiKey, OPENAI_BASE_URL: server.url, OPENAI_LOG: 'debug' } }
-    return await exec(process.execPath, [script, 'endpoints', ...argv], options).then(
+    return await runProgram([script, 'endpoints', ...argv], options).then(
       ({ stdout, stderr }) => ({ code: 0, out: stdout, err: stderr }),
       (error: { code: number, stdout: string, stderr: string }) => ({ code: error.code, out: error.stdout, err: error.stderr })
     )

@@ -1,4 +1,3 @@
-import { spawn } from 'node:child_process'
 import { once } from 'node:events'
 import type { FastifyInstance } from 'fastify'
 import t from 'tap'
@@ -7,6 +6,7 @@ import type { IdempotencyStore, OpenAIWebhookOptions } from '../../lib/index.ts'
 import { build, post, sign, thin } from '../support/deliveries.ts'
 import type { Signed } from '../support/deliveries.ts'
 import { capturedLog, deferred, dial, head, listen, redelivered, send, watchedStore } from '../support/observe.ts'
+import { spawnProgram } from '../support/program.mjs'
 
 /** A closeTimeout that a test would not outlive: closing did not wait for it. */
 const NEVER = 2 ** 30
@@ -278,8 +278,7 @@ t.test('what a handler left behind is the process\'s business, and does not chan
     await app.close()
     console.log(JSON.stringify({ statusCode, told, seen }))
   `
-  const env = Object.fromEntries(Object.entries(process.env).filter(([name]) => !/^(?:NODE_OPTIONS|_TAPJS|TAP)/.test(name)))
-  const child = spawn(process.execPath, ['--input-type=module', '--eval', program], { env, stdio: ['ignore', 'pipe', 'inherit'] })
+  const child = spawnProgram(['--input-type=module', '--eval', program], { stdio: ['ignore', 'pipe', 'inherit'] })
   let output = ''
   child.stdout.setEncoding('utf8').on('data', text => { output += String(text) })
   t.same(await once(child, 'close'), [0, null])

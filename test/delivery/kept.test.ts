@@ -1,5 +1,4 @@
 import { AsyncLocalStorage } from 'node:async_hooks'
-import { spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { connect as connect2 } from 'node:http2'
 import type { ClientHttp2Stream } from 'node:http2'
@@ -15,6 +14,7 @@ import type { RunnerHost } from '../../lib/index.ts'
 import { durable } from '../../lib/sqlite/index.ts'
 import { build, post, SECRET, sign, stoppedClock, thin } from '../support/deliveries.ts'
 import { deferred, handled, listen, redelivered } from '../support/observe.ts'
+import { spawnProgram } from '../support/program.mjs'
 import { openSqlite } from '../support/sqlite.mjs'
 import { CHUNKED, head, listen as listenOn, request, Wire } from '../support/wire.ts'
 
@@ -24,7 +24,7 @@ interface Memory { rss: number, held: number, read: number }
 
 /** A receiver in a process of its own, under a small heap. */
 async function receiver (t: Test, protocol: 'http1' | 'http2') {
-  const child = spawn(process.execPath, ['--expose-gc', '--max-old-space-size=64', fileURLToPath(new URL('../support/uploads.mjs', import.meta.url)), protocol], {
+  const child = spawnProgram(['--expose-gc', '--max-old-space-size=64', fileURLToPath(new URL('../support/uploads.mjs', import.meta.url)), protocol], {
     env: { PATH: process.env['PATH'], SECRET },
     stdio: ['pipe', 'pipe', 'inherit']
   })

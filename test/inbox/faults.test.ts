@@ -1,4 +1,3 @@
-import { fork } from 'node:child_process'
 import type { ChildProcess } from 'node:child_process'
 import { once } from 'node:events'
 import { writeFileSync } from 'node:fs'
@@ -15,6 +14,7 @@ import { SECRET, build, post } from '../support/deliveries.ts'
 import { answer, batchFailed, deliverUntil200, redisClient, until } from '../support/faults.ts'
 import { deferred, redelivered } from '../support/observe.ts'
 import { PostgresServer, postgresMissing } from '../support/postgres.ts'
+import { forkProgram } from '../support/program.mjs'
 import { RedisServer, redisMissing } from '../support/redis.ts'
 import { openSqlite } from '../support/sqlite.mjs'
 import { Wire, request } from '../support/wire.ts'
@@ -52,10 +52,9 @@ const add = async (tx: PoolClient, webhookId: string): Promise<unknown> => await
 
 t.test('a process that is stopped for longer than its lease, and goes on', async t => {
   const LEASE = 200
-  const env = Object.fromEntries(Object.entries(process.env).filter(([name]) => !/^(?:NODE_OPTIONS|_TAPJS|TAP)/.test(name)))
 
   async function start (t: Teardown, options: object): Promise<{ child: ChildProcess, port: number }> {
-    const child = fork(fileURLToPath(new URL('../support/processes/zombie.mjs', import.meta.url)), [JSON.stringify({ secret: SECRET, lease: LEASE, ...options })], { env, execArgv: [] })
+    const child = forkProgram(fileURLToPath(new URL('../support/processes/zombie.mjs', import.meta.url)), [JSON.stringify({ secret: SECRET, lease: LEASE, ...options })])
     t.teardown(async () => {
       const exited = once(child, 'exit')
       child.kill('SIGKILL')

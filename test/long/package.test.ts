@@ -7,13 +7,11 @@ import t from 'tap'
 import openaiWebhook, { guideEvents } from '../../lib/index.ts'
 import { sampleTypes } from '../../lib/testing/index.ts'
 import { VECTOR } from '../support/deliveries.ts'
+import { environment as env } from '../support/program.mjs'
 
 const run = promisify(execFile)
 const root = resolve(import.meta.dirname, '../..')
 const bin = (name: string): string => join(root, 'node_modules', '.bin', name)
-
-// What a user would run has nothing of the test runner's loaders in its environment.
-const env = Object.fromEntries(Object.entries(process.env).filter(([name]) => !/^(?:NODE_OPTIONS|_TAPJS|TAP)/.test(name)))
 
 t.test('the packed tarball', async t => {
   const dir = t.testdir({
@@ -93,7 +91,7 @@ app.ready().then(() => console.log(typeof app.openaiWebhook.on, typeof openaiWeb
   await t.test('a consumer that installs it compiles and receives the known vector', async t => {
     const cwd = join(dir, 'consumer')
     await run('npm', ['install', '--no-audit', '--no-fund', '--prefer-offline', tarball, 'fastify@5'], { cwd, env })
-    await run(bin('tsc'), ['-p', '.'], { cwd, env })
+    await run(join(root, 'node_modules/typescript/bin/tsc'), ['-p', '.'], { cwd, env })
     const { stdout } = await run(process.execPath, ['app.js'], { cwd, env })
     t.same(stdout.trim().split('\n'), [
       'function',

@@ -1,6 +1,4 @@
-import { execFile } from 'node:child_process'
 import { join } from 'node:path'
-import { promisify } from 'node:util'
 import swagger from '@fastify/swagger'
 import { Type } from '@sinclair/typebox'
 import Fastify from 'fastify'
@@ -17,6 +15,7 @@ import { durable } from '../../lib/sqlite/index.ts'
 import { SECRET, build, post, sign, stoppedClock, thin } from '../support/deliveries.ts'
 import type { Signed } from '../support/deliveries.ts'
 import { codeOf, deferred, messageOf, redelivered } from '../support/observe.ts'
+import { runProgram } from '../support/program.mjs'
 import { RedisServer, redisMissing } from '../support/redis.ts'
 
 type Teardown = { teardown: (fn: () => unknown) => void }
@@ -538,8 +537,7 @@ t.test('the route', async t => {
 })
 
 t.test('the processes of a cluster add up in prom-client\'s AggregatorRegistry', async t => {
-  const env = Object.fromEntries(Object.entries(process.env).filter(([name]) => !/^(?:NODE_OPTIONS|_TAPJS|TAP)/.test(name)))
-  const { stdout } = await promisify(execFile)(process.execPath, [join(import.meta.dirname, '../support/processes/cluster-metrics.mjs')], { env })
+  const { stdout } = await runProgram([join(import.meta.dirname, '../support/processes/cluster-metrics.mjs')])
   const samples = parse(stdout)
   t.equal(samples[events('batch.failed', 'queued')], 1 + 2)
   t.equal(samples['webhook_secret_matches_total{endpoint="/webhooks/openai",secret_index="0"}'], 3)

@@ -1,7 +1,10 @@
 import { spawn } from 'node:child_process'
+import type { ChildProcessByStdio } from 'node:child_process'
 import { once } from 'node:events'
 import { join } from 'node:path'
+import type { Readable } from 'node:stream'
 import { main } from '../../lib/cli/main.ts'
+import { spawnProgram } from './program.mjs'
 
 const ROOT = join(import.meta.dirname, '../..')
 
@@ -89,17 +92,17 @@ export const BUILT = join(ROOT, 'dist/cli/bin.js')
 
 /** Runs a command line in a process of its own, with nothing of the test runner's in its environment. */
 export function launch (t: Teardown, argv: readonly string[], { env = {}, cwd }: { env?: Environment, cwd?: string } = {}): Session {
-  return spawned(t, [BUILT, ...argv], cwd, { PATH: process.env['PATH'], ...env })
+  return started(t, spawnProgram([BUILT, ...argv], { env: { PATH: process.env['PATH'], ...env }, cwd, stdio: ['ignore', 'pipe', 'pipe'] }))
 }
 
 /** The same from lib/ under the test runner's loaders, so that its coverage counts. */
 export function launchSource (t: Teardown, argv: readonly string[], env: Environment = {}): Session {
   const loader = new URL('typescript.js', import.meta.url).href
-  return spawned(t, [`--import=${loader}`, ...process.execArgv, join(ROOT, 'lib/cli/bin.ts'), ...argv], ROOT, { ...process.env, NO_COLOR: '', ...env })
+  const args = [`--import=${loader}`, ...process.execArgv, join(ROOT, 'lib/cli/bin.ts'), ...argv]
+  return started(t, spawn(process.execPath, args, { env: { ...process.env, NO_COLOR: '', ...env }, cwd: ROOT, stdio: ['ignore', 'pipe', 'pipe'] }))
 }
 
-function spawned (t: Teardown, args: string[], cwd: string | undefined, env: NodeJS.ProcessEnv): Session {
-  const child = spawn(process.execPath, args, { env, cwd, stdio: ['ignore', 'pipe', 'pipe'] })
+function started (t: Teardown, child: ChildProcessByStdio<null, Readable, Readable>): Session {
   const session = new Session()
   session.interrupt = () => { child.kill('SIGINT') }
   session.hangUp = () => { child.stdout.destroy() }

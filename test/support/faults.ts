@@ -1,4 +1,3 @@
-import { fork } from 'node:child_process'
 import type { ChildProcess } from 'node:child_process'
 import { once } from 'node:events'
 import { existsSync, readFileSync } from 'node:fs'
@@ -11,6 +10,7 @@ import type { FastifyInstance } from 'fastify'
 import { SECRET, post, sign } from './deliveries.ts'
 import type { Signed } from './deliveries.ts'
 import { redelivered } from './observe.ts'
+import { forkProgram } from './program.mjs'
 import type { HandleName } from './sqlite.mjs'
 import { RedisServer } from './redis.ts'
 
@@ -177,7 +177,6 @@ export interface MemberOptions {
 }
 
 /** The receiver is a user's program: nothing of a test runner's in its environment. */
-const env = Object.fromEntries(Object.entries(process.env).filter(([name]) => !/^(?:NODE_OPTIONS|_TAPJS|TAP)/.test(name)))
 
 /** A process of its own with the built package: one of several that share a store or a queue. */
 export class Member {
@@ -193,7 +192,7 @@ export class Member {
   }
 
   static async start (t: Teardown, options: MemberOptions): Promise<Member> {
-    const child = fork(fileURLToPath(new URL('processes/member.mjs', import.meta.url)), [JSON.stringify({ secret: SECRET, ...options })], { env, execArgv: [] })
+    const child = forkProgram(fileURLToPath(new URL('processes/member.mjs', import.meta.url)), [JSON.stringify({ secret: SECRET, ...options })])
     t.teardown(async () => await end(child, () => child.kill('SIGKILL')))
     const [message] = await Promise.race([once(child, 'message'), once(child, 'exit')]) as [{ port: number } | number | null]
     if (typeof message !== 'object' || message === null) throw new Error('the process ended before it listened')

@@ -1,4 +1,3 @@
-import { spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { join } from 'node:path'
 import OpenAI from 'openai'
@@ -11,6 +10,7 @@ import { deliver, faultNames, forge, newWebhookId, redeliver, sampleEvent, sampl
 import type { Fault, SampleType } from '../../lib/testing/index.ts'
 import { build, SECRET, stoppedClock, VECTOR } from '../support/deliveries.ts'
 import { codeBlocks, readDocument, tableRows } from '../support/docs.ts'
+import { spawnProgram } from '../support/program.mjs'
 
 const CODE = 'FST_OPENAI_WEBHOOK_'
 
@@ -256,7 +256,7 @@ t.test('the examples of docs/testing.md pass, where their framework is here', as
     const { outputText } = ts.transpileModule(code, { compilerOptions: { target: ts.ScriptTarget.ES2023, module: ts.ModuleKind.ESNext } })
     // Within the package, so that its name leads to what is published: `exports`, dist/.
     const file = join(t.testdir({ 'example.mjs': outputText }), 'example.mjs')
-    const child = spawn(process.execPath, [file], { env: { PATH: process.env['PATH'], TAP: '1' }, stdio: ['ignore', 'pipe', 'pipe'] })
+    const child = spawnProgram([file], { env: { PATH: process.env['PATH'], TAP: '1' }, stdio: ['ignore', 'pipe', 'pipe'] })
     let out = ''
     child.stdout.on('data', chunk => { out += String(chunk) })
     const [exitCode] = await once(child, 'close')

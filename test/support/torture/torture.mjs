@@ -1,5 +1,4 @@
 // A sender as OpenAI is one: it delivers until it is answered 200. Meanwhile the receiver is killed at random instants.
-import { fork } from 'node:child_process'
 import { createHmac, randomBytes } from 'node:crypto'
 import { once } from 'node:events'
 import { existsSync, readFileSync } from 'node:fs'
@@ -8,6 +7,7 @@ import { createServer } from 'node:net'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { fileURLToPath } from 'node:url'
+import { forkProgram } from '../program.mjs'
 import { openSqlite } from '../sqlite.mjs'
 
 const SECRET = randomBytes(32)
@@ -20,15 +20,15 @@ const APP = fileURLToPath(new URL('app.mjs', import.meta.url))
 
 /** `losesOnCrash`: what was acknowledged may be lost with the process, as its documentation says. */
 export const PAIRS = [
-  { store: 'memory', runner: 'inline', needsRedis: false, losesOnCrash: false },
+  { store: 'memory', runner: 'inline', needsRedis: false, losesOnCrash: false, small: true },
   { store: 'sqlite', runner: 'inline', needsRedis: false, losesOnCrash: false },
-  { store: 'redis', runner: 'inline', needsRedis: true, losesOnCrash: false },
+  { store: 'redis', runner: 'inline', needsRedis: true, losesOnCrash: false, small: true },
   { store: 'sqlite', runner: 'background', needsRedis: false, losesOnCrash: true },
   { store: 'memory', runner: 'durable', needsRedis: false, losesOnCrash: false },
-  { store: 'sqlite', runner: 'durable', needsRedis: false, losesOnCrash: false },
-  { store: 'sqlite', runner: 'durable', handle: 'node:sqlite', needsRedis: false, losesOnCrash: false },
+  { store: 'sqlite', runner: 'durable', needsRedis: false, losesOnCrash: false, small: true },
+  { store: 'sqlite', runner: 'durable', handle: 'node:sqlite', needsRedis: false, losesOnCrash: false, small: true },
   { store: 'memory', runner: 'bullmq', needsRedis: true, losesOnCrash: false },
-  { store: 'redis', runner: 'bullmq', needsRedis: true, losesOnCrash: false }
+  { store: 'redis', runner: 'bullmq', needsRedis: true, losesOnCrash: false, small: true }
 ]
 
 /**
@@ -46,9 +46,6 @@ export const EXACT = [
   { store: 'memory', runner: 'bullmq', inbox: 'postgres', needsRedis: true },
   { store: 'memory', runner: 'pgboss', inbox: 'postgres' }
 ].map(pair => ({ needsRedis: false, needsPostgres: pair.inbox === 'postgres', small: false, zombies: false, ...pair }))
-
-/** The receiver is a user's program: nothing of a test runner's in its environment. */
-const env = Object.fromEntries(Object.entries(process.env).filter(([name]) => !/^(?:NODE_OPTIONS|_TAPJS|TAP)/.test(name)))
 
 /** mulberry32: a run is repeated by its seed. */
 export function randomFrom (seed) {
@@ -116,7 +113,7 @@ export async function torture ({ store, runner, kills, seed, dir, redisPort, han
   const ending = new AbortController()
 
   async function boot (port = config.port) {
-    const child = fork(APP, [JSON.stringify({ ...config, port })], { env, execArgv: [], serialization: 'json' })
+    const child = forkProgram(APP, [JSON.stringify({ ...config, port })])
     const [message] = await Promise.race([once(child, 'message'), once(child, 'exit')])
     if (message !== 'ready') throw new Error(`the receiver did not start: ${message}`)
     return child
