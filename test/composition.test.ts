@@ -18,19 +18,19 @@ import { sized } from './support/size.ts'
 const rejections: unknown[] = []
 process.on('unhandledRejection', reason => { rejections.push(reason) })
 
-const cells = cellsOf(sized(9, 1))
+const cells = cellsOf(sized(15, 1))
 t.test(`${cells.length} of the cells of hooks, error handlers, places, routes and deliveries`, async t => {
   t.same(await faults(cells, ({ app }) => inject(app)), [])
   t.same(rejections.splice(0), [], 'nothing is left to end the process')
 })
 
-const sample = cellsOf(sized(83, 11))
+const sample = cellsOf(sized(121, 11))
 t.test(`${sample.length} over HTTP/1.1`, async t => {
   t.same(await faults(sample, fetched), [])
   t.same(rejections.splice(0), [], 'nothing is left to end the process')
 })
 
-const others = cellsOf(sized(89, 13))
+const others = cellsOf(sized(131, 13))
 t.test(`${others.length} over HTTP/2`, async t => {
   t.same(await faults(others, streamed, { http2: true } as object), [])
   t.same(rejections.splice(0), [], 'nothing is left to end the process')

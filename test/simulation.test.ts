@@ -16,22 +16,24 @@ const seed = Number(process.env['SEED'] ?? Date.now() % 1_000_000)
 t.comment(`SEED=${seed}`)
 t.setTimeout(sized(300_000, 3_000_000))
 
-const DELIVERIES = sized(1_000, 100_000)
+const DELIVERIES = sized(600, 100_000)
+/** Of the calls of a store: enough that a small run has some. */
+const STORE_FAILURES = sized(0.005, 0.002)
 /** A real queue goes by a clock that cannot be stepped. */
-const QUEUED = sized(1_000, 20_000)
+const QUEUED = sized(600, 20_000)
 
 type Test = typeof t
 
 async function simulate (t: Pick<Test, 'comment' | 'same' | 'ok' | 'equal'>, options: Omit<SimulationOptions, 'seed'>): Promise<void> {
   const began = process.hrtime.bigint()
-  const result = await new Simulation({ seed, ...options }).run()
+  const result = await new Simulation({ seed, storeFailures: STORE_FAILURES, ...options }).run()
   const seconds = Number(process.hrtime.bigint() - began) / 1e9
   t.comment(`SEED=${seed}, ${seconds.toFixed(0)} s: ${JSON.stringify(result)}`)
   t.same(result.faults, [])
   // That the run was one worth looking at.
-  t.ok(result.acknowledged > 0.99 * options.deliveries, `${result.acknowledged} of ${options.deliveries} were acknowledged`)
+  t.ok(result.acknowledged > 0.95 * options.deliveries, `${result.acknowledged} of ${options.deliveries} were acknowledged`)
   t.equal(result.acknowledged + result.givenUp, options.deliveries)
-  t.ok(result.attempts > 1.05 * options.deliveries, `${result.attempts} were sent`)
+  t.ok(result.attempts > 1.02 * options.deliveries, `${result.attempts} were sent`)
   t.ok(result.handlerFailures > 0.1 * options.deliveries, `${result.handlerFailures} runs of a handler failed`)
   t.ok(result.storeFailures > 0, `${result.storeFailures} calls of the store failed`)
   t.ok(result.repeats <= result.storeFailures, `${result.repeats} runs were repeated for want of a record`)

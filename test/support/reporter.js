@@ -28,10 +28,18 @@ export default class ClosingLine extends Transform {
     if (line.startsWith('# { total:')) return this.#count(line)
     const isResult = /^(?:ok|not ok|Bail out!)\b/.test(line)
     if (isResult || line.startsWith('# Subtest:')) this.#isFailure = false
-    if (!isResult && !this.#isFailure) return this.#details.push(line)
+    if (!isResult && !this.#isFailure) return this.#keep(line)
     if (line.startsWith('ok')) this.#details = this.#details.filter(detail => detail.includes('# SKIP'))
     else this.#isFailure = true
     this.push([...this.#details.splice(0), line, ''].join('\n'))
+  }
+
+  /** Of what passed, only what was skipped is kept: a file may have a thousand tests. */
+  #keep (line) {
+    const [, indent, name] = /^( +)ok \d+(?: - (.*?))?(?: # time=.*)?$/.exec(line) ?? []
+    if (indent === undefined || line.includes('# SKIP')) return line.trim() !== '' && this.#details.push(line)
+    const start = this.#details.lastIndexOf(`${indent}# Subtest: ${name}`)
+    if (start !== -1) this.#details.push(...this.#details.splice(start).filter(detail => detail.includes('# SKIP')))
   }
 
   #count (line) {

@@ -1,6 +1,7 @@
 // npm test, npm run test:long: tap, with the coverage that what is here allows. Arguments are files or options of tap's.
 import { spawnSync } from 'node:child_process'
-import { readFileSync, readdirSync } from 'node:fs'
+import { mkdirSync, readFileSync, readdirSync, writeFileSync } from 'node:fs'
+import { dirname } from 'node:path'
 import { chromiumMissing, nginxMissing, postgresMissing, prometheusMissing, redisMissing } from './missing.ts'
 import { missing as missingHandles } from './sqlite.mjs'
 
@@ -9,17 +10,28 @@ const isLong = args[0] === '--long'
 if (isLong) args.shift()
 const files = args.filter(arg => !arg.startsWith('-'))
 
-// What takes longest comes first, so that no core waits for it at the end.
-const FIRST = ['torture', 'simulation', 'sqlite/sqlite', 'cli/cli', 'docs', 'examples', 'processes', 'diagnose/diagnose'].map(name => `test/${name}.test.ts`)
+// A process takes two seconds of CPU before its first test: the files of a room share one. A file has its own when it takes
+// long (the longest first, so that no core waits for it at the end) or says something about its whole process.
+const ALONE = [
+  'sqlite/sqlite', 'torture', 'cli/cli', 'examples', 'processes', 'docs', 'interop', 'simulation', 'composition', 'delivery/kept', 'routes/unwatched'
+].map(name => `test/${name}.test.ts`)
 const FILES = readdirSync('test', { recursive: true, encoding: 'utf8' }).filter(file => file.endsWith('.test.ts')).map(file => `test/${file}`)
 const LONG = FILES.filter(file => file.startsWith('test/long/'))
-const ALL = FILES.filter(file => !LONG.includes(file))
-const SIZED = ALL.filter(file => readFileSync(file, 'utf8').includes('support/size.ts'))
+const SIZED = FILES.filter(file => !LONG.includes(file) && readFileSync(file, 'utf8').includes('support/size.ts'))
+const SHARING = FILES.filter(file => !LONG.includes(file) && !ALONE.includes(file))
+
+/** A file that imports those of a room that share a process. */
+function entry (room: string): string {
+  const file = `.tap/rooms/${room.replace('/', '-')}.mjs`
+  mkdirSync(dirname(file), { recursive: true })
+  writeFileSync(file, SHARING.filter(file => dirname(file) === room).map(file => `import '../../${file}'\n`).join(''))
+  return file
+}
 
 const missing = [redisMissing, prometheusMissing, postgresMissing].filter(reason => reason !== false)
 const isWhole = files.length === 0 && !isLong
 const tap = ['run', ...args]
-if (files.length === 0) tap.push(...isLong ? [...SIZED, ...LONG] : new Set([...FIRST, ...ALL]))
+if (files.length === 0) tap.push(...isLong ? [...SIZED, ...LONG] : [...ALONE, ...[...new Set(SHARING.map(file => dirname(file)))].map(entry)])
 // Every line of lib is covered by npm test, where nothing is skipped.
 if (!isWhole || missing.length > 0) tap.push('--disable-coverage', '--allow-empty-coverage')
 if (isLong) tap.push('--timeout=3600')

@@ -440,7 +440,7 @@ t.test('beside standardwebhooks and the openai SDK', async t => {
 
   t.test('accepts what a real sender sends, and gives back the event that was sent', async t => {
     for (const [name, change] of Object.entries(HONEST)) {
-      await holds(t, name, sized(60, 300), change, ({ body }, { ours, event, accepting }) => {
+      await holds(t, name, sized(40, 300), change, ({ body }, { ours, event, accepting }) => {
         assert.equal(ours, 'accepted')
         assert.deepEqual(event, JSON.parse(body.toString()))
         assert.ok(accepting.includes('openai'), 'the generated delivery is one that the SDK accepts')
@@ -450,7 +450,7 @@ t.test('beside standardwebhooks and the openai SDK', async t => {
 
   t.test('is stricter for these reasons', async t => {
     for (const { reason, than, code, change, after } of STRICTER) {
-      await holds(t, reason, sized(20, 60), change, (_draft, { ours, accepting }) => {
+      await holds(t, reason, sized(12, 60), change, (_draft, { ours, accepting }) => {
         assert.deepEqual({ ours, accepting }, { ours: code, accepting: than })
       }, after === undefined ? prompt : fc.tuple(prompt, after).map(([arrival, after]) => ({ ...arrival, after })))
     }
@@ -458,7 +458,7 @@ t.test('beside standardwebhooks and the openai SDK', async t => {
 
   t.test('accepts no forgery, as they do not', async t => {
     for (const [name, change] of Object.entries(FORGED)) {
-      await holds(t, name, sized(20, 60), change, (_draft, { ours, accepting }) => {
+      await holds(t, name, sized(12, 60), change, (_draft, { ours, accepting }) => {
         assert.notEqual(ours, 'accepted')
         assert.deepEqual(accepting, [])
       })
@@ -473,7 +473,7 @@ t.test('beside standardwebhooks and the openai SDK', async t => {
       ...STRICTER.map(({ change }) => change)
     ), { minLength: 1, maxLength: 4 })
     let accepted = 0
-    await holds(t, 'up to four changes', sized(400, 2_000), changes.map(list => draft => list.reduce((changed, change) => change(changed), draft)), ({ body }, { ours, event, accepting }) => {
+    await holds(t, 'up to four changes', sized(200, 2_000), changes.map(list => draft => list.reduce((changed, change) => change(changed), draft)), ({ body }, { ours, event, accepting }) => {
       if (ours !== 'accepted') return
       accepted++
       assert.notDeepEqual(accepting, [])

@@ -9,8 +9,8 @@ import { promisify } from 'node:util'
 import { Type } from '@sinclair/typebox'
 import t from 'tap'
 import type { Test } from 'tap'
-import { officialEntries } from '../lib/events/index.ts'
-import { ROOT } from './support/docs.ts'
+import { officialEntries } from '../../lib/events/index.ts'
+import { ROOT } from '../support/docs.ts'
 
 type Entries = Record<string, { schema: object }>
 
@@ -26,7 +26,7 @@ interface Drift {
   drift (args: string[]): Promise<{ code: number, text: string }>
 }
 
-const { readPackage, compare, drift } = await import(new URL('../docs/drift.mjs', import.meta.url).href) as Drift
+const { readPackage, compare, drift } = await import(new URL('../../docs/drift.mjs', import.meta.url).href) as Drift
 
 const INSTALLED = join(ROOT, 'node_modules/openai')
 const WEBHOOKS = readFileSync(join(INSTALLED, 'resources/webhooks/webhooks.d.ts'), 'utf8')
