@@ -108,11 +108,14 @@ function boundRest ({ raw }: FastifyRequest, reply: FastifyReply, { deadline }: 
   if (raw.complete !== false) return
   if (stream !== undefined) {
     const { session } = stream
-    stream.once('finish', () => {
+    const reset = (): void => {
       stream.close()
       // An idle session keeps a closing server open until its own timeout, 72 s by default.
       if (deadline.closed) session?.close()
-    })
+    }
+    // A reset drops what Node has not sent yet, though the response has finished: the end of the answer, and where that has no body
+    // since Node 22 its headers too. All of it is on its way in the turn after it was asked for trailers.
+    stream.once('wantTrailers', () => { setImmediate(reset) })
   } else if (deadline.closed) {
     reply.header('connection', 'close')
   } else {

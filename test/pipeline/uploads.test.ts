@@ -1,10 +1,11 @@
 import { once } from 'node:events'
 import { connect as connect2 } from 'node:http2'
 import type { ClientHttp2Session, ClientHttp2Stream } from 'node:http2'
-import type { Socket } from 'node:net'
-import { PassThrough } from 'node:stream'
+import { connect as connectTcp, createServer } from 'node:net'
+import type { AddressInfo, Socket } from 'node:net'
+import { PassThrough, Readable } from 'node:stream'
 import { setImmediate as turn } from 'node:timers/promises'
-import type { FastifyInstance, FastifyServerOptions, RequestPayload } from 'fastify'
+import type { FastifyInstance, FastifyReply, FastifyServerOptions, RequestPayload } from 'fastify'
 import t from 'tap'
 import type { Test } from 'tap'
 import { Deadline } from '../../lib/deadline.ts'
@@ -106,6 +107,30 @@ function open (session: ClientHttp2Session, { headers }: Signed, url: string) {
   }
 }
 
+const FRAMES: Readonly<Record<number, string>> = { 0: 'DATA', 1: 'HEADERS', 3: 'RST_STREAM' }
+
+/** Stands before a server, and notes which frames it sends for the first stream of a connection (RFC 9113, section 4.1). */
+async function watchFrames (t: Test, target: number): Promise<{ frames: string[], port: number }> {
+  const frames: string[] = []
+  const server = createServer(client => {
+    const upstream = connectTcp(target, '127.0.0.1')
+    let rest = Buffer.alloc(0)
+    client.pipe(upstream).on('data', (data: Buffer) => {
+      rest = Buffer.concat([rest, data])
+      while (rest.length >= 9 && rest.length >= 9 + rest.readUIntBE(0, 3)) {
+        const [length, type, flags, stream] = [rest.readUIntBE(0, 3), rest[3]!, rest[4]!, rest.readUInt32BE(5)]
+        if (stream === 1 && type in FRAMES) frames.push(FRAMES[type]! + (type < 2 && flags & 1 ? ' END_STREAM' : ''))
+        rest = rest.subarray(9 + length)
+      }
+      client.write(data)
+    })
+    for (const [socket, other] of [[client, upstream], [upstream, client]] as const) socket.on('error', () => {}).on('close', () => { other.destroy() })
+  }).listen(0, '127.0.0.1')
+  await once(server, 'listening')
+  t.teardown(() => { server.close() })
+  return { frames, port: (server.address() as AddressInfo).port }
+}
+
 for (const url of URLS) {
   t.test(`HTTP/1.1: a body that has not arrived whole in time, at ${url}`, async t => {
     for (const [name, framing] of [['with a length', [['content-length', '1000']]], ['chunked', CHUNKED]] as const) {
@@ -203,6 +228,32 @@ for (const url of URLS) {
       await refused.closed // though it has not been ended here
     }
     t.notOk(session.closed)
+  })
+
+  t.test(`HTTP/2: a refusal is answered whole before its stream is reset, at ${url}`, async t => {
+    const answers: Record<string, (reply: FastifyReply) => unknown> = {
+      'no body': reply => reply.send(),
+      'a short body': reply => reply.send('x'),
+      'a long body': reply => reply.send('x'.repeat(200_000)),
+      'a stream': reply => reply.send(Readable.from(['x', 'y'])),
+      trailers: reply => reply.trailer('x-trailer', async () => 'z').send('x'),
+      'of its own, no body': reply => reply.hijack().raw.writeHead(401).end(),
+      'of its own, a short body': reply => reply.hijack().raw.writeHead(401).end('x')
+    }
+    for (const [name, answer] of Object.entries(answers)) {
+      const { port } = await fixture(t, {}, { http2: true } as FastifyServerOptions, app => {
+        app.setErrorHandler((_error, _request, reply) => { answer(reply.code(401)) })
+      })
+      const { frames, port: watched } = await watchFrames(t, port)
+      const refused = open(await connect(t, watched), stale(), url)
+      refused.stream.write('x') // and more is to come
+      t.equal((await refused.answer).status, 401, name)
+      await refused.closed
+      const ended = frames.findIndex(frame => frame.endsWith(' END_STREAM'))
+      t.match(frames[0], /^HEADERS/, name)
+      t.not(ended, -1, name)
+      t.same(frames.slice(ended + 1), ['RST_STREAM'], name)
+    }
   })
 
   t.test(`HTTP/1.1: the body of a request that was refused, at ${url}`, async t => {
