@@ -12,7 +12,7 @@ import { IN_PROGRESS, Member, answer, batchFailed, effectsIn, redisClient, until
 import type { MemberOptions } from './support/faults.ts'
 import { deferred, listen, redelivered } from './support/observe.ts'
 import { RedisServer, redisMissing } from './support/redis.ts'
-import { sized } from './support/size.ts'
+import { isLong, sized } from './support/size.ts'
 import { HANDLES, missing, openSqlite } from './support/sqlite.mjs'
 import type { HandleName } from './support/sqlite.mjs'
 import { Wire, request } from './support/wire.ts'
@@ -22,7 +22,7 @@ type Teardown = { teardown: (fn: () => unknown) => void }
 const ENDPOINT = '/webhooks/openai'
 /** ms; does not run out while a test lasts. */
 const LONG = 600_000
-const IDS = sized(100, 10_000)
+const IDS = sized(200, 10_000)
 /** Deliveries under way at once. */
 const LANES = 24
 
@@ -116,7 +116,8 @@ for (const [name, skip, share] of stores) {
         const ran = effectsIn(effects)
         t.equal(ran.length, IDS)
         t.equal(new Set(ran.map(({ webhookId }) => webhookId)).size, IDS)
-        t.equal(new Set(ran.map(({ pid }) => pid)).size, processes, 'all had a part in it')
+        // Of a few, the fastest may have all.
+        if (isLong) t.equal(new Set(ran.map(({ pid }) => pid)).size, processes, 'all had a part in it')
         t.same(members.flatMap(({ told }) => told.filter(message => !message.includes('another process'))), [])
         await Promise.all(members.map(async member => await member.close()))
       })
