@@ -4,8 +4,6 @@ import type { Handler } from './handlers.ts'
 import type { Refused } from './registry.ts'
 import type { VerifiedRequest } from './request.ts'
 import type { DeadDelivery, Job } from './runners/runner.ts'
-import { attempt, then } from './steps.ts'
-import type { MaybePromise } from './steps.ts'
 
 /**
  * Follows the deliveries of one registration through the six steps. Called as they happen, so it has to be quick, and must not
@@ -57,19 +55,3 @@ export class Observation {
 
 /** On `app.openaiWebhook`: the parts of its registration, for the inspector. */
 export const INSIDE = Symbol('openai-webhook.inside')
-
-/** Runs handlers, and tells how each and all of them end. */
-export function observeAttempt (observer: Observer, start: AttemptStart, run: (handlers: readonly Handler[]) => MaybePromise<void>): MaybePromise<void> {
-  const observed = observer.started(start)
-  const handlers = start.handlers.map(({ name, run }, index): Handler => ({
-    name,
-    run: (event, context) => attempt(() => then(run(event, context), () => { observed.succeeded(index) }), error => {
-      observed.failed(index)
-      throw error
-    })
-  }))
-  return attempt(() => then(run(handlers), () => { observed.ended() }), error => {
-    observed.ended(error)
-    throw error
-  })
-}

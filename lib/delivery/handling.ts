@@ -8,13 +8,13 @@ import type { Claims, Held } from '../pipeline/deduplicate.ts'
 import { dispatch } from '../pipeline/dispatch.ts'
 import { shortestRetention } from '../inbox/inbox.ts'
 import type { Handler } from '../handlers.ts'
-import type { Observation } from '../observation.ts'
+import type { Observation, ObservedAttempt } from '../observation.ts'
 import type { Job } from '../runners/runner.ts'
 import type { HandlerTable } from '../registry.ts'
 import { attempt, drive, then } from '../steps.ts'
 import type { MaybePromise, Steps } from '../steps.ts'
 import { Context } from './context.ts'
-import { isObserved, observeDelivery } from './observe.ts'
+import { Watch, isTraced, traceDelivery } from './observe.ts'
 import type { State, Work, Works } from './work.ts'
 
 export interface HandlingOptions {
@@ -50,20 +50,32 @@ export class Handling {
     work.remembered = job.remembered
     const handlers = finished.length === 0 ? all : all.filter(({ name }) => !finished.includes(name))
     if (channels.unhandled.hasSubscribers) this.#tellUnhandled(work)
-    const { log, observation } = this.#options
-    work.end = isObserved(work, log, observation)
-      ? observeDelivery(work, handlers, log, observation, observed => drive(this.#handle(work, observed)))
-      : drive(this.#handle(work, handlers))
+    work.end = isTraced() ? traceDelivery(work, handlers, traced => this.#run(work, traced)) : this.#run(work, handlers)
     return work.end
   }
 
-  * #handle (work: Work, handlers: readonly Handler[]): Steps<void> {
+  #run (work: Work, handlers: readonly Handler[]): MaybePromise<void> {
+    const watch = Watch.over(work, handlers, this.#options.log, this.#options.observation)
+    return drive(watch === undefined ? this.#handle(work, handlers) : this.#watched(work, handlers, watch))
+  }
+
+  * #watched (work: Work, handlers: readonly Handler[], watch: Watch): Steps<void> {
+    try {
+      yield * this.#handle(work, handlers, watch.observed)
+    } catch (error) {
+      watch.failed(error)
+      throw error
+    }
+    watch.succeeded()
+  }
+
+  * #handle (work: Work, handlers: readonly Handler[], observed?: ObservedAttempt): Steps<void> {
     const { claims, log, signal } = this.#options
     const { claim } = work.state as Extract<State, { at: 'handling' }>
     const ownHandler = work.sender?.ownHandler
     const failures: readonly HandlerFailure[] = yield * dispatch(handlers, work.job.event, new Context(work, log, signal), (handler, isLast) =>
       // The last success needs no checkpoint, since it completes the delivery, unless the route's own handler is still to come.
-      isLast && ownHandler === undefined ? undefined : claims.checkpoint(claim, handler.name))
+      isLast && ownHandler === undefined ? undefined : claims.checkpoint(claim, handler.name), observed)
     if (failures.length > 0) return yield * this.#settle(work, claim, this.#failed(work, failures))
     if (ownHandler === undefined) return yield * this.#settle(work, claim)
     yield new Promise<void>((resolve, reject) => {

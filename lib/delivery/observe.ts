@@ -3,63 +3,65 @@ import { channels, trace } from '../channels.ts'
 import type { DeliveryMessage, DuplicateMessage } from '../channels.ts'
 import { logFields, logs, write } from '../log.ts'
 import type { Handler } from '../handlers.ts'
-import { observeAttempt } from '../observation.ts'
-import type { Observation } from '../observation.ts'
+import type { Observation, ObservedAttempt, Observer } from '../observation.ts'
 import type { Job } from '../runners/runner.ts'
-import { then } from '../steps.ts'
 import type { MaybePromise } from '../steps.ts'
 import type { Sender, Work } from './work.ts'
 
-/** Whether the inspector, a log or a channel takes note of it. */
-export function isObserved ({ sender }: Work, log: FastifyBaseLogger, { observer }: Observation): boolean {
-  return observer !== undefined || channels.delivery.hasSubscribers || channels.handler.hasSubscribers || logs(sender?.request.log ?? log, 'info')
+export function isTraced (): boolean {
+  return channels.delivery.hasSubscribers || channels.handler.hasSubscribers
 }
 
-/** Runs the handlers between the messages of the tracing channels, and logs that the delivery was processed. */
-export function observeDelivery (
-  work: Work,
-  handlers: readonly Handler[],
-  log: FastifyBaseLogger,
-  { observer }: Observation,
-  run: (handlers: readonly Handler[]) => MaybePromise<void>
-): MaybePromise<void> {
-  if (observer === undefined) return loggedDelivery(work, handlers, log, run)
-  const { job, sender, attempt, finished } = work
-  const start = { job, request: sender?.request, attempt, handlers, finished, replies: sender?.ownHandler !== undefined }
-  return observeAttempt(observer, start, observed => loggedDelivery(work, observed, log, run))
-}
-
-function loggedDelivery (
-  work: Work,
-  handlers: readonly Handler[],
-  log: FastifyBaseLogger,
-  run: (handlers: readonly Handler[]) => MaybePromise<void>
-): MaybePromise<void> {
-  const to = work.sender?.request.log ?? log
-  if (!logs(to, 'info')) return tracedDelivery(work, handlers, run)
-  const startedAt = performance.now()
-  return then(tracedDelivery(work, handlers, run), () => {
-    const fields = logFields(work.job, work.attempt)
-    fields['handlers'] = handlers.length
-    fields['ms'] = Math.round((performance.now() - startedAt) * 1_000) / 1_000
-    write(to, 'info', fields, 'webhook delivery processed')
-  })
-}
-
-function tracedDelivery (work: Work, handlers: readonly Handler[], run: (handlers: readonly Handler[]) => MaybePromise<void>): MaybePromise<void> {
+/** Runs the handlers between the messages of the tracing channels. */
+export function traceDelivery (work: Work, handlers: readonly Handler[], run: (handlers: readonly Handler[]) => MaybePromise<void>): MaybePromise<void> {
   const { delivery, handler } = channels
-  const observesHandlers = handler.hasSubscribers
-  if (!observesHandlers && !delivery.hasSubscribers) return run(handlers)
   const { job: { webhookId, timestamp, endpoint, tenant, event, carrier }, attempt, sender } = work
   // Field by field: a spread costs a delivery 4 µs, and a queue may have added an `error` to the job.
   const message: DeliveryMessage = { webhookId, timestamp, endpoint, tenant, event, carrier, attempt, queued: sender === undefined, handlers: handlers.length, request: sender?.request }
-  const observed = !observesHandlers
+  const traced = !handler.hasSubscribers
     ? handlers
-    : handlers.map((observed): Handler => ({
-      name: observed.name,
-      run: (event, context) => trace(handler, { handler: observed.name, delivery: message }, () => observed.run(event, context))
+    : handlers.map((traced): Handler => ({
+      name: traced.name,
+      run: (event, context) => trace(handler, { handler: traced.name, delivery: message }, () => traced.run(event, context))
     }))
-  return trace(delivery, message, () => run(observed))
+  return trace(delivery, message, () => run(traced))
+}
+
+/** Whoever watches the run of a delivery's handlers: the inspector, and the log of its request. */
+export class Watch {
+  readonly #work: Work
+  readonly #log: FastifyBaseLogger | undefined
+  readonly #handlers: number
+  readonly #startedAt = performance.now()
+  readonly observed: ObservedAttempt | undefined
+
+  /** @returns `undefined` where nobody watches: the usual delivery has no timer, and nothing is made for it */
+  static over (work: Work, handlers: readonly Handler[], log: FastifyBaseLogger, { observer }: Observation): Watch | undefined {
+    const to = work.sender?.request.log ?? log
+    const isLogged = logs(to, 'info')
+    return isLogged || observer !== undefined ? new Watch(work, handlers, isLogged ? to : undefined, observer) : undefined
+  }
+
+  private constructor (work: Work, handlers: readonly Handler[], log: FastifyBaseLogger | undefined, observer: Observer | undefined) {
+    const { job, sender, attempt, finished } = work
+    this.#work = work
+    this.#log = log
+    this.#handlers = handlers.length
+    this.observed = observer?.started({ job, request: sender?.request, attempt, handlers, finished, replies: sender?.ownHandler !== undefined })
+  }
+
+  succeeded (): void {
+    this.observed?.ended()
+    if (this.#log === undefined) return
+    const fields = logFields(this.#work.job, this.#work.attempt)
+    fields['handlers'] = this.#handlers
+    fields['ms'] = Math.round((performance.now() - this.#startedAt) * 1_000) / 1_000
+    write(this.#log, 'info', fields, 'webhook delivery processed')
+  }
+
+  failed (error: unknown): void {
+    this.observed?.ended(error)
+  }
 }
 
 export function observeDuplicate ({ endpoint }: Job, { request }: Sender, state: DuplicateMessage['state'], { observer }: Observation): void {

@@ -1,3 +1,4 @@
+import type { ServerResponse } from 'node:http'
 import type { FastifyReply, FastifyRequest } from 'fastify'
 import type { DuplicateMessage } from '../channels.ts'
 import { DeadlineExceeded, HandlerFailed } from '../errors.ts'
@@ -21,9 +22,10 @@ const MAX_REFUSED = 200
 /** Deliveries that were sent from the page and have not arrived yet. */
 const MAX_SENT = 100
 
-/** On a request: what is kept of it. */
+/** On a request and its response: what is kept of them. */
 const ENTRY = Symbol('openai-webhook.entry')
 type Noted = FastifyRequest & { [ENTRY]?: Entry }
+type Observable = ServerResponse & { [ENTRY]?: Entry | undefined }
 
 const DEADLINE = new DeadlineExceeded().code
 const HANDLER_FAILED = new HandlerFailed().code
@@ -42,6 +44,8 @@ export class Journal implements Observer {
   /** Those that have changed since they were asked for; `undefined` while nobody looks. */
   #changed: Set<Entry> | undefined
   #lastId = 0
+  /** One function for all responses, whose own listeners would be kept with them. */
+  readonly #answered: (this: Observable) => void
 
   /** @param max deliveries */
   constructor (max: number) {
@@ -54,6 +58,9 @@ export class Journal implements Observer {
     }
     this.deliveries = new Ring(max, MAX_BYTES, dropped)
     this.refusals = new Ring(Math.min(max, MAX_REFUSED), MAX_BYTES_REFUSED, dropped)
+    const over = (response: Observable): void => { this.#over(response[ENTRY]!, response) }
+    const answered = function (this: Observable): void { over(this) }
+    this.#answered = answered
   }
 
   // What the inspector asks
@@ -97,15 +104,11 @@ export class Journal implements Observer {
   // What happens
 
   arrived (request: FastifyRequest, reply: FastifyReply, endpoint: string): void {
-    const entry = this.#note(request, endpoint)
-    let isOver = false
-    const over = (): void => {
-      if (!isOver) this.#answered(entry, reply)
-      isOver = true
-    }
-    // A sender that goes away causes no 'finish'.
-    reply.raw.once('finish', over)
-    reply.raw.once('close', over)
+    this.#note(request, endpoint)
+    const raw = reply.raw as Observable
+    raw[ENTRY] = (request as Noted)[ENTRY]
+    // After 'finish', and where a sender goes away, which causes no 'finish'.
+    raw.on('close', this.#answered)
   }
 
   captured (request: FastifyRequest, rawBody: Buffer): void {
@@ -166,31 +169,21 @@ export class Journal implements Observer {
     }
     entry.keepAttempt(record)
     this.#move(entry, 'running')
-    const end = (run: HandlerRun | undefined, outcome: 'succeeded' | 'failed'): void => {
-      if (run === undefined) return
-      run.outcome = outcome
-      run.ms = performance.now() - startedAt
+    return new Run(this, entry, record, own, request === undefined, startedAt, job)
+  }
+
+  /** The handlers have ended. */
+  ended (entry: Entry, { attempt, job, error }: { readonly attempt: Attempt, readonly job: Job, readonly error: unknown }): void {
+    if (error === undefined) {
+      attempt.outcome = 'processed'
+      if (this.#queued.size > 0) this.#queued.delete(keyOf(job))
+      return this.#move(entry, 'processed')
     }
-    return {
-      succeeded: index => end(runs[index], 'succeeded'),
-      failed: index => end(runs[index], 'failed'),
-      ended: error => {
-        end(own, error === undefined ? 'succeeded' : 'failed')
-        record.ms = performance.now() - startedAt
-        if (request === undefined) entry.ms = record.ms
-        else entry.dispatchedAt = startedAt + record.ms
-        if (error === undefined) {
-          record.outcome = 'processed'
-          if (this.#queued.size > 0) this.#queued.delete(keyOf(job))
-          return this.#move(entry, 'processed')
-        }
-        record.outcome = 'failed'
-        record.errors = describeFailure(job, error).errors
-        this.rate.failed(performance.now())
-        this.deliveries.grow(entry, sizeOfErrors(record.errors))
-        this.#move(entry, 'failed')
-      }
-    }
+    attempt.outcome = 'failed'
+    attempt.errors = describeFailure(job, error).errors
+    this.rate.failed(performance.now())
+    this.deliveries.grow(entry, sizeOfErrors(attempt.errors))
+    this.#move(entry, 'failed')
   }
 
   refused ({ code, statusCode, error }: { code: string, statusCode: number, error: unknown }, { endpoint, tenant }: Refused, request: FastifyRequest): void {
@@ -258,12 +251,7 @@ export class Journal implements Observer {
     this.rate.failed(entry.startedAt)
   }
 
-  #move (entry: Entry, state: Entry['state']): void {
-    entry.state = state
-    if (entry.kept) this.#changed?.add(entry)
-  }
-
-  #answered (entry: Entry, { raw: { headersSent, statusCode } }: FastifyReply): void {
+  #over (entry: Entry, { headersSent, statusCode }: ServerResponse): void {
     entry.answeredAt = performance.now()
     // Else the sender has gone before.
     if (headersSent) entry.status = statusCode
@@ -273,6 +261,47 @@ export class Journal implements Observer {
       if (!entry.kept && entry.webhookId === undefined) this.#keepRefused(entry)
     }
     if (entry.kept) this.#changed?.add(entry)
+  }
+
+  #move (entry: Entry, state: Entry['state']): void {
+    entry.state = state
+    if (entry.kept) this.#changed?.add(entry)
+  }
+}
+
+/** One run of a delivery's handlers. */
+class Run implements ObservedAttempt {
+  constructor (
+    readonly journal: Journal,
+    readonly entry: Entry,
+    readonly attempt: Attempt,
+    readonly own: HandlerRun | undefined,
+    readonly queued: boolean,
+    readonly startedAt: number,
+    readonly job: Job
+  ) {}
+
+  succeeded (index: number): void {
+    this.#end(this.attempt.handlers[index], 'succeeded')
+  }
+
+  failed (index: number): void {
+    this.#end(this.attempt.handlers[index], 'failed')
+  }
+
+  ended (error?: unknown): void {
+    const { journal, entry, attempt, own, queued, startedAt, job } = this
+    this.#end(own, error === undefined ? 'succeeded' : 'failed')
+    attempt.ms = performance.now() - startedAt
+    if (queued) entry.ms = attempt.ms
+    else entry.dispatchedAt = startedAt + attempt.ms
+    journal.ended(entry, { attempt, job, error })
+  }
+
+  #end (run: HandlerRun | undefined, outcome: 'succeeded' | 'failed'): void {
+    if (run === undefined) return
+    run.outcome = outcome
+    run.ms = performance.now() - this.startedAt
   }
 }
 
