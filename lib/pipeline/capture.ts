@@ -114,8 +114,10 @@ function boundRest ({ raw }: FastifyRequest, reply: FastifyReply, { deadline }: 
       if (deadline.closed) session?.close()
     }
     // A reset drops what Node has not sent yet, though the response has finished: the end of the answer, and where that has no body
-    // since Node 22 its headers too. All of it is on its way in the turn after it was asked for trailers.
+    // since Node 22 its headers too. All of it is on its way in the turn after Node has asked for trailers, and where it asks for
+    // none, in the turn after the end.
     stream.once('wantTrailers', () => { setImmediate(reset) })
+    stream.once('finish', () => { setImmediate(() => { if (stream.state.localClose === 1) reset() }) })
   } else if (deadline.closed) {
     reply.header('connection', 'close')
   } else {

@@ -238,6 +238,7 @@ for (const url of URLS) {
       'a stream': reply => reply.send(Readable.from(['x', 'y'])),
       trailers: reply => reply.trailer('x-trailer', async () => 'z').send('x'),
       'of its own, no body': reply => reply.hijack().raw.writeHead(401).end(),
+      'of its own, nothing but an end': reply => { Object.assign(reply.hijack().raw, { statusCode: 401 }).end() },
       'of its own, a short body': reply => reply.hijack().raw.writeHead(401).end('x')
     }
     for (const [name, answer] of Object.entries(answers)) {

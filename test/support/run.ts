@@ -11,9 +11,9 @@ if (isLong) args.shift()
 const files = args.filter(arg => !arg.startsWith('-'))
 
 // A process takes two seconds of CPU before its first test: the files of a room share one. A file has its own when it takes
-// long (the longest first, so that no core waits for it at the end) or says something about its whole process.
+// long, so that two cores end together, or says something about its whole process.
 const ALONE = [
-  'sqlite/sqlite', 'torture', 'cli/cli', 'examples', 'processes', 'docs', 'interop', 'simulation', 'composition', 'delivery/kept', 'routes/unwatched'
+  'cli/cli', 'composition', 'delivery/kept', 'docs', 'examples', 'interop', 'processes', 'routes/unwatched', 'simulation', 'sqlite/sqlite', 'torture'
 ].map(name => `test/${name}.test.ts`)
 const FILES = readdirSync('test', { recursive: true, encoding: 'utf8' }).filter(file => file.endsWith('.test.ts')).map(file => `test/${file}`)
 const LONG = FILES.filter(file => file.startsWith('test/long/'))
