@@ -50,18 +50,19 @@ export class Handling {
     work.remembered = job.remembered
     const handlers = finished.length === 0 ? all : all.filter(({ name }) => !finished.includes(name))
     if (channels.unhandled.hasSubscribers) this.#tellUnhandled(work)
-    work.end = isTraced() ? traceDelivery(work, handlers, traced => this.#run(work, traced)) : this.#run(work, handlers)
+    const watch = Watch.over(work, handlers, this.#options.log, this.#options.observation)
+    work.end = watch === undefined ? this.#run(work, handlers) : drive(this.#watched(work, handlers, watch))
     return work.end
   }
 
-  #run (work: Work, handlers: readonly Handler[]): MaybePromise<void> {
-    const watch = Watch.over(work, handlers, this.#options.log, this.#options.observation)
-    return drive(watch === undefined ? this.#handle(work, handlers) : this.#watched(work, handlers, watch))
+  #run (work: Work, handlers: readonly Handler[], observed?: ObservedAttempt): MaybePromise<void> {
+    const run = (handlers: readonly Handler[]): MaybePromise<void> => drive(this.#handle(work, handlers, observed))
+    return isTraced() ? traceDelivery(work, handlers, run) : run(handlers)
   }
 
   * #watched (work: Work, handlers: readonly Handler[], watch: Watch): Steps<void> {
     try {
-      yield * this.#handle(work, handlers, watch.observed)
+      yield this.#run(work, handlers, watch.observed)
     } catch (error) {
       watch.failed(error)
       throw error
