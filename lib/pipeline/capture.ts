@@ -114,10 +114,16 @@ function boundRest ({ raw }: FastifyRequest, reply: FastifyReply, { deadline }: 
       if (deadline.closed) session?.close()
     }
     // A reset drops what Node has not sent yet, though the response has finished: the end of the answer, and where that has no body
-    // since Node 22 its headers too. All of it is on its way in the turn after Node has asked for trailers, and where it asks for
-    // none, in the turn after the end.
+    // since Node 22 its headers too. All of it is on its way in the turn after Node has asked for trailers. Where an answer has
+    // asked for none, it is in the turn after the end, or once the sender reads.
     stream.once('wantTrailers', () => { setImmediate(reset) })
-    stream.once('finish', () => { setImmediate(() => { if (stream.state.localClose === 1) reset() }) })
+    stream.once('finish', () => {
+      setImmediate(() => {
+        if (stream.destroyed || stream.state.localClose === 1) return reset()
+        const timer = deadline.start(reset)
+        stream.once('close', () => { deadline.stop(timer) })
+      })
+    })
   } else if (deadline.closed) {
     reply.header('connection', 'close')
   } else {

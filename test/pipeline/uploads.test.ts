@@ -1,6 +1,6 @@
 import { once } from 'node:events'
 import { connect as connect2 } from 'node:http2'
-import type { ClientHttp2Session, ClientHttp2Stream } from 'node:http2'
+import type { ClientHttp2Session, ClientHttp2Stream, Http2ServerResponse } from 'node:http2'
 import { connect as connectTcp, createServer } from 'node:net'
 import type { AddressInfo, Socket } from 'node:net'
 import { PassThrough, Readable } from 'node:stream'
@@ -255,6 +255,25 @@ for (const url of URLS) {
       t.not(ended, -1, name)
       t.same(frames.slice(ended + 1), ['RST_STREAM'], name)
     }
+  })
+
+  t.test(`HTTP/2: a refused stream whose answer has not gone out is reset where it does not arrive in time, at ${url}`, async t => {
+    const { port } = await fixture(t, {}, { http2: true } as FastifyServerOptions, app => {
+      app.setErrorHandler((_error, _request, reply) => {
+        const { raw } = reply.hijack() as unknown as { raw: Http2ServerResponse }
+        // As behind a socket that takes nothing.
+        Object.defineProperty(raw.stream, 'state', { value: { localClose: 0 } })
+        Object.assign(raw, { statusCode: 401 }).end()
+      })
+    })
+    const clock = stoppedClock(t)
+    const refused = open(await connect(t, port), stale(), url)
+    refused.stream.write('x')
+    t.equal((await refused.answer).status, 401)
+    for (let n = 0; n < 5; n++) await turn()
+    t.notOk(refused.stream.destroyed)
+    const closed = refused.closed.then(() => true)
+    while (!await Promise.race([closed, turn(false)])) clock.advance(10_000)
   })
 
   t.test(`HTTP/1.1: the body of a request that was refused, at ${url}`, async t => {
