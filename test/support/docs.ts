@@ -152,10 +152,10 @@ const EXTENSIONS: Readonly<Record<string, string>> = { ts: 'ts', typescript: 'ts
  */
 export async function typeCheck (blocks: readonly CodeBlock[]): Promise<{ faults: string[], checked: number }> {
   const code = blocks.filter(({ language }) => language in EXTENSIONS)
-  // A module augmentation holds for a whole program: blocks that have one are checked apart from the others.
+  // A module augmentation holds for a whole program: such a block gets one of its own.
   const augmenting = code.filter(block => block.code.includes('declare module'))
   const plain = code.filter(block => !augmenting.includes(block))
-  const programs = [plain, augmenting].filter(blocks => blocks.length > 0)
+  const programs = [plain, ...augmenting.map(block => [block])].filter(blocks => blocks.length > 0)
   return { faults: (await Promise.all(programs.map(check))).flat(), checked: code.length }
 }
 

@@ -39,7 +39,8 @@ export default class ClosingLine extends Transform {
     const [, indent, name] = /^( +)ok \d+(?: - (.*?))?(?: # time=.*)?$/.exec(line) ?? []
     if (indent === undefined || line.includes('# SKIP')) return line.trim() !== '' && this.#details.push(line)
     const start = this.#details.lastIndexOf(`${indent}# Subtest: ${name}`)
-    if (start !== -1) this.#details.push(...this.#details.splice(start).filter(detail => detail.includes('# SKIP')))
+    // An assertion may have the name of a subtest that failed before.
+    if (start !== -1 && !this.#details.slice(start).some(detail => /^ +not ok/.test(detail))) this.#details.push(...this.#details.splice(start).filter(detail => detail.includes('# SKIP')))
   }
 
   #count (line) {

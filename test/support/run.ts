@@ -22,7 +22,7 @@ const SHARING = FILES.filter(file => !LONG.includes(file) && !ALONE.includes(fil
 
 /** A file that imports those of a room that share a process. */
 function entry (room: string): string {
-  const file = `.tap/rooms/${room.replace('/', '-')}.mjs`
+  const file = `.tap/rooms/${room.replaceAll('/', '-')}.mjs`
   mkdirSync(dirname(file), { recursive: true })
   writeFileSync(file, SHARING.filter(file => dirname(file) === room).map(file => `import '../../${file}'\n`).join(''))
   return file
