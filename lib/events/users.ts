@@ -1,7 +1,7 @@
 import type { Static, TSchema } from '@sinclair/typebox'
-// The peer is optional: in an app without it the import cannot be resolved, and nobody has its schemas. A JSDoc comment, because
-// other comments do not get into the declarations, which the app's compiler reads. Not @ts-expect-error: most have the package.
-/** @ts-ignore: `typebox` may not be installed */
+// A JSDoc comment, because no other gets into the declarations, which the app's compiler reads. Not @ts-expect-error, because
+// where the peer is installed there is no error.
+/** @ts-ignore -- because the peer is optional: an app without `typebox` cannot resolve the import, and has none of its schemas */
 import type { Static as StaticOf1 } from 'typebox'
 import { KindGuard } from '../typebox.ts'
 
