@@ -56,8 +56,9 @@ export class Handling {
   }
 
   #run (work: Work, handlers: readonly Handler[], observed?: ObservedAttempt): MaybePromise<void> {
-    const run = (handlers: readonly Handler[]): MaybePromise<void> => drive(this.#handle(work, handlers, observed))
-    return isTraced() ? traceDelivery(work, handlers, run) : run(handlers)
+    return isTraced()
+      ? traceDelivery(work, handlers, traced => drive(this.#handle(work, traced, observed)))
+      : drive(this.#handle(work, handlers, observed))
   }
 
   * #watched (work: Work, handlers: readonly Handler[], watch: Watch): Steps<void> {

@@ -35,7 +35,7 @@ export class Watch {
   readonly #startedAt = performance.now()
   readonly observed: ObservedAttempt | undefined
 
-  /** @returns `undefined` where nobody watches: the usual delivery has no timer, and nothing is made for it */
+  /** @returns `undefined` where nobody watches, so that nothing is made for the delivery */
   static over (work: Work, handlers: readonly Handler[], log: FastifyBaseLogger, { observer }: Observation): Watch | undefined {
     const to = work.sender?.request.log ?? log
     const isLogged = logs(to, 'info')

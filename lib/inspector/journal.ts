@@ -104,9 +104,8 @@ export class Journal implements Observer {
   // What happens
 
   arrived (request: FastifyRequest, reply: FastifyReply, endpoint: string): void {
-    this.#note(request, endpoint)
     const raw = reply.raw as Observable
-    raw[ENTRY] = (request as Noted)[ENTRY]
+    raw[ENTRY] = this.#note(request, endpoint)
     // After 'finish', and where a sender goes away, which causes no 'finish'.
     raw.on('close', this.#answered)
   }

@@ -10,6 +10,7 @@ import { promisify } from 'node:util'
 import type { Test } from 'tap'
 import { sampleEvent, sign, testSecret } from '../../lib/testing/index.ts'
 import { ROOT, codeBlocks, readDocument } from './docs.ts'
+import { environment } from './program.mjs'
 
 // Projects of users, with the packed package and the packages of others, made of the code that a recipe prints.
 
@@ -17,7 +18,7 @@ const exec = promisify(execFile)
 
 /** What a user would run has nothing of the test runner's loaders in its environment, and a secret. */
 export const env: NodeJS.ProcessEnv = {
-  ...Object.fromEntries(Object.entries(process.env).filter(([name]) => !/^(?:NODE_OPTIONS|NODE_V8_COVERAGE|_TAPJS|TAP|npm_)/.test(name))),
+  ...Object.fromEntries(Object.entries(environment).filter(([name]) => !/^(?:NODE_V8_COVERAGE|npm_)/.test(name))),
   OPENAI_WEBHOOK_SECRET: testSecret,
   NO_COLOR: '1'
 }
