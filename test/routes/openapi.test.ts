@@ -24,6 +24,7 @@ import { deliver, faultNames, forge, redeliver, sampleEvent, sampleTypes, sign, 
 import { codeBlocks, readDocument, tableRows } from '../support/docs.ts'
 
 const URL_ = '/webhooks/openai'
+const validator = new Validator()
 const INFO = { title: 'test', version: '1.0.0' }
 const PREFIX = 'FST_OPENAI_WEBHOOK_'
 
@@ -174,7 +175,6 @@ t.test('the document validates, whatever is registered', async t => {
       })
       if (options.decorator !== undefined) app.swagger = app.getDecorator(options.decorator)
       const document = documentOf(app)
-      const validator = new Validator()
       t.same(await validator.validate(structuredClone(document) as never), { valid: true })
       t.doesNotThrow(() => validator.resolveRefs(), 'every reference leads somewhere')
       t.equal(document.openapi, options.openapi!.openapi ?? '3.0.3')
@@ -186,7 +186,7 @@ t.test('the document validates, whatever is registered', async t => {
   t.test('Swagger 2', async t => {
     const app = await build(t, { ...everything, swagger: { swagger: { info: INFO } } })
     const document = documentOf(app)
-    t.same(await new Validator().validate(structuredClone(document) as never), { valid: true })
+    t.same(await validator.validate(structuredClone(document) as never), { valid: true })
     t.equal(document.swagger, '2.0')
     t.same(Object.keys(document.paths), paths)
 
@@ -199,7 +199,6 @@ t.test('the document validates, whatever is registered', async t => {
 
   t.test('as YAML', async t => {
     const app = await build(t, everything)
-    const validator = new Validator()
     t.same(await validator.validate(app.swagger({ yaml: true })), { valid: true })
     t.same(Object.keys((validator.specification as unknown as Document).paths), paths)
   })
@@ -429,14 +428,14 @@ t.test('@fastify/swagger-ui shows it', async t => {
   }
 
   const json = await (await fetch(`${address}/docs/json`)).json() as Document
-  t.same(await new Validator().validate(structuredClone(json) as never), { valid: true })
+  t.same(await validator.validate(structuredClone(json) as never), { valid: true })
   t.same(Object.keys(json.paths), [URL_], 'and no route of the page\'s')
   const operation = json.paths[URL_]!.post
   t.match(operation, { summary: /OpenAI/, tags: ['OpenAI webhooks'] })
   t.ok(schemaOf(operation.requestBody).oneOf!.some(({ title }) => title === 'file.processed'))
 
   const yaml = await (await fetch(`${address}/docs/yaml`)).text()
-  t.same(await new Validator().validate(yaml), { valid: true })
+  t.same(await validator.validate(yaml), { valid: true })
   t.match(yaml, `  ${URL_}:\n    post:`)
 })
 

@@ -484,13 +484,14 @@ t.test('tenants that are invented', async t => {
     await app.ready()
     const clock = stoppedClock(t)
     for (const name of known) t.equal(await deliver(app, name), RECEIVED)
-    for (let second = 0; second < 30; second++) {
+    const SECONDS = sized(12, 30)
+    for (let second = 0; second < SECONDS; second++) {
       clock.advance(1_000)
       for (let nth = 0; nth < 100; nth++) await deliver(app, `invented-${second}-${nth}`)
     }
-    t.equal(db.asked.length, 20 + 3_000)
+    t.equal(db.asked.length, 20 + SECONDS * 100)
     for (const name of known) t.equal(await deliver(app, name), RECEIVED)
-    t.equal(db.asked.length, 20 + 3_000, 'none was forgotten')
+    t.equal(db.asked.length, 20 + SECONDS * 100, 'none was forgotten')
 
     // Every slot for new tenants is taken: known ones are asked for again all the same, 16 at once.
     clock.advance(TTL)
@@ -529,7 +530,7 @@ t.test('tenants that are invented', async t => {
       const flood = Array.from({ length: 20 }, async () => { while (!over.signal.aborted) strangers.push(await stranger()) })
       const answers: number[] = []
       const latencies: number[] = []
-      for (let nth = 0; nth < sized(20, 300); nth++) {
+      for (let nth = 0; nth < sized(8, 300); nth++) {
         const sentAt = performance.now()
         answers.push(await sent('acme'))
         latencies.push(performance.now() - sentAt)

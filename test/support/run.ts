@@ -10,28 +10,28 @@ const isLong = args[0] === '--long'
 if (isLong) args.shift()
 const files = args.filter(arg => !arg.startsWith('-'))
 
-// A process takes two seconds of CPU before its first test: the files of a room share one. A file has its own when it takes
-// long, so that two cores end together, or says something about its whole process.
-const ALONE = [
-  'cli/cli', 'composition', 'delivery/kept', 'docs', 'examples', 'interop', 'processes', 'routes/unwatched', 'simulation', 'sqlite/sqlite', 'torture'
-].map(name => `test/${name}.test.ts`)
-const FILES = readdirSync('test', { recursive: true, encoding: 'utf8' }).filter(file => file.endsWith('.test.ts')).map(file => `test/${file}`)
+// A process takes two seconds of CPU before its first test, and its first tests are slow: most files share one of a few. A file
+// has its own when it says something about its whole process, or takes so long that the two cores would not end together.
+const ALONE = ['delivery/kept', 'docs', 'routes/unwatched', 'simulation', 'sqlite/sqlite', 'torture'].map(name => `test/${name}.test.ts`)
+const PROCESSES = 4
+const FILES = readdirSync('test', { recursive: true, encoding: 'utf8' }).filter(file => file.endsWith('.test.ts')).map(file => `test/${file}`).sort()
 const LONG = FILES.filter(file => file.startsWith('test/long/'))
 const SIZED = FILES.filter(file => !LONG.includes(file) && readFileSync(file, 'utf8').includes('support/size.ts'))
 const SHARING = FILES.filter(file => !LONG.includes(file) && !ALONE.includes(file))
 
-/** A file that imports those of a room that share a process. */
-function entry (room: string): string {
-  const file = `.tap/rooms/${room.replaceAll('/', '-')}.mjs`
-  mkdirSync(dirname(file), { recursive: true })
-  writeFileSync(file, SHARING.filter(file => dirname(file) === room).map(file => `import '../../${file}'\n`).join(''))
-  return file
-}
+const ROOMS = [...new Set(SHARING.map(file => dirname(file)))]
+/** What shares a process is whole rooms; `entry` imports their files. */
+const shared = Array.from({ length: PROCESSES }, (_, nth) => {
+  const rooms = ROOMS.filter((_, n) => n % PROCESSES === nth)
+  return { entry: `.tap/shared/${nth}.mjs`, files: SHARING.filter(file => rooms.includes(dirname(file))) }
+})
 
 const missing = [redisMissing, prometheusMissing, postgresMissing].filter(reason => reason !== false)
 const isWhole = files.length === 0 && !isLong
 const tap = ['run', ...args]
-if (files.length === 0) tap.push(...isLong ? [...SIZED, ...LONG] : [...ALONE, ...[...new Set(SHARING.map(file => dirname(file)))].map(entry)])
+if (files.length === 0) tap.push(...isLong ? [...SIZED, ...LONG] : [...ALONE, ...shared.map(({ entry }) => entry)])
+mkdirSync('.tap/shared', { recursive: true })
+for (const { entry, files } of shared) writeFileSync(entry, files.map(file => `import '../../${file}'\n`).join(''))
 // Every line of lib is covered by npm test, where nothing is skipped.
 if (!isWhole || missing.length > 0) tap.push('--disable-coverage', '--allow-empty-coverage')
 if (isLong) tap.push('--timeout=3600')
