@@ -146,7 +146,7 @@ const EXTENSIONS: Readonly<Record<string, string>> = { ts: 'ts', typescript: 'ts
 
 /**
  * Type-checks TypeScript and JavaScript blocks with the repository's compiler options, the package's names standing for
- * files of lib/.
+ * what has been built.
  *
  * @returns one line for each fault, `path:line message`; `checked` counts the blocks
  */
@@ -159,12 +159,12 @@ export async function typeCheck (blocks: readonly CodeBlock[]): Promise<{ faults
   return { faults: (await Promise.all(programs.map(check))).flat(), checked: code.length }
 }
 
-/** The package's names, with the files of lib/ that are built into what they lead to. */
-function sources (): Record<string, string[]> {
+/** The package's names, with the declarations that a user's compiler finds: those of lib/ would be checked with each program. */
+function declarations (): Record<string, string[]> {
   const { name, exports } = JSON.parse(readDocument('package.json').text) as { name: string, exports: Record<string, string | { default: string }> }
   return Object.fromEntries(Object.entries(exports).flatMap(([path, target]) => typeof target === 'string'
     ? []
-    : [[name + path.slice(1), [join(ROOT, target.default.replace('dist/', 'lib/').replace(/js$/, 'ts'))]]]))
+    : [[name + path.slice(1), [join(ROOT, target.default.replace(/js$/, 'd.ts'))]]]))
 }
 
 /** One program, in a folder of its own below the repository, whose packages it finds. */
@@ -181,7 +181,7 @@ async function check (blocks: readonly CodeBlock[]): Promise<string[]> {
     writeFileSync(join(dir, 'others.d.ts'), OTHERS)
     writeFileSync(join(dir, 'tsconfig.json'), JSON.stringify({
       extends: join(ROOT, 'tsconfig.json'),
-      compilerOptions: { allowJs: true, checkJs: true, paths: sources(), rootDir: ROOT, rootDirs: [ROOT, dir], typeRoots: [join(ROOT, 'node_modules/@types')] },
+      compilerOptions: { allowJs: true, checkJs: true, paths: declarations(), rootDir: ROOT, rootDirs: [ROOT, dir], typeRoots: [join(ROOT, 'node_modules/@types')] },
       include: ['.']
     }))
     const stdout = await new Promise<string>((resolve, reject) => {
