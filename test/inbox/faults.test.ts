@@ -172,20 +172,23 @@ t.test('PostgreSQL fails the handler, and the retry makes the effect', { skip: p
   }
   const faults: Record<string, Fault> = {
     'a pool that is exhausted': {
-      pool: { connectionTimeoutMillis: 50 },
       async cause (pool) {
         const clients = await Promise.all([pool.connect(), pool.connect()])
-        return () => { for (const client of clients) client.release() }
+        pool.options.connectionTimeoutMillis = 50
+        return () => {
+          pool.options.connectionTimeoutMillis = 0
+          for (const client of clients) client.release()
+        }
       }
     },
     'a server that is read-only': { cause: readOnly },
     'a statement that takes too long': {
-      pool: { statement_timeout: 50 },
+      pool: { statement_timeout: 300 },
       cause: async () => () => {},
       work: async (tx, broken) => { if (broken) await tx.query('SELECT pg_sleep(60)') }
     },
     'a server that hangs': {
-      pool: { query_timeout: 100, connectionTimeoutMillis: 100 },
+      pool: { query_timeout: 300, connectionTimeoutMillis: 300 },
       async cause () {
         server.signal('SIGSTOP')
         return () => { server.signal('SIGCONT') }
