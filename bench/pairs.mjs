@@ -14,14 +14,18 @@ const PAIRS = [
   ['durable', 'sqlite', 4_000],
   ['bullmq', 'memory', 2_000],
   ['bullmq', 'redis', 2_000],
-  ['pgboss', 'memory', 2_000]
+  ['pgboss', 'memory', 2_000],
+  ['pgboss-batches', 'memory', 2_000]
 ].map(([runner, store, count]) => ({ runner, store, count }))
 
 export const contenderOf = ({ runner, store }, options) => variant({ runner, store, handler: 'async', ...options })
 
-export const labelOf = ({ runner, store }) => `\`${runner}()\`, ${store}`
+/** How a runner is called, where that is not its name. */
+const CALLS = { 'pgboss-batches': 'pgboss({ worker: { concurrency: 20, batchSize: 10 } })' }
 
-const needs = ({ runner, store }) => runner === 'bullmq' || store === 'redis' ? 'redis' : runner === 'pgboss' || store === 'postgres' ? 'postgres' : undefined
+export const labelOf = ({ runner, store }) => `\`${CALLS[runner] ?? `${runner}()`}\`, ${store}`
+
+const needs = ({ runner, store }) => runner === 'bullmq' || store === 'redis' ? 'redis' : runner.startsWith('pgboss') || store === 'postgres' ? 'postgres' : undefined
 
 /** @returns those whose server is there, and of the others a line why not */
 export function pairsThere (bench, pairs = PAIRS) {

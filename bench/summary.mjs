@@ -39,7 +39,7 @@ function lines (results) {
   return [
     `**A delivery** takes ${ratio(compared(ours, hmac).median)} of the CPU of a handler that checks the signature by \`node:crypto\` and does nothing else; with a logger ${ratio(compared(logged, own).median)}, with a logger and metrics ${ratio(compared(metered, own).median)} of that handler with a logger.`,
     `**Durable**, with every commit on the disk before the answer: ${[...rate('inline', 'sqlite'), ...rate('durable', 'sqlite'), ...rate('inline', 'postgres')].join(', ')} handled a second, of ${whole(first.rate)} in memory.`,
-    `**Queues**: ${[...rate('durable', 'memory'), ...rate('bullmq', 'memory'), ...rate('pgboss', 'memory')].join(', ')}, with the worker, the server and the sender on the same cores.`,
+    `**Queues**: ${[...rate('durable', 'memory'), ...rate('bullmq', 'memory'), ...rate('pgboss', 'memory'), ...rate('pgboss-batches', 'memory')].join(', ')}, with the worker, the server and the sender on the same cores.`,
     `**At 1,000 deliveries a second** 99 of 100 are answered within ${decimals(slowest.p99, 0)} ms with the slowest pair, ${labelOf(slowest)}.`,
     `**A flood** of unsigned requests takes ${ratio(compared(small['ours-sync unsigned'], small.constant).median)} of the CPU of a route that answers 401 with a constant; to remember 100,000 ids takes ${decimals((memory.remembered.after.live - memory.forgotten.after.live) / 1e6, 0)} MB.`
   ]

@@ -146,18 +146,21 @@ const remember = {
   }
 }
 
+async function pgboss ({ postgresUrl }, worker) {
+  const { PgBoss } = await import('pg-boss')
+  const { pgboss } = await import('fastify-openai-webhook/pgboss')
+  const boss = new PgBoss({ connectionString: postgresUrl, useListenNotify: true })
+  boss.on('error', error => { console.error(error) })
+  await boss.start()
+  return pgboss({ boss, worker, queueName: `bench-${process.pid}` })
+}
+
 const runners = {
   inline: async () => (await import('fastify-openai-webhook')).inline(),
   background: async () => (await import('fastify-openai-webhook')).background({ maxQueue: 100_000 }), // what arrives at full speed
   durable: async resources => (await import('fastify-openai-webhook/sqlite')).durable(await openDatabase(resources)),
-  async pgboss ({ postgresUrl }) {
-    const { PgBoss } = await import('pg-boss')
-    const { pgboss } = await import('fastify-openai-webhook/pgboss')
-    const boss = new PgBoss({ connectionString: postgresUrl, useListenNotify: true })
-    boss.on('error', error => { console.error(error) })
-    await boss.start()
-    return pgboss({ boss, queueName: `bench-${process.pid}` })
-  },
+  pgboss: async resources => await pgboss(resources),
+  'pgboss-batches': async resources => await pgboss(resources, { concurrency: 20, batchSize: 10 }),
   async bullmq ({ redisPort }) {
     const { bullmq } = await import('fastify-openai-webhook/bullmq')
     return bullmq({ connection: { port: redisPort, host: '127.0.0.1' }, queueName: `bench-${process.pid}` })

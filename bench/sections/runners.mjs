@@ -8,7 +8,7 @@ export const name = 'runners'
 /** Runner, store; at least so much of what `inline()` with memory handles, on the same cores; at most so much of its CPU. */
 const LIMITS = [
   ['inline', 'sqlite', 0.5, 2.5], ['durable', 'memory', 0.5, 2.5], ['durable', 'sqlite', 0.35, 2.5],
-  ['bullmq', 'memory', 0.45], ['inline', 'postgres', 0.25], ['pgboss', 'memory', 0.25]
+  ['bullmq', 'memory', 0.45], ['inline', 'postgres', 0.25], ['pgboss', 'memory', 0.25], ['pgboss-batches', 'memory', 0.25]
 ]
 
 export async function run (bench) {

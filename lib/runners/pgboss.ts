@@ -21,12 +21,16 @@ export interface PgBossOptions {
    */
   queueName?: string
   /**
-   * Whether this process runs handlers; or how many deliveries at once (`concurrency`), and how often pg-boss is asked for
-   * what no notification has told of (`pollingIntervalSeconds`, 0.5 or more).
+   * Whether this process runs handlers; or how many deliveries at once (`concurrency`), how many of these are fetched and
+   * recorded together (`batchSize`, at most `concurrency`), and how often pg-boss is asked for what no notification has told of
+   * (`pollingIntervalSeconds`, 0.5 or more).
    *
-   * @default true, with a concurrency of 10, and every 2 s
+   * The results of a batch are recorded once its last delivery has ended. Until then the batch takes up its share of
+   * `concurrency`, and a crash has all of it attempted again. Use more than 1 for handlers that take milliseconds.
+   *
+   * @default true, with a concurrency of 10, one by one, and every 2 s
    */
-  worker?: boolean | { concurrency?: number, pollingIntervalSeconds?: number }
+  worker?: boolean | { concurrency?: number, batchSize?: number, pollingIntervalSeconds?: number }
   /**
    * How often the handlers of a delivery are started before it goes to the dead letter queue. A start counts when it ends in a crash.
    *
@@ -69,7 +73,14 @@ type QueuedJob = JobWithMetadata<QueuedDelivery>
 /** The result of an attempt, as JSON text for the same reason. */
 type Failure = Pick<DeadDelivery, 'attempts' | 'errors' | 'finished' | 'remembered'> & Partial<Pick<DeadDelivery, 'diedAt'>>
 
-/** A worker of pg-boss that waits for a job or runs one. */
+/** A delivery that pg-boss is about to record as dead. */
+interface Burial {
+  readonly job: QueuedJob
+  readonly dead: DeadDelivery
+  readonly error: unknown
+}
+
+/** A worker of pg-boss that waits for a batch of jobs or runs one. */
 interface Slot {
   id: string
   busy: boolean
@@ -88,7 +99,7 @@ const MAX_SUMMARY = 1_000
 const MAX_LIST = 100_000
 /** ms for which a job is polled until pg-boss has recorded it as dead. */
 const PATIENCE = 10_000
-const WORKER_DEFAULTS = { concurrency: 10, pollingIntervalSeconds: 2 }
+const WORKER_DEFAULTS = { concurrency: 10, batchSize: 1, pollingIntervalSeconds: 2 }
 
 /**
  * Puts a delivery into a queue of the user's pg-boss, in PostgreSQL, before it is acknowledged; workers in this process or in
@@ -108,7 +119,7 @@ export function pgboss ({
   heartbeatSeconds = 30,
   expireInSeconds = 3_600
 }: PgBossOptions): Runner {
-  const { concurrency, pollingIntervalSeconds } = { ...WORKER_DEFAULTS, ...(typeof worker === 'object' ? worker : undefined) }
+  const { concurrency, batchSize, pollingIntervalSeconds } = { ...WORKER_DEFAULTS, ...(typeof worker === 'object' ? worker : undefined) }
   if (typeof boss?.previewRedrive !== 'function' || typeof boss.work !== 'function') {
     throw new InvalidOptions('pgboss: expected boss to be a PgBoss, of pg-boss 12.35 or later')
   }
@@ -118,6 +129,8 @@ export function pgboss ({
   assertCount('pgboss', 'expireInSeconds', expireInSeconds, 1)
   if (expireInSeconds > MAX_EXPIRY) throw new InvalidOptions(`pgboss: expected expireInSeconds to be at most ${MAX_EXPIRY}, got ${expireInSeconds}`)
   assertCount('pgboss', 'worker.concurrency', concurrency, 1)
+  assertCount('pgboss', 'worker.batchSize', batchSize, 1)
+  if (batchSize > concurrency) throw new InvalidOptions(`pgboss: expected worker.batchSize to be at most worker.concurrency, ${concurrency}, got ${batchSize}`)
   if (!(pollingIntervalSeconds >= 0.5)) throw new InvalidOptions('pgboss: expected worker.pollingIntervalSeconds to be a number, 0.5 or more')
   const deadName = `${queueName}-dead`
   const settings = {
@@ -169,16 +182,16 @@ export function pgboss ({
     boss.notifyWorker(inTurn[idle]!.id)
   }
 
-  async function handle (host: RunnerHost, job: QueuedJob): Promise<JobResult> {
+  async function handle (host: RunnerHost, job: QueuedJob, burials: Burial[]): Promise<JobResult> {
     const { id, data, output, retryCount, retryLimit: attempts } = job
     const { finished = [], remembered } = failureOf(output) ?? {}
     const delivery: Job = { ...JSON.parse(data.delivery) as Job, ...(finished.length > 0 && { finished }), ...(remembered !== undefined && { remembered }) }
     const attempt = retryCount + 1
-    if (attempt > attempts) return await giveUp(host, job, delivery, attempts)
+    if (attempt > attempts) return await giveUp(host, job, delivery, attempts, burials)
     try {
       await host.process(delivery, attempt)
     } catch (error) {
-      if (attempt === attempts) return bury(host, job, deadDelivery(delivery, attempts, error), error)
+      if (attempt === attempts) return bury({ job, dead: deadDelivery(delivery, attempts, error), error }, burials)
       host.report(error, delivery, { attempt, attempts })
       return { id, status: 'failed', output: outputOf({ attempts: attempt, ...describeFailure(delivery, error) }) }
     }
@@ -186,7 +199,7 @@ export function pgboss ({
   }
 
   /** No attempt is left, and the last one has no result. The store may know which handlers had succeeded. */
-  async function giveUp (host: RunnerHost, job: QueuedJob, delivery: Job, attempts: number): Promise<JobResult> {
+  async function giveUp (host: RunnerHost, job: QueuedJob, delivery: Job, attempts: number, burials: Burial[]): Promise<JobResult> {
     let known
     try {
       known = await host.recorded?.(delivery)
@@ -196,18 +209,18 @@ export function pgboss ({
     const { done = false, ...left } = known ?? {}
     if (done) return { id: job.id, status: 'completed' }
     const error = new Error('the process ended, or the job expired, while the handlers ran')
-    return bury(host, job, deadDelivery({ ...delivery, ...left }, attempts, error), error)
+    return bury({ job, dead: deadDelivery({ ...delivery, ...left }, attempts, error), error }, burials)
   }
 
-  function bury (host: RunnerHost, job: QueuedJob, dead: DeadDelivery, error: unknown): JobResult {
-    const telling = tellOnceRecorded(host, job, dead, error).finally(() => dying.delete(telling))
-    dying.add(telling)
+  function bury (burial: Burial, burials: Burial[]): JobResult {
+    burials.push(burial)
+    const { job, dead } = burial
     const { attempts, errors, finished, remembered, diedAt } = dead
     return { id: job.id, status: 'deadletter', output: outputOf({ attempts, errors, finished, ...(remembered !== undefined && { remembered }), diedAt }) }
   }
 
   /** Polls, because pg-boss does not say when it has recorded a result. If it cannot record one, the job is attempted again. */
-  async function tellOnceRecorded (host: RunnerHost, { id, retryCount }: QueuedJob, dead: DeadDelivery, error: unknown): Promise<void> {
+  async function tellOnceRecorded (host: RunnerHost, { job: { id, retryCount }, dead, error }: Burial): Promise<void> {
     for (let wait = 10; wait < PATIENCE; wait *= 2) {
       await sleep(wait, undefined, { ref: false, signal: drained.signal }).catch(() => {})
       const [job] = await boss.findJobs(queueName, { id }).catch(() => [])
@@ -231,20 +244,23 @@ export function pgboss ({
       await boss.createQueue(deadName, { retentionSeconds: KEPT })
       await boss.createQueue(queueName, { ...settings, notify: true })
       if (worker === false) return
-      const options = { includeMetadata: true, perJobResults: true, pollingIntervalSeconds, notifyPollingIntervalSeconds: pollingIntervalSeconds } as const
-      for (let nth = 0; nth < concurrency; nth++) {
+      const options = { includeMetadata: true, batchSize, perJobResults: true, pollingIntervalSeconds, notifyPollingIntervalSeconds: pollingIntervalSeconds } as const
+      for (let nth = 0; nth < Math.floor(concurrency / batchSize); nth++) {
         // Calls work() once for each slot, because for several at once pg-boss returns the id of the first alone.
         const slot: Slot = { id: '', busy: false }
         slots.push(slot)
         slot.id = await boss.work<QueuedDelivery, JobResult[], typeof options>(queueName, options, async jobs => {
           slot.busy = true
-          try {
-            return await Promise.all(jobs.map(async job => await handle(startedBy, job)))
-          } finally {
-            slot.busy = false
-            // Asks again at once, because there may be more jobs and pg-boss would wait for its next poll.
-            boss.notifyWorker(slot.id)
+          const burials: Burial[] = []
+          const results = await Promise.all(jobs.map(async job => await handle(startedBy, job, burials).catch(error => failed(job, error))))
+          for (const burial of burials) {
+            const telling = tellOnceRecorded(startedBy, burial).finally(() => dying.delete(telling))
+            dying.add(telling)
           }
+          slot.busy = false
+          // Asks again at once, because there may be more jobs and pg-boss would wait for its next poll.
+          boss.notifyWorker(slot.id)
+          return results
         })
       }
     },
@@ -300,6 +316,11 @@ function uuidOf (text: string): string {
   bytes[6] = bytes[6]! & 0x0f | 0x80
   bytes[8] = bytes[8]! & 0x3f | 0x80
   return bytes.toString('hex').replace(/^(.{8})(.{4})(.{4})(.{4})/, '$1-$2-$3-$4-')
+}
+
+/** A job that is none of ours fails alone. */
+function failed ({ id }: QueuedJob, error: Error): JobResult {
+  return { id, status: 'failed', output: error }
 }
 
 /** The result of an attempt, with a line for people who look at the queue. */

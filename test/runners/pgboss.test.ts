@@ -151,6 +151,48 @@ t.test('workers', { skip }, async t => {
     t.equal(most, 1)
   })
 
+  t.test('in batches: as many at once as were asked for, recorded together', async t => {
+    const boss = await startedBoss(t, server)
+    const receiving = await queueing(t, boss, { worker: false, attempts: 1 })
+    const { queueName } = receiving
+    const ids = ['wh_fails', 'wh_slow', 'wh_third', 'wh_fourth', 'wh_fifth']
+    for (const id of ids) t.equal(await answer(receiving.app, batchFailed(id)), '200')
+    const finish = deferred()
+    const app = await build(t, { runner: pgboss({ boss, queueName, worker: { concurrency: 5, batchSize: 2, ...NO_POLLING } }) })
+    const [running, died] = [new Set<string>(), [] as string[]]
+    let most = 0
+    app.openaiWebhook
+      .on('batch.failed', async (_event, { webhookId }) => {
+        most = Math.max(most, running.add(webhookId).size)
+        if (webhookId === 'wh_slow') await finish.promise
+        running.delete(webhookId)
+        if (webhookId === 'wh_fails') throw new Error('no such customer')
+      })
+      .onDead(({ webhookId }) => { died.push(webhookId) })
+    await app.ready()
+    await until('all others to be done', async () => (await states(boss, queueName))['completed'] === 3)
+    t.same(await states(boss, queueName), { active: 2, completed: 3 }, 'what shares a batch with one that runs is not recorded')
+    t.same(died, [], 'nor told')
+    t.same([...running], ['wh_slow'])
+    finish.resolve()
+    await until('it to be told', () => died.length === 1)
+    t.same(await states(boss, queueName), { completed: 4, failed: 1 })
+    t.same(died, ['wh_fails'])
+    t.ok(most <= 4, 'two batches of two')
+  })
+
+  t.test('a job that is none of ours fails alone', async t => {
+    const boss = await startedBoss(t, server)
+    const receiving = await queueing(t, boss, { worker: false })
+    const { queueName } = receiving
+    await boss.insert(queueName, [{ data: { delivery: 'a person\'s' }, retryLimit: 0 }])
+    t.equal(await answer(receiving.app, batchFailed('wh_1')), '200')
+    const working = await queueing(t, boss, { queueName, worker: { concurrency: 2, batchSize: 2, ...NO_POLLING } })
+    await until('both to be done', async () => Object.keys(await states(boss, queueName)).every(state => state === 'failed' || state === 'completed'))
+    t.same(await states(boss, queueName), { completed: 1, failed: 1 })
+    t.same(working.ran, ['wh_1'])
+  })
+
   t.test('app.close() waits for what runs, leaves what waits to the next worker, and the PgBoss to its user', async t => {
     const boss = await startedBoss(t, server)
     const [begun, closing, finish] = [deferred(), deferred(), deferred()]
