@@ -159,7 +159,7 @@ const runners = {
   inline: async () => (await import('fastify-openai-webhook')).inline(),
   background: async () => (await import('fastify-openai-webhook')).background({ maxQueue: 100_000 }), // what arrives at full speed
   durable: async resources => (await import('fastify-openai-webhook/sqlite')).durable(await openDatabase(resources)),
-  pgboss: async resources => await pgboss(resources),
+  pgboss,
   'pgboss-batches': async resources => await pgboss(resources, { concurrency: 20, batchSize: 10 }),
   async bullmq ({ redisPort }) {
     const { bullmq } = await import('fastify-openai-webhook/bullmq')

@@ -25,8 +25,8 @@ export interface PgBossOptions {
    * recorded together (`batchSize`, at most `concurrency`), and how often pg-boss is asked for what no notification has told of
    * (`pollingIntervalSeconds`, 0.5 or more).
    *
-   * The results of a batch are recorded once its last delivery has ended. Until then the batch takes up its share of
-   * `concurrency`, and a crash has all of it attempted again. Use more than 1 for handlers that take milliseconds.
+   * There are as many batches at once as fit into `concurrency`. The results of a batch are recorded once its last delivery has
+   * ended. Until then it takes up its share of `concurrency`, and a crash has all of it attempted again. Use more than 1 for handlers that take milliseconds.
    *
    * @default true, with a concurrency of 10, one by one, and every 2 s
    */

@@ -29,9 +29,11 @@ const shared = Array.from({ length: PROCESSES }, (_, nth) => {
 const missing = [redisMissing, prometheusMissing, postgresMissing].filter(reason => reason !== false)
 const isWhole = files.length === 0 && !isLong
 const tap = ['run', ...args]
-if (files.length === 0) tap.push(...isLong ? [...SIZED, ...LONG] : [...ALONE, ...shared.map(({ entry }) => entry)])
-mkdirSync('.tap/shared', { recursive: true })
-for (const { entry, files } of shared) writeFileSync(entry, files.map(file => `import '../../${file}'\n`).join(''))
+if (isWhole) {
+  mkdirSync('.tap/shared', { recursive: true })
+  for (const { entry, files } of shared) writeFileSync(entry, files.map(file => `import '../../${file}'\n`).join(''))
+  tap.push(...ALONE, ...shared.map(({ entry }) => entry))
+} else if (files.length === 0) tap.push(...SIZED, ...LONG)
 // Every line of lib is covered by npm test, where nothing is skipped.
 if (!isWhole || missing.length > 0) tap.push('--disable-coverage', '--allow-empty-coverage')
 if (isLong) tap.push('--timeout=3600')
