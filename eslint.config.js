@@ -23,6 +23,16 @@ export default [
     }
   },
   {
+    // Files share a process: its tests may come minutes after it was loaded.
+    files: ['test/**/*.ts'],
+    rules: {
+      'no-restricted-syntax': ['error', {
+        selector: 'Program > VariableDeclaration > VariableDeclarator > .init:not(:function) CallExpression[callee.object.name=/^(Date|performance)$/][callee.property.name="now"]',
+        message: 'This is when the file was loaded. Take the time in the test.'
+      }]
+    }
+  },
+  {
     // A declaration that is merged into Fastify's has to name all of its type parameters.
     files: ['lib/index.ts'],
     rules: { '@typescript-eslint/no-unused-vars': 'off' }

@@ -1,3 +1,4 @@
+import { randomInt } from 'node:crypto'
 import { join } from 'node:path'
 import { Redis } from 'ioredis'
 import Database from 'libsql'
@@ -12,7 +13,7 @@ import { RealTime, Simulation } from './support/simulation.ts'
 import type { SimulationOptions } from './support/simulation.ts'
 import { SteppedTime } from './support/time.ts'
 
-const seed = Number(process.env['SEED'] ?? Date.now() % 1_000_000)
+const seed = Number(process.env['SEED'] ?? randomInt(1_000_000))
 t.comment(`SEED=${seed}`)
 t.setTimeout(sized(300_000, 3_000_000))
 

@@ -8,31 +8,32 @@ import type { Given, Result } from '../support/command.ts'
 import { build, SECRET } from '../support/deliveries.ts'
 import { readDocument } from '../support/docs.ts'
 import { OpenAIServer } from '../support/openai-server.ts'
-
-const NOW = Math.floor(Date.now() / 1_000)
+import { unixTime } from '../support/time.ts'
 
 const run = async (argv: string, given?: Given): Promise<Result> => await runCommand(['reconcile', ...argv.split(' ').filter(arg => arg !== '')], given)
 
 async function setUp (t: Test, reconciles = true) {
+  const now = unixTime()
   const server = await OpenAIServer.start(t, { pageSize: 100 })
   server.lists
-    .set('/v1/batches', [60, 120, 5 * 86_400].map((ago, i) => ({ object: 'batch', id: `batch_${i}`, status: 'completed', created_at: NOW - ago - 100, completed_at: NOW - ago })))
+    .set('/v1/batches', [60, 120, 5 * 86_400].map((ago, i) => ({ object: 'batch', id: `batch_${i}`, status: 'completed', created_at: now - ago - 100, completed_at: now - ago })))
     .set('/v1/fine_tuning/jobs', [])
     .set('/v1/videos', [])
-    .set('/v1/evals/eval_1/runs', [{ object: 'eval.run', id: 'evalrun_1', status: 'failed', created_at: NOW - 30 }])
+    .set('/v1/evals/eval_1/runs', [{ object: 'eval.run', id: 'evalrun_1', status: 'failed', created_at: now - 30 }])
   const app = await build(t, { idempotency: { reconcile: reconciles } })
   const ran: string[] = []
   app.openaiWebhook.onAny(event => { ran.push(`${event.type} ${(event.data as { id: string }).id}`) })
   const url = `${await app.listen({ port: 0, host: '127.0.0.1' })}/webhooks/openai`
   const env = { OPENAI_API_KEY: server.apiKey, OPENAI_BASE_URL: server.url, OPENAI_WEBHOOK_SECRET: SECRET }
-  return { server, app, ran, url, env, ask: async (argv: string, given: Given = {}) => await run(argv, { ...given, env: { ...env, ...given.env } }) }
+  /** As it is printed. */
+  const time = (ago: number): string => new Date((now - ago) * 1_000).toISOString()
+  return { server, app, ran, url, env, time, ask: async (argv: string, given: Given = {}) => await run(argv, { ...given, env: { ...env, ...given.env } }) }
 }
 
-const time = (ago: number): string => new Date((NOW - ago) * 1_000).toISOString()
 const SKIPPED = 'agent.session.*: left out, the API answered 404\n'
 
 t.test('nothing is delivered without --yes, and a second run does nothing', async t => {
-  const { ran, url, ask } = await setUp(t)
+  const { ran, url, ask, time } = await setUp(t)
   const dry = await ask(`--since 3d --url ${url} --eval eval_1`)
   t.same(dry, {
     code: 0,
@@ -71,7 +72,7 @@ t.test('as JSON', async t => {
 })
 
 t.test('a terminal has a bar, and a line for what fails', async t => {
-  const { ask, url } = await setUp(t)
+  const { ask, url, time } = await setUp(t)
   const { out } = await ask(`--since 3d --yes --url ${url}`, { isTTY: true })
   t.match(out, '\rbatch.*: 2 found so far\x1b[K')
   t.match(out, '\r██████████████████████████████ 2/2  batch.completed\x1b[K\r\x1b[K2 events: 2 delivered')
@@ -83,7 +84,7 @@ t.test('a terminal has a bar, and a line for what fails', async t => {
 })
 
 t.test('what the receiver refuses is told, with exit code 1', async t => {
-  const { ask, url } = await setUp(t)
+  const { ask, url, time } = await setUp(t)
   const { code, out } = await ask(`--since 3d --yes --url ${url}`, { env: { OPENAI_WEBHOOK_SECRET: `whsec_${Buffer.alloc(32).toString('base64')}` } })
   t.equal(code, 1)
   t.match(out, `${time(60)}  batch.completed  batch_0  failed 401 FST_OPENAI_WEBHOOK_INVALID_SIGNATURE\n`)

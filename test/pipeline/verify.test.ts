@@ -8,6 +8,7 @@ import { guideEvents, standardWebhooks, xOpenAISignature } from '../../lib/index
 import type { OpenAIWebhookOptions, Verified, Verifier } from '../../lib/index.ts'
 import { build, post, SECRET, sign, stoppedClock, thin, VECTOR } from '../support/deliveries.ts'
 import type { Signed } from '../support/deliveries.ts'
+import { unixTime } from '../support/time.ts'
 import { chunk, CHUNKED, head, listen, request, Wire } from '../support/wire.ts'
 
 const OWN = '/webhooks/openai'
@@ -36,8 +37,6 @@ function signedAs (id: string, timestamp: string, body: Buffer | string = JSON.s
     body: Buffer.from(body)
   }
 }
-
-const seconds = () => Math.floor(Date.now() / 1000)
 
 interface Fixture {
   app: FastifyInstance
@@ -159,11 +158,11 @@ t.test('headers on the wire', async t => {
 
     t.test(`characters that an id may not have, at ${url}`, async t => {
       for (const id of ['wh_\t1', 'wh_é1', 'wh_\u00801', 'wh 1', 'wh.1', 'wh,1']) {
-        const { headers, body } = signedAs(id, String(seconds()))
+        const { headers, body } = signedAs(id, String(unixTime()))
         await refused(t, url, Object.entries(headers), body, 'INVALID_ID', JSON.stringify(id))
       }
       for (const id of ['wh_\u00001', 'wh_\u00011', 'wh_\u007f1', 'wh_\n1']) {
-        const { headers, body } = signedAs(id, String(seconds()))
+        const { headers, body } = signedAs(id, String(unixTime()))
         const { status } = await exchange(t, port, request(Object.entries(headers), body, url))
         t.equal(status, 400, `${JSON.stringify(id)}: node:http refuses it`)
       }
@@ -171,8 +170,8 @@ t.test('headers on the wire', async t => {
     })
 
     t.test(`judged before the body has come, at ${url}`, async t => {
-      const stale = sign(thin('batch.failed'), { timestamp: seconds() - 301 })
-      const early = sign(thin('batch.failed'), { timestamp: seconds() + 400 })
+      const stale = sign(thin('batch.failed'), { timestamp: unixTime() - 301 })
+      const early = sign(thin('batch.failed'), { timestamp: unixTime() + 400 })
       const fresh = sign(thin('batch.failed'))
       for (const [{ headers, body }, code] of [
         [stale, 'TIMESTAMP_OUT_OF_TOLERANCE'],
@@ -213,7 +212,7 @@ t.test('headers given as arrays', async t => {
 
 t.test('webhook-id', async t => {
   const all = await fixture(t)
-  const now = String(seconds())
+  const now = String(unixTime())
 
   t.test('visible ASCII without "." and ",", up to 256 characters', async t => {
     for (const id of ['x', 'wh_685c059ae39c8190af8c71ed1022a24d', 'msg-1:2/3+4=5', '!"#$%&\'()*+-/0:;<=>?@A[\\]^_`a{|}~', 'x'.repeat(256)]) {
@@ -228,7 +227,7 @@ t.test('webhook-id', async t => {
   })
 
   t.test('a day-old delivery does not pass as a fresh one by splitting the signed text elsewhere', async t => {
-    const old = seconds() - 86_400
+    const old = unixTime() - 86_400
     const text = JSON.stringify({ text: `.${now}.`, ...thin('batch.failed') })
     const original = sign(text, { timestamp: old, webhookId: 'wh_1' })
     t.throws(() => reference.verify(text, original.headers), { message: 'Message timestamp too old' })
@@ -493,7 +492,7 @@ t.test('several secrets', async t => {
 
 t.test('a verifier of the user\'s own', async t => {
   const delivery = { headers: { 'content-type': 'application/json' }, body: Buffer.from(JSON.stringify(thin('batch.failed'))) }
-  const good = (): Verified => ({ webhookId: `wh_${randomBytes(8).toString('hex')}`, timestamp: seconds() })
+  const good = (): Verified => ({ webhookId: `wh_${randomBytes(8).toString('hex')}`, timestamp: unixTime() })
   const coded = (code: string, statusCode: number) => Object.assign(new Error('told by the verifier'), { code, statusCode })
   const withVerifier = (t: Test, verifier: unknown) => fixture(t, { verifier: verifier as Verifier })
 
@@ -531,7 +530,7 @@ t.test('a verifier of the user\'s own', async t => {
   })
 
   t.test('answers with what cannot be read', async t => {
-    const unreadable = { get webhookId () { throw new Error('no') }, timestamp: seconds() }
+    const unreadable = { get webhookId () { throw new Error('no') }, timestamp: unixTime() }
     await refuses(t, await withVerifier(t, () => unreadable), delivery, 'INVALID_SIGNATURE')
     const once = { ...good(), reads: 0, get webhookId () { if (this.reads++ > 0) throw new Error('no'); return `wh_${randomBytes(8).toString('hex')}` } }
     await accepts(t, await withVerifier(t, () => Object.assign(Object.create(once), { reads: 0 })), delivery, 'read once')
@@ -559,10 +558,10 @@ t.test('a verifier of the user\'s own', async t => {
     for (const [name, answer, code] of [
       ['nothing', undefined, 'INVALID_SIGNATURE'], ['null', null, 'INVALID_SIGNATURE'], ['true', true, 'INVALID_SIGNATURE'], ['text', 'wh_1', 'INVALID_SIGNATURE'],
       ['a promise', Promise.resolve(good()), 'INVALID_SIGNATURE'],
-      ['no webhookId', { timestamp: seconds() }, 'INVALID_ID'], ['an empty webhookId', { webhookId: '', timestamp: seconds() }, 'INVALID_ID'],
-      ['a number as webhookId', { webhookId: 1, timestamp: seconds() }, 'INVALID_ID'],
+      ['no webhookId', { timestamp: unixTime() }, 'INVALID_ID'], ['an empty webhookId', { webhookId: '', timestamp: unixTime() }, 'INVALID_ID'],
+      ['a number as webhookId', { webhookId: 1, timestamp: unixTime() }, 'INVALID_ID'],
       ['no timestamp', { webhookId: 'wh_1' }, 'INVALID_TIMESTAMP'], ['NaN', { webhookId: 'wh_1', timestamp: NaN }, 'INVALID_TIMESTAMP'],
-      ['text as timestamp', { webhookId: 'wh_1', timestamp: String(seconds()) }, 'INVALID_TIMESTAMP'], ['Infinity', { webhookId: 'wh_1', timestamp: Infinity }, 'INVALID_TIMESTAMP'],
+      ['text as timestamp', { webhookId: 'wh_1', timestamp: String(unixTime()) }, 'INVALID_TIMESTAMP'], ['Infinity', { webhookId: 'wh_1', timestamp: Infinity }, 'INVALID_TIMESTAMP'],
       ['a Date', { webhookId: 'wh_1', timestamp: new Date() }, 'INVALID_TIMESTAMP']
     ] as const) {
       await refuses(t, await withVerifier(t, () => answer), delivery, code, name)
@@ -596,7 +595,7 @@ t.test('a verifier of the user\'s own', async t => {
 
   t.test('without checkHeaders the tolerance is enforced all the same', async t => {
     for (const offset of [-302, 302]) {
-      await refuses(t, await withVerifier(t, () => ({ ...good(), timestamp: seconds() + offset })), delivery, 'TIMESTAMP_OUT_OF_TOLERANCE')
+      await refuses(t, await withVerifier(t, () => ({ ...good(), timestamp: unixTime() + offset })), delivery, 'TIMESTAMP_OUT_OF_TOLERANCE')
     }
   })
 
@@ -605,7 +604,7 @@ t.test('a verifier of the user\'s own', async t => {
     const verify = () => { verified++; return good() }
     const all = await withVerifier(t, Object.assign(verify, { checkHeaders: () => { throw coded('MY_REFUSAL', 400) } }))
     await refuses(t, all, delivery, { statusCode: 400, code: 'MY_REFUSAL' })
-    const stale = await withVerifier(t, Object.assign(() => verify(), { checkHeaders: () => seconds() - 302 }))
+    const stale = await withVerifier(t, Object.assign(() => verify(), { checkHeaders: () => unixTime() - 302 }))
     await refuses(t, stale, delivery, 'TIMESTAMP_OUT_OF_TOLERANCE')
     t.equal(verified, 0)
   })
@@ -624,7 +623,7 @@ t.test('a verifier of the user\'s own', async t => {
 t.test('xOpenAISignature()', async t => {
   interface XSigned { headers: Record<string, string>, body: Buffer }
 
-  function xSign (event: unknown, { timestamp = String(seconds()), secret = SECRET as string | Buffer } = {}): XSigned {
+  function xSign (event: unknown, { timestamp = String(unixTime()), secret = SECRET as string | Buffer } = {}): XSigned {
     const body = Buffer.from(typeof event === 'string' ? event : JSON.stringify(event))
     return {
       headers: {
@@ -684,8 +683,8 @@ t.test('xOpenAISignature()', async t => {
   })
 
   t.test('timestamps', async t => {
-    for (const offset of [-302, 302]) await refuses(t, all, xSign(unique(), { timestamp: String(seconds() + offset) }), 'TIMESTAMP_OUT_OF_TOLERANCE')
-    for (const timestamp of [`${seconds()}abc`, `+${seconds()}`, `${seconds()}.0`, '1e9']) {
+    for (const offset of [-302, 302]) await refuses(t, all, xSign(unique(), { timestamp: String(unixTime() + offset) }), 'TIMESTAMP_OUT_OF_TOLERANCE')
+    for (const timestamp of [`${unixTime()}abc`, `+${unixTime()}`, `${unixTime()}.0`, '1e9']) {
       await refuses(t, all, xSign(unique(), { timestamp }), 'INVALID_TIMESTAMP', timestamp)
     }
   })
@@ -724,7 +723,7 @@ t.test('xOpenAISignature()', async t => {
     t.test('is the event\'s, so that a re-sent one is known by it', async t => {
       ids.length = 0
       const event = { type: 'file.processed', id: 'evt_abc.1', data: { id: 'file_1' } }
-      const now = seconds()
+      const now = unixTime()
       t.equal((await post(app, xSign(event, { timestamp: String(now) }))).body, '{"received":true}')
       t.equal((await post(app, xSign(event, { timestamp: String(now - 7) }))).body, duplicate)
       t.same(ids, ['evt_abc.1'])
@@ -734,7 +733,7 @@ t.test('xOpenAISignature()', async t => {
       for (const id of [undefined, '', 'x'.repeat(257), 'evt 1', 'evt\n1', 'evté']) {
         ids.length = 0
         const event = { type: 'file.processed', id, data: { id: 'file_1' } }
-        const now = seconds()
+        const now = unixTime()
         const digests = [now, now - 7].map(timestamp => createHash('sha256').update(`${timestamp}.${JSON.stringify(event)}`).digest('hex'))
         t.equal((await post(app, xSign(event, { timestamp: String(now) }))).body, '{"received":true}')
         t.equal((await post(app, xSign(event, { timestamp: String(now) }))).body, duplicate, 'the same once more')

@@ -20,8 +20,8 @@ import type { Listed } from '../support/openai-server.ts'
 import { PostgresServer, postgresMissing } from '../support/postgres.ts'
 import { RedisServer, redisMissing } from '../support/redis.ts'
 import { openSqlite } from '../support/sqlite.mjs'
+import { unixTime } from '../support/time.ts'
 
-const NOW = Math.floor(Date.now() / 1_000)
 const HOUR = 3_600
 const DAY = 24 * HOUR
 
@@ -43,41 +43,42 @@ async function receiver (t: Test, options: OpenAIWebhookOptions = {}, listens = 
 }
 
 t.test('what has ended since is delivered as the event that was sent, and a second run does nothing', async t => {
+  const now = unixTime()
   const server = await OpenAIServer.start(t, { pageSize: 2 })
   const { app, url } = await receiver(t)
   const client = clientOf(server)
   server.lists
     .set('/v1/batches', [
-      batch('batch_1', 'completed', NOW - 10),
-      batch('batch_2', 'failed', NOW - HOUR),
-      batch('batch_3', 'expired', NOW - 2 * HOUR),
-      batch('batch_4', 'cancelled', NOW - 3 * HOUR),
-      batch('batch_on', 'in_progress', NOW - 3 * HOUR),
+      batch('batch_1', 'completed', now - 10),
+      batch('batch_2', 'failed', now - HOUR),
+      batch('batch_3', 'expired', now - 2 * HOUR),
+      batch('batch_4', 'cancelled', now - 3 * HOUR),
+      batch('batch_on', 'in_progress', now - 3 * HOUR),
       // Made before, ended since.
-      { ...batch('batch_5', 'completed', NOW - DAY + HOUR), created_at: NOW - 2 * DAY },
-      batch('batch_old', 'completed', NOW - DAY - HOUR),
-      ...Array.from({ length: 9 }, (_, i) => batch(`batch_older_${i}`, 'completed', NOW - (10 + i) * DAY))
+      { ...batch('batch_5', 'completed', now - DAY + HOUR), created_at: now - 2 * DAY },
+      batch('batch_old', 'completed', now - DAY - HOUR),
+      ...Array.from({ length: 9 }, (_, i) => batch(`batch_older_${i}`, 'completed', now - (10 + i) * DAY))
     ])
     .set('/v1/fine_tuning/jobs', [
-      { object: 'fine_tuning.job', id: 'ftjob-1', status: 'succeeded', created_at: NOW - 5 * DAY, finished_at: NOW - 20 },
-      { object: 'fine_tuning.job', id: 'ftjob-2', status: 'running', created_at: NOW - 100, finished_at: null },
-      { object: 'fine_tuning.job', id: 'ftjob-3', status: 'cancelled', created_at: NOW - 100, finished_at: null }
+      { object: 'fine_tuning.job', id: 'ftjob-1', status: 'succeeded', created_at: now - 5 * DAY, finished_at: now - 20 },
+      { object: 'fine_tuning.job', id: 'ftjob-2', status: 'running', created_at: now - 100, finished_at: null },
+      { object: 'fine_tuning.job', id: 'ftjob-3', status: 'cancelled', created_at: now - 100, finished_at: null }
     ])
     .set('/v1/videos', [
-      { object: 'video', id: 'video_1', status: 'completed', created_at: NOW - 400, completed_at: NOW - 30 },
-      { object: 'video', id: 'video_2', status: 'failed', created_at: NOW - 400, completed_at: null }
+      { object: 'video', id: 'video_1', status: 'completed', created_at: now - 400, completed_at: now - 30 },
+      { object: 'video', id: 'video_2', status: 'failed', created_at: now - 400, completed_at: null }
     ])
     .set('/v1/agents/sessions', [
-      { object: 'agent.session', id: 'sess_1', status: 'failed', created_at: NOW - 400, last_active_at: NOW - 40, environment: { type: 'openai_hosted', id: 'env_1' } },
-      { object: 'agent.session', id: 'sess_2', status: 'failed', created_at: NOW - 400, last_active_at: NOW - 50, environment: { type: 'none' } },
-      { object: 'agent.session', id: 'sess_3', status: 'failed', created_at: NOW - 400, last_active_at: NOW - 55 },
-      { object: 'agent.session', id: 'sess_4', status: 'idle', created_at: NOW - 400, last_active_at: NOW - 50, environment: { type: 'none' } }
+      { object: 'agent.session', id: 'sess_1', status: 'failed', created_at: now - 400, last_active_at: now - 40, environment: { type: 'openai_hosted', id: 'env_1' } },
+      { object: 'agent.session', id: 'sess_2', status: 'failed', created_at: now - 400, last_active_at: now - 50, environment: { type: 'none' } },
+      { object: 'agent.session', id: 'sess_3', status: 'failed', created_at: now - 400, last_active_at: now - 55 },
+      { object: 'agent.session', id: 'sess_4', status: 'idle', created_at: now - 400, last_active_at: now - 50, environment: { type: 'none' } }
     ])
     .set('/v1/evals/eval_1/runs', [
-      { object: 'eval.run', id: 'evalrun_1', status: 'completed', created_at: NOW - 60 },
-      { object: 'eval.run', id: 'evalrun_2', status: 'canceled', created_at: NOW - 70 }
+      { object: 'eval.run', id: 'evalrun_1', status: 'completed', created_at: now - 60 },
+      { object: 'eval.run', id: 'evalrun_2', status: 'canceled', created_at: now - 70 }
     ])
-    .set('/v1/evals/eval_2/runs', [{ object: 'eval.run', id: 'evalrun_3', status: 'failed', created_at: NOW - 80 }])
+    .set('/v1/evals/eval_2/runs', [{ object: 'eval.run', id: 'evalrun_3', status: 'failed', created_at: now - 80 }])
 
   // What OpenAI delivered itself: its retry may come again.
   const own = sign(thin('batch.completed', { id: 'batch_1' }))
@@ -101,7 +102,7 @@ t.test('what has ended since is delivered as the event that was sent, and a seco
   const first = await reconcile(client, { ...options, onProgress: each => { progress.push(each) } })
   t.same(named(first), expected)
   t.match(first, { delivered: 14, duplicates: 1, failed: 0 })
-  t.same(first.events.at(-1), { type: 'batch.completed', id: 'batch_1', webhookId: dry.events.at(-1)!.webhookId, endedAt: NOW - 10, outcome: 'duplicate', status: 200 })
+  t.same(first.events.at(-1), { type: 'batch.completed', id: 'batch_1', webhookId: dry.events.at(-1)!.webhookId, endedAt: now - 10, outcome: 'duplicate', status: 200 })
   t.same(progress.filter(({ step }) => step === 'deliver').map(each => 'done' in each && each.done), expected.map((_, i) => i + 1))
   t.match(progress.filter(({ step }) => step === 'list').at(-1), { family: 'eval.run.*', found: 15 })
 
@@ -111,25 +112,27 @@ t.test('what has ended since is delivered as the event that was sent, and a seco
 })
 
 t.test('the event, as the receiver gets it', async t => {
+  const now = unixTime()
   const server = await OpenAIServer.start(t)
   const app = await build(t)
   const got: unknown[] = []
   app.openaiWebhook.on('agent.session.failed', (event, { webhookId, timestamp }) => { got.push(event, webhookId, timestamp) })
   const url = `${await app.listen({ port: 0, host: '127.0.0.1' })}/webhooks/openai`
-  server.lists.set('/v1/agents/sessions', [{ object: 'agent.session', id: 'sess_1', status: 'failed', created_at: NOW - 400, last_active_at: NOW - 40.5, environment: { type: 'openai_hosted', id: 'env_1' } }])
+  server.lists.set('/v1/agents/sessions', [{ object: 'agent.session', id: 'sess_1', status: 'failed', created_at: now - 400, last_active_at: now - 40.5, environment: { type: 'openai_hosted', id: 'env_1' } }])
   await reconcile(clientOf(server), { url: new URL(url), secret: SECRET, since: new Date(Date.now() - HOUR * 1_000), types: ['agent.session.*'] })
   const [event, webhookId, timestamp] = got as [{ id: string }, string, number]
-  t.same(event, { id: event.id, object: 'event', created_at: NOW - 41, type: 'agent.session.failed', data: { id: 'sess_1', environment_type: 'openai_hosted', environment_id: 'env_1' } })
+  t.same(event, { id: event.id, object: 'event', created_at: now - 41, type: 'agent.session.failed', data: { id: 'sess_1', environment_type: 'openai_hosted', environment_id: 'env_1' } })
   t.match(event.id, /^evt_reconciled_[0-9a-f]{32}$/)
   t.match(webhookId, /^wh_reconciled_[0-9a-f]{32}$/)
-  t.ok(timestamp >= NOW, 'signed now')
+  t.ok(timestamp >= now, 'signed now')
   t.equal(server.requests.at(-1)!.headers['openai-beta'], 'agents=v1')
 })
 
 t.test('types select what is listed', async t => {
+  const now = unixTime()
   const server = await OpenAIServer.start(t)
   const client = clientOf(server)
-  server.lists.set('/v1/batches', [batch('batch_1', 'completed', NOW - 10), batch('batch_2', 'failed', NOW - 10)]).set('/v1/videos', [])
+  server.lists.set('/v1/batches', [batch('batch_1', 'completed', now - 10), batch('batch_2', 'failed', now - 10)]).set('/v1/videos', [])
   const options = { url: 'https://example.com', since: Date.now() - 1_000_000, dryRun: true }
   t.same((await reconcile(client, { ...options, types: ['batch.failed', 'video.*'] })).events.map(({ id }) => id), ['batch_2'])
   t.same(server.calls.map(call => call.split('?')[0]), ['GET /v1/batches', 'GET /v1/videos'])
@@ -165,40 +168,43 @@ t.test('wrong options are told before anything is asked', async t => {
 })
 
 t.test('times are taken as they are meant', async t => {
+  const now = unixTime()
   const server = await OpenAIServer.start(t)
-  server.lists.set('/v1/batches', [2, 90, 7_000, 90_000].map(ago => batch(`batch_${ago}`, 'completed', NOW - ago)))
+  server.lists.set('/v1/batches', [2, 90, 7_000, 90_000].map(ago => batch(`batch_${ago}`, 'completed', now - ago)))
   const since = async (since: ReconcileOptions['since']): Promise<number> => (await reconcile(clientOf(server), { url: '', since, types: ['batch.*'], dryRun: true })).events.length
   t.equal(await since('45s'), 1)
   t.equal(await since('60m'), 2)
   t.equal(await since('12h'), 3)
   t.equal(await since('2d'), 4)
-  t.equal(await since(new Date((NOW - 3_600) * 1_000)), 2)
-  t.equal(await since((NOW - 3_600) * 1_000), 2)
-  t.equal(await since(new Date((NOW - 3_600) * 1_000).toISOString()), 2)
+  t.equal(await since(new Date((now - 3_600) * 1_000)), 2)
+  t.equal(await since((now - 3_600) * 1_000), 2)
+  t.equal(await since(new Date((now - 3_600) * 1_000).toISOString()), 2)
 })
 
 t.test('an answer that is not the API\'s is not taken for an empty list', async t => {
+  const now = unixTime()
   const server = await OpenAIServer.start(t)
   const client = clientOf(server)
   const options = { url: 'https://example.com', since: '1d', dryRun: true }
   const page = (data: unknown, more = false): object => ({ object: 'list', data, has_more: more })
-  const wrong: Array<object | string> = ['<html>', {}, page('x'), page([null]), page([{ id: 'batch_1' }]), page([{ id: 7, status: 'completed', created_at: NOW }]), page([{ id: 'x', status: 'completed', created_at: 'now' }])]
+  const wrong: Array<object | string> = ['<html>', {}, page('x'), page([null]), page([{ id: 'batch_1' }]), page([{ id: 7, status: 'completed', created_at: now }]), page([{ id: 'x', status: 'completed', created_at: 'now' }])]
   for (const each of wrong) {
     server.resources.set('GET /v1/batches?limit=100', each)
     await t.rejects(reconcile(client, options), { code: 'FST_OPENAI_WEBHOOK_UNEXPECTED_LIST', message: /^GET \/batches / })
   }
   // A list that never ends
-  server.resources.set('GET /v1/batches?limit=100', page([batch('batch_1', 'completed', NOW)], true))
-  server.resources.set('GET /v1/batches?limit=100&after=batch_1', page([batch('batch_1', 'completed', NOW)], true))
+  server.resources.set('GET /v1/batches?limit=100', page([batch('batch_1', 'completed', now)], true))
+  server.resources.set('GET /v1/batches?limit=100&after=batch_1', page([batch('batch_1', 'completed', now)], true))
   await t.rejects(reconcile(client, options), { code: 'FST_OPENAI_WEBHOOK_UNEXPECTED_LIST', message: /another page/ })
   server.resources.set('GET /v1/batches?limit=100&after=batch_1', page([], true))
   t.equal((await reconcile(client, { ...options, types: ['batch.*'] })).events.length, 1)
 })
 
 t.test('what the receiver refuses is in the report', async t => {
+  const now = unixTime()
   const server = await OpenAIServer.start(t)
   const client = clientOf(server)
-  server.lists.set('/v1/batches', [batch('batch_1', 'completed', NOW - 10)])
+  server.lists.set('/v1/batches', [batch('batch_1', 'completed', now - 10)])
   const run = async (url: string, more: Partial<ReconcileOptions> = {}) => (await reconcile(client, { url, secret: SECRET, since: '1d', types: ['batch.*'], ...more })).events[0]
 
   const { app, url } = await receiver(t)
@@ -265,6 +271,7 @@ const SETUPS: Record<string, Setup> = {
 
 for (const [name, { skip = false, make }] of Object.entries(SETUPS)) {
   t.test(`${name}: after a day of lost deliveries every handler has run exactly once`, { skip }, async t => {
+    const now = unixTime()
     const server = await OpenAIServer.start(t, { pageSize: 10 })
     const client = clientOf(server)
     const { store, runner } = await make(t)
@@ -283,10 +290,10 @@ for (const [name, { skip = false, make }] of Object.entries(SETUPS)) {
     await app.listen({ port: 0, host: '127.0.0.1' })
     const url = `http://127.0.0.1:${(app.server.address() as AddressInfo).port}/webhooks/openai`
     const statuses = ['completed', 'failed', 'expired', 'cancelled']
-    const batches = Array.from({ length: 48 }, (_, i) => batch(`batch_${i}`, statuses[i % 4]!, NOW - 60 - i * 1_700))
+    const batches = Array.from({ length: 48 }, (_, i) => batch(`batch_${i}`, statuses[i % 4]!, now - 60 - i * 1_700))
     server.lists.set('/v1/batches', batches)
     server.lists.set('/v1/fine_tuning/jobs', Array.from({ length: 6 }, (_, i) => (
-      { id: `ftjob-${i}`, object: 'fine_tuning.job', status: 'succeeded', created_at: NOW - 2 * DAY, finished_at: NOW - i * HOUR })))
+      { id: `ftjob-${i}`, object: 'fine_tuning.job', status: 'succeeded', created_at: now - 2 * DAY, finished_at: now - i * HOUR })))
     const all = [...batches.map(({ id, status }) => `batch.${String(status)} ${id}`), ...Array.from({ length: 6 }, (_, i) => `fine_tuning.job.succeeded ftjob-${i}`)]
     // What OpenAI sends, each with a webhook-id of its own, which its retries keep.
     const sent: Signed[] = all.map(each => {

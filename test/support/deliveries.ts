@@ -4,7 +4,7 @@ import type { FastifyInstance, FastifyServerOptions } from 'fastify'
 import { Webhook } from 'standardwebhooks'
 import openaiWebhook from '../../lib/index.ts'
 import type { OpenAIWebhookOptions } from '../../lib/index.ts'
-import { SteppedTime } from './time.ts'
+import { SteppedTime, unixTime } from './time.ts'
 
 /** The secret of the known-good vector below. */
 export const SECRET = 'whsec_RdvaYFYUXuIFuEbvZHwMfYFhUf7aMYjYcmM24+Aj40c='
@@ -35,7 +35,7 @@ interface SignOptions {
 }
 
 /** Signs as an independent implementation does: `standardwebhooks`, which only takes text. */
-export function sign (event: unknown, { secret = SECRET, webhookId = `wh_${randomUUID()}`, timestamp = Math.floor(Date.now() / 1000) }: SignOptions = {}): Signed {
+export function sign (event: unknown, { secret = SECRET, webhookId = `wh_${randomUUID()}`, timestamp = unixTime() }: SignOptions = {}): Signed {
   const body = typeof event === 'string' ? event : JSON.stringify(event)
   return {
     headers: {

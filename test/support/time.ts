@@ -1,3 +1,6 @@
+/** Now, in s since the epoch, as a delivery is stamped. */
+export const unixTime = (): number => Math.floor(Date.now() / 1_000)
+
 /** A binary heap of what is to happen, by time and then in the order in which it was put in. */
 export class Agenda<T> {
   readonly #heap: Array<{ at: number, order: number, what: T }> = []
