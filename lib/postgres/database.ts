@@ -1,5 +1,5 @@
 import { InvalidOptions } from '../errors.ts'
-import { ALONE } from './migration.ts'
+import { ALONE, scriptOf } from './migration.ts'
 import type { Table } from './table.ts'
 
 /** The part of a `pg` client that is used. */
@@ -204,25 +204,43 @@ class Lite implements Database {
   }
 }
 
-/**
- * Creates a table where it is missing.
- *
- * @returns a function to await before each use; a failed creation is tried again
- */
-export function creating (database: Database, { sql }: Table, schema: string): () => Promise<void> | undefined {
-  let created = false
-  let creation: Promise<void> | undefined
+/** Makes a table be there before it is used. A creation that fails, or is rolled back, is tried again by the next use. */
+export class Creation {
+  readonly #database: Database
+  readonly #table: Table
+  readonly #statements: readonly string[]
+  #isThere = false
+  #running: Promise<void> | undefined
 
-  async function create (): Promise<void> {
-    try {
-      // Looks first, so that an existing table needs no right to create one.
-      const [{ missing }] = await database.query('SELECT to_regclass($1) IS NULL AS missing', [sql]) as [{ missing: boolean }]
-      if (missing) await database.script(ALONE + schema)
-      created = true
-    } finally {
-      creation = undefined
-    }
+  constructor (database: Database, table: Table, statements: readonly string[]) {
+    this.#database = database
+    this.#table = table
+    this.#statements = statements
   }
 
-  return () => created ? undefined : (creation ??= create())
+  /** To be awaited before each use. */
+  ready (): Promise<void> | undefined {
+    return this.#isThere ? undefined : (this.#running ??= this.#run().finally(() => { this.#running = undefined }))
+  }
+
+  /**
+   * The same in a transaction of the caller's: one that waited for another connection would wait for ever where each
+   * connection is in such a transaction.
+   */
+  async readyIn (query: Query): Promise<void> {
+    if (this.#isThere || await this.#look(query)) return
+    for (const statement of [ALONE, ...this.#statements]) await query(statement, [])
+  }
+
+  async #run (): Promise<void> {
+    if (!await this.#look(async (text, values) => await this.#database.query(text, values))) await this.#database.script(scriptOf([ALONE, ...this.#statements]))
+    this.#isThere = true
+  }
+
+  /** Looks first, so that an existing table needs no right to create one. */
+  async #look (query: Query): Promise<boolean> {
+    const [row] = await query('SELECT to_regclass($1::text) IS NOT NULL AS there', [this.#table.sql]) as Array<{ there?: unknown }>
+    this.#isThere = row?.there === true
+    return this.#isThere
+  }
 }

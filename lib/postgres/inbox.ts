@@ -7,7 +7,7 @@ import { lend } from '../inbox/lend.ts'
 import type { EventContext } from '../handlers.ts'
 import { PRUNE_LIMIT, Pruning } from '../pruning.ts'
 import { assertCount } from '../runners/background.ts'
-import { creating, databaseOf, isPool } from './database.ts'
+import { Creation, databaseOf, isPool } from './database.ts'
 import type { Database, PgClient, PgLite, PgLiteTransaction, PgPool } from './database.ts'
 import { Gate } from './gate.ts'
 import { INBOX_TABLE, inboxSchema } from './migration.ts'
@@ -91,7 +91,7 @@ export function postgresInbox (db?: PgPool | PgLite, options: PostgresInboxOptio
     throw new InvalidOptions(`postgresInbox: expected a pool of at least ${concurrency} clients, one for each of its \`concurrency\` transactions, got one of ${max}: raise the pool's max, or lower concurrency`)
   }
   const database = databaseOf('postgresInbox', db, lockTimeout + PATIENCE)
-  const ready = migrate ? creating(database, table, inboxSchema(table)) : () => undefined
+  const creation = migrate ? new Creation(database, table, inboxSchema(table)) : undefined
   const gate = new Gate(concurrency)
   const pruning = new Pruning(async () => await records.prune(database))
   // Sets the level, because at a stricter default one of two holders would fail instead of waiting.
@@ -108,7 +108,7 @@ export function postgresInbox (db?: PgPool | PgLite, options: PostgresInboxOptio
 
       return giveName(async function (this: FastifyInstance, event: Event, context: EventContext): Promise<void> {
         await gate.pass(async () => {
-          await ready()
+          await creation?.ready()
           await database.transaction(settings, async (client, query) => {
             if ((await query(records.insert, recordOf(name, context, retention))).length === 0) return
             const { tx, end } = lend(client, name)
@@ -123,7 +123,8 @@ export function postgresInbox (db?: PgPool | PgLite, options: PostgresInboxOptio
       }, name)
     },
     async first (query, name, context) {
-      await ready()
+      assertHandlerName('first', name)
+      await creation?.readyIn(async (text, values) => rowsOf(await query(text, values as string[])))
       const isFirst = await records.first(query, name, context)
       recorded(context)
       return isFirst

@@ -4,8 +4,8 @@ import type { Table } from './table.ts'
 export const STORE_TABLE = 'openai_webhook_deliveries'
 export const INBOX_TABLE = 'openai_webhook_inbox'
 
-/** The key of an advisory lock, any number. Without the lock, processes that create tables at the same instant would fail on PostgreSQL's catalogue. */
-export const ALONE = 'SELECT pg_advisory_xact_lock(1868658536);\n'
+/** The key of an advisory lock is any number. Selects a number, since not every library can read the void that the function returns. Without the lock, processes that create tables at the same instant would fail on PostgreSQL's catalogue. */
+export const ALONE = 'SELECT 1 FROM pg_advisory_xact_lock(1868658536)'
 
 export interface MigrationOptions {
   /** Names, or `schema.name`; `false`: not this one. */
@@ -18,30 +18,30 @@ export interface MigrationOptions {
 }
 
 /** `ends` is the end of the lease while there is a token, `forget` when the row may go; `finished` has a name, as JSON, a line. */
-export function storeSchema ({ sql, name }: Table): string {
-  return `CREATE TABLE IF NOT EXISTS ${sql} (
+export function storeSchema ({ sql, name }: Table): string[] {
+  return [`CREATE TABLE IF NOT EXISTS ${sql} (
   key text PRIMARY KEY,
   token text,
   done boolean NOT NULL DEFAULT false,
   finished text NOT NULL DEFAULT '',
   ends timestamptz NOT NULL,
   forget timestamptz NOT NULL
-);
-CREATE INDEX IF NOT EXISTS "${name}_forget" ON ${sql} (forget);
-`
+)`, `CREATE INDEX IF NOT EXISTS "${name}_forget" ON ${sql} (forget)`]
 }
 
-export function inboxSchema ({ sql, name }: Table): string {
-  return `CREATE TABLE IF NOT EXISTS ${sql} (
+export function inboxSchema ({ sql, name }: Table): string[] {
+  return [`CREATE TABLE IF NOT EXISTS ${sql} (
   endpoint text NOT NULL,
   tenant text NOT NULL,
   webhook_id text NOT NULL,
   handler text NOT NULL,
   at timestamptz NOT NULL DEFAULT now(),
   PRIMARY KEY (webhook_id, handler, endpoint, tenant)
-);
-CREATE INDEX IF NOT EXISTS "${name}_at" ON ${sql} (at);
-`
+)`, `CREATE INDEX IF NOT EXISTS "${name}_at" ON ${sql} (at)`]
+}
+
+export function scriptOf (statements: readonly string[]): string {
+  return statements.map(statement => `${statement};\n`).join('')
 }
 
 /**
@@ -52,6 +52,6 @@ CREATE INDEX IF NOT EXISTS "${name}_at" ON ${sql} (at);
  * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS
  */
 export function migration ({ tables: { store = STORE_TABLE, inbox = INBOX_TABLE } = {} }: MigrationOptions = {}): string {
-  const schemas = (store === false ? '' : storeSchema(tableOf('migration', store))) + (inbox === false ? '' : inboxSchema(tableOf('migration', inbox)))
-  return schemas === '' ? '' : ALONE + schemas
+  const statements = [...(store === false ? [] : storeSchema(tableOf('migration', store))), ...(inbox === false ? [] : inboxSchema(tableOf('migration', inbox)))]
+  return statements.length === 0 ? '' : scriptOf([ALONE, ...statements])
 }

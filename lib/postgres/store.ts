@@ -3,7 +3,7 @@ import { grouped } from '../grouped.ts'
 import { PRUNE_LIMIT, Pruning } from '../pruning.ts'
 import { RETENTION } from '../stores/store.ts'
 import type { Claim, IdempotencyStore } from '../stores/store.ts'
-import { creating, databaseOf, NoAnswer } from './database.ts'
+import { Creation, databaseOf, NoAnswer } from './database.ts'
 import type { PgLite, PgPool } from './database.ts'
 import { STORE_TABLE, storeSchema } from './migration.ts'
 import { tableOf } from './table.ts'
@@ -69,7 +69,7 @@ const MAX_KEY = 1_000
 export function postgresStore (db: PgPool | PgLite, { table: tableName = STORE_TABLE, migrate = true }: PostgresStoreOptions = {}): IdempotencyStore {
   const table = tableOf('postgresStore', tableName)
   const database = databaseOf('postgresStore', db, TIMEOUT)
-  const ready = migrate ? creating(database, table, storeSchema(table)) : () => undefined
+  const creation = migrate ? new Creation(database, table, storeSchema(table)) : undefined
 
   // Claims new rows, released ones and run-out leases. The last SELECT sees an older state than a concurrent INSERT has
   // written, so a row that it does not find, or finds expired, is somebody else's claim. Rows are locked in the order of their
@@ -119,7 +119,7 @@ export function postgresStore (db: PgPool | PgLite, { table: tableName = STORE_T
 
   return {
     async begin (key, lease): Promise<Claim> {
-      await ready()
+      await creation?.ready()
       const token = randomUUID()
       const { state, finished } = await beginOne({ key: short(key), token, ms: lease }) as Row
       if (state !== 'claimed') return { state }

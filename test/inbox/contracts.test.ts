@@ -80,6 +80,12 @@ t.test('PGlite', async t => {
   const inbox = postgresInbox(db)
   t.teardown(async () => await inbox.close())
   const insert = 'INSERT INTO effects VALUES ($1)'
+  await t.test('first() in a transaction is the first of all to need the table', async t => {
+    const first = async (): Promise<boolean> => await db.transaction(async tx => (
+      await inbox.first(async (text, values) => await tx.query(text, values), 'settle', { webhookId: 'wh_1', endpoint: '/' })))
+    t.equal(await first(), true)
+    t.equal(await first(), false)
+  })
   await t.test('postgresInbox', async t => await keeps(t, inboxContract(() => ({
     inbox,
     async write (tx, row) { await tx.query(insert, [row]) },

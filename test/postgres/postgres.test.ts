@@ -43,6 +43,8 @@ async function effects (pool: pg.Pool): Promise<string[]> {
   return (await pool.query('SELECT row FROM effects ORDER BY row')).rows.map(({ row }) => row as string)
 }
 
+const add = async (tx: PoolClient, row: string): Promise<unknown> => await tx.query('INSERT INTO effects VALUES ($1)', [row])
+
 let deliveries = 0
 const warnings: Array<[object, string]> = []
 const log = { warn: (fields: object, message: string) => { warnings.push([fields, message]) } }
@@ -93,7 +95,7 @@ t.test('what cannot serve is told when it is given', async t => {
 t.test('migration() prints what is created, table by table', async t => {
   t.match(migration(), /CREATE TABLE IF NOT EXISTS "openai_webhook_deliveries"[^]*CREATE TABLE IF NOT EXISTS "openai_webhook_inbox"/)
   t.equal(migration({ tables: { store: false, inbox: false } }), '')
-  t.match(migration({ tables: { store: 'app.seen', inbox: false } }), /^SELECT pg_advisory_xact_lock\(\d+\);\nCREATE TABLE IF NOT EXISTS "app"\."seen" [^]*CREATE INDEX IF NOT EXISTS "seen_forget" ON "app"\."seen" \(forget\);\n$/)
+  t.match(migration({ tables: { store: 'app.seen', inbox: false } }), /^SELECT 1 FROM pg_advisory_xact_lock\(\d+\);\nCREATE TABLE IF NOT EXISTS "app"\."seen" [^]*CREATE INDEX IF NOT EXISTS "seen_forget" ON "app"\."seen" \(forget\);\n$/)
   t.throws(() => migration({ tables: { inbox: 'a;b' } }), { code: INVALID_OPTIONS })
 })
 
@@ -121,6 +123,33 @@ t.test('tables', { skip: postgresMissing }, async t => {
       await t.resolves(Promise.all(clients.map(async client => await client.query(sql))))
     }
   })
+
+  for (const [what, max, isThere] of [['one connection', 1, false], ['ten', 10, false], ['one, and the table is there', 1, true]] as const) {
+    await t.test(`first() in transactions that hold every connection of the pool: ${what}`, async t => {
+      const pool = await withEffects(await fresh(t, { max }))
+      if (isThere) await pool.query(migration({ tables: { store: false } }))
+      const sessions = poolOf(t, { database: pool.options.database })
+      const inbox = postgresInbox(pool, { concurrency: 1 })
+      const settle = async (context: EventContext, end: string): Promise<boolean> => {
+        const client = await pool.connect()
+        try {
+          await client.query('BEGIN')
+          const isFirst = await inbox.first(async (text, values) => await client.query(text, values), 'settle', context)
+          if (isFirst) await add(client, context.webhookId)
+          await client.query(end)
+          return isFirst
+        } finally {
+          client.release()
+        }
+      }
+      const contexts = Array.from({ length: 12 }, () => contextOf())
+      for (const [end, isFirst] of [['ROLLBACK', true], ['COMMIT', true], ['COMMIT', false]] as const) {
+        t.same(await Promise.all(contexts.map(async context => await settle(context, end))), contexts.map(() => isFirst), end)
+      }
+      await run(inbox.once('another', async tx => await add(tx, 'another')))
+      t.same(await effects(sessions), ['another', ...contexts.map(({ webhookId }) => webhookId)].sort())
+    })
+  }
 
   await t.test('a role that may create nothing, tables of another name, in another schema', async t => {
     const pool = await withEffects(await fresh(t))
@@ -368,8 +397,6 @@ t.test('what has been waited for in vain is not asked for again, one by one', as
 })
 
 t.test('postgresInbox', { skip: postgresMissing }, async t => {
-  const add = async (tx: PoolClient, row: string): Promise<unknown> => await tx.query('INSERT INTO effects VALUES ($1)', [row])
-
   await t.test('an effect is made once by apps that share nothing but the database, and by a route\'s own handlers', async t => {
     const pool = await withEffects(await fresh(t))
     const { logger, lines } = capturedLog()
