@@ -1,4 +1,4 @@
-import { Queue, Worker } from 'bullmq'
+import { DelayedError, Queue, UnrecoverableError, Worker } from 'bullmq'
 import type { BackoffOptions, ConnectionOptions, JobsOptions, KeepJobs, WorkerOptions } from 'bullmq'
 import type { Job as BullMQJob } from 'bullmq'
 import { InvalidOptions, Overloaded, Unavailable } from '../errors.ts'
@@ -72,8 +72,10 @@ export interface PostgresConnection {
 
 /** What BullMQ keeps of a delivery. */
 type QueuedDelivery = Job & {
-  /** What its last failed attempt ended with. */
-  readonly failure?: { readonly attempt: number, readonly errors: readonly DeliveryError[] }
+  /** What its last failed attempt ended with. `attempt`: BullMQ's `attemptsStarted` then; `starts`: how often the handlers were started. */
+  readonly failure?: { readonly attempt: number, readonly starts: number, readonly errors: readonly DeliveryError[] }
+  /** How often it had stalled when it died. BullMQ goes on counting when it is requeued, but its attempts are counted anew. */
+  readonly stalls?: number
 }
 
 /** As it is, or as JSON where PostgreSQL keeps it, whose jsonb refuses U+0000. */
@@ -92,6 +94,12 @@ interface NewJob {
 
 /** Failed jobs that are looked at in one go. */
 const PAGE = 100
+
+/** ms until a job is looked at again whose handlers may have succeeded, where the store cannot say. */
+const LATER = 5_000
+
+/** BullMQ's own limit: jobs are given up here, once the store has been asked. */
+const MAX_STALLED = 2 ** 31 - 1
 
 const JOB_NAME = 'delivery'
 const WORKER_DEFAULTS = { concurrency: 10 }
@@ -127,7 +135,10 @@ export function bullmq ({
   assertCount('bullmq', 'worker.concurrency', workerOptions.concurrency, 1)
   let queue: Queue<QueuedData> | undefined
   let processor: Worker<QueuedData> | undefined
+  let host: RunnerHost | undefined
   let closing = false
+  /** What attempts of this process ended with, by what BullMQ was told. */
+  const thrown = new WeakMap<Error, Error>()
 
   const settings: JobsOptions = {
     attempts,
@@ -150,54 +161,87 @@ export function bullmq ({
     return queue
   }
 
+  /** The error that BullMQ is told. */
+  function told (shown: Error): Error {
+    const kept = storableError(shown)
+    thrown.set(kept, shown)
+    return kept
+  }
+
+  /** Writes to the job what an attempt has ended with. */
+  async function keep (job: QueuedJob, delivery: Job, starts: number, error: unknown, isLast: boolean): Promise<void> {
+    const { attemptsStarted: attempt, stalledCounter } = job
+    const { errors, finished, remembered } = describeFailure(delivery, error)
+    const stalls = isLast ? stalledCounter : queuedOf(job).stalls
+    await job.updateData(pack({
+      ...delivery,
+      ...(finished.length > 0 && { finished }),
+      ...(remembered !== undefined && { remembered }),
+      failure: { attempt, starts, errors },
+      ...(stalls !== undefined && { stalls })
+    }))
+  }
+
+  /** Its worker died with it, as often as it may be attempted. The store may know which handlers had succeeded. */
+  async function giveUp (host: RunnerHost, job: QueuedJob, delivery: Job, token: string | undefined): Promise<void> {
+    const error = new Error('the process ended while the handlers ran')
+    try {
+      const known = await host.recorded?.(delivery)
+      if (known?.done === true) return
+      const { done, ...left } = known ?? {}
+      await keep(job, { ...delivery, ...left }, job.attemptsStarted - 1, error, true)
+    } catch (trouble) {
+      host.report(trouble, delivery)
+      await job.moveToDelayed(Date.now() + LATER, token)
+      throw new DelayedError()
+    }
+    const kept = new UnrecoverableError(error.message)
+    thrown.set(kept, error)
+    throw kept
+  }
+
+  /** Of a dead job that does not say how its last attempt ended the store may know what had succeeded. */
+  async function learn (job: QueuedJob): Promise<void> {
+    const { failure, ...delivery } = queuedOf(job)
+    if (failure?.attempt === job.attemptsStarted) return
+    const { done = true, ...left } = await host?.recorded?.(delivery) ?? {}
+    if (!done) await job.updateData(pack({ ...queuedOf(job), ...left }))
+  }
+
   return {
-    async start (host: RunnerHost) {
+    async start (startedBy) {
+      host = startedBy
       // An 'error' without a listener would end the process; trouble is told, and BullMQ connects again by itself.
       queue = new Queue<QueuedData>(queueName, { connection: redis }, ...others)
-      queue.on('error', error => host.report(error))
+      queue.on('error', error => startedBy.report(error))
       // Without its tables a worker would ask for jobs without a pause, and nothing else would run.
       if (backend !== undefined) await queue.waitUntilReady()
       if (worker === false) return
-      /** What attempts of this process ended with. */
-      const thrown = new WeakMap<Error, Error>()
-      processor = new Worker<QueuedData>(queueName, async job => {
-        const { attemptsStarted: attempt, attemptsMade, opts: { attempts = 1 } } = job
-        const delivery = deliveryOf(job)
+      processor = new Worker<QueuedData>(queueName, async (job, token) => {
+        const { attemptsStarted: attempt, attemptsMade, stalledCounter, opts: { attempts = 1 } } = job
+        const { failure, stalls = 0, ...delivery } = queuedOf(job)
+        if (stalledCounter - stalls >= attempts) return await giveUp(startedBy, job, delivery, token)
         try {
-          await host.process(delivery, attempt)
+          await startedBy.process(delivery, attempt)
         } catch (error) {
-          const { errors, finished, remembered } = describeFailure(delivery, error)
-          try {
-            await job.updateData(pack({
-              ...delivery,
-              ...(finished.length > 0 && { finished }),
-              ...(remembered !== undefined && { remembered }),
-              failure: { attempt, errors }
-            }))
-          } catch (trouble) {
-            host.report(trouble, delivery)
-          }
+          const isLast = attemptsMade + 1 >= attempts
+          await keep(job, delivery, attempt, error, isLast).catch(trouble => { startedBy.report(trouble, delivery) })
           // A failed job shows one message and one stack: those of the handlers' errors, not of the answer a sender would get.
           const shown = toError(causeOf(error))
           // The last one is told once BullMQ has it on record.
-          if (attemptsMade + 1 < attempts) host.report(shown, delivery, { attempt, attempts })
-          const kept = storableError(shown)
-          thrown.set(kept, shown)
-          throw kept
+          if (!isLast) startedBy.report(shown, delivery, { attempt, attempts })
+          throw told(shown)
         }
       }, {
         connection: redis,
         ...workerOptions,
-        // A worker that was killed leaves a stalled job behind; BullMQ would fail it at the second time.
-        maxStalledCount: attempts
+        maxStalledCount: MAX_STALLED
       }, ...others)
-      processor.on('error', error => host.report(error))
+      processor.on('error', error => startedBy.report(error))
       processor.on('failed', (job, error) => {
-        if (job === undefined) return host.report(error)
+        if (job === undefined) return startedBy.report(error)
         if (typeof job.finishedOn !== 'number') return // to be attempted again
-        const shown = thrown.get(error)
-        if (shown !== undefined) tellDead(host, deadOf(job), shown)
-        else abandoned(host, job, error, pack).catch(trouble => { host.report(trouble, deliveryOf(job)) })
+        tellDead(startedBy, deadOf(job), thrown.get(error) ?? error)
       })
     },
     async run (job) {
@@ -220,7 +264,10 @@ export function bullmq ({
     async requeue (delivery, { force = false } = {}) {
       const job = await opened().getJob(idOf(delivery))
       if (job === undefined) return false
-      if (!force && await job.isFailed()) assertRemembered(deliveryOf(job))
+      if (await job.isFailed()) {
+        await learn(job)
+        if (!force) assertRemembered(deliveryOf(job))
+      }
       try {
         await job.retry('failed', { resetAttemptsMade: true, resetAttemptsStarted: true })
         return true
@@ -255,7 +302,7 @@ function queuedOf ({ data }: QueuedJob): QueuedDelivery {
 }
 
 function deliveryOf (job: QueuedJob): Job {
-  const { failure, ...delivery } = queuedOf(job)
+  const { failure, stalls, ...delivery } = queuedOf(job)
   return delivery
 }
 
@@ -265,20 +312,9 @@ function toError (error: unknown): Error {
 
 /** A job that BullMQ has failed for good. */
 function deadOf (job: QueuedJob): DeadDelivery {
-  const { attemptsStarted: attempts, failedReason, stacktrace, finishedOn } = job
-  const { failure, ...delivery } = queuedOf(job)
-  const { errors, ...dead } = deadDelivery(delivery, attempts, Object.assign(new Error(failedReason), { stack: [stacktrace].flat().at(-1) }), finishedOn)
-  return { ...dead, errors: failure?.attempt === attempts ? failure.errors : errors }
-}
-
-/** No attempt of this process's failed it: its worker died with it once too often. The store may know what had succeeded. */
-async function abandoned (host: RunnerHost, job: QueuedJob, error: Error, pack: (delivery: QueuedDelivery) => QueuedData): Promise<void> {
-  const delivery = deliveryOf(job)
-  const known = await host.recorded?.(delivery)
-  if (known?.done === true) return await job.retry('failed') // it had only not been told
-  if (known !== undefined) {
-    const { done, ...left } = known
-    await job.updateData(pack({ ...queuedOf(job), ...left }))
-  }
-  tellDead(host, deadOf(job), error)
+  const { attemptsStarted, failedReason, stacktrace, finishedOn } = job
+  const { failure } = queuedOf(job)
+  const error = Object.assign(new Error(failedReason), { stack: [stacktrace].flat().at(-1) })
+  const dead = deadDelivery(deliveryOf(job), attemptsStarted, error, finishedOn)
+  return failure?.attempt === attemptsStarted ? { ...dead, attempts: failure.starts, errors: failure.errors } : dead
 }

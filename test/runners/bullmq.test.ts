@@ -379,8 +379,8 @@ t.test('bullmq', { skip }, async t => {
     t.same(await deadLetters.list({ type: 'batch.completed' }), [])
   })
 
-  /** A runner whose jobs never end, and a host that knows what `recorded` says; its job stalls until BullMQ gives it up. */
-  async function stalling (t: Teardown, host: Partial<RunnerHost>, options: Partial<BullMQOptions> = {}) {
+  /** A runner whose jobs stall until it gives them up, and a host that knows what `recorded` says. */
+  async function stalling (t: Teardown, host: Partial<RunnerHost>, options: Partial<BullMQOptions> = {}, attempt: (start: number) => 'stalls' | 'succeeds' = () => 'stalls') {
     const server = await RedisServer.start(t)
     const admin = redisClient(t, server.port)
     const connection = { port: server.port, host: '127.0.0.1' }
@@ -390,9 +390,10 @@ t.test('bullmq', { skip }, async t => {
     let starts = 0
     await runner.start!({
       process: async () => {
+        if (attempt(++starts) === 'succeeds') return
         // As if the process had died: nobody renews the lock. Which one of BullMQ's marks and finds it stalled does not matter.
-        if (++starts <= 2) for (const key of await admin.keys('*:lock')) await admin.del(key)
-        if (starts <= 2) await over.promise
+        for (const key of await admin.keys('*:lock')) await admin.del(key)
+        await over.promise
       },
       report: (error, job) => { told.push(['report', error, job]) },
       dead: (delivery, error) => { told.push(['dead', error, delivery]) },
@@ -403,35 +404,96 @@ t.test('bullmq', { skip }, async t => {
       await runner.close!()
     })
     await runner.run({ webhookId: 'wh_1', timestamp: 1, endpoint: ENDPOINT, event: thin('batch.failed') })
-    return { runner, told, starts: () => starts }
+    return { runner, told, starts: () => starts, queue: queueAt(t, server.port) }
   }
-  const STALLED = { message: 'job stalled more than allowable limit' }
+  const STALLED = { message: 'the process ended while the handlers ran' }
 
-  t.test('a delivery whose workers died once too often is dead, with what the store knows to have succeeded', async t => {
-    const { runner, told } = await stalling(t, { recorded: async () => ({ done: false, finished: ['import'] }) })
+  t.test('a delivery whose workers have died as often as it may be attempted is dead, with what the store knows to have succeeded', async t => {
+    const { runner, told, starts } = await stalling(t, { recorded: async () => ({ done: false, finished: ['import'] }) }, { attempts: 2 })
     await until('it to be told', () => told.length > 0)
-    t.match(told, [['dead', STALLED, { webhookId: 'wh_1', finished: ['import'], errors: [{ handler: null, ...STALLED }] }]])
-    t.match(await runner.dead!(), [{ webhookId: 'wh_1', finished: ['import'] }])
+    t.match(told, [['dead', STALLED, { webhookId: 'wh_1', attempts: 2, finished: ['import'], errors: [{ handler: null, ...STALLED }] }]])
+    t.match(await runner.dead!(), [{ webhookId: 'wh_1', attempts: 2, finished: ['import'] }])
+    t.equal(starts(), 2)
+
+    t.equal(await runner.requeue!({ webhookId: 'wh_1', endpoint: ENDPOINT }), true)
+    await until('it to be dead again', () => told.length > 1)
+    t.equal(starts(), 4, 'requeued, it has its attempts anew')
+    t.match(told[1], ['dead', STALLED, { attempts: 2 }])
   })
 
-  t.test('or, where a host cannot say, with nothing', async t => {
-    const { told } = await stalling(t, {})
-    await until('it to be told', () => told.length > 0)
-    t.match(told, [['dead', STALLED, { webhookId: 'wh_1', finished: [] }]])
+  t.test('requeued after that, an attempt that fails takes none of the others', async t => {
+    const { runner, told, starts, queue } = await stalling(t, {}, { attempts: 2, backoff: 1 }, start => {
+      if (start === 3) throw new Error('no such customer')
+      return start === 4 ? 'succeeds' : 'stalls'
+    })
+    await until('it to be dead', () => told.length > 0)
+    t.match(told, [['dead', STALLED, { webhookId: 'wh_1', attempts: 2, finished: [] }]], 'where a host cannot say, with nothing')
+    t.equal(await runner.requeue!({ webhookId: 'wh_1', endpoint: ENDPOINT }), true)
+    await until('it to be completed', async () => await queue.getCompletedCount() === 1)
+    t.match(told.slice(1), [['report', { message: 'no such customer' }, { webhookId: 'wh_1' }]])
+    t.equal(starts(), 4)
   })
 
   t.test('and not dead where the store knows it to have been processed', async t => {
-    const { runner, told, starts } = await stalling(t, { recorded: async () => ({ done: true, finished: [] }) })
-    await until('it to be started once more', () => starts() > 2)
-    await until('it to be dead no longer', async () => await runner.deadCount!() === 0)
+    const { runner, told, queue } = await stalling(t, { recorded: async () => ({ done: true, finished: [] }) })
+    await until('it to be completed', async () => await queue.getCompletedCount() === 1)
+    t.equal(await runner.deadCount!(), 0)
     t.same(told, [])
   })
 
-  t.test('a store that cannot be reached then is told, and the delivery is among the dead', async t => {
-    const { runner, told } = await stalling(t, { recorded: async () => { throw new Error('connect ECONNREFUSED') } })
+  t.test('while the store cannot be reached it is not dead, and is looked at again', async t => {
+    let isReached = false
+    const { runner, told, queue, starts } = await stalling(t, {
+      recorded: async () => {
+        if (!isReached) throw new Error('connect ECONNREFUSED')
+        return { done: false, finished: ['import'] }
+      }
+    })
+    for (let times = 1; times <= 3; times++) {
+      await until('it to be told', () => told.length === times)
+      await until('it to wait', async () => await queue.getDelayedCount() === 1)
+      t.equal(await runner.deadCount!(), 0)
+      isReached = times === 3
+      await queue.promoteJobs()
+    }
+    await until('it to be dead', () => told.length > 3)
+    t.match(told.slice(0, 3), Array(3).fill(['report', { message: 'connect ECONNREFUSED' }, { webhookId: 'wh_1' }]))
+    t.match(told.slice(3), [['dead', STALLED, { webhookId: 'wh_1', finished: ['import'] }]])
+    t.equal(starts(), 1)
+  })
+
+  t.test('what the queue did not take of the last attempt is asked of the store by a requeue', async t => {
+    const server = await RedisServer.start(t)
+    const admin = redisClient(t, server.port)
+    const told: unknown[] = []
+    let known: Awaited<ReturnType<NonNullable<RunnerHost['recorded']>>> | Error = new Error('connect ECONNREFUSED')
+    const runner = bullmq({ connection: { port: server.port, host: '127.0.0.1' }, attempts: 1 })
+    await runner.start!({
+      async process () {
+        // BullMQ writes a job's data by a script of its own.
+        await admin.call('ACL', 'SETUSER', 'default', '-hset')
+        throw new Error('no such customer')
+      },
+      report: error => { told.push(error) },
+      dead: delivery => { told.push(delivery) },
+      recorded: async () => {
+        if (known instanceof Error) throw known
+        return known
+      }
+    })
+    t.teardown(async () => await runner.close!())
+    const delivery = { webhookId: 'wh_1', timestamp: 1, endpoint: ENDPOINT, event: thin('batch.failed') }
+    await runner.run(delivery)
     await until('it to be told', () => told.length > 0)
-    t.match(told, [['report', { message: 'connect ECONNREFUSED' }, { webhookId: 'wh_1' }]])
-    t.match(await runner.dead!(), [{ webhookId: 'wh_1', errors: [{ handler: null, ...STALLED }] }])
+    t.match(told[0], { message: /can't run this command/ })
+    await admin.call('ACL', 'SETUSER', 'default', '+hset')
+    await until('it to be dead', async () => await runner.deadCount!() === 1)
+    await t.rejects(async () => await runner.requeue!(delivery), { message: 'connect ECONNREFUSED' })
+    known = { done: false, finished: ['import'], remembered: { bill: 1 } }
+    await t.rejects(async () => await runner.requeue!(delivery), { code: 'FST_OPENAI_WEBHOOK_NEEDS_FORCE' })
+    t.match(await runner.dead!(), [{ finished: ['import'] }])
+    known = { done: true, finished: [] }
+    t.equal(await runner.requeue!(delivery, { force: true }), true)
   })
 
   t.test('a job that is removed while it runs is told', async t => {
