@@ -3,14 +3,15 @@ import { connect } from 'node:http2'
 import type { AddressInfo } from 'node:net'
 import rateLimit from '@fastify/rate-limit'
 import Fastify from 'fastify'
-import type { FastifyBaseLogger, FastifyInstance } from 'fastify'
+import type { FastifyBaseLogger, FastifyInstance, FastifyReply } from 'fastify'
 import t from 'tap'
 import { InvalidSignature } from '../lib/errors.ts'
 import openaiWebhook from '../lib/index.ts'
 import { cellsOf, fail, faults, inject } from './support/composition.ts'
 import type { Ask, Composed } from './support/composition.ts'
 import { build, post, sign, SECRET, thin } from './support/deliveries.ts'
-import { capturedLog, redelivered } from './support/observe.ts'
+import { until } from './support/faults.ts'
+import { capturedLog, deferred, dial, head, redelivered } from './support/observe.ts'
 import { sized } from './support/size.ts'
 
 // The same hooks and error handlers around a route of ours and around a plain one: the answers must be the same.
@@ -127,6 +128,129 @@ t.test('what an app sets after the plugin holds for its routes as for those that
       }
     })
   }
+})
+
+t.test('a function that a hook of the app puts around handlers', async t => {
+  const around: Record<string, (handler: Function) => (this: FastifyInstance, ...args: unknown[]) => unknown> = {
+    'async, and awaits': handler => async function (...args) {
+      try {
+        return await handler.apply(this, args)
+      } finally {
+        ended++
+      }
+    },
+    'async, and gives nothing back': handler => async function (...args) {
+      await handler.apply(this, args)
+      ended++
+    },
+    'not async, for what may be a promise': handler => function (...args) {
+      const result = handler.apply(this, args) as Promise<unknown> | undefined
+      return result?.finally === undefined ? result : result.finally(() => { ended++ })
+    },
+    'not async, and knows of no promise': handler => function (...args) {
+      ended++
+      return handler.apply(this, args)
+    }
+  }
+  let ended = 0
+  for (const [name, wrap] of Object.entries(around)) {
+    for (const order of ['before the plugin', 'after it'] as const) {
+      for (const isAsync of [true, false]) {
+        t.test(`${name}, ${order}, ${isAsync ? 'async' : 'sync'} handlers`, async t => {
+          const { logger, lines } = capturedLog()
+          const app = Fastify({ logger }) as FastifyInstance
+          t.teardown(() => app.close())
+          const hook = (): void => {
+            app.addHook('onRoute', route => { route.handler = wrap(route.handler) as typeof route.handler })
+          }
+          if (order === 'before the plugin') hook()
+          await app.register(openaiWebhook, { secret: SECRET, deadline: 1_000 })
+          if (order === 'after it') hook()
+          let broken = true
+          let isHandled = false
+          const handle = (): void => {
+            if (broken) throw Object.assign(new Error('disk full'), { statusCode: 500 })
+            isHandled = true
+          }
+          const handler = isAsync
+            ? async () => {
+              await new Promise(resolve => setTimeout(resolve, 5))
+              handle()
+            }
+            : handle
+          const own = isAsync
+            ? async (_request: unknown, reply: FastifyReply) => {
+              await handler()
+              return await reply.send('own')
+            }
+            : (_request: unknown, reply: FastifyReply) => {
+                handle()
+                reply.send('own')
+              }
+          app.openaiWebhook.on('batch.failed', handler as () => void)
+          app.openaiWebhook.route({ url: '/route', handler: async (_request, reply) => await reply.send('own') })
+          app.post('/marked', { config: { openaiWebhook: {} } }, own)
+          app.post('/plain', own)
+          const expected = { '/webhooks/openai': '{"received":true}', '/route': 'own', '/marked': 'own', '/plain': 'own' }
+          await app.listen({ port: 0, host: '127.0.0.1' })
+          for (const [url, body] of Object.entries(expected)) {
+            const delivery = sign(thin('batch.failed'))
+            const ask = async (): Promise<{ status: number, text: string }> => {
+              const response = await fetch(`http://127.0.0.1:${(app.server.address() as AddressInfo).port}${url}`, {
+                method: 'POST', headers: { ...redelivered(delivery).headers, connection: 'close' }, body: new Uint8Array(delivery.body)
+              })
+              return { status: response.status, text: await response.text() }
+            }
+            broken = true
+            t.equal((await ask()).status, 500, `${url}: what fails is refused`)
+            broken = isHandled = false
+            ended = 0
+            t.same(await ask(), { status: 200, text: body }, `${url}: the answer is the handler's`)
+            t.equal(isHandled, true, 'and comes after its end')
+            // The plugin's own route was declared before.
+            if (name.startsWith('async')) t.equal(ended, url === '/webhooks/openai' && order === 'after it' ? 0 : 1, `${url}: the function ends once`)
+            if (url !== '/plain') t.match((await ask()).text, '"duplicate":true')
+          }
+          t.notOk(lines.some(({ msg }) => /already sent|reply.sent/i.test(msg)))
+        })
+      }
+    }
+  }
+
+  t.test('ends where the sender goes away, or is told at the deadline', async t => {
+    const app = await build(t, { deadline: 20 })
+    let ended = 0
+    app.addHook('onRoute', route => {
+      const { handler } = route
+      route.handler = async function (request, reply) {
+        try {
+          return await handler.call(this, request, reply)
+        } finally {
+          ended++
+        }
+      }
+    })
+    const [started, over] = [deferred(), deferred()]
+    app.openaiWebhook.on('batch.failed', async (_event, { webhookId }) => {
+      if (webhookId === 'wh_gone') started.resolve()
+      await over.promise
+    })
+    app.openaiWebhook.route({ url: '/route' })
+    await app.listen({ port: 0, host: '127.0.0.1' })
+    const answer = await post(app, sign(thin('batch.failed')), '/route')
+    t.same([answer.statusCode, answer.json().code], [503, 'FST_OPENAI_WEBHOOK_DEADLINE'])
+    t.equal(ended, 1)
+
+    const gone = sign(thin('batch.failed'), { webhookId: 'wh_gone' })
+    const { socket } = await dial(app)
+    socket.write(head(gone, '/route'))
+    socket.write(gone.body)
+    await started.promise
+    socket.destroy()
+    await until('the function to end', () => ended === 2)
+    over.resolve()
+    t.equal((await post(app, redelivered(gone), '/route')).statusCode, 200)
+  })
 })
 
 t.test('a delivery that @fastify/rate-limit refuses with an object is refused, and comes again', async t => {

@@ -2,11 +2,11 @@ import type { FastifyInstance, FastifyReply, FastifyRequest, RouteHandlerMethod 
 import { HandlerFailed } from '../errors.ts'
 import { logError } from '../log.ts'
 import { acknowledge } from '../pipeline/acknowledge.ts'
-import { isResponse, isSuccess } from '../pipeline/answer.ts'
+import { handling, isErrorHandler, isResponse, isSuccess, replying } from '../pipeline/answer.ts'
 import { isPromise } from '../steps.ts'
 import type { MaybePromise } from '../steps.ts'
 import { isClosed, isOut, statusOf, traceAfterReset, watchDestroy } from './raw-response.ts'
-import type { Standing } from './standing.ts'
+import type { ReplyState, Standing } from './standing.ts'
 import type { RecordEnd } from './work.ts'
 
 /** On a request: its route's own handler, once that has been started. */
@@ -44,6 +44,8 @@ export class OwnHandler {
   #call: 'runs' | 'returned' | 'threw' = 'runs'
   /** What it threw in place of an answer. */
   #thrown: unknown
+  /** The plugin or Fastify sends the error that the deadline is over. */
+  #isRefusing = false
 
   constructor (standing: Standing, request: FastifyRequest, reply: FastifyReply, record: RecordEnd) {
     this.#standing = standing
@@ -56,6 +58,7 @@ export class OwnHandler {
   run (handler: RouteHandlerMethod, scope: FastifyInstance): void {
     const reply = this.#reply
     ;(this.#request as Started)[STARTED] = this
+    replying(this.#request)
     // An async onSend hook delays `reply.sent`; whether the handler has replied must be known at once.
     const send = (payload: unknown): FastifyReply => this.#send(payload)
     reply.send = send
@@ -85,6 +88,16 @@ export class OwnHandler {
     return false
   }
 
+  /** Has the refusal sent, by others than the handler. */
+  refuse (send: () => void): void {
+    this.#isRefusing = true
+    try {
+      send()
+    } finally {
+      this.#isRefusing = false
+    }
+  }
+
   /**
    * An answer is about to leave: the handler's, or somebody else's.
    *
@@ -93,9 +106,6 @@ export class OwnHandler {
   answers (succeeded: boolean, isWhole: boolean): MaybePromise<void> {
     const { state } = this.#standing
     switch (state.at) {
-      case 'late':
-        // A 2xx can only be the handler's own: it was faster than hooks that hold the refusal.
-        return succeeded && isWhole ? this.#settle(true) : undefined
       case 'open':
       case 'replying':
       case 'cut off':
@@ -123,17 +133,16 @@ export class OwnHandler {
   #send (payload: unknown): FastifyReply {
     const standing = this.#standing
     const reply = this.#reply
-    if (standing.state.at === 'late' && reply.sent) return this.#sentLate(payload)
-    // Fastify's `handlerTimeout` is a deadline too: the handler runs on.
-    if (standing.state.at === 'open' && codeOf(payload) === 'FST_ERR_HANDLER_TIMEOUT') this.#leave()
     const { at } = standing.state
+    if (codeOf(payload) === 'FST_ERR_HANDLER_TIMEOUT' && (at === 'open' || at === 'late')) return this.#timeOut(payload)
+    if (at === 'late') return this.#sendLate(standing.state, payload)
     const succeeds = isSuccessful(payload, reply.statusCode)
     if (at === 'open') standing.move({ at: 'replying', judge: () => succeeds && isSuccess(reply.raw.statusCode), isOverdue: false })
     try {
       this.#sendPlainly.call(reply, payload)
     } catch (error) {
       // While an async onError hook holds somebody else's answer, Fastify refuses all others.
-      if ((at === 'open' || at === 'late') && codeOf(error) === 'FST_ERR_SEND_INSIDE_ONERR') return this.#sentLate(payload)
+      if (at === 'open' && isHeld(error)) return this.#sentLate(payload)
       // A serializer of the app has thrown: nothing is on its way.
       if (at === 'open') standing.move({ at: 'open' })
       throw error
@@ -143,11 +152,43 @@ export class OwnHandler {
     return reply
   }
 
+  /** Fastify's `handlerTimeout` is a deadline too: the handler runs on. */
+  #timeOut (error: unknown): FastifyReply {
+    if (this.#standing.state.at === 'open') this.#leave()
+    try {
+      this.refuse(() => { this.#sendPlainly.call(this.#reply, error) })
+    } catch (error) {
+      // Somebody else answers. Fastify's timer has nobody who would catch this.
+      if (!isHeld(error)) throw error
+    }
+    return this.#reply
+  }
+
+  /** The sender gets a refusal, by whoever sends first. An own handler that sends is recorded. */
+  #sendLate (state: Late, payload: unknown): FastifyReply {
+    const reply = this.#reply
+    if (this.#isRefusing || isErrorHandler(this.#request)) {
+      // What was sent before was the own handler's.
+      if (state.unsure !== undefined) this.#settle(state.unsure)
+      else if (!(payload instanceof Error)) this.#standing.move({ ...state, isRefused: true })
+      return this.#sendPlainly.call(reply, payload)
+    }
+    if (state.isRefused === true || state.unsure !== undefined || reply.sent) return this.#sentLate(payload)
+    this.#standing.move({ ...state, unsure: isSuccessful(payload, state.statusCode) })
+    try {
+      return this.#sendPlainly.call(reply, payload)
+    } catch (error) {
+      if (!isHeld(error)) throw error
+      this.#standing.move(state)
+      return this.#sentLate(payload)
+    }
+  }
+
   /** Nobody waits for this reply: it tells how the handler ended. */
   #sentLate (payload: unknown): FastifyReply {
     const { state } = this.#standing
-    const succeeded = isSuccessful(payload, state.at === 'late' ? state.statusCode : 200)
-    this.#settle(succeeded, payload instanceof Error ? payload : undefined)
+    const { statusCode = 200, unsure = true } = state.at === 'late' ? state : {}
+    this.#settle(unsure && isSuccessful(payload, statusCode), payload instanceof Error ? payload : undefined)
     return this.#reply
   }
 
@@ -156,8 +197,9 @@ export class OwnHandler {
     this.#call = 'returned'
     switch (state.at) {
       case 'late':
-        if (payload === undefined) this.#settle(true)
+        if (payload === undefined) this.#settle(state.unsure ?? true)
         else if (payload !== this.#reply) this.#sentLate(payload)
+        else if (state.unsure !== undefined) this.#settle(state.unsure)
         return
       case 'cut off':
         this.#settle(state.judge())
@@ -184,6 +226,7 @@ export class OwnHandler {
       this.#settle(false, error)
     } else if (at === 'open' && !this.#reply.sent) {
       this.#thrown = error
+      handling(this.#request)
       this.#reply.send(isMeant(error) ? error : new HandlerFailed({ cause: new AggregateError([error], 'the route\'s handler failed') }))
     } else {
       logError(this.#request.log, error, {}, 'a webhook route\'s handler failed after the answer')
@@ -238,9 +281,10 @@ export class OwnHandler {
     const reply = this.#reply
     const { code } = reply
     const divert = (statusCode: number): FastifyReply => {
-      if (!reply.sent) return code.call(reply, statusCode)
-      if (this.#standing.state.at === 'late') this.#standing.move({ at: 'late', statusCode })
-      return reply
+      const { state } = this.#standing
+      const isRefusals = this.#isRefusing || isErrorHandler(this.#request)
+      if (state.at === 'late' && !isRefusals) this.#standing.move({ ...state, statusCode })
+      return reply.sent || (state.at === 'late' && state.isRefused === true && !isRefusals) ? reply : code.call(reply, statusCode)
     }
     reply.code = reply.status = divert
   }
@@ -253,6 +297,10 @@ function isSuccessful (payload: unknown, statusCode: number): boolean {
   if (payload instanceof Error) return false
   return isSuccess(isResponse(payload) ? payload.status : statusCode)
 }
+
+type Late = Extract<ReplyState, { at: 'late' }>
+
+const isHeld = (error: unknown): boolean => codeOf(error) === 'FST_ERR_SEND_INSIDE_ONERR'
 
 const codeOf = (error: unknown): unknown => (error as { code?: unknown } | null | undefined)?.code
 

@@ -82,7 +82,8 @@ export class Reply implements Sender {
 
   #refuse (error: Error): void {
     this.options.failures.refused(error, this.#delivery, this.request)
-    this.#send(() => { refuse(this.reply, error) })
+    const send = (): void => { refuse(this.reply, error) }
+    this.#send(() => { if (this.#own === undefined) send(); else this.#own.refuse(send) })
   }
 
   #send (send: () => void): void {

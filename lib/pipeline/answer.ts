@@ -7,13 +7,11 @@ import { isPromise } from '../steps.ts'
 /** On a request of a receiving route: how far its answer has come. Absent until the delivery is verified: only hooks of the app have run. */
 const PROGRESS = Symbol('openai-webhook.progress')
 
-/** `handling`: the plugin answers. `replying`: so may the route's own handler. */
+/** `handling`: the plugin answers. `replying`: the route's own handler runs, and may. */
 type Progress = 'handling' | 'replying' | 'acknowledged' | Refusal
 
 interface Refusal {
   readonly statusCode: number
-  /** Whether the route's own handler may still answer in its place: it may be faster than hooks that hold the refusal. */
-  readonly isContested: boolean
 }
 
 type Answerable = FastifyRequest & { [PROGRESS]?: Progress }
@@ -21,14 +19,19 @@ type Answerable = FastifyRequest & { [PROGRESS]?: Progress }
 export type RouteErrorHandler = (error: unknown, request: FastifyRequest, reply: FastifyReply) => unknown
 
 /**
- * Whatever is sent in here, an error handler sends. Entered only where a handler may answer too, since it makes every promise
- * cost more. Holds the request weakly: timers keep the context that they were set in, such as node:http's for its Date header.
+ * Whatever is sent in here, an error handler sends. Entered only where the route's own handler may send too, since it makes every
+ * promise cost more. Holds the request weakly: timers keep the context that they were set in, such as node:http's for its Date header.
  */
 const errorHandlers = new AsyncLocalStorage<WeakRef<FastifyRequest>>()
 
-/** The delivery has been verified: from here on the plugin answers, or the route's own handler. */
-export function handling (request: FastifyRequest, ownHandler: boolean): void {
-  (request as Answerable)[PROGRESS] = ownHandler ? 'replying' : 'handling'
+/** The delivery has been verified: from here on the plugin answers. */
+export function handling (request: FastifyRequest): void {
+  (request as Answerable)[PROGRESS] = 'handling'
+}
+
+/** The route's own handler has been started. */
+export function replying (request: FastifyRequest): void {
+  (request as Answerable)[PROGRESS] = 'replying'
 }
 
 export function acknowledged (request: FastifyRequest): void {
@@ -45,14 +48,14 @@ export function refuseErrors (own: RouteErrorHandler | undefined): RouteErrorHan
   return (error, request, reply) => {
     const progress = (request as Answerable)[PROGRESS]
     // An onSend hook that fails on an acknowledgement does not undo what the handlers have done.
-    if (progress !== 'acknowledged') refuseWith({ statusCode: statusOf(error), isContested: progress === 'replying' }, request, reply)
+    if (progress !== 'acknowledged') refuseWith({ statusCode: statusOf(error) }, request, reply)
     const answer = (): unknown => own === undefined ? passOn(error, reply) : own(error, request, reply)
-    return progress === 'replying' ? contested(answer, request, reply) : answer()
+    return progress === 'replying' ? inErrorHandlers(answer, request, reply) : answer()
   }
 }
 
-/** Calls an error handler as Fastify does, within `errorHandlers`, so that its answer differs from the route's own handler's. */
-function contested (answer: () => unknown, request: FastifyRequest, reply: FastifyReply): unknown {
+/** Calls an error handler as Fastify does, within `errorHandlers`, so that what it sends can be told from what the own handler sends. */
+function inErrorHandlers (answer: () => unknown, request: FastifyRequest, reply: FastifyReply): unknown {
   return errorHandlers.run(new WeakRef(request), () => {
     try {
       const result = answer()
@@ -62,6 +65,11 @@ function contested (answer: () => unknown, request: FastifyRequest, reply: Fasti
       reply.send(thrown)
     }
   })
+}
+
+/** Whether whoever sends now is an error handler. One that has lost the async context cannot be told. */
+export function isErrorHandler (request: FastifyRequest): boolean {
+  return errorHandlers.getStore()?.deref() === request
 }
 
 function refuseWith (refusal: Refusal, request: Answerable, { raw }: FastifyReply): void {
@@ -97,11 +105,10 @@ export function keepRefusal (unprocessed: (request: FastifyRequest, statusCode: 
     const statusCode = response?.status ?? reply.statusCode
     if (typeof progress !== 'object') {
       if (progress === undefined && isSuccess(statusCode)) unprocessed(request, statusCode)
-    } else if (progress.isContested && errorHandlers.getStore()?.deref() !== request) {
-      handling(request, true)
     } else if (statusCode < 400) {
       if (response !== undefined) return done(null, new Response(response.body, { status: progress.statusCode, headers: response.headers }))
-      reply.code(progress.statusCode)
+      // Not by reply.code(), which an own handler that runs on may be calling too.
+      reply.raw.statusCode = progress.statusCode
     }
     done()
   }

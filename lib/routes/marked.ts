@@ -42,7 +42,7 @@ export function protectMarked (routes: Routes, scope: FastifyInstance, route: Ro
     boundRefused(request, reply, error, body)
     done()
   }]
-  route.handler = deliver(routes, endpoint, dispatches ? undefined : route.handler)
+  route.handler = deliver(routes, endpoint, dispatches ? undefined : route.handler, () => route.handler)
 }
 
 /** @throws FST_OPENAI_WEBHOOK_INVALID_ROUTE */

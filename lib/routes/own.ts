@@ -1,4 +1,4 @@
-import type { FastifyContextConfig, FastifyInstance, RegisterOptions, RouteHandlerMethod } from 'fastify'
+import type { FastifyContextConfig, FastifyInstance, RegisterOptions, RouteHandlerMethod, RouteOptions } from 'fastify'
 import { recordAnswer } from '../delivery/own-handler.ts'
 import { InvalidOptions } from '../errors.ts'
 import { boundRefused, captureBody } from '../pipeline/capture.ts'
@@ -35,6 +35,8 @@ export function ownRoute (
     const admit = authentication.admit(endpoint)
     // Loaded only where it can be asked for: @fastify/swagger documents the routes that are declared after it.
     const documents = scope.hasPlugin('@fastify/swagger') ? await import('./openapi.ts') : undefined
+    let declared: RouteOptions | undefined
+    child.addHook('onRoute', route => { declared = route })
     const keep = keepRefusal((request, statusCode) => failures.unprocessed(endpoint.name, request, statusCode))
     settles.push(declareRoute(child, scope, {
       method: 'POST',
@@ -62,7 +64,7 @@ export function ownRoute (
       },
       onSend: own === undefined ? keep : [keep, recordAnswer],
       errorHandler: refuseErrors(undefined),
-      handler: deliver(routes, endpoint, own)
+      handler: deliver(routes, endpoint, own, () => declared!.handler)
     }))
   }, options)
 }

@@ -1,4 +1,4 @@
-import type { FastifyInstance, RouteHandlerMethod } from 'fastify'
+import type { FastifyInstance, FastifyReply, RouteHandlerMethod } from 'fastify'
 import { Deadline } from '../deadline.ts'
 import { Reply } from '../delivery/reply.ts'
 import type { Receiver } from '../delivery/receive.ts'
@@ -36,14 +36,26 @@ export interface Routes {
   readonly handler: RouteHandlerMethod
 }
 
-/** Makes the handler of a receiving route: it has the delivery received, and answered by the deadline. */
-export function deliver ({ receiver, deadline, failures }: Routes, { name }: Endpoint, own: RouteHandlerMethod | undefined): RouteHandlerMethod {
+/**
+ * Makes the handler of a receiving route: it has the delivery received, and answered by the deadline.
+ *
+ * @param declared the handler of the route by now: an onRoute hook of the app may have put a function of its own around this one
+ */
+export function deliver ({ receiver, deadline, failures }: Routes, { name }: Endpoint, own: RouteHandlerMethod | undefined, declared: () => unknown): RouteHandlerMethod {
   const options = { endpoint: name, receiver, deadline, failures, own }
-  return function (request, reply) {
+  const handle: RouteHandlerMethod = function (request, reply) {
     if (request.openaiWebhook === null) throw new UnprotectedRoute(`POST ${name}`, SKIPPED)
-    handling(request, own !== undefined)
+    handling(request)
     new Reply(request as VerifiedRequest, reply, options, this).run()
+    // An async function around this one that was given nothing would have Fastify answer with nothing, at once.
+    if (declared() !== handle) return answered(reply)
   }
+  return handle
+}
+
+/** Resolves once the answer is out, or the sender is gone. */
+async function answered (reply: FastifyReply): Promise<void> {
+  await reply
 }
 
 /** The bounds of bodies, before it is known who has sent them. */

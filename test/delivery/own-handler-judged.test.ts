@@ -3,7 +3,8 @@ import type { FastifyInstance, FastifyReply, RouteHandlerMethod } from 'fastify'
 import t from 'tap'
 import { memoryStore } from '../../lib/index.ts'
 import type { IdempotencyStore } from '../../lib/index.ts'
-import { build, outcome, sign, stoppedClock, thin } from '../support/deliveries.ts'
+import { build, outcome, post, sign, stoppedClock, thin } from '../support/deliveries.ts'
+import type { Signed } from '../support/deliveries.ts'
 import { deferred, listen, redelivered, send, watchedStore } from '../support/observe.ts'
 
 // Whether a route's own handler has succeeded, where that is not plain.
@@ -83,22 +84,23 @@ t.test('a route\'s own handler that ends after the deadline is judged by what it
 
 t.test('a route\'s own handler that replies while hooks hold the refusal', async t => {
   type Hold = (app: FastifyInstance, held: Promise<void>, holding: () => void) => void
-  const holds: Record<string, [Hold, string]> = {
+  /** How it holds it, and whether the handler's end is known before it lets go. */
+  const holds: Record<string, [Hold, boolean]> = {
     'onError, which lets nobody else reply': [(app, held, holding) => {
       app.addHook('onError', async () => {
         holding()
         await held
       })
-    }, '503 DEADLINE'],
+    }, true],
     'an async error handler': [(app, held, holding) => {
       app.setErrorHandler(async (error: { statusCode?: number }, _request, reply) => {
         holding()
         await held
         return await reply.code(error.statusCode ?? 500).send('refused')
       })
-    }, '200 own']
+    }, false]
   }
-  for (const [name, [hold, expected]] of Object.entries(holds)) {
+  for (const [name, [hold, isKnown]] of Object.entries(holds)) {
     t.test(name, async t => {
       const held = deferred()
       const holding = deferred()
@@ -115,12 +117,90 @@ t.test('a route\'s own handler that replies while hooks hold the refusal', async
       const delivery = sign(thin('batch.failed'))
       const completed = next('complete')
       const answering = outcome(app, delivery, '/own')
-      await completed
+      await (isKnown ? completed : holding.promise)
+      if (!isKnown) await new Promise(resolve => setImmediate(resolve))
       held.resolve()
-      t.equal(await answering, expected)
+      t.equal(await answering, isKnown ? '503 DEADLINE' : '503 own', 'a refusal stays one')
+      await completed
       t.equal(await outcome(app, redelivered(delivery), '/own'), DUPLICATE)
       t.equal(runs, 1)
     })
+  }
+})
+
+t.test('an error handler that forgets the status, where the async context is lost', async t => {
+  /** A connection that several requests share: it calls back in its own async context. */
+  function connection (t: Tap): (callback: () => void) => void {
+    const waiting: Array<() => void> = []
+    const timer = setInterval(() => { for (const callback of waiting.splice(0)) callback() }, 1)
+    t.teardown(() => { clearInterval(timer) })
+    return callback => { waiting.push(callback) }
+  }
+  const forgetful: Record<string, (app: FastifyInstance, query: ReturnType<typeof connection>) => void> = {
+    'by an onSend hook': (app, query) => {
+      app.addHook('onSend', (_request, _reply, _payload, done) => { query(done) })
+      app.setErrorHandler((_error, _request, reply) => { reply.send({ error: 'sorry' }) })
+    },
+    'by itself': (app, query) => {
+      app.setErrorHandler((_error, _request, reply) => { query(() => { reply.send({ error: 'sorry' }) }) })
+    },
+    'by itself, with 200': (app, query) => {
+      app.setErrorHandler((_error, _request, reply) => { query(() => { reply.code(200).send({ error: 'sorry' }) }) })
+    }
+  }
+  for (const [name, forget] of Object.entries(forgetful)) {
+    const setUp = async (t: Tap, deadline = 10_000): Promise<{ app: FastifyInstance, answer: (url: string, delivery: Signed) => Promise<number>, state: { runs: number, attempt: () => Promise<void> | void }, next: ReturnType<typeof watchedStore>['next'] }> => {
+      const { store, next } = watchedStore()
+      const app = await build(t, { idempotency: { store }, deadline })
+      forget(app, connection(t))
+      const state = { runs: 0, attempt: (): Promise<void> | void => {} }
+      const run = async (): Promise<void> => {
+        state.runs++
+        await state.attempt()
+      }
+      app.post('/marked', marked, async () => {
+        await run()
+        return 'own'
+      })
+      app.openaiWebhook.route({ url: '/route', handler: async () => 'own', on: { 'batch.failed': run } })
+      await listen(app)
+      return { app, state, next, answer: async (url, delivery) => (await post(app, redelivered(delivery), url)).statusCode }
+    }
+    for (const url of ['/marked', '/route']) {
+      t.test(`${name}: ${url}, a handler that fails is not answered 2xx, and runs again`, async t => {
+        const { state, answer } = await setUp(t)
+        const delivery = sign(thin('batch.failed'))
+        state.attempt = () => { throw new Error('disk full') }
+        for (let times = 1; times <= 2; times++) {
+          t.equal(await answer(url, delivery), 500)
+          t.equal(state.runs, times)
+        }
+        state.attempt = () => {}
+        t.equal(await answer(url, delivery), 200)
+        t.equal(state.runs, 3)
+      })
+
+      for (const ends of ['fails', 'succeeds'] as const) {
+        t.test(`${name}: ${url}, at the deadline, and the handler ${ends} later`, async t => {
+          const over = deferred()
+          const { state, answer, next } = await setUp(t, 20)
+          const delivery = sign(thin('batch.failed'))
+          state.attempt = async () => {
+            await over.promise
+            if (ends === 'fails') throw new Error('disk full')
+          }
+          t.equal(await answer(url, delivery), 503)
+          t.equal(await answer(url, delivery), 503, 'while it runs')
+          t.equal(state.runs, 1)
+          const recorded = next(ends === 'fails' ? 'release' : 'complete')
+          over.resolve()
+          await recorded
+          state.attempt = () => {}
+          t.equal(await answer(url, delivery), 200)
+          t.equal(state.runs, ends === 'fails' ? 2 : 1)
+        })
+      }
+    }
   }
 })
 
