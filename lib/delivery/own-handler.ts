@@ -5,7 +5,7 @@ import { acknowledge } from '../pipeline/acknowledge.ts'
 import { handling, isErrorHandler, isResponse, isSuccess, replying } from '../pipeline/answer.ts'
 import { isPromise } from '../steps.ts'
 import type { MaybePromise } from '../steps.ts'
-import { isClosed, isOut, statusOf, traceAfterReset, watchDestroy } from './raw-response.ts'
+import { isClosed, isOut, statusOf, traceReset, watchDestroy } from './raw-response.ts'
 import type { ReplyState, Standing } from './standing.ts'
 import type { RecordEnd } from './work.ts'
 
@@ -16,7 +16,7 @@ type Started = FastifyRequest & { [STARTED]?: OwnHandler }
 
 /** onSend: the store hears of an own handler's answer before the sender does. */
 export function recordAnswer (request: FastifyRequest, reply: FastifyReply, payload: unknown, done: (error?: Error) => void): void {
-  const recorded = (request as Started)[STARTED]?.answers(isSuccess(reply.statusCode), isText(payload))
+  const recorded = (request as Started)[STARTED]?.answers(isSuccessful(payload, reply.statusCode), isText(payload))
   if (!isPromise<void>(recorded)) return done()
   // `done` may throw, over a header that cannot be sent. Before 5.11 Fastify catches nothing after an asynchronous hook, so
   // that would end the process.
@@ -62,7 +62,7 @@ export class OwnHandler {
     // An async onSend hook delays `reply.sent`; whether the handler has replied must be known at once.
     const send = (payload: unknown): FastifyReply => this.#send(payload)
     reply.send = send
-    traceAfterReset(reply.raw)
+    traceReset(reply.raw, this.#request.raw)
     if (this.#standing.state.at === 'late') this.#divertStatus()
     let result
     let pending = false

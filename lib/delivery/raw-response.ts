@@ -1,6 +1,7 @@
 import { constants } from 'node:http2'
 import type { ServerHttp2Stream } from 'node:http2'
-import type { FastifyReply } from 'fastify'
+import type { Socket } from 'node:net'
+import type { FastifyReply, FastifyRequest } from 'fastify'
 
 type RawResponse = FastifyReply['raw']
 
@@ -19,7 +20,12 @@ export function isClosed (raw: RawResponse): boolean {
  */
 export function isOut (raw: RawResponse): boolean {
   const stream = streamOf(raw)
-  return stream === undefined ? raw.writableFinished && raw.socket?.destroyed !== true : !stream.aborted && stream.writableEnded && stream.rstCode === constants.NGHTTP2_NO_ERROR
+  return stream === undefined ? isFinished(raw) && raw.socket?.destroyed !== true : !stream.aborted && stream.writableEnded && stream.rstCode === constants.NGHTTP2_NO_ERROR
+}
+
+/** An injected response is destroyed as soon as it has ended, and says that it has not finished. */
+function isFinished (raw: RawResponse): boolean {
+  return raw.writableFinished || (raw.writableEnded && (raw as { isLightMyRequest?: boolean }).isLightMyRequest === true)
 }
 
 export function statusOf (raw: RawResponse): number {
@@ -27,43 +33,63 @@ export function statusOf (raw: RawResponse): number {
 }
 
 /**
- * An HTTP/2 response keeps no trace of what is written after its stream was reset. This makes it keep the status, that headers
- * were sent and that it ended, as over HTTP/1.1. It also shows `closed`: Fastify waits for that, and an async handler that
- * returns the reply waits for Fastify.
+ * Has a response that nobody waits for tell what becomes of it, as one of HTTP/1.1 does. Fastify waits for its 'close', and an async
+ * handler that returns the reply waits for Fastify.
  */
-export function traceAfterReset (raw: RawResponse): void {
+export function traceReset (raw: RawResponse, { socket }: FastifyRequest['raw']): void {
   const stream = streamOf(raw)
-  if (stream === undefined) return
+  if (stream !== undefined) traceStream(raw, stream)
+  else if (raw.socket === null) closeWith(raw, socket)
+}
+
+/** A response that is pipelined behind another has no connection yet, and Node does not tell it when that closes. */
+function closeWith (raw: RawResponse, socket: Socket): void {
+  if (socket.destroyed) return close()
+  socket.once('close', close)
+  raw.once('close', () => { socket.off('close', close) })
+
+  function close (): void {
+    show(raw, 'closed')
+    raw.emit('close')
+  }
+}
+
+/**
+ * An HTTP/2 response keeps no trace of what is written after its stream was reset. This makes it keep the status, that headers
+ * were sent and that it ended, and show `closed`.
+ */
+function traceStream (raw: RawResponse, stream: ServerHttp2Stream): void {
   if (stream.aborted) trace()
   else stream.once('aborted', trace)
 
   function trace (): void {
-    show('closed')
+    show(raw, 'closed')
     const { writeHead, end } = raw as unknown as Record<'writeHead' | 'end', (...args: unknown[]) => RawResponse>
     const tracedHead = (status: number, ...rest: unknown[]): RawResponse => {
       raw.statusCode = status
-      show('headersSent')
+      show(raw, 'headersSent')
       return writeHead.call(raw, status, ...rest)
     }
     const tracedEnd = (...args: unknown[]): RawResponse => {
-      show('headersSent')
-      show('writableEnded')
+      show(raw, 'headersSent')
+      show(raw, 'writableEnded')
       return end.apply(raw, args)
     }
     raw.writeHead = tracedHead
     raw.end = tracedEnd
   }
+}
 
-  function show (name: 'closed' | 'headersSent' | 'writableEnded'): void {
-    Object.defineProperty(raw, name, { value: true, configurable: true })
-  }
+function show (raw: RawResponse, name: 'closed' | 'headersSent' | 'writableEnded'): void {
+  Object.defineProperty(raw, name, { value: true, configurable: true })
 }
 
 /** Calls `broken` when this side destroys it before it is out. Fastify does so when the source of a stream fails. */
 export function watchDestroy (raw: RawResponse, broken: () => void): void {
   const { destroy } = raw
   const watched: RawResponse['destroy'] = error => {
-    if (!isClosed(raw)) broken()
+    // An injected response destroys itself once it has ended.
+    if (!isClosed(raw) && !raw.writableEnded) broken()
     return destroy.call(raw, error)
   }
   raw.destroy = watched

@@ -36,6 +36,8 @@ export function captureBody (scope: FastifyInstance, bounds: BodyBounds): void {
 export function readPayload (request: FastifyRequest, payload: RequestPayload, { limit, deadline }: BodyBounds, captured: Captured): void {
   const declared = request.headers['content-length']
   if (Number(declared) > limit) return captured(tooLarge())
+  // Something has read it before, so that no end would come. Its signature is judged over what is left.
+  if (payload.readableEnded) return captured(null, Buffer.alloc(0))
   // A preParsing hook has put another stream in place of the request's: it may hold other bytes than were declared.
   const isReplaced = payload !== request.raw as RequestPayload
   let gathered: Gathered | undefined = new Gathered(isReplaced ? limit : Number(declared) || limit)

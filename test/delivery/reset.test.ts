@@ -10,6 +10,7 @@ import openaiWebhook from '../../lib/index.ts'
 import type { OpenAIWebhookOptions } from '../../lib/index.ts'
 import { SECRET, sign, thin } from '../support/deliveries.ts'
 import type { Signed } from '../support/deliveries.ts'
+import { until } from '../support/faults.ts'
 import { capturedLog, deferred, dial, head, listen, redelivered, watchedStore } from '../support/observe.ts'
 
 // A marked route's own handler whose sender does not wait for the answer: what the handler did counts, whatever has become
@@ -69,6 +70,8 @@ async function fixture (t: Teardown, protocol: Protocol, handler: Handler, { hol
     started.resolve()
     await gone.promise
   })
+  app.get('/slow', (_request, reply) => reply)
+  app.get('/listeners', async ({ raw: { socket } }) => socket.listenerCount('close'))
   await app.register(openaiWebhook, { secret: SECRET, idempotency: { store }, ...options })
   if (errorHandler !== undefined) app.setErrorHandler(errorHandler)
   app.openaiWebhook.onError(error => {
@@ -312,6 +315,78 @@ for (const protocol of PROTOCOLS) {
     }
   }
 }
+
+/** Behind a request whose answer does not come: the response has no connection yet. */
+function pipelined ({ app, send, ...own }: Fixture): Fixture {
+  let isFirst = true
+  return {
+    ...own,
+    app,
+    async send (delivery) {
+      if (!isFirst) return await send(delivery)
+      isFirst = false
+      const { socket, received } = await dial(app)
+      socket.write(Buffer.concat([Buffer.from(`GET /slow HTTP/1.1\r\nhost: a\r\n\r\n${head(delivery, '/own')}`), delivery.body]))
+      return { begun: received.then(() => {}), answer: received, reset () { socket.resetAndDestroy() } }
+    }
+  }
+}
+
+for (const [name, [due, ending]] of Object.entries(endings)) {
+  for (const when of ['has ended', 'ends'] as const) {
+    t.test(`HTTP/1.1, pipelined: a connection that goes when the handler ${when}, which ${name}: the retry ${due}`, async t => {
+      const own = pipelined(await fixture(t, 'HTTP/1.1', async (reply, gone) => {
+        if (when === 'ends') await gone
+        return await ending(reply)
+      }))
+      const delivery = sign(thin('batch.failed'))
+      const { reset } = await own.send(delivery)
+      await own.started
+      await new Promise(resolve => setImmediate(resolve))
+      reset()
+      await retried(t, own, delivery, due)
+    })
+  }
+}
+
+t.test('HTTP/1.1, pipelined: a connection that lives on keeps nothing of its answers', async t => {
+  const { app, runs } = await fixture(t, 'HTTP/1.1', async reply => await reply.send('own'))
+  const { socket, received } = await dial(app)
+  const listeners = 'GET /listeners HTTP/1.1\r\nhost: a\r\n\r\n'
+  const deliveries = Array.from({ length: 5 }, () => sign(thin('batch.failed'))).flatMap(delivery => [Buffer.from(head(delivery, '/own').replace(/connection: close\r\n/i, '')), delivery.body])
+  socket.write(Buffer.concat([Buffer.from(listeners), ...deliveries]))
+  await until('all to run', () => runs() === 5)
+  socket.end(listeners)
+  const [before, after] = (await received).matchAll(/\r\n\r\n(\d+)/g)
+  t.equal(after?.[1], before?.[1])
+})
+
+t.test('inject, as @fastify/aws-lambda has it', async t => {
+  const answers: Record<string, [Due, number, Handler]> = {
+    text: ['is a duplicate', 200, () => 'own'],
+    'a stream': ['is a duplicate', 200, () => Readable.from(['a', 'b'])],
+    'a stream that fails': ['runs again', 500, () => failing()],
+    'a Response': ['is a duplicate', 200, () => new Response('own')],
+    'a Response that is a failure': ['runs again', 503, () => new Response('no', { status: 503 })],
+    'a Response with a status of its own': ['is a duplicate', 200, reply => {
+      reply.code(502)
+      return new Response('own', { status: 200 })
+    }],
+    'a hijacked answer': ['is a duplicate', 202, reply => { reply.hijack().raw.writeHead(202).end('raw') }],
+    'a hijacked answer that is a failure': ['runs again', 500, reply => { reply.hijack().raw.writeHead(500).end('raw') }]
+  }
+  for (const [name, [due, status, handler]] of Object.entries(answers)) {
+    for (const payloadAsStream of [false, true]) {
+      t.test(`${name}${payloadAsStream ? ', read as a stream' : ''}: the retry ${due}`, async t => {
+        const own = await fixture(t, 'HTTP/1.1', handler)
+        const { headers, body } = sign(thin('batch.failed'))
+        const answer = await own.app.inject({ method: 'POST', url: '/own', headers, payload: body, payloadAsStream })
+        t.equal(answer.statusCode, status)
+        await retried(t, own, { headers, body }, due)
+      })
+    }
+  }
+})
 
 t.test('HTTP/2: an answer by the stream itself', async t => {
   for (const [status, due] of [[200, 'is a duplicate'], [500, 'runs again']] as const) {

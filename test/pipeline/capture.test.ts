@@ -617,6 +617,26 @@ t.test('a marked route beside the app\'s own parsing', async t => {
   })
 })
 
+for (const url of [OWN, MARKED]) {
+  t.test(`a body that something has read before is refused at ${url}, and keeps nobody waiting`, async t => {
+    for (const hook of ['onRequest', 'preParsing'] as const) {
+      const { app, seen } = await fixture(t)
+      // As body-parser does, where the app uses middleware.
+      app.addHook(hook as 'onRequest', async ({ raw }) => { for await (const chunk of raw) t.ok(chunk) })
+      const port = await listen(app)
+      const { headers, body } = sign(nonAscii)
+      for (const framing of [{ 'content-length': String(body.length) }, { 'transfer-encoding': 'chunked' }]) {
+        const sent = http.request({ port, host: '127.0.0.1', path: url, method: 'POST', agent: false, headers: { ...headers, ...framing } })
+        sent.end(body)
+        const [response] = await once(sent, 'response') as [http.IncomingMessage]
+        response.resume()
+        t.equal(response.statusCode, 401, `${hook}, ${Object.keys(framing).join('')}`)
+      }
+      t.same(seen, [])
+    }
+  })
+}
+
 t.test('a body that an earlier preParsing hook has put in place of the request\'s', async t => {
   /** An app whose bodies come in the chunks that `rechunk` makes of them, of a length that nobody declares. */
   async function rechunked (t: Parameters<typeof build>[0], rechunk: (body: Buffer) => unknown[]): Promise<FastifyInstance> {
