@@ -1,6 +1,7 @@
 import { createHash } from 'node:crypto'
 import { setMaxListeners } from 'node:events'
 import { setTimeout as sleep } from 'node:timers/promises'
+import { LRUCache } from 'lru-cache'
 import type { JobInsert, JobResult, JobWithMetadata, PgBoss } from 'pg-boss'
 import { InvalidOptions, Overloaded } from '../errors.ts'
 import { RETENTION } from '../stores/store.ts'
@@ -64,6 +65,8 @@ interface QueuedDelivery {
   /** Identifies a delivery, requeued or not. */
   readonly key: string
   readonly type: string
+  /** How often its handlers may be started. pg-boss's own limit is beyond that, or the queue's, where a person has redriven the job. */
+  readonly attempts: number
   /** The job as JSON text, because jsonb refuses U+0000. */
   readonly delivery: string
 }
@@ -97,6 +100,10 @@ const KEPT = 315_360_000
 const MAX_SUMMARY = 1_000
 /** Jobs that pg-boss lists. */
 const MAX_LIST = 100_000
+/** Starts after the last attempt, which bury the delivery once the store can say which handlers have succeeded. */
+const LOOKS = 1_000
+/** Dead deliveries that pg-boss could not record. */
+const MAX_UNRECORDED = 1_000
 /** ms for which a job is polled until pg-boss has recorded it as dead. */
 const PATIENCE = 10_000
 const WORKER_DEFAULTS = { concurrency: 10, batchSize: 1, pollingIntervalSeconds: 2 }
@@ -134,8 +141,7 @@ export function pgboss ({
   if (!(pollingIntervalSeconds >= 0.5)) throw new InvalidOptions('pgboss: expected worker.pollingIntervalSeconds to be a number, 0.5 or more')
   const deadName = `${queueName}-dead`
   const settings = {
-    // One more than the user's, for the start that buries a delivery whose last attempt died with its process.
-    retryLimit: attempts,
+    retryLimit: attempts + LOOKS,
     retryDelay: Math.ceil(backoff / 1_000),
     ...(backoff > 0 && { retryBackoff: true, retryDelayMax: MAX_BACKOFF }),
     heartbeatSeconds,
@@ -152,6 +158,8 @@ export function pgboss ({
   const slots: Slot[] = []
   /** Dead deliveries that wait to be told until pg-boss has recorded them. */
   const dying = new Set<Promise<void>>()
+  /** The same by the job's id. If pg-boss cannot record one, the next start buries it again. */
+  const unrecorded = new LRUCache<string, Burial>({ max: MAX_UNRECORDED })
   const drained = new AbortController()
   setMaxListeners(0, drained.signal)
   let nextSlot = 0
@@ -167,7 +175,7 @@ export function pgboss ({
 
   /** @returns whether it was not there before */
   async function enqueue (id: string, job: Job): Promise<boolean> {
-    const data: QueuedDelivery = { key: idOf(job), type: storable(job.event.type), delivery: JSON.stringify(job) }
+    const data: QueuedDelivery = { key: idOf(job), type: storable(job.event.type), attempts, delivery: JSON.stringify(job) }
     const isNew = await insert({ ...settings, id, data })
     if (isNew) wakeOne()
     return isNew
@@ -183,7 +191,8 @@ export function pgboss ({
   }
 
   async function handle (host: RunnerHost, job: QueuedJob, burials: Burial[]): Promise<JobResult> {
-    const { id, data, output, retryCount, retryLimit: attempts } = job
+    const { id, data, output, retryCount, retryLimit } = job
+    const attempts = Math.min(data.attempts, retryLimit)
     const { finished = [], remembered } = failureOf(output) ?? {}
     const delivery: Job = { ...JSON.parse(data.delivery) as Job, ...(finished.length > 0 && { finished }), ...(remembered !== undefined && { remembered }) }
     const attempt = retryCount + 1
@@ -200,11 +209,16 @@ export function pgboss ({
 
   /** No attempt is left, and the last one has no result. The store may know which handlers had succeeded. */
   async function giveUp (host: RunnerHost, job: QueuedJob, delivery: Job, attempts: number, burials: Burial[]): Promise<JobResult> {
+    const before = unrecorded.get(job.id)
+    if (before !== undefined) return bury({ ...before, job }, burials)
     let known
     try {
       known = await host.recorded?.(delivery)
     } catch (trouble) {
+      // It is looked at again after pg-boss's backoff. Waits, because that may be none.
       host.report(trouble, delivery)
+      await sleep(1_000)
+      return { id: job.id, status: 'failed', ...(job.output !== null && { output: job.output }) }
     }
     const { done = false, ...left } = known ?? {}
     if (done) return { id: job.id, status: 'completed' }
@@ -213,20 +227,28 @@ export function pgboss ({
   }
 
   function bury (burial: Burial, burials: Burial[]): JobResult {
-    burials.push(burial)
     const { job, dead } = burial
+    burials.push(burial)
+    unrecorded.set(job.id, burial)
     const { attempts, errors, finished, remembered, diedAt } = dead
     return { id: job.id, status: 'deadletter', output: outputOf({ attempts, errors, finished, ...(remembered !== undefined && { remembered }), diedAt }) }
   }
 
-  /** Polls, because pg-boss does not say when it has recorded a result. If it cannot record one, the job is attempted again. */
-  async function tellOnceRecorded (host: RunnerHost, { job: { id, retryCount }, dead, error }: Burial): Promise<void> {
+  /** Polls, because pg-boss does not say when it has recorded a result. */
+  async function tellOnceRecorded (host: RunnerHost, burial: Burial): Promise<void> {
+    const { job: { id, retryCount }, dead, error } = burial
     for (let wait = 10; wait < PATIENCE; wait *= 2) {
       await sleep(wait, undefined, { ref: false, signal: drained.signal }).catch(() => {})
       const [job] = await boss.findJobs(queueName, { id }).catch(() => [])
-      // A later attempt tells by itself.
-      if (job?.state === 'failed' && job.retryCount === retryCount) return tellDead(host, dead, error)
+      // A later start tells by itself.
+      if (unrecorded.get(id) !== burial) return
+      if (job?.state === 'failed' && job.retryCount === retryCount) {
+        unrecorded.delete(id)
+        return tellDead(host, dead, error)
+      }
     }
+    const { attempts, errors, diedAt, ...delivery } = dead
+    host.report(error, delivery, { attempt: attempts, attempts })
   }
 
   /** A dead job, with what the store knows of it where pg-boss has given it up. */

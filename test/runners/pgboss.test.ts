@@ -3,7 +3,7 @@ import { PgBoss } from 'pg-boss'
 import type { JobInsert } from 'pg-boss'
 import pg from 'pg'
 import t from 'tap'
-import type { Job } from '../../lib/index.ts'
+import type { DeadDelivery, Job } from '../../lib/index.ts'
 import { pgboss } from '../../lib/runners/pgboss.ts'
 import { build, sign, thin } from '../support/deliveries.ts'
 import { Member, answer, batchFailed, effectsIn, until } from '../support/faults.ts'
@@ -398,8 +398,12 @@ t.test('dead deliveries', { skip }, async t => {
       wh_unknown: () => undefined,
       wh_partly: () => ({ done: false, finished: ['import'], remembered: { import: 1 } }),
       wh_done: () => ({ done: true, finished: [] }),
-      wh_trouble: () => { throw new Error('the store is down') }
+      wh_trouble: () => {
+        if (failures++ < 2) throw new Error('the store is down')
+        return { done: false, finished: ['import'] }
+      }
     }
+    let failures = 0
     const queueName = newQueue()
     const told: unknown[] = []
     const host = { process () {}, report (error: unknown) { told.push((error as Error).message) }, dead ({ webhookId, attempts, finished, errors }: { webhookId: string, attempts: number, finished: readonly string[], errors: ReadonlyArray<{ message: string }> }) { told.push([webhookId, attempts, finished, errors[0]!.message]) } }
@@ -415,13 +419,61 @@ t.test('dead deliveries', { skip }, async t => {
     await until('all to be seen to', async () => (await states(boss, queueName))['completed'] === 1 && await second.deadCount!() === 3)
     await second.close!()
     const message = 'the process ended, or the job expired, while the handlers ran'
-    t.same(new Set(told), new Set(['the store is down', ['wh_unknown', 1, [], message], ['wh_partly', 1, ['import'], message], ['wh_trouble', 1, [], message]]))
-    t.equal(told.length, 4)
+    t.same(new Set(told), new Set(['the store is down', ['wh_unknown', 1, [], message], ['wh_partly', 1, ['import'], message], ['wh_trouble', 1, ['import'], message]]))
+    t.equal(told.length, 5, 'not dead before the store can say')
 
     const withoutStore = pgboss({ boss, queueName, worker: { concurrency: 1 } })
     await withoutStore.start!(host)
     t.equal(await withoutStore.requeue!({ endpoint: ENDPOINT, webhookId: 'wh_partly' }), true)
     await withoutStore.close!()
+  })
+
+  t.test('one whose death could not be recorded has its own error in the log, and in the dead letter where the process lives on', async t => {
+    const boss = await startedBoss(t, server)
+    const pool = admin(t)
+    const log = capturedLog()
+    const queueName = newQueue()
+    const app = await build(t, { runner: pgboss({ boss, queueName, attempts: 1, backoff: 0, worker: { concurrency: 1 } }) }, { logger: log.logger })
+    const died: DeadDelivery[] = []
+    app.openaiWebhook.onDead(delivery => { died.push(delivery) })
+    let ran = 0
+    app.openaiWebhook.on('batch.failed', () => {
+      ran++
+      throw new Error('no such batch')
+    }, { name: 'work' })
+    await listen(app)
+    await pool.query(`
+      CREATE SEQUENCE settlings;
+      CREATE FUNCTION cut () RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+        IF NEW.state = 'failed' AND nextval('settlings') = 1 THEN PERFORM pg_terminate_backend(pg_backend_pid()); END IF;
+        RETURN NEW;
+      END $$;
+      CREATE TRIGGER cut BEFORE INSERT OR UPDATE ON pgboss.job FOR EACH ROW EXECUTE FUNCTION cut ()`)
+    t.teardown(async () => await pool.query('DROP TRIGGER cut ON pgboss.job; DROP FUNCTION cut; DROP SEQUENCE settlings'))
+    t.equal(await answer(app, batchFailed('wh_1')), '200')
+    await until('it to be told', () => died.length > 0)
+    t.match(died, [{ attempts: 1, errors: [{ handler: 'work', message: 'no such batch', stack: /no such batch\n +at / }] }])
+    t.match(await app.openaiWebhook.deadLetters.list(), died)
+    t.match(log.lines.filter(({ webhookId, level }) => level === 50 && webhookId === 'wh_1'), [{ msg: 'webhook delivery is dead', err: { stack: /no such batch/ } }])
+    t.equal(ran, 1)
+    await app.close()
+  })
+
+  t.test('one that could not be recorded before the process ends has its own error in the log', async t => {
+    const boss = await startedBoss(t, server)
+    const pool = admin(t)
+    const log = capturedLog()
+    const queueName = newQueue()
+    const app = await build(t, { runner: pgboss({ boss, queueName, attempts: 1, worker: { concurrency: 1 } }) }, { logger: log.logger })
+    app.openaiWebhook.on('batch.failed', async () => {
+      await lapsed(boss, pool, queueName, 'started_on')
+      throw new Error('no such batch')
+    }, { name: 'work' })
+    await listen(app)
+    t.equal(await answer(app, batchFailed('wh_1')), '200')
+    await until('it to wait', async () => (await states(boss, queueName))['retry'] === 1)
+    await app.close()
+    t.match(log.lines.filter(({ webhookId, level }) => level === 50 && webhookId === 'wh_1'), [{ attempt: 1, err: { stack: /no such batch\n +at / } }])
   })
 
   t.test('one that lapsed while its last attempt ran is told by the next one, not by that', async t => {
@@ -442,7 +494,8 @@ t.test('dead deliveries', { skip }, async t => {
     await until('it to be dead', async () => await state.app.openaiWebhook.deadLetters.count() === 1)
     await until('it to be told', () => state.died.length > 0)
     await state.app.close()
-    t.match(state.died, [{ attempts: 1, errors: [{ handler: null, message: /^the process ended, or the job expired/ }] }])
+    t.match(state.died, [{ attempts: 1, errors: [{ handler: 'work', message: 'too late' }] }], 'with what it had ended with')
+    t.equal(state.died.length, 1)
     t.equal(state.ran.length, 1)
   })
 
@@ -450,8 +503,8 @@ t.test('dead deliveries', { skip }, async t => {
     const boss = await startedBoss(t, server)
     const state = await queueing(t, boss, { attempts: 1, worker: false })
     for (const id of ['wh_1', 'wh_2']) t.equal(await answer(state.app, batchFailed(id)), '200')
+    await admin(t).query('UPDATE pgboss.job SET retry_limit = 1 WHERE name = $1', [state.queueName])
     for (const { id, data } of await boss.findJobs<{ delivery: string }>(state.queueName)) {
-      // The start, and the one in which nothing more is started.
       for (let start = 1; start <= 2; start++) {
         await boss.fetch(state.queueName, { batchSize: 2 })
         await boss.fail(state.queueName, id, data.delivery.includes('wh_1') ? null : { value: { message: 'by hand' } })
