@@ -1,25 +1,68 @@
 import { TransactionOver } from '../errors.ts'
+import { isPromise } from '../steps.ts'
 
 /**
- * Lends a database's client for the length of a transaction.
+ * Lends a database's client for the length of a transaction, and with it the statements and iterators that it makes.
  *
  * @param name of the handler
- * @returns `tx`, whose methods throw FST_OPENAI_WEBHOOK_TRANSACTION_OVER once `end` has been called
+ * @returns `tx`, whose methods and whose statements' throw FST_OPENAI_WEBHOOK_TRANSACTION_OVER once `end` has been called
  */
 export function lend<Tx extends object> (client: Tx, name: string): { tx: Tx, end: () => void } {
   let over = false
-  const tx = new Proxy(client, {
-    get (target, property) {
-      // Native methods and private fields work on the client itself, not on a proxy.
-      const value: unknown = Reflect.get(target, property, target)
-      if (typeof value !== 'function') return value
-      return (...args: unknown[]): unknown => {
-        if (over) throw new TransactionOver(name)
-        // release() would make the pool lend the client out in the midst of the transaction.
-        if (property === 'release') return undefined
-        return Reflect.apply(value, target, args)
-      }
+  const iterators: Iterator<unknown>[] = []
+
+  function lent<T extends object> (owned: T): T {
+    return new Proxy(owned, {
+      get (target, property) {
+        // Native methods and private fields work on the target itself, not on a proxy.
+        const value: unknown = Reflect.get(target, property, target)
+        if (typeof value !== 'function' || isFixed(target, property)) return value
+        return (...args: unknown[]): unknown => {
+          // release() would make the pool lend the client out in the midst of the transaction.
+          return property === 'release' ? assertLent() : call(value, target, args)
+        }
+      },
+      apply: (target, self, args) => call(target as unknown as Function, self, args)
+    })
+  }
+
+  function call (method: Function, self: unknown, args: unknown[]): unknown {
+    assertLent()
+    const result: unknown = Reflect.apply(method, self, args)
+    if (!isMade(result)) return result
+    if (isIterator(result)) iterators.push(result)
+    return lent(result)
+  }
+
+  function assertLent (): undefined {
+    if (over) throw new TransactionOver(name)
+  }
+
+  return {
+    tx: lent(client),
+    end () {
+      over = true
+      // better-sqlite3 neither commits nor rolls back while one is open.
+      for (const iterator of iterators) iterator.return?.()
     }
-  })
-  return { tx, end: () => { over = true } }
+  }
+}
+
+/** A proxy may give no other value for it. */
+function isFixed (target: object, property: string | symbol): boolean {
+  const own = Reflect.getOwnPropertyDescriptor(target, property)
+  return own?.configurable === false && own.writable === false
+}
+
+/** Whether it is something of the client's, such as a statement, and not rows or a value of one. */
+function isMade (result: unknown): result is object {
+  if (typeof result === 'function') return true
+  if (typeof result !== 'object' || result === null || Array.isArray(result) || ArrayBuffer.isView(result) || isPromise(result)) return false
+  const prototype: unknown = Object.getPrototypeOf(result)
+  const isPlain = prototype === null || prototype === Object.prototype
+  return !isPlain || Object.values(result).some(value => typeof value === 'function')
+}
+
+function isIterator (made: object): made is Iterator<unknown> {
+  return typeof (made as Partial<Iterator<unknown>>).next === 'function'
 }

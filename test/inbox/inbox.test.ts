@@ -45,6 +45,49 @@ for (const name of HANDLES) {
       t.equal(count(db, 'openai_webhook_inbox'), 0)
     })
 
+    await t.test('what tx has made ends with it', async t => {
+      const db = open(t)
+      const inbox = sqliteInbox(db)
+      const later: Array<Promise<unknown>> = []
+      const works: Record<string, (tx: Handle) => () => unknown> = {
+        'a statement': tx => {
+          const insert = tx.prepare('INSERT INTO effects VALUES (?)')
+          return () => insert.run('later')
+        },
+        'its method': tx => {
+          const { run } = tx.prepare('INSERT INTO effects VALUES (?)')
+          return () => run('later')
+        },
+        'rows that are left': tx => {
+          tx.prepare('INSERT INTO effects VALUES (?)').run('one')
+          const rows = tx.prepare('SELECT row FROM effects').iterate()
+          t.match(rows.next(), { value: { row: 'one' } })
+          return () => rows.next()
+        }
+      }
+      for (const [what, work] of Object.entries(works)) {
+        const disguised = inbox.once(what, tx => {
+          const act = work(tx)
+          later.push(Promise.resolve().then(act))
+          return later.at(-1)
+        })
+        t.throws(() => run(disguised), { code: 'FST_OPENAI_WEBHOOK_ASYNC_WORK' }, what)
+        await t.rejects(later.at(-1)!, { code: 'FST_OPENAI_WEBHOOK_TRANSACTION_OVER' }, what)
+      }
+      t.equal(count(db, 'effects'), 0)
+
+      run(inbox.once('settle', tx => {
+        const insert = tx.prepare('INSERT INTO effects VALUES (?)')
+        for (const row of ['a', 'b', 'c']) insert.run(row)
+        t.same([...tx.prepare('SELECT row FROM effects').iterate()].map(row => ({ ...row })), [{ row: 'a' }, { row: 'b' }, { row: 'c' }])
+        t.match(tx.prepare('SELECT row FROM effects').get(), { row: 'a' })
+        // Not read to its end: better-sqlite3 would neither commit nor roll back.
+        tx.prepare('SELECT row FROM effects').iterate().next()
+      }))
+      t.equal(count(db, 'effects'), 3)
+      t.equal(count(db, 'openai_webhook_inbox'), 1)
+    })
+
     await t.test('over an app that was closed, with durable() and without', async t => {
       const file = join(t.testdir(), 'webhooks.db')
       const delivery = sign(thin('batch.failed'))

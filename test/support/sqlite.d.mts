@@ -5,6 +5,7 @@ export interface Handle {
     run (...parameters: unknown[]): { changes: number | bigint }
     get (...parameters: unknown[]): unknown
     all (...parameters: unknown[]): unknown[]
+    iterate (...parameters: unknown[]): IterableIterator<object>
   }
   close (): unknown
 }
