@@ -25,10 +25,10 @@ export interface Handler {
 }
 
 /**
- * Runs for a verified event; `this` is the Fastify scope it was registered in. When it throws or rejects, the sender
- * is told to deliver again.
+ * Runs for a verified event; `this` is the Fastify scope it was registered in. It may be asynchronous; what it returns counts for
+ * nothing. When it throws or rejects, the sender is told to deliver again.
  */
-export type EventHandler<Event> = (this: FastifyInstance, event: Event, context: EventContext) => void | Promise<void>
+export type EventHandler<Event> = (this: FastifyInstance, event: Event, context: EventContext) => void | PromiseLike<unknown>
 
 export type RouteHandlers = {
   [Name in EventType | EventPattern]?: EventHandler<EventOf<Name>> | ReadonlyArray<EventHandler<EventOf<Name>>>

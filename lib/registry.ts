@@ -72,7 +72,7 @@ export class HandlerList {
   on (types: string | readonly string[], fn: AnyHandler, scope: FastifyInstance, options?: HandlerOptions): void {
     const list = typeof types === 'string' ? [types] : types
     if (!Array.isArray(list) || list.length === 0) {
-      throw new InvalidOptions('on(): expected an event type, a pattern such as "batch.*" or a non-empty array of them')
+      throw new InvalidOptions(`on(): expected an event type, a pattern such as "batch.*" or a non-empty array of them, got ${Array.isArray(list) ? 'an empty array' : types === null ? 'null' : typeof types}`)
     }
     for (const type of list) this.#assertKnown(type)
     // One name for all its types: a delivery has one type and runs the handler once.

@@ -137,9 +137,10 @@ t.test('misspelt types and families are refused, with the nearest known name', a
   t.match(await on('fine_tuning.job.completed'), /, expected one of fine_tuning\.job\.cancelled, fine_tuning\.job\.failed, fine_tuning\.job\.succeeded; /, 'near another one, and not that')
   t.match(await on('*'), /"\*" is no pattern: onAny\(handler\) runs for every event/)
 
-  t.match(await on([]), /expected an event type, a pattern such as "batch\.\*" or a non-empty array of them/)
-  t.match(await on(undefined), /expected an event type, a pattern/)
-  t.match(await on({ type: 'batch.failed' }), /expected an event type, a pattern/)
+  t.match(await on([]), /expected an event type, a pattern such as "batch\.\*" or a non-empty array of them, got an empty array/)
+  t.match(await on(undefined), /expected an event type, a pattern .*, got undefined/)
+  t.match(await on(null), /expected an event type, a pattern .*, got null/)
+  t.match(await on({ type: 'batch.failed' }), /expected an event type, a pattern .*, got object/)
   t.match(await on([7]), /expected an event type \(a string\), got number/)
   t.equal(await codeOf(() => app.openaiWebhook.on('batch.faild' as EventType, () => {})), 'INVALID_OPTIONS')
 })

@@ -162,6 +162,8 @@ webhook.on('batch.failed', (event: OfficialEvents['batch.completed']) => event)
 webhook.on('batch.failed')
 // @ts-expect-error handlers return nothing
 webhook.on('batch.failed', () => 'text')
+// What a promise resolves to counts for nothing either.
+webhook.on('batch.failed', async () => ({ rows: 1 })).route({ url: '/own', on: { 'batch.failed': async () => 1 } })
 
 webhook.on('batch.failed', () => {}, { name: 'alert' })
 // @ts-expect-error misspelt option

@@ -1,4 +1,4 @@
-import { CommandError, EXIT, usageError } from './command.ts'
+import { EXIT, usageError } from './command.ts'
 import type { Command } from './command.ts'
 import { header, readSaved } from './saved.ts'
 import type { Saved } from './saved.ts'
@@ -38,7 +38,9 @@ export const replay: Command = {
     const deliveries: Array<Saved & { file: string }> = []
     for (const file of files) {
       const saved = await readSaved(file)
-      deliveries.push({ file, ...(secret === undefined ? saved : resign(file, saved, secret)) })
+      const delivery = secret === undefined ? saved : resign(saved, secret)
+      if (delivery !== undefined) deliveries.push({ file, ...delivery })
+      else terminal.err(`openai-webhook: ${file}: left out, it has no webhook-id to sign again\n`)
     }
 
     let failed = false
@@ -60,9 +62,10 @@ export const replay: Command = {
   }
 }
 
-function resign (file: string, saved: Saved, secret: string): Saved {
+/** @returns `undefined` for what a stranger sent, which has no webhook-id */
+function resign (saved: Saved, secret: string): Saved | undefined {
   const webhookId = header(saved, 'webhook-id')
-  if (webhookId === undefined) throw new CommandError(`${file}: it has no webhook-id to sign again`)
+  if (webhookId === undefined) return undefined
   const signed = sign(saved.body, { secret, webhookId })
   const renewed = ['webhook-timestamp', 'webhook-signature']
   return {

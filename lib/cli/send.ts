@@ -147,8 +147,8 @@ export function url (args: Arguments, name: string): URL | undefined {
 }
 
 /** @throws CommandError */
-export function sender (args: Arguments, { signal }: Terminal): Sender {
-  const target = url(args, 'url')
+export function sender (args: Arguments, { signal }: Terminal, fallback?: string): Sender {
+  const target = url(args, 'url') ?? (fallback === undefined ? undefined : new URL(fallback))
   if (target === undefined) throw usageError('missing --url, the address to deliver to')
   return new Sender(target, timeout(args), signal)
 }

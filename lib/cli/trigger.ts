@@ -5,7 +5,7 @@ import { secretHelp, secretOptions } from './secret.ts'
 import { readSigningSecret, sendOptions, sender } from './send.ts'
 import type { Answer, Sender } from './send.ts'
 import { milliseconds, paint, paintStatus, progress, told } from './table.ts'
-import { nearest } from '../nearest.ts'
+import { editDistance, nearest } from '../nearest.ts'
 import { sampleEvent, sampleTypes } from '../testing/sample.ts'
 import type { SampleType } from '../testing/sample.ts'
 import { newWebhookId, sign } from '../testing/sign.ts'
@@ -15,12 +15,15 @@ const MANY = 20
 /** Deliveries in flight at once. When the receiver is slower than the rate, the next one waits. */
 const MAX_RUNNING = 256
 
-const help = `Usage: openai-webhook trigger <type…|all> --url URL [options]
+/** Where README's example and `listen --port 3000` receive. */
+const DEFAULT_URL = 'http://127.0.0.1:3000/webhooks/openai'
+
+const help = `Usage: openai-webhook trigger <type…|all> [options]
 
 Sends signed sample events, as OpenAI would. A type is one such as batch.completed, a family such as batch.*
 (quote it: 'batch.*'), or all.
 
-  --url URL            the receiver, such as http://127.0.0.1:3000/webhooks/openai
+  --url URL            the receiver (http://127.0.0.1:3000/webhooks/openai)
   --data PATH=VALUE    sets a field of the event: data.id=batch_1; JSON where it is JSON, else text; may be repeated
   --count N            deliveries of each type (1)
   --rate R             deliveries started per second; without it each waits for the answer to the one before
@@ -35,8 +38,8 @@ ${secretHelp}
 Exit code 0 when every delivery was answered 200, else 1.
 
 Examples:
-  openai-webhook trigger all --url http://127.0.0.1:3000/webhooks/openai
-  openai-webhook trigger batch.completed --data data.id=batch_1 --url http://127.0.0.1:3000/webhooks/openai
+  openai-webhook trigger all
+  openai-webhook trigger batch.completed --data data.id=batch_1
   openai-webhook trigger 'response.*' --count 500 --rate 100 --url https://example.com/webhooks/openai
 `
 
@@ -61,7 +64,7 @@ export const trigger: Command = {
     if (args.values['queued'] === true && !duplicate) throw usageError('--queued says what is right for the second delivery of --duplicate')
     // Checks the paths before anything is sent.
     for (const type of types) makeEvent(type, fields)
-    const to = sender(args, terminal)
+    const to = sender(args, terminal, DEFAULT_URL)
     const secret = await readSigningSecret(args, terminal)
 
     const report = new Report(terminal, args, types, types.length * each * (duplicate ? 2 : 1))
@@ -121,8 +124,16 @@ function selectTypes (wanted: readonly string[]): SampleType[] {
 function matching (wanted: string): SampleType[] {
   const found = sampleTypes.filter(type =>
     wanted === 'all' || type === wanted || (wanted.endsWith('.*') && type.startsWith(wanted.slice(0, -1))))
-  if (found.length === 0) throw usageError(`unknown event type "${wanted}"${nearest(wanted, ['all', ...sampleTypes, ...families()])}`)
+  if (found.length === 0) throw usageError(`unknown event type "${wanted}"${adviceOn(wanted)}`)
   return found
+}
+
+function adviceOn (wanted: string): string {
+  // A type of the family whose last word is another, such as `completed` for `succeeded`, is no misspelling.
+  const family = sampleTypes.filter(type => type.startsWith(wanted.slice(0, wanted.lastIndexOf('.') + 1)))
+  const misspelt = nearest(wanted, ['all', ...sampleTypes, ...families()])
+  const [first = '', last = ''] = [family.slice(0, -1).join(', '), family.at(-1)]
+  return wanted.includes('.') && family.length > 1 && family.every(type => editDistance(type, wanted) > 2) ? `, expected one of ${first} or ${last}` : misspelt
 }
 
 function families (): string[] {

@@ -49,7 +49,7 @@ function toEvent (rawBody: Buffer, parse: ParseJson): { type: string } | Error {
     body = parse(rawBody.toString())
   } catch {
     // The parser's own message may quote the body.
-    return new InvalidBody('JSON without a byte order mark or a __proto__ key')
+    return new InvalidBody('JSON, and no byte order mark or __proto__ key in it')
   }
   if (typeof body !== 'object' || body === null || typeof (body as { type?: unknown }).type !== 'string') {
     return new InvalidBody('an object with a string `type`')

@@ -9,7 +9,7 @@ export const PROTECTED = Symbol('openai-webhook.protected')
 /** On the scope of an own route. It spares `request.routeOptions`, which is built anew each time, for 0.4 µs. */
 export const OWN = Symbol('openai-webhook.own')
 
-const DECLARED_EARLY = 'was declared before fastify-openai-webhook had loaded, so nothing verifies it: put `await` before app.register(openaiWebhook), or declare the route in a plugin registered after it'
+const DECLARED_EARLY = 'was declared before fastify-openai-webhook had loaded, so nothing verifies it: declare the route below `await app.register(openaiWebhook)`, with the `await`, or in a plugin registered after it'
 export const SKIPPED = 'a hook of the app has thrown null or undefined, which Fastify takes for no error while it skips the hooks that come after: throw an Error'
 
 /** onRequest of the whole app: a route that asks for verification and cannot have it fails closed. */
@@ -33,5 +33,5 @@ export function isProtected ({ config, onRequest, preParsing }: RouteOptions): b
 /** `app.openaiWebhook.handler`: marks a route that dispatches. It runs only where it was not recognised, and then throws. */
 export const dispatching = (): RouteHandlerMethod => function ({ method, routeOptions: { config, url } }) {
   if (!(PROTECTED in config)) throw new UnprotectedRoute(`${method} ${String(url)}`, DECLARED_EARLY)
-  throw new InvalidRoute(method, url, 'app.openaiWebhook.handler cannot be told where another plugin has wrapped it, as @fastify/otel does: declare the route with app.openaiWebhook.route(), or with `otel: { instrumentHandler: false }` in its config')
+  throw new InvalidRoute(method, url, 'app.openaiWebhook.handler cannot be told where another plugin has wrapped it, as @fastify/otel and @fastify/websocket do: register that plugin after fastify-openai-webhook, or declare the route with app.openaiWebhook.route(), or for otel with `otel: { instrumentHandler: false }` in its config')
 }

@@ -190,6 +190,12 @@ function assertSecret (secret: unknown): asserts secret is string {
   if (secret.startsWith('sk-')) {
     throw new InvalidSecret('expected the endpoint\'s signing secret (whsec_…), got an API key (sk-…): copy the secret shown when the webhook endpoint was created')
   }
+  if (/^whe_/i.test(secret)) {
+    throw new InvalidSecret('expected the endpoint\'s signing secret (whsec_…), got an endpoint\'s id (whe_…): copy the secret that was shown when the webhook endpoint was created')
+  }
+  if (/^whsec_/i.test(secret) && !secret.startsWith(PREFIX)) {
+    throw new InvalidSecret('expected the signing secret to begin with "whsec_" in lower case: copy it again as it was shown')
+  }
   if (/^[\s"'`]|[\s"'`]$/.test(secret)) {
     throw new InvalidSecret('the signing secret begins or ends with white space or a quote: remove it where the secret is set')
   }
@@ -204,7 +210,7 @@ export function keyBytes (secret: unknown, warn: (message: string) => void): Uin
 /** OpenAI's SDKs take what follows `whsec_` as base64 and any other text as its UTF-8 bytes. */
 function secretBytes (secret: string, warn: (message: string) => void): Uint8Array {
   if (!secret.startsWith(PREFIX)) {
-    warn('a signing secret does not begin with "whsec_": its UTF-8 bytes are used as the key, as OpenAI\'s SDKs do')
+    warn('a signing secret does not begin with "whsec_": its UTF-8 bytes are used as the key, as OpenAI\'s SDKs do; if it is OpenAI\'s, copy it again whole')
     return Buffer.from(secret)
   }
   const text = secret.slice(PREFIX.length)

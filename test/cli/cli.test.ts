@@ -134,7 +134,7 @@ t.test('wrong usage is one line on stderr and exit code 2', async t => {
     [['trigger', 'batch.faild', ...to], 'unknown event type "batch.faild", did you mean "batch.failed"? (see --help)'],
     [['trigger', 'bach.*', ...to], 'unknown event type "bach.*", did you mean "batch.*"? (see --help)'],
     [['trigger', 'nothing.like.it', ...to], 'unknown event type "nothing.like.it" (see --help)'],
-    [['trigger', 'all'], 'missing --url, the address to deliver to (see --help)'],
+    [['trigger', 'fine_tuning.job.completed', ...to], 'unknown event type "fine_tuning.job.completed", expected one of fine_tuning.job.cancelled, fine_tuning.job.failed or fine_tuning.job.succeeded (see --help)'],
     [['trigger', 'all', '--url', '127.0.0.1:3000'], '--url: expected an address such as http://127.0.0.1:3000/webhooks/openai, got "127.0.0.1:3000" (see --help)'],
     [['trigger', 'all', '--url', 'ftp://localhost/'], '--url: expected an address such as http://127.0.0.1:3000/webhooks/openai, got "ftp://localhost/" (see --help)'],
     [['trigger', 'all', '--url', 'http://me:pass@localhost/'], '--url: expected an address without user name and password (see --help)'],
@@ -183,7 +183,6 @@ t.test('what cannot be done is one line on stderr and exit code 1', async t => {
     [['replay', dir, '--url', url], `cannot read ${dir}: EISDIR`],
     [['replay', at('file'), '--url', url], `${at('file')}: not a saved delivery: no empty line ends its headers`],
     [['replay', at('no-end.http'), '--url', url], `${at('no-end.http')}: not a saved delivery: no empty line ends its headers`],
-    [['replay', at('no-id.http'), '--resign', '--url', url], `${at('no-id.http')}: it has no webhook-id to sign again`],
     [['replay', at('odd.http'), '--url', url], `cannot deliver to ${url}: Invalid character in header content ["webhook-id"]`],
     [['listen', '--save', join(at('file'), 'x')], `cannot make the directory ${join(at('file'), 'x')}: ENOTDIR`],
     [['listen', '--port', '0', '--host', '192.0.2.1'], 'cannot listen on port 0 of 192.0.2.1: listen EADDRNOTAVAIL: address not available 192.0.2.1']
@@ -213,7 +212,7 @@ t.test('a secret that is not of the usual form is told, and not shown', async t 
   for (const [argv, given] of [[['--secret-file', file], {}], [['--secret', secret], {}], [[], { OPENAI_WEBHOOK_SECRET: secret }]] as const) {
     const { code, out, err } = await run(t, ['trigger', 'batch.failed', '--url', url, ...argv], { env: given })
     t.equal(code, 0)
-    t.equal(err, 'openai-webhook: a signing secret does not begin with "whsec_": its UTF-8 bytes are used as the key, as OpenAI\'s SDKs do\n')
+    t.equal(err, 'openai-webhook: a signing secret does not begin with "whsec_": its UTF-8 bytes are used as the key, as OpenAI\'s SDKs do; if it is OpenAI\'s, copy it again whole\n')
     t.notMatch(out + err, secret)
   }
 })
@@ -547,6 +546,11 @@ t.test('replay: what a receiver refuses for its age it takes once signed again',
   t.equal(renewed.code, 0)
   t.match(renewed.out, /200 {2}received .+\n.+200 {2}duplicate /, 'the webhook-id is kept')
   t.same(seen, ['wh_old', body.toString()])
+  const strangers = join(dir, 'none.http')
+  writeFileSync(strangers, 'content-type: application/json\n\n{}')
+  t.match(await run(t, ['replay', strangers, file, '--resign', '--url', url]), {
+    code: 0, out: /^\S+old\.http {2}200 .*\n$/, err: `openai-webhook: ${strangers}: left out, it has no webhook-id to sign again\n`
+  })
   const wrong = await run(t, ['replay', file, '--resign', '--secret', 'whsec_AAAA', '--url', url])
   t.match(wrong, { code: 1, out: `401  ${CODE}INVALID_SIGNATURE` })
 })

@@ -146,6 +146,8 @@ const key = SECRET.slice('whsec_'.length)
 /** What is in the place of a secret, and what the user is told. */
 const BAD: Record<string, { secret: unknown, message: RegExp }> = {
   'an empty string': { secret: '', message: /empty string: set OPENAI_WEBHOOK_SECRET or the `secret` option to the whsec_… value/ },
+  'an endpoint\'s id': { secret: 'whe_685c059ae39c8190', message: /got an endpoint's id \(whe_…\): copy the secret that was shown/ },
+  'a prefix in upper case': { secret: `Whsec_${key}`, message: /expected the signing secret to begin with "whsec_" in lower case/ },
   'an API key': { secret: `sk-proj-${key}`, message: /got an API key \(sk-…\): copy the secret shown when the webhook endpoint was created/ },
   'the prefix alone': { secret: 'whsec_', message: /expected base64 after "whsec_".*copy it again whole/ },
   'characters that are not base64': { secret: `whsec_${key.slice(0, 20)}*${key.slice(21)}`, message: /expected base64 after "whsec_"/ },
