@@ -157,9 +157,8 @@ export class OwnHandler {
     if (this.#standing.state.at === 'open') this.#leave()
     try {
       this.refuse(() => { this.#sendPlainly.call(this.#reply, error) })
-    } catch (error) {
-      // Somebody else answers. Fastify's timer has nobody who would catch this.
-      if (!isHeld(error)) throw error
+    } catch {
+      // An async onError hook holds somebody else's answer. Fastify's timer has nobody who would catch this.
     }
     return this.#reply
   }

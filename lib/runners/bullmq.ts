@@ -204,7 +204,7 @@ export function bullmq ({
   async function learn (job: QueuedJob): Promise<void> {
     const { failure, ...delivery } = queuedOf(job)
     if (failure?.attempt === job.attemptsStarted) return
-    const { done = true, ...left } = await host?.recorded?.(delivery) ?? {}
+    const { done = true, ...left } = await host!.recorded?.(delivery) ?? {}
     if (!done) await job.updateData(pack({ ...queuedOf(job), ...left }))
   }
 

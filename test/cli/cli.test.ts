@@ -555,6 +555,15 @@ t.test('replay: what a receiver refuses for its age it takes once signed again',
   t.match(wrong, { code: 1, out: `401  ${CODE}INVALID_SIGNATURE` })
 })
 
+t.test('trigger delivers to README\'s receiver unless it is told another', async t => {
+  let told = ''
+  // Interrupted, since something else may listen there.
+  const terminal = { out () {}, err (text: string) { told += text }, isTTY: false, env: { OPENAI_WEBHOOK_SECRET: SECRET }, signal: AbortSignal.abort() }
+  t.equal(await main(['trigger', 'batch.failed'], terminal), 1)
+  t.equal(told, 'openai-webhook: interrupted\n')
+  t.match(trigger.help, '--url URL            the receiver (http://127.0.0.1:3000/webhooks/openai)')
+})
+
 t.test('replay sends nothing unless it can send everything, and tells of a receiver that is silent', async t => {
   const dir = t.testdir({ 'good.http': 'webhook-id: wh_1\n\n{}' })
   let requests = 0

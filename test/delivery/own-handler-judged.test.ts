@@ -128,6 +128,76 @@ t.test('a route\'s own handler that replies while hooks hold the refusal', async
   }
 })
 
+t.test('an async one that replies while an async error handler holds the refusal', async t => {
+  const endings: Record<string, [string, (reply: FastifyReply) => unknown]> = {
+    'with a 2xx, and returns the reply': [DUPLICATE, reply => reply.send('own')],
+    'with a 2xx, and returns nothing': [DUPLICATE, reply => { reply.send('own') }],
+    'with a failure': ['200 {"again":true}', reply => reply.code(500).send('no')],
+    'with what cannot be serialized': ['200 {"again":true}', reply => reply.type('application/json').serializer(() => { throw new Error('no text') }).send('own')]
+  }
+  for (const [name, [retried, ending]] of Object.entries(endings)) {
+    t.test(name, async t => {
+      const [holding, held, replied] = [deferred(), deferred(), deferred()]
+      const { store, next } = watchedStore()
+      const app = await build(t, { idempotency: { store }, deadline: 20 })
+      app.setErrorHandler(async (error: { statusCode?: number }, _request, reply) => {
+        holding.resolve()
+        await held.promise
+        return await reply.code(error.statusCode ?? 500).send('refused')
+      })
+      let runs = 0
+      app.post('/own', marked, async (_request, reply) => {
+        if (++runs > 1) return { again: true }
+        await holding.promise
+        setImmediate(replied.resolve)
+        return await ending(reply)
+      })
+      await listen(app)
+      const delivery = sign(thin('batch.failed'))
+      const recorded = next(retried === DUPLICATE ? 'complete' : 'release')
+      const answering = outcome(app, delivery, '/own')
+      await replied.promise
+      held.resolve()
+      t.match(await answering, /^50\d /)
+      await recorded
+      t.equal(await outcome(app, redelivered(delivery), '/own'), retried)
+    })
+  }
+})
+
+t.test('whatever the error handler does at the deadline, and Fastify\'s handlerTimeout beside it, the handler\'s end counts', async t => {
+  const handlers: Record<string, (app: FastifyInstance, held: Promise<void>) => void> = {
+    'it returns a body': app => { app.setErrorHandler(error => ({ error })) },
+    'it throws': app => { app.setErrorHandler(() => { throw new Error('sorry') }) },
+    'it rejects': app => { app.setErrorHandler(async () => { throw new Error('sorry') }) },
+    'an async onError hook holds it': (app, held) => { app.addHook('onError', async () => await held) }
+  }
+  for (const [name, set] of Object.entries(handlers)) {
+    t.test(name, async t => {
+      const [held, over] = [deferred(), deferred()]
+      const { store, next } = watchedStore()
+      const app = await build(t, { idempotency: { store }, deadline: 20 })
+      set(app, held.promise)
+      const timedOut = deferred()
+      app.post('/own', { ...marked, handlerTimeout: 60 }, async request => {
+        request.signal.addEventListener('abort', () => { setImmediate(timedOut.resolve) })
+        await over.promise
+        return 'own'
+      })
+      await listen(app)
+      const delivery = sign(thin('batch.failed'))
+      const answering = outcome(app, delivery, '/own')
+      if (name.startsWith('an async onError hook')) await timedOut.promise
+      held.resolve()
+      t.match(await answering, /^50\d /)
+      const completed = next('complete')
+      over.resolve()
+      await completed
+      t.equal(await outcome(app, redelivered(delivery), '/own'), DUPLICATE)
+    })
+  }
+})
+
 t.test('an error handler that forgets the status, where the async context is lost', async t => {
   /** A connection that several requests share: it calls back in its own async context. */
   function connection (t: Tap): (callback: () => void) => void {

@@ -333,12 +333,12 @@ function pipelined ({ app, send, ...own }: Fixture): Fixture {
 }
 
 for (const [name, [due, ending]] of Object.entries(endings)) {
-  for (const when of ['has ended', 'ends'] as const) {
+  for (const when of ['has ended', 'ends', 'begins'] as const) {
     t.test(`HTTP/1.1, pipelined: a connection that goes when the handler ${when}, which ${name}: the retry ${due}`, async t => {
       const own = pipelined(await fixture(t, 'HTTP/1.1', async (reply, gone) => {
         if (when === 'ends') await gone
         return await ending(reply)
-      }))
+      }, { hold: when === 'begins' }))
       const delivery = sign(thin('batch.failed'))
       const { reset } = await own.send(delivery)
       await own.started

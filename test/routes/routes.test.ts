@@ -427,7 +427,7 @@ t.test('a route that asks for verification and cannot have it fails closed', asy
     t.equal(await code(app, '/early', sign(thin('batch.failed'), { secret: OTHER })), '500 UNPROTECTED_ROUTE')
     const unsigned = await app.inject({ method: 'POST', url: '/early', payload: {} })
     t.equal(unsigned.statusCode, 500)
-    t.match(unsigned.json<{ message: string }>().message, /route POST \/early .* put `await` before app\.register/)
+    t.match(unsigned.json<{ message: string }>().message, /route POST \/early .* declare the route below `await app\.register/)
     t.equal(await code(app, '/string'), '500 UNPROTECTED_ROUTE')
     t.same(seen, [])
     t.equal((await app.inject({ method: 'POST', url: '/plain', payload: {} })).body, 'plain')

@@ -534,5 +534,32 @@ t.test('bullmq', { skip }, async t => {
     await runner.run({ webhookId: 'wh_1', timestamp: 1, endpoint: ENDPOINT, event: thin('batch.failed') })
     await until('it to be told', () => told.length === 2)
     t.match(told[1], { message: 'a text' })
+    const [job] = await queueAt(t, server.port).getFailed()
+    workers[0]!.emit('failed', job as never, new Error('by BullMQ itself'), 'active')
+    t.match(told[2], { message: 'by BullMQ itself' })
+  })
+
+  t.test('and where a host cannot say what had succeeded, a requeue runs all of it', async t => {
+    const server = await RedisServer.start(t)
+    const admin = redisClient(t, server.port)
+    const runner = bullmq({ connection: { port: server.port, host: '127.0.0.1' }, attempts: 1 })
+    const ran: Job[] = []
+    await runner.start!({
+      async process (job) {
+        ran.push(job)
+        if (ran.length > 1) return
+        await admin.call('ACL', 'SETUSER', 'default', '-hset')
+        throw new Error('no such customer')
+      },
+      report () {}
+    })
+    t.teardown(async () => await runner.close!())
+    const delivery = { webhookId: 'wh_1', timestamp: 1, endpoint: ENDPOINT, event: thin('batch.failed') }
+    await runner.run(delivery)
+    await until('it to fail', async () => await runner.deadCount!() === 1)
+    await admin.call('ACL', 'SETUSER', 'default', '+hset')
+    t.equal(await runner.requeue!(delivery), true)
+    await until('it to run', () => ran.length === 2)
+    t.same(ran[1], delivery)
   })
 })

@@ -1,0 +1,61 @@
+import t from 'tap'
+import { lend } from '../../lib/inbox/lend.ts'
+
+const OVER = { code: 'FST_OPENAI_WEBHOOK_TRANSACTION_OVER', message: /handler "settle"/ }
+
+t.test('what a client makes is lent with it, and rows and values are not', async t => {
+  class Statement {
+    readonly #sql: string
+    constructor (sql: string) { this.#sql = sql }
+    run (): string { return this.#sql }
+    bind (): this { return this }
+    iterate (): Iterator<number> { return { next: () => ({ done: false, value: 1 }) } }
+  }
+  const committing = Object.defineProperty((): string => 'committed', 'database', { value: () => 'the client' }) as (() => string) & { database: () => string, called?: string }
+  committing.called = 'transaction'
+  const row = { a: 1 }
+  const rows = [row]
+  const bare = Object.assign(Object.create(null) as object, row)
+  const bytes = new Uint8Array([1])
+  const client = {
+    released: 0,
+    release () { this.released++ },
+    prepare: (sql: string) => new Statement(sql),
+    adapted: () => ({ run: () => 'adapted' }),
+    transaction: () => committing,
+    row: () => row,
+    rows: () => rows,
+    bare: () => bare,
+    bytes: () => bytes,
+    nothing: () => null,
+    later: async () => row
+  }
+  const { tx, end } = lend(client, 'settle')
+  for (const value of ['row', 'rows', 'bare', 'bytes', 'nothing'] as const) t.equal(tx[value](), client[value](), value)
+  t.equal(await tx.later(), row)
+  tx.release()
+  t.equal(tx.released, 0)
+  const statement = tx.prepare('SELECT 1')
+  const { run } = statement.bind()
+  const adapted = tx.adapted()
+  const commit = tx.transaction()
+  t.same([statement.run(), run(), adapted.run(), commit(), commit.database(), commit.called], ['SELECT 1', 'SELECT 1', 'adapted', 'committed', 'the client', 'transaction'])
+  t.same(statement.iterate().next(), { done: false, value: 1 })
+
+  end()
+  for (const act of [() => tx.prepare(''), () => tx.release(), () => statement.run(), run, () => statement.bind(), () => adapted.run(), () => commit()]) t.throws(act, OVER)
+  t.equal(client.released, 0)
+})
+
+t.test('iterators that are left are ended', async t => {
+  let ended = 0
+  class Rows {
+    next (): IteratorResult<number> { return { done: false, value: 1 } }
+    return (): void { ended++ }
+  }
+  const { tx, end } = lend({ iterate: () => new Rows() }, 'settle')
+  tx.iterate().next()
+  tx.iterate()
+  end()
+  t.equal(ended, 2)
+})
