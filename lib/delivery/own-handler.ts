@@ -2,7 +2,7 @@ import type { FastifyInstance, FastifyReply, FastifyRequest, RouteHandlerMethod 
 import { HandlerFailed } from '../errors.ts'
 import { logError } from '../log.ts'
 import { acknowledge } from '../pipeline/acknowledge.ts'
-import { handling, isErrorHandler, isResponse, isSuccess, replying } from '../pipeline/answer.ts'
+import { handling, isErrorHandler, isResponse, isSuccess } from '../pipeline/answer.ts'
 import { isPromise } from '../steps.ts'
 import type { MaybePromise } from '../steps.ts'
 import { isClosed, isOut, statusOf, traceReset, watchDestroy } from './raw-response.ts'
@@ -58,7 +58,6 @@ export class OwnHandler {
   run (handler: RouteHandlerMethod, scope: FastifyInstance): void {
     const reply = this.#reply
     ;(this.#request as Started)[STARTED] = this
-    replying(this.#request)
     // An async onSend hook delays `reply.sent`; whether the handler has replied must be known at once.
     const send = (payload: unknown): FastifyReply => this.#send(payload)
     reply.send = send
@@ -225,7 +224,7 @@ export class OwnHandler {
       this.#settle(false, error)
     } else if (at === 'open' && !this.#reply.sent) {
       this.#thrown = error
-      handling(this.#request)
+      handling(this.#request, false)
       this.#reply.send(isMeant(error) ? error : new HandlerFailed({ cause: new AggregateError([error], 'the route\'s handler failed') }))
     } else {
       logError(this.#request.log, error, {}, 'a webhook route\'s handler failed after the answer')

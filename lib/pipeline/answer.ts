@@ -7,7 +7,7 @@ import { isPromise } from '../steps.ts'
 /** On a request of a receiving route: how far its answer has come. Absent until the delivery is verified: only hooks of the app have run. */
 const PROGRESS = Symbol('openai-webhook.progress')
 
-/** `handling`: the plugin answers. `replying`: the route's own handler runs, and may. */
+/** `handling`: the plugin answers. `replying`: so may the route's own handler. */
 type Progress = 'handling' | 'replying' | 'acknowledged' | Refusal
 
 interface Refusal {
@@ -24,14 +24,13 @@ export type RouteErrorHandler = (error: unknown, request: FastifyRequest, reply:
  */
 const errorHandlers = new AsyncLocalStorage<WeakRef<FastifyRequest>>()
 
-/** The delivery has been verified: from here on the plugin answers. */
-export function handling (request: FastifyRequest): void {
-  (request as Answerable)[PROGRESS] = 'handling'
-}
-
-/** The route's own handler has been started. */
-export function replying (request: FastifyRequest): void {
-  (request as Answerable)[PROGRESS] = 'replying'
+/**
+ * The delivery has been verified: from here on the plugin answers.
+ *
+ * @param ownHandler whether the route's own handler may answer too
+ */
+export function handling (request: FastifyRequest, ownHandler: boolean): void {
+  (request as Answerable)[PROGRESS] = ownHandler ? 'replying' : 'handling'
 }
 
 export function acknowledged (request: FastifyRequest): void {

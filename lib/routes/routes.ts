@@ -45,7 +45,7 @@ export function deliver ({ receiver, deadline, failures }: Routes, { name }: End
   const options = { endpoint: name, receiver, deadline, failures, own }
   const handle: RouteHandlerMethod = function (request, reply) {
     if (request.openaiWebhook === null) throw new UnprotectedRoute(`POST ${name}`, SKIPPED)
-    handling(request)
+    handling(request, own !== undefined)
     new Reply(request as VerifiedRequest, reply, options, this).run()
     // An async function around this one that was given nothing would have Fastify answer with nothing, at once.
     if (declared() !== handle) return answered(reply)

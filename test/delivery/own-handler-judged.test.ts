@@ -165,8 +165,46 @@ t.test('an async one that replies while an async error handler holds the refusal
   }
 })
 
+t.test('one that starts while an async error handler holds the refusal', async t => {
+  for (const [status, retried] of [[200, DUPLICATE], [500, '200 again']] as const) {
+    for (const isFirst of [true, false]) {
+      const [holding, held, replied, over] = [deferred(), deferred(), deferred(), deferred()]
+      const { store, next } = watchedStore()
+      const app = await build(t, { idempotency: { store }, deadline: 20 })
+      app.setErrorHandler(async (error: { statusCode?: number }, _request, reply) => {
+        holding.resolve()
+        await held.promise
+        return await reply.code(error.statusCode ?? 500).send('refused')
+      })
+      let runs = 0
+      app.openaiWebhook.route({
+        url: '/own',
+        on: { 'batch.failed': async () => await over.promise },
+        handler (_request, reply) {
+          replied.resolve()
+          return ++runs > 1 ? reply.send('again') : reply.code(status).send('own')
+        }
+      })
+      await listen(app)
+      const delivery = sign(thin('batch.failed'))
+      const recorded = next(status === 200 ? 'complete' : 'release')
+      const answering = outcome(app, delivery, '/own')
+      await holding.promise
+      const [sooner, later] = isFirst ? [over, held] : [held, over]
+      sooner.resolve()
+      await (isFirst ? replied.promise : answering)
+      later.resolve()
+      t.equal((await answering).slice(0, 2), '50')
+      await recorded
+      t.equal(await outcome(app, redelivered(delivery), '/own'), retried, `${status}, ${isFirst ? 'before' : 'after'} the refusal`)
+    }
+  }
+})
+
 t.test('whatever the error handler does at the deadline, and Fastify\'s handlerTimeout beside it, the handler\'s end counts', async t => {
-  const handlers: Record<string, (app: FastifyInstance, held: Promise<void>) => void> = {
+  const handlers: Record<string, (app: FastifyInstance, held: Promise<void>) => { errorHandler: () => unknown } | void> = {
+    'the route\'s own returns a body': () => ({ errorHandler: () => 'sorry' }),
+    'the route\'s own throws': () => ({ errorHandler: () => { throw new Error('sorry') } }),
     'it returns a body': app => { app.setErrorHandler(error => ({ error })) },
     'it throws': app => { app.setErrorHandler(() => { throw new Error('sorry') }) },
     'it rejects': app => { app.setErrorHandler(async () => { throw new Error('sorry') }) },
@@ -177,9 +215,9 @@ t.test('whatever the error handler does at the deadline, and Fastify\'s handlerT
       const [held, over] = [deferred(), deferred()]
       const { store, next } = watchedStore()
       const app = await build(t, { idempotency: { store }, deadline: 20 })
-      set(app, held.promise)
+      const own = set(app, held.promise)
       const timedOut = deferred()
-      app.post('/own', { ...marked, handlerTimeout: 60 }, async request => {
+      app.post('/own', { ...marked, ...own, handlerTimeout: 60 }, async request => {
         request.signal.addEventListener('abort', () => { setImmediate(timedOut.resolve) })
         await over.promise
         return 'own'
