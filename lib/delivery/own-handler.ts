@@ -280,9 +280,9 @@ export class OwnHandler {
     const { code } = reply
     const divert = (statusCode: number): FastifyReply => {
       const { state } = this.#standing
-      const isRefusals = this.#isRefusing || isErrorHandler(this.#request)
-      if (state.at === 'late' && !isRefusals) this.#standing.move({ ...state, statusCode })
-      return reply.sent || (state.at === 'late' && state.isRefused === true && !isRefusals) ? reply : code.call(reply, statusCode)
+      const isLate = state.at === 'late'
+      if (isLate && !this.#isRefusing && !isErrorHandler(this.#request)) this.#standing.move({ ...state, statusCode })
+      return reply.sent || (isLate && state.isRefused === true) ? reply : code.call(reply, statusCode)
     }
     reply.code = reply.status = divert
   }

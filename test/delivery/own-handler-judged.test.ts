@@ -165,6 +165,35 @@ t.test('an async one that replies while an async error handler holds the refusal
   }
 })
 
+t.test('one that replies while an async onSend hook holds what the error handler has sent', async t => {
+  for (const [status, retried] of [[201, DUPLICATE], [422, '200 {"again":true}']] as const) {
+    const [holding, held] = [deferred(), deferred()]
+    const { store, next } = watchedStore()
+    const app = await build(t, { idempotency: { store }, deadline: 20 })
+    let isHeld = true
+    app.addHook('onSend', async () => {
+      holding.resolve()
+      if (isHeld) await held.promise
+    })
+    app.setErrorHandler((_error, _request, reply) => { reply.send('refused') })
+    let runs = 0
+    app.post('/own', marked, async (_request, reply) => {
+      if (++runs > 1) return { again: true }
+      await holding.promise
+      return await reply.code(status).send('own')
+    })
+    await listen(app)
+    const delivery = sign(thin('batch.failed'))
+    const recorded = next(status === 201 ? 'complete' : 'release')
+    const answering = outcome(app, delivery, '/own')
+    await recorded
+    isHeld = false
+    held.resolve()
+    t.equal(await answering, '503 refused')
+    t.equal(await outcome(app, redelivered(delivery), '/own'), retried)
+  }
+})
+
 t.test('one that starts while an async error handler holds the refusal', async t => {
   for (const [status, retried] of [[200, DUPLICATE], [500, '200 again']] as const) {
     for (const isFirst of [true, false]) {
@@ -204,6 +233,7 @@ t.test('one that starts while an async error handler holds the refusal', async t
 t.test('whatever the error handler does at the deadline, and Fastify\'s handlerTimeout beside it, the handler\'s end counts', async t => {
   const handlers: Record<string, (app: FastifyInstance, held: Promise<void>) => { errorHandler: () => unknown } | void> = {
     'the route\'s own returns a body': () => ({ errorHandler: () => 'sorry' }),
+    'the route\'s own resolves to a body': () => ({ errorHandler: async () => 'sorry' }),
     'the route\'s own throws': () => ({ errorHandler: () => { throw new Error('sorry') } }),
     'it returns a body': app => { app.setErrorHandler(error => ({ error })) },
     'it throws': app => { app.setErrorHandler(() => { throw new Error('sorry') }) },
