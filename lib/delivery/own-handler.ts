@@ -2,7 +2,7 @@ import type { FastifyInstance, FastifyReply, FastifyRequest, RouteHandlerMethod 
 import { HandlerFailed } from '../errors.ts'
 import { logError } from '../log.ts'
 import { acknowledge } from '../pipeline/acknowledge.ts'
-import { handling, isErrorHandler, isResponse, isSuccess } from '../pipeline/answer.ts'
+import { handling, isErrorHandler, isRefused, isResponse, isSuccess } from '../pipeline/answer.ts'
 import { isPromise } from '../steps.ts'
 import type { MaybePromise } from '../steps.ts'
 import { isClosed, isOut, statusOf, traceReset, watchDestroy } from './raw-response.ts'
@@ -46,6 +46,12 @@ export class OwnHandler {
   #thrown: unknown
   /** The plugin or Fastify sends the error that the deadline is over. */
   #isRefusing = false
+  /** That error. Nobody but error handlers has it. */
+  #refusal: unknown
+  /** What is sent now goes through error handlers, which send again. */
+  #isPassing = false
+  /** The handler is being called: whatever is sent is its own. */
+  #isCalled = false
 
   constructor (standing: Standing, request: FastifyRequest, reply: FastifyReply, record: RecordEnd) {
     this.#standing = standing
@@ -66,10 +72,13 @@ export class OwnHandler {
     let result
     let pending = false
     try {
+      this.#isCalled = true
       result = handler.call(scope, this.#request, reply)
       pending = isPromise(result) // reads its `then`, which may be a getter
     } catch (error) {
       return this.#threw(error)
+    } finally {
+      this.#isCalled = false
     }
     if (pending && result !== (reply as unknown)) Promise.resolve(result).then(payload => this.#returned(payload), error => this.#threw(error))
     else this.#returned(result)
@@ -164,17 +173,21 @@ export class OwnHandler {
 
   /** The sender gets a refusal, by whoever sends first. An own handler that sends is recorded. */
   #sendLate (state: Late, payload: unknown): FastifyReply {
+    const { statusCode, unsure } = state
     const reply = this.#reply
-    if (this.#isRefusing || isErrorHandler(this.#request)) {
+    if (this.#isRefusing) this.#refusal ??= payload
+    if (!this.#isCalled && (this.#isPassing || payload === this.#refusal || isErrorHandler(this.#request))) {
       // What was sent before was the own handler's.
-      if (state.unsure !== undefined) this.#settle(state.unsure)
+      if (unsure !== undefined && !this.#isPassing) this.#settle(unsure.succeeded)
       else if (!(payload instanceof Error)) this.#standing.move({ ...state, isRefused: true })
-      return this.#sendPlainly.call(reply, payload)
+      return this.#pass(payload)
     }
-    if (state.isRefused === true || state.unsure !== undefined || reply.sent) return this.#sentLate(payload)
-    this.#standing.move({ ...state, unsure: isSuccessful(payload, state.statusCode) })
+    const isOwn = this.#isCalled || state.isRefused === true || isRefused(this.#request) || reply.sent || unsure?.isError === false
+    if (isOwn) return this.#sentLate(payload)
+    const succeeded = unsure?.succeeded !== false && isSuccessful(payload, statusCode)
+    this.#standing.move({ ...state, unsure: { succeeded, isError: payload instanceof Error } })
     try {
-      return this.#sendPlainly.call(reply, payload)
+      return this.#pass(payload)
     } catch (error) {
       if (!isHeld(error)) throw error
       this.#standing.move(state)
@@ -182,11 +195,21 @@ export class OwnHandler {
     }
   }
 
+  #pass (payload: unknown): FastifyReply {
+    const outer = this.#isPassing
+    this.#isPassing = true
+    try {
+      return this.#sendPlainly.call(this.#reply, payload)
+    } finally {
+      this.#isPassing = outer
+    }
+  }
+
   /** Nobody waits for this reply: it tells how the handler ended. */
   #sentLate (payload: unknown): FastifyReply {
     const { state } = this.#standing
-    const { statusCode = 200, unsure = true } = state.at === 'late' ? state : {}
-    this.#settle(unsure && isSuccessful(payload, statusCode), payload instanceof Error ? payload : undefined)
+    const { statusCode = 200, unsure } = state.at === 'late' ? state : {}
+    this.#settle(unsure?.succeeded !== false && isSuccessful(payload, statusCode), payload instanceof Error ? payload : undefined)
     return this.#reply
   }
 
@@ -195,9 +218,8 @@ export class OwnHandler {
     this.#call = 'returned'
     switch (state.at) {
       case 'late':
-        if (payload === undefined) this.#settle(state.unsure ?? true)
+        if (payload === undefined) this.#settle(state.unsure?.succeeded !== false)
         else if (payload !== this.#reply) this.#sentLate(payload)
-        else if (state.unsure !== undefined) this.#settle(state.unsure)
         return
       case 'cut off':
         this.#settle(state.judge())
@@ -280,9 +302,9 @@ export class OwnHandler {
     const { code } = reply
     const divert = (statusCode: number): FastifyReply => {
       const { state } = this.#standing
-      const isLate = state.at === 'late'
-      if (isLate && !this.#isRefusing && !isErrorHandler(this.#request)) this.#standing.move({ ...state, statusCode })
-      return reply.sent || (isLate && state.isRefused === true) ? reply : code.call(reply, statusCode)
+      if (state.at !== 'late' || this.#isRefusing || this.#isPassing || isErrorHandler(this.#request)) return reply.sent ? reply : code.call(reply, statusCode)
+      this.#standing.move({ ...state, statusCode })
+      return reply.sent || state.isRefused === true || isRefused(this.#request) ? reply : code.call(reply, statusCode)
     }
     reply.code = reply.status = divert
   }

@@ -22,10 +22,10 @@ export type ReplyState =
    * The deadline has answered, or Fastify's `handlerTimeout`. An own handler runs on, and how it ends is recorded.
    *
    * `statusCode`: what it would answer with; `reply` has the status of the refusal. `isRefused`: an error handler has sent the
-   * refusal. `unsure`: something else was sent before that, by the own handler, or by an error handler that has lost the async
-   * context; whether it was a success.
+   * refusal. `unsure`: something was sent before that, by the own handler, or by an error handler that has lost the async
+   * context; whether it was a success, and whether it was an error, which another error handler goes on with.
    */
-  | { readonly at: 'late', readonly statusCode: number, readonly isRefused?: boolean, readonly unsure?: boolean }
+  | { readonly at: 'late', readonly statusCode: number, readonly isRefused?: boolean, readonly unsure?: { readonly succeeded: boolean, readonly isError: boolean } }
   /** How the own handler ended is recorded. `release` lets go of an answer that still waits for the store. */
   | { readonly at: 'recorded', readonly release?: () => void }
   /** The delivery's verdict is known: it is the answer, or comes after the deadline's. */

@@ -12,17 +12,18 @@ export function lend<Tx extends object> (client: Tx, name: string): { tx: Tx, en
   const iterators: Iterator<unknown>[] = []
 
   function lent<T extends object> (owned: T): T {
-    return new Proxy(owned, {
+    // A function of ours in place of one of the client's, whose own properties a proxy may not have give another value.
+    const target = typeof owned === 'function' ? (...args: unknown[]) => call(owned, undefined, args) : owned
+    return new Proxy(target as T, {
       get (target, property) {
-        // Native methods and private fields work on the target itself, not on a proxy.
-        const value: unknown = Reflect.get(target, property, target)
+        // Native methods and private fields work on the owned itself, not on a proxy.
+        const value: unknown = Reflect.get(owned, property, owned)
         if (typeof value !== 'function' || isFixed(target, property)) return value
         return (...args: unknown[]): unknown => {
           // release() would make the pool lend the client out in the midst of the transaction.
-          return property === 'release' ? assertLent() : call(value, target, args)
+          return property === 'release' ? assertLent() : call(value, owned, args)
         }
-      },
-      apply: (target, self, args) => call(target as unknown as Function, self, args)
+      }
     })
   }
 

@@ -12,6 +12,8 @@ type Progress = 'handling' | 'replying' | 'acknowledged' | Refusal
 
 interface Refusal {
   readonly statusCode: number
+  /** Whether Fastify's own error handler has it, which answers at once. */
+  readonly isByFastify: boolean
 }
 
 type Answerable = FastifyRequest & { [PROGRESS]?: Progress }
@@ -47,7 +49,7 @@ export function refuseErrors (own: RouteErrorHandler | undefined): RouteErrorHan
   return (error, request, reply) => {
     const progress = (request as Answerable)[PROGRESS]
     // An onSend hook that fails on an acknowledgement does not undo what the handlers have done.
-    if (progress !== 'acknowledged') refuseWith({ statusCode: statusOf(error) }, request, reply)
+    if (progress !== 'acknowledged') refuseWith({ statusCode: statusOf(error), isByFastify: own === undefined && hasNoErrorHandler(request) }, request, reply)
     const answer = (): unknown => own === undefined ? passOn(error, reply) : own(error, request, reply)
     return progress === 'replying' ? inErrorHandlers(answer, request, reply) : answer()
   }
@@ -64,6 +66,17 @@ function inErrorHandlers (answer: () => unknown, request: FastifyRequest, reply:
       reply.send(thrown)
     }
   })
+}
+
+/** Whether the refusal is on its way, whatever hooks do with it. */
+export function isRefused (request: FastifyRequest): boolean {
+  const progress = (request as Answerable)[PROGRESS]
+  return typeof progress === 'object' && progress.isByFastify
+}
+
+/** Fastify does not export its own error handler. Where it has another name, the refusal counts as an app's. */
+function hasNoErrorHandler ({ server }: FastifyRequest): boolean {
+  return server.errorHandler.name === 'defaultErrorHandler'
 }
 
 /** Whether whoever sends now is an error handler. One that has lost the async context cannot be told. */

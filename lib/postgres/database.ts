@@ -1,3 +1,4 @@
+import { setTimeout as sleep } from 'node:timers/promises'
 import { InvalidOptions } from '../errors.ts'
 import { ALONE, scriptOf } from './migration.ts'
 import type { Table } from './table.ts'
@@ -30,6 +31,9 @@ export interface PgLiteTransaction {
   query (text: string, values?: any[]): Promise<{ rows: any[] }>
   exec (sql: string): Promise<unknown>
 }
+
+/** ms that a missing table waits for another connection to create it. */
+const PATIENCE = 1_000
 
 type Value = string | number | readonly string[] | readonly number[]
 
@@ -224,23 +228,28 @@ export class Creation {
   }
 
   /**
-   * The same in a transaction of the caller's: one that waited for another connection would wait for ever where each
-   * connection is in such a transaction.
+   * The same in a transaction of the caller's. There may be no other connection to wait for: each may be in such a transaction.
+   * But what is made in this one may be rolled back, or be in another schema, so another one is given a moment to come first.
    */
   async readyIn (query: Query): Promise<void> {
-    if (this.#isThere || await this.#look(query)) return
+    if (this.#isThere) return
+    const elsewhere = this.ready()?.catch(() => {})
+    if (await this.#isIn(query)) return
+    const patience = new AbortController()
+    await Promise.race([elsewhere, sleep(PATIENCE, undefined, { signal: patience.signal }).catch(() => {})])
+    patience.abort()
+    if (this.#isThere) return
     for (const statement of [ALONE, ...this.#statements]) await query(statement, [])
   }
 
   async #run (): Promise<void> {
-    if (!await this.#look(async (text, values) => await this.#database.query(text, values))) await this.#database.script(scriptOf([ALONE, ...this.#statements]))
+    if (!await this.#isIn(async (text, values) => await this.#database.query(text, values))) await this.#database.script(scriptOf([ALONE, ...this.#statements]))
     this.#isThere = true
   }
 
   /** Looks first, so that an existing table needs no right to create one. */
-  async #look (query: Query): Promise<boolean> {
+  async #isIn (query: Query): Promise<boolean> {
     const [row] = await query('SELECT to_regclass($1::text) IS NOT NULL AS there', [this.#table.sql]) as Array<{ there?: unknown }>
-    this.#isThere = row?.there === true
-    return this.#isThere
+    return row?.there === true
   }
 }

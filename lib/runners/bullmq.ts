@@ -73,7 +73,7 @@ export interface PostgresConnection {
 /** What BullMQ keeps of a delivery. */
 type QueuedDelivery = Job & {
   /** What its last failed attempt ended with. `attempt`: BullMQ's `attemptsStarted` then; `starts`: how often the handlers were started. */
-  readonly failure?: { readonly attempt: number, readonly starts: number, readonly errors: readonly DeliveryError[] }
+  readonly failure?: { readonly attempt: number, readonly starts?: number, readonly errors: readonly DeliveryError[] }
   /** How often it had stalled when it died. BullMQ goes on counting when it is requeued, but its attempts are counted anew. */
   readonly stalls?: number
 }
@@ -183,13 +183,13 @@ export function bullmq ({
   }
 
   /** Its worker died with it, as often as it may be attempted. The store may know which handlers had succeeded. */
-  async function giveUp (host: RunnerHost, job: QueuedJob, delivery: Job, token: string | undefined): Promise<void> {
+  async function giveUp (host: RunnerHost, job: QueuedJob, delivery: Job, starts: number, token: string | undefined): Promise<void> {
     const error = new Error('the process ended while the handlers ran')
     try {
       const known = await host.recorded?.(delivery)
       if (known?.done === true) return
       const { done, ...left } = known ?? {}
-      await keep(job, { ...delivery, ...left }, job.attemptsStarted - 1, error, true)
+      await keep(job, { ...delivery, ...left }, starts, error, true)
     } catch (trouble) {
       host.report(trouble, delivery)
       await job.moveToDelayed(Date.now() + LATER, token)
@@ -200,12 +200,12 @@ export function bullmq ({
     throw kept
   }
 
-  /** Of a dead job that does not say how its last attempt ended the store may know what had succeeded. */
-  async function learn (job: QueuedJob): Promise<void> {
-    const { failure, ...delivery } = queuedOf(job)
-    if (failure?.attempt === job.attemptsStarted) return
-    const { done = true, ...left } = await host!.recorded?.(delivery) ?? {}
-    if (!done) await job.updateData(pack({ ...queuedOf(job), ...left }))
+  /** Makes a dead job one that may be attempted anew. Where it does not say how its last attempt ended, the store may know what had succeeded. */
+  async function revive (job: QueuedJob): Promise<void> {
+    const { stalledCounter, attemptsStarted } = job
+    const queued = queuedOf(job)
+    const { done = true, ...left } = queued.failure?.attempt === attemptsStarted ? {} : await host!.recorded?.(deliveryOf(job)) ?? {}
+    if (!done || (queued.stalls ?? 0) !== stalledCounter) await job.updateData(pack({ ...queued, ...(!done && left), stalls: stalledCounter }))
   }
 
   return {
@@ -220,7 +220,7 @@ export function bullmq ({
       processor = new Worker<QueuedData>(queueName, async (job, token) => {
         const { attemptsStarted: attempt, attemptsMade, stalledCounter, opts: { attempts = 1 } } = job
         const { failure, stalls = 0, ...delivery } = queuedOf(job)
-        if (stalledCounter - stalls >= attempts) return await giveUp(startedBy, job, delivery, token)
+        if (stalledCounter - stalls >= attempts) return await giveUp(startedBy, job, delivery, attemptsMade + stalledCounter - stalls, token)
         try {
           await startedBy.process(delivery, attempt)
         } catch (error) {
@@ -265,7 +265,7 @@ export function bullmq ({
       const job = await opened().getJob(idOf(delivery))
       if (job === undefined) return false
       if (await job.isFailed()) {
-        await learn(job)
+        await revive(job)
         if (!force) assertRemembered(deliveryOf(job))
       }
       try {
@@ -316,5 +316,5 @@ function deadOf (job: QueuedJob): DeadDelivery {
   const { failure } = queuedOf(job)
   const error = Object.assign(new Error(failedReason), { stack: [stacktrace].flat().at(-1) })
   const dead = deadDelivery(deliveryOf(job), attemptsStarted, error, finishedOn)
-  return failure?.attempt === attemptsStarted ? { ...dead, attempts: failure.starts, errors: failure.errors } : dead
+  return failure?.attempt === attemptsStarted ? { ...dead, attempts: failure.starts ?? attemptsStarted, errors: failure.errors } : dead
 }

@@ -65,8 +65,6 @@ interface QueuedDelivery {
   /** Identifies a delivery, requeued or not. */
   readonly key: string
   readonly type: string
-  /** How often its handlers may be started. pg-boss's own limit is beyond that, or the queue's, where a person has redriven the job. */
-  readonly attempts: number
   /** The job as JSON text, because jsonb refuses U+0000. */
   readonly delivery: string
 }
@@ -175,7 +173,7 @@ export function pgboss ({
 
   /** @returns whether it was not there before */
   async function enqueue (id: string, job: Job): Promise<boolean> {
-    const data: QueuedDelivery = { key: idOf(job), type: storable(job.event.type), attempts, delivery: JSON.stringify(job) }
+    const data: QueuedDelivery = { key: idOf(job), type: storable(job.event.type), delivery: JSON.stringify(job) }
     const isNew = await insert({ ...settings, id, data })
     if (isNew) wakeOne()
     return isNew
@@ -192,7 +190,8 @@ export function pgboss ({
 
   async function handle (host: RunnerHost, job: QueuedJob, burials: Burial[]): Promise<JobResult> {
     const { id, data, output, retryCount, retryLimit } = job
-    const attempts = Math.min(data.attempts, retryLimit)
+    // A job that a person has redriven has the queue's limit, and one that was retried by hand a higher one.
+    const attempts = retryLimit > LOOKS ? retryLimit - LOOKS : retryLimit
     const { finished = [], remembered } = failureOf(output) ?? {}
     const delivery: Job = { ...JSON.parse(data.delivery) as Job, ...(finished.length > 0 && { finished }), ...(remembered !== undefined && { remembered }) }
     const attempt = retryCount + 1
@@ -264,7 +263,7 @@ export function pgboss ({
       host = startedBy
       boss.on('error', onError)
       await boss.createQueue(deadName, { retentionSeconds: KEPT })
-      await boss.createQueue(queueName, { ...settings, notify: true })
+      await boss.createQueue(queueName, { ...settings, retryLimit: attempts, notify: true })
       if (worker === false) return
       const options = { includeMetadata: true, batchSize, perJobResults: true, pollingIntervalSeconds, notifyPollingIntervalSeconds: pollingIntervalSeconds } as const
       for (let nth = 0; nth < Math.floor(concurrency / batchSize); nth++) {

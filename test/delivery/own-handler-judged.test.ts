@@ -165,8 +165,8 @@ t.test('an async one that replies while an async error handler holds the refusal
   }
 })
 
-t.test('one that replies while an async onSend hook holds what the error handler has sent', async t => {
-  for (const [status, retried] of [[201, DUPLICATE], [422, '200 {"again":true}']] as const) {
+t.test('one that replies while an async onSend hook holds what the error handler, or Fastify\'s, has sent', async t => {
+  for (const [status, retried, sends] of [[201, DUPLICATE, true], [422, '200 {"again":true}', true], [201, DUPLICATE, false], [422, '200 {"again":true}', false]] as const) {
     const [holding, held] = [deferred(), deferred()]
     const { store, next } = watchedStore()
     const app = await build(t, { idempotency: { store }, deadline: 20 })
@@ -175,12 +175,13 @@ t.test('one that replies while an async onSend hook holds what the error handler
       holding.resolve()
       if (isHeld) await held.promise
     })
-    app.setErrorHandler((_error, _request, reply) => { reply.send('refused') })
+    if (sends) app.setErrorHandler((_error, _request, reply) => { reply.send('refused') })
     let runs = 0
-    app.post('/own', marked, async (_request, reply) => {
+    app.post('/own', marked, (_request, reply) => {
       if (++runs > 1) return { again: true }
-      await holding.promise
-      return await reply.code(status).send('own')
+      // By a callback: nothing but the reply tells of its end.
+      holding.promise.then(() => reply.code(status).send('own'), () => {})
+      return reply
     })
     await listen(app)
     const delivery = sign(thin('batch.failed'))
@@ -189,7 +190,7 @@ t.test('one that replies while an async onSend hook holds what the error handler
     await recorded
     isHeld = false
     held.resolve()
-    t.equal(await answering, '503 refused')
+    t.equal(await answering, sends ? '503 refused' : '503 DEADLINE')
     t.equal(await outcome(app, redelivered(delivery), '/own'), retried)
   }
 })
@@ -281,6 +282,16 @@ t.test('an error handler that forgets the status, where the async context is los
     },
     'by itself': (app, query) => {
       app.setErrorHandler((_error, _request, reply) => { query(() => { reply.send({ error: 'sorry' }) }) })
+    },
+    'by itself, and hands the error on': (app, query) => {
+      app.setErrorHandler((error, _request, reply) => { query(() => { reply.send(error) }) })
+    },
+    'by itself, and hands the error on to an async one': (app, query) => {
+      app.setErrorHandler(async (_error, _request, reply) => await reply.send({ error: 'sorry' }))
+      app.addHook('onRoute', route => {
+        // The route's own, before the app's.
+        route.errorHandler ??= (error, _request, reply) => { query(() => { reply.send(error) }) }
+      })
     },
     'by itself, with 200': (app, query) => {
       app.setErrorHandler((_error, _request, reply) => { query(() => { reply.code(200).send({ error: 'sorry' }) }) })

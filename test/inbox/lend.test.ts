@@ -43,7 +43,7 @@ t.test('what a client makes is lent with it, and rows and values are not', async
   t.same(statement.iterate().next(), { done: false, value: 1 })
 
   end()
-  for (const act of [() => tx.prepare(''), () => tx.release(), () => statement.run(), run, () => statement.bind(), () => adapted.run(), () => commit()]) t.throws(act, OVER)
+  for (const act of [() => tx.prepare(''), () => tx.release(), () => statement.run(), run, () => statement.bind(), () => adapted.run(), () => commit(), () => commit.database()]) t.throws(act, OVER)
   t.equal(client.released, 0)
 })
 

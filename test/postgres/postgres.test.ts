@@ -151,6 +151,32 @@ t.test('tables', { skip: postgresMissing }, async t => {
     })
   }
 
+  await t.test('first() twice in a transaction that is rolled back, and where the search path is another', async t => {
+    const pool = await withEffects(await fresh(t, { max: 2 }))
+    const inbox = postgresInbox(pool, { concurrency: 1 })
+    const within = async (begin: string, end: string): Promise<boolean[]> => {
+      const client = await pool.connect()
+      try {
+        await client.query(begin)
+        const first = async (): Promise<boolean> => await inbox.first(async (text, values) => await client.query(text, values), 'settle', contextOf())
+        const answers = [await first(), await first()]
+        await client.query(end)
+        return answers
+      } finally {
+        client.release()
+      }
+    }
+    await pool.query('CREATE SCHEMA mine')
+    const blocker = await pool.connect() // no connection is left for the creation
+    t.same(await within('BEGIN', 'ROLLBACK'), [true, true])
+    t.same(await within('BEGIN; SAVEPOINT one', 'ROLLBACK TO SAVEPOINT one; COMMIT'), [true, true])
+    blocker.release()
+    t.same(await within('BEGIN; SET LOCAL search_path = mine, public', 'COMMIT'), [true, true])
+    t.same(await within('BEGIN', 'COMMIT'), [true, true])
+    await run(inbox.once('another', () => {}))
+    t.same((await pool.query("SELECT schemaname FROM pg_tables WHERE tablename = 'openai_webhook_inbox'")).rows, [{ schemaname: 'public' }])
+  })
+
   await t.test('a role that may create nothing, tables of another name, in another schema', async t => {
     const pool = await withEffects(await fresh(t))
     await pool.query(`CREATE SCHEMA hooks; CREATE ROLE ${pool.options.database} LOGIN; GRANT USAGE ON SCHEMA hooks TO ${pool.options.database}; GRANT ALL ON effects TO ${pool.options.database}`)

@@ -539,6 +539,34 @@ t.test('bullmq', { skip }, async t => {
     t.match(told[2], { message: 'by BullMQ itself' })
   })
 
+  t.test('a job that an earlier version has left: dead after it had stalled, or with a failure that does not say how often it was started', async t => {
+    const server = await RedisServer.start(t)
+    const queue = queueAt(t, server.port)
+    const admin = redisClient(t, server.port)
+    const ran: string[] = []
+    const runner = bullmq({ connection: { port: server.port, host: '127.0.0.1' }, attempts: 1 })
+    let isBroken = true
+    await runner.start!({
+      async process ({ webhookId }) {
+        ran.push(webhookId)
+        if (isBroken) throw new Error('no such customer')
+      },
+      report () {}
+    })
+    t.teardown(async () => await runner.close!())
+    await runner.run({ webhookId: 'wh_1', timestamp: 1, endpoint: ENDPOINT, event: thin('batch.failed') })
+    await until('it to be dead', async () => await runner.deadCount!() === 1)
+    const [job] = await queue.getFailed()
+    const { failure: { starts, ...failure }, stalls, ...data } = job!.data
+    await job!.updateData({ ...data, failure })
+    await admin.hset(queue.toKey(job!.id!), 'stc', 2)
+    t.match(await runner.dead!(), [{ attempts: 1, errors: [{ message: 'no such customer' }] }])
+    isBroken = false
+    t.equal(await runner.requeue!({ webhookId: 'wh_1', endpoint: ENDPOINT }), true)
+    await until('it to be done', async () => await queue.getCompletedCount() === 1)
+    t.same(ran, ['wh_1', 'wh_1'])
+  })
+
   t.test('and where a host cannot say what had succeeded, a requeue runs all of it', async t => {
     const server = await RedisServer.start(t)
     const admin = redisClient(t, server.port)

@@ -192,6 +192,7 @@ t.test('workers', { skip }, async t => {
     await until('both to be done', async () => Object.keys(await states(boss, queueName)).every(state => state === 'failed' || state === 'completed'))
     t.same(await states(boss, queueName), { completed: 1, failed: 1 })
     t.same(working.ran, ['wh_1'])
+    t.equal((await boss.getQueue(queueName))!.retryLimit, 16, 'as often as a delivery is attempted, where it does not say itself')
   })
 
   t.test('app.close() waits for what runs, leaves what waits to the next worker, and the PgBoss to its user', async t => {
@@ -530,6 +531,20 @@ t.test('dead deliveries', { skip }, async t => {
     await runner.close!()
     const { errors, attempts, diedAt, finished, ...job } = dead[1]!
     t.same(processed.find(({ webhookId }) => webhookId === 'wh_2'), { ...job, finished: ['import'], remembered: { import: 1, bill: 2 } }, 'with what the store knew')
+  })
+
+  t.test('a delivery that a person retries in pg-boss runs again too', async t => {
+    const boss = await startedBoss(t, server)
+    const state = await queueing(t, boss, { attempts: 1, worker: { concurrency: 1, pollingIntervalSeconds: 0.5 } })
+    state.work = async () => { throw new Error('no such batch') }
+    t.equal(await answer(state.app, batchFailed('wh_1')), '200')
+    await until('it to be dead', () => state.died.length === 1)
+    state.work = async () => {}
+    const [job] = await boss.findJobs(state.queueName)
+    await boss.retry(state.queueName, job!.id)
+    await until('it to run', () => state.ran.length === 2)
+    await until('it to be done', async () => (await states(boss, state.queueName))['completed'] === 1)
+    t.equal(state.died.length, 1)
   })
 
   t.test('a delivery that was redriven by pg-boss runs again too', async t => {
