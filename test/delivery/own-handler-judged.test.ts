@@ -195,6 +195,64 @@ t.test('one that replies while an async onSend hook holds what the error handler
   }
 })
 
+t.test('what is sent twice while nobody can tell by whom', async t => {
+  /** Calls back in an async context of its own. */
+  function elsewhere (t: Tap): (callback: () => void) => void {
+    const waiting: Array<() => void> = []
+    const timer = setInterval(() => { for (const callback of waiting.splice(0)) callback() }, 1)
+    t.teardown(() => { clearInterval(timer) })
+    return callback => { waiting.push(callback) }
+  }
+
+  t.test('a body, held by a hook, and the handler\'s reply', async t => {
+    const [holding, held] = [deferred(), deferred()]
+    const { store, next } = watchedStore()
+    const app = await build(t, { idempotency: { store }, deadline: 20 })
+    const query = elsewhere(t)
+    app.addHook('onSend', async () => {
+      holding.resolve()
+      await held.promise
+    })
+    app.setErrorHandler((_error, _request, reply) => { query(() => { reply.send({ error: 'sorry' }) }) })
+    let runs = 0
+    app.post('/own', marked, (_request, reply) => {
+      runs++
+      holding.promise.then(() => reply.send('own'), () => {})
+      return reply
+    })
+    await listen(app)
+    const delivery = sign(thin('batch.failed'))
+    const completed = next('complete')
+    const answering = outcome(app, delivery, '/own')
+    await completed
+    held.resolve()
+    t.match(await answering, /^503 /)
+    t.equal(await outcome(app, redelivered(delivery), '/own'), DUPLICATE)
+    t.equal(runs, 1)
+  })
+
+  t.test('another error, and what the next error handler makes of it: the sender is answered, and the handler may run again', async t => {
+    const { store, next } = watchedStore()
+    const app = await build(t, { idempotency: { store }, deadline: 20 })
+    const query = elsewhere(t)
+    app.setErrorHandler((_error, _request, reply) => { query(() => { reply.code(500).send({ error: 'sorry' }) }) })
+    const over = deferred()
+    let runs = 0
+    app.post('/own', { ...marked, errorHandler: (_error, _request, reply) => { query(() => { reply.send(new Error('another')) }) } }, async () => {
+      if (++runs > 1) return 'again'
+      await over.promise
+      return 'own'
+    })
+    await listen(app)
+    const delivery = sign(thin('batch.failed'))
+    t.match(await outcome(app, delivery, '/own'), /^500 /)
+    const released = next('release')
+    over.resolve()
+    await released
+    t.equal(await outcome(app, redelivered(delivery), '/own'), '200 again')
+  })
+})
+
 t.test('one that starts while an async error handler holds the refusal', async t => {
   for (const [status, retried] of [[200, DUPLICATE], [500, '200 again']] as const) {
     for (const isFirst of [true, false]) {

@@ -30,7 +30,9 @@ t.test('what a client makes is lent with it, and rows and values are not', async
     nothing: () => null,
     later: async () => row
   }
-  const { tx, end } = lend(client, 'settle')
+  Object.defineProperty(client, 'fixed', { value: () => 'fixed' })
+  const { tx, end } = lend(client as typeof client & { readonly fixed: () => string }, 'settle')
+  t.equal(tx.fixed(), 'fixed')
   for (const value of ['row', 'rows', 'bare', 'bytes', 'nothing'] as const) t.equal(tx[value](), client[value](), value)
   t.equal(await tx.later(), row)
   tx.release()
