@@ -26,6 +26,14 @@ function asyncStore (): IdempotencyStore {
   }
 }
 
+/** A connection that several requests share: it calls back in its own async context. */
+function connection (t: Tap): (callback: () => void) => void {
+  const waiting: Array<() => void> = []
+  const timer = setInterval(() => { for (const callback of waiting.splice(0)) callback() }, 1)
+  t.teardown(() => { clearInterval(timer) })
+  return callback => { waiting.push(callback) }
+}
+
 t.test('a route\'s own handler that ends after the deadline is judged by what it replies', async t => {
   /** Delivers to a handler that replies once the sender has been refused, and waits until that is recorded. */
   async function overdue (t: Tap, before: (reply: FastifyReply) => void, ending: RouteHandlerMethod): Promise<() => Promise<string>> {
@@ -196,19 +204,11 @@ t.test('one that replies while an async onSend hook holds what the error handler
 })
 
 t.test('what is sent twice while nobody can tell by whom', async t => {
-  /** Calls back in an async context of its own. */
-  function elsewhere (t: Tap): (callback: () => void) => void {
-    const waiting: Array<() => void> = []
-    const timer = setInterval(() => { for (const callback of waiting.splice(0)) callback() }, 1)
-    t.teardown(() => { clearInterval(timer) })
-    return callback => { waiting.push(callback) }
-  }
-
   t.test('a body, held by a hook, and the handler\'s reply', async t => {
     const [holding, held] = [deferred(), deferred()]
     const { store, next } = watchedStore()
     const app = await build(t, { idempotency: { store }, deadline: 20 })
-    const query = elsewhere(t)
+    const query = connection(t)
     app.addHook('onSend', async () => {
       holding.resolve()
       await held.promise
@@ -234,7 +234,7 @@ t.test('what is sent twice while nobody can tell by whom', async t => {
   t.test('another error, and what the next error handler makes of it: the sender is answered, and the handler may run again', async t => {
     const { store, next } = watchedStore()
     const app = await build(t, { idempotency: { store }, deadline: 20 })
-    const query = elsewhere(t)
+    const query = connection(t)
     app.setErrorHandler((_error, _request, reply) => { query(() => { reply.code(500).send({ error: 'sorry' }) }) })
     const over = deferred()
     let runs = 0
@@ -326,13 +326,6 @@ t.test('whatever the error handler does at the deadline, and Fastify\'s handlerT
 })
 
 t.test('an error handler that forgets the status, where the async context is lost', async t => {
-  /** A connection that several requests share: it calls back in its own async context. */
-  function connection (t: Tap): (callback: () => void) => void {
-    const waiting: Array<() => void> = []
-    const timer = setInterval(() => { for (const callback of waiting.splice(0)) callback() }, 1)
-    t.teardown(() => { clearInterval(timer) })
-    return callback => { waiting.push(callback) }
-  }
   const forgetful: Record<string, (app: FastifyInstance, query: ReturnType<typeof connection>) => void> = {
     'by an onSend hook': (app, query) => {
       app.addHook('onSend', (_request, _reply, _payload, done) => { query(done) })
