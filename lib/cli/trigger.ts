@@ -23,7 +23,7 @@ const help = `Usage: openai-webhook trigger <type…|all> [options]
 Sends signed sample events, as OpenAI would. A type is one such as batch.completed, a family such as batch.*
 (quote it: 'batch.*'), or all.
 
-  --url URL            the receiver (http://127.0.0.1:3000/webhooks/openai)
+  --url URL            the receiver (${DEFAULT_URL})
   --data PATH=VALUE    sets a field of the event: data.id=batch_1; JSON where it is JSON, else text; may be repeated
   --count N            deliveries of each type (1)
   --rate R             deliveries started per second; without it each waits for the answer to the one before

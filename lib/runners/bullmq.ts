@@ -161,9 +161,8 @@ export function bullmq ({
     return queue
   }
 
-  /** The error that BullMQ is told. */
-  function told (shown: Error): Error {
-    const kept = storableError(shown)
+  /** @returns what BullMQ is told in place of an error */
+  function inPlaceOf (shown: Error, kept: Error = storableError(shown)): Error {
     thrown.set(kept, shown)
     return kept
   }
@@ -195,9 +194,7 @@ export function bullmq ({
       await job.moveToDelayed(Date.now() + LATER, token)
       throw new DelayedError()
     }
-    const kept = new UnrecoverableError(error.message)
-    thrown.set(kept, error)
-    throw kept
+    throw inPlaceOf(error, new UnrecoverableError(error.message))
   }
 
   /** Makes a dead job one that may be attempted anew. Where it does not say how its last attempt ended, the store may know what had succeeded. */
@@ -230,7 +227,7 @@ export function bullmq ({
           const shown = toError(causeOf(error))
           // The last one is told once BullMQ has it on record.
           if (!isLast) startedBy.report(shown, delivery, { attempt, attempts })
-          throw told(shown)
+          throw inPlaceOf(shown)
         }
       }, {
         connection: redis,

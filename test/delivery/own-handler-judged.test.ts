@@ -90,6 +90,15 @@ t.test('a route\'s own handler that ends after the deadline is judged by what it
   }
 })
 
+/** An async error handler that holds the refusal. */
+function holdRefusal (app: FastifyInstance, held: Promise<void>, holding: () => void): void {
+  app.setErrorHandler(async (error: { statusCode?: number }, _request, reply) => {
+    holding()
+    await held
+    return await reply.code(error.statusCode ?? 500).send('refused')
+  })
+}
+
 t.test('a route\'s own handler that replies while hooks hold the refusal', async t => {
   type Hold = (app: FastifyInstance, held: Promise<void>, holding: () => void) => void
   /** How it holds it, and whether the handler's end is known before it lets go. */
@@ -100,13 +109,7 @@ t.test('a route\'s own handler that replies while hooks hold the refusal', async
         await held
       })
     }, true],
-    'an async error handler': [(app, held, holding) => {
-      app.setErrorHandler(async (error: { statusCode?: number }, _request, reply) => {
-        holding()
-        await held
-        return await reply.code(error.statusCode ?? 500).send('refused')
-      })
-    }, false]
+    'an async error handler': [holdRefusal, false]
   }
   for (const [name, [hold, isKnown]] of Object.entries(holds)) {
     t.test(name, async t => {
@@ -148,11 +151,7 @@ t.test('an async one that replies while an async error handler holds the refusal
       const [holding, held, replied] = [deferred(), deferred(), deferred()]
       const { store, next } = watchedStore()
       const app = await build(t, { idempotency: { store }, deadline: 20 })
-      app.setErrorHandler(async (error: { statusCode?: number }, _request, reply) => {
-        holding.resolve()
-        await held.promise
-        return await reply.code(error.statusCode ?? 500).send('refused')
-      })
+      holdRefusal(app, held.promise, holding.resolve)
       let runs = 0
       app.post('/own', marked, async (_request, reply) => {
         if (++runs > 1) return { again: true }
@@ -259,11 +258,7 @@ t.test('one that starts while an async error handler holds the refusal', async t
       const [holding, held, replied, over] = [deferred(), deferred(), deferred(), deferred()]
       const { store, next } = watchedStore()
       const app = await build(t, { idempotency: { store }, deadline: 20 })
-      app.setErrorHandler(async (error: { statusCode?: number }, _request, reply) => {
-        holding.resolve()
-        await held.promise
-        return await reply.code(error.statusCode ?? 500).send('refused')
-      })
+      holdRefusal(app, held.promise, holding.resolve)
       let runs = 0
       app.openaiWebhook.route({
         url: '/own',

@@ -533,31 +533,28 @@ t.test('dead deliveries', { skip }, async t => {
     t.same(processed.find(({ webhookId }) => webhookId === 'wh_2'), { ...job, finished: ['import'], remembered: { import: 1, bill: 2 } }, 'with what the store knew')
   })
 
-  t.test('a delivery that a person retries in pg-boss runs again too', async t => {
-    const boss = await startedBoss(t, server)
-    const state = await queueing(t, boss, { attempts: 1, worker: { concurrency: 1, pollingIntervalSeconds: 0.5 } })
-    state.work = async () => { throw new Error('no such batch') }
-    t.equal(await answer(state.app, batchFailed('wh_1')), '200')
-    await until('it to be dead', () => state.died.length === 1)
-    state.work = async () => {}
-    const [job] = await boss.findJobs(state.queueName)
-    await boss.retry(state.queueName, job!.id)
-    await until('it to run', () => state.ran.length === 2)
-    await until('it to be done', async () => (await states(boss, state.queueName))['completed'] === 1)
-    t.equal(state.died.length, 1)
-  })
-
-  t.test('a delivery that was redriven by pg-boss runs again too', async t => {
-    const boss = await startedBoss(t, server)
-    const state = await queueing(t, boss, { attempts: 1, worker: { concurrency: 1, pollingIntervalSeconds: 0.5 } })
-    state.work = async () => { throw new Error('no such batch') }
-    t.equal(await answer(state.app, batchFailed('wh_1')), '200')
-    await until('it to be dead', () => state.died.length === 1)
-    state.work = async () => {}
-    t.equal(await boss.redrive(`${state.queueName}-dead`), 1)
-    await until('it to run', () => state.ran.length === 2)
-    t.equal(await state.app.openaiWebhook.deadLetters.count(), 0)
-  })
+  const again: Record<string, [(boss: PgBoss, queueName: string) => Promise<unknown>, dead: number]> = {
+    'a person retries in pg-boss': [async (boss, queueName) => {
+      const [job] = await boss.findJobs(queueName)
+      await boss.retry(queueName, job!.id)
+    }, 1],
+    'was redriven by pg-boss': [async (boss, queueName) => { t.equal(await boss.redrive(`${queueName}-dead`), 1) }, 0]
+  }
+  for (const [how, [act, dead]] of Object.entries(again)) {
+    t.test(`a delivery that ${how} runs again too`, async t => {
+      const boss = await startedBoss(t, server)
+      const state = await queueing(t, boss, { attempts: 1, worker: { concurrency: 1, pollingIntervalSeconds: 0.5 } })
+      state.work = async () => { throw new Error('no such batch') }
+      t.equal(await answer(state.app, batchFailed('wh_1')), '200')
+      await until('it to be dead', () => state.died.length === 1)
+      state.work = async () => {}
+      await act(boss, state.queueName)
+      await until('it to run', () => state.ran.length === 2)
+      await until('it to be done', async () => (await states(boss, state.queueName))['completed'] === 1)
+      t.equal(state.died.length, 1)
+      t.equal(await state.app.openaiWebhook.deadLetters.count(), dead)
+    })
+  }
 })
 
 t.test('depth', { skip }, async t => {
