@@ -1,4 +1,4 @@
-import { isPromise } from './steps.ts'
+import { isPromise } from './maybe-promise.ts'
 
 /** The status that Fastify's own error handler answers an error with. */
 export function statusOf (error: unknown): number {

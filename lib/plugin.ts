@@ -13,7 +13,6 @@ import { Failures } from './failures.ts'
 import { DEFAULTS, assertOptions } from './options.ts'
 import type { OpenAIWebhookOptions } from './options.ts'
 import { Claims } from './pipeline/deduplicate.ts'
-import { jsonParser } from './pipeline/validate.ts'
 import { Validators, compilersFor } from './pipeline/validators.ts'
 import type { Compilers } from './pipeline/validators.ts'
 import { Observation } from './observation.ts'
@@ -101,7 +100,7 @@ function assemble (instance: FastifyInstance, options: OpenAIWebhookOptions, com
     events,
     endpoints,
     verifications,
-    authentication: new Authentication(jsonParser(instance), new Validators(officialEvents, options.events ?? {}, compilers), failures, observation),
+    authentication: new Authentication(new Validators(officialEvents, options.events ?? {}, compilers), failures, observation),
     failures,
     observation,
     receiver: new Receiver(works, claims, handling, runner, observation),

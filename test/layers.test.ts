@@ -22,7 +22,7 @@ const LAYERS = [
   ['handlers.ts'],
   ['stores', 'request.ts', 'verifiers'],
   ['events', 'coded.ts', 'deadline.ts', 'handler-name.ts', 'log.ts'],
-  ['errors.ts', 'grouped.ts', 'nearest.ts', 'pruning.ts', 'steps.ts', 'typebox.ts'],
+  ['errors.ts', 'grouped.ts', 'nearest.ts', 'pruning.ts', 'maybe-promise.ts', 'typebox.ts'],
   ['async-context.ts']
 ]
 

@@ -1,7 +1,7 @@
 import type { Failures } from '../failures.ts'
 import type { Claims } from '../pipeline/deduplicate.ts'
 import type { Runner } from '../runners/runner.ts'
-import { attempt } from '../steps.ts'
+import { attempt } from '../maybe-promise.ts'
 import type { Works } from './work.ts'
 
 export interface DrainOptions {

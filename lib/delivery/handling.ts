@@ -11,8 +11,8 @@ import type { Handler } from '../handlers.ts'
 import type { Observation, ObservedAttempt } from '../observation.ts'
 import type { Job } from '../runners/runner.ts'
 import type { HandlerTable } from '../registry.ts'
-import { attempt, drive, then } from '../steps.ts'
-import type { MaybePromise, Steps } from '../steps.ts'
+import { after, attempt, then } from '../maybe-promise.ts'
+import type { MaybePromise } from '../maybe-promise.ts'
 import { Context } from './context.ts'
 import { Watch, isTraced, traceDelivery } from './observe.ts'
 import type { State, Work, Works } from './work.ts'
@@ -51,57 +51,55 @@ export class Handling {
     const handlers = finished.length === 0 ? all : all.filter(({ name }) => !finished.includes(name))
     if (channels.unhandled.hasSubscribers) this.#tellUnhandled(work)
     const watch = Watch.over(work, handlers, this.#options.log, this.#options.observation)
-    work.end = watch === undefined ? this.#run(work, handlers) : drive(this.#watched(work, handlers, watch))
+    work.end = watch === undefined
+      ? this.#run(work, handlers)
+      : after(() => this.#run(work, handlers, watch.observed), () => { watch.succeeded() }, error => watch.failed(error))
     return work.end
   }
 
   #run (work: Work, handlers: readonly Handler[], observed?: ObservedAttempt): MaybePromise<void> {
     return isTraced()
-      ? traceDelivery(work, handlers, traced => drive(this.#handle(work, traced, observed)))
-      : drive(this.#handle(work, handlers, observed))
+      ? traceDelivery(work, handlers, traced => this.#handle(work, traced, observed))
+      : this.#handle(work, handlers, observed)
   }
 
-  * #watched (work: Work, handlers: readonly Handler[], watch: Watch): Steps<void> {
-    try {
-      yield this.#run(work, handlers, watch.observed)
-    } catch (error) {
-      watch.failed(error)
-      throw error
-    }
-    watch.succeeded()
-  }
-
-  * #handle (work: Work, handlers: readonly Handler[], observed?: ObservedAttempt): Steps<void> {
+  #handle (work: Work, handlers: readonly Handler[], observed?: ObservedAttempt): MaybePromise<void> {
     const { claims, log, signal } = this.#options
     const { claim } = work.state as Extract<State, { at: 'handling' }>
-    const ownHandler = work.sender?.ownHandler
-    const failures: readonly HandlerFailure[] = yield * dispatch(handlers, work.job.event, new Context(work, log, signal), (handler, isLast) =>
+    const replies = work.sender?.ownHandler !== undefined
+    const failures = dispatch(handlers, work.job.event, new Context(work, log, signal), (handler, isLast) =>
       // The last success needs no checkpoint, since it completes the delivery, unless the route's own handler is still to come.
-      isLast && ownHandler === undefined ? undefined : claims.checkpoint(claim, handler.name), observed)
-    if (failures.length > 0) return yield * this.#settle(work, claim, this.#failed(work, failures))
-    if (ownHandler === undefined) return yield * this.#settle(work, claim)
-    yield new Promise<void>((resolve, reject) => {
+      isLast && !replies ? undefined : claims.checkpoint(claim, handler.name), observed)
+    return then(failures, failures => this.#dispatched(work, claim, failures))
+  }
+
+  #dispatched (work: Work, claim: Held, failures: readonly HandlerFailure[]): MaybePromise<void> {
+    if (failures.length > 0) return this.#settle(work, claim, this.#failed(work, failures))
+    const ownHandler = work.sender?.ownHandler
+    if (ownHandler === undefined) return this.#settle(work, claim)
+    return new Promise<void>((resolve, reject) => {
       ownHandler((succeeded, error) => {
         // The answer waits for this and hears of no failure: that is for the delivery.
-        const settled = attempt(() => drive(this.#settle(work, claim, succeeded ? undefined : ownFailure(error))), reject)
+        const settled = attempt(() => this.#settle(work, claim, succeeded ? undefined : ownFailure(error)), reject)
         return then(settled, () => { resolve() })
       })
     })
   }
 
   /** Records how the handlers have ended, then passes it on. */
-  * #settle (work: Work, claim: Held, failure?: Error): Steps<void> {
+  #settle (work: Work, claim: Held, failure?: Error): MaybePromise<void> {
     const { claims, works } = this.#options
-    if (failure === undefined) {
-      const completed = claims.complete(claim)
-      yield work.onSuccess?.()
-      yield completed
-    } else {
-      yield claims.release(claim)
-    }
-    work.move({ at: 'over', failed: failure !== undefined })
-    if (work.isLeft) works.forget(works.received, work)
-    if (failure !== undefined) throw failure
+    return then(failure === undefined ? this.#complete(work, claim) : claims.release(claim), () => {
+      work.move({ at: 'over', failed: failure !== undefined })
+      if (work.isLeft) works.forget(works.received, work)
+      if (failure !== undefined) throw failure
+    })
+  }
+
+  /** In the store and with the runner, in one turn: where they share a database, that makes one commit of both. */
+  #complete ({ onSuccess }: Work, claim: Held): MaybePromise<void> {
+    const completed = this.#options.claims.complete(claim)
+    return onSuccess === undefined ? completed : then(onSuccess(), () => completed)
   }
 
   /** To be called when all have ended: whatever has not failed has succeeded. */

@@ -5,7 +5,7 @@ import { logFields, logs, write } from '../log.ts'
 import type { Handler } from '../handlers.ts'
 import type { Observation, ObservedAttempt, Observer } from '../observation.ts'
 import type { Job } from '../runners/runner.ts'
-import type { MaybePromise } from '../steps.ts'
+import type { MaybePromise } from '../maybe-promise.ts'
 import type { Sender, Work } from './work.ts'
 
 export function isTraced (): boolean {
@@ -59,8 +59,9 @@ export class Watch {
     write(this.#log, 'info', fields, 'webhook delivery processed')
   }
 
-  failed (error: unknown): void {
+  failed (error: unknown): never {
     this.observed?.ended(error)
+    throw error
   }
 }
 

@@ -2,12 +2,12 @@ import { channels, trace } from '../channels.ts'
 import type { EnqueueMessage } from '../channels.ts'
 import { isCoded } from '../coded.ts'
 import { InProgress, Overloaded, Unavailable } from '../errors.ts'
-import type { Begun, Claims } from '../pipeline/deduplicate.ts'
+import type { Begun, Claims, Held } from '../pipeline/deduplicate.ts'
 import type { Observation } from '../observation.ts'
 import { keyOf } from '../runners/runner.ts'
 import type { Job, Runner } from '../runners/runner.ts'
-import { drive, then } from '../steps.ts'
-import type { MaybePromise, Steps } from '../steps.ts'
+import { after, then } from '../maybe-promise.ts'
+import type { MaybePromise } from '../maybe-promise.ts'
 import type { Handling } from './handling.ts'
 import { observeDuplicate } from './observe.ts'
 import { Work } from './work.ts'
@@ -43,40 +43,38 @@ export class Receiver {
 
     const work = new Work(key, job, sender)
     this.works.received.set(key, work)
-    drive(this.#receive(work))
+    after(() => this.claims.begin(key, job), begun => this.#begun(work, begun), error => { this.#over(work, refused(error)) })
     return work
   }
 
-  * #receive (work: Work): Steps<void> {
-    let claim: Begun
-    try {
-      claim = yield this.claims.begin(work.key, work.job)
-    } catch (error) {
-      return this.#over(work, refused(error))
-    }
+  /** The store has answered. */
+  #begun (work: Work, claim: Begun): MaybePromise<void> {
     this.observation.observer?.deduplicated(work.sender!.request)
     if (claim.state === 'done') return this.#duplicate(work, 'processed')
     if (claim.state === 'running') return this.#duplicate(work, this.works.isQueued(work.key) ? 'joined' : 'elsewhere')
     work.move({ at: 'claimed', claim })
-
-    let verdict: Verdict
-    try {
+    return after<Accepted, void>(
       // A route's own handler replies once the others have succeeded: they run here, whatever the runner.
-      const accepted: Accepted = yield work.sender!.ownHandler === undefined ? this.#enqueue(work) : this.handling.start(work)
-      verdict = accepted === 'duplicate' ? DUPLICATE : PROCESSED
-    } catch (error) {
-      verdict = refused(isCoded(error) ? error : new Unavailable({ cause: error }))
-    }
-    // Where handlers were started, they settle the claim. Otherwise the runner has queued the job, or has refused it.
-    if (work.state.at === 'claimed') {
-      // Moved before the release is awaited: whoever takes the job from the queue must not use this claim.
-      work.move({ at: 'handed on' })
-      if (verdict === PROCESSED) this.observation.observer?.queued(work.job, work.sender!.request)
-      if (work.isKept && verdict === PROCESSED) this.works.kept.set(work.key, claim)
-      else yield this.claims.release(claim)
-    }
-    if (verdict === DUPLICATE) observeDuplicate(work.job, work.sender!, 'queued', this.observation)
-    this.#tell(work, verdict)
+      () => work.sender!.ownHandler === undefined ? this.#enqueue(work) : this.handling.start(work),
+      accepted => this.#answered(work, claim, accepted === 'duplicate' ? DUPLICATE : PROCESSED),
+      error => this.#answered(work, claim, refused(isCoded(error) ? error : new Unavailable({ cause: error })))
+    )
+  }
+
+  /** The runner has answered. Where handlers were started, they settle the claim. Otherwise it has queued the job, or has refused it. */
+  #answered (work: Work, claim: Held, verdict: Verdict): MaybePromise<void> {
+    return then(work.state.at === 'claimed' ? this.#handOn(work, claim, verdict) : undefined, () => {
+      if (verdict === DUPLICATE) observeDuplicate(work.job, work.sender!, 'queued', this.observation)
+      this.#tell(work, verdict)
+    })
+  }
+
+  #handOn (work: Work, claim: Held, verdict: Verdict): MaybePromise<void> {
+    // Moved before the release is awaited: whoever takes the job from the queue must not use this claim.
+    work.move({ at: 'handed on' })
+    if (verdict === PROCESSED) this.observation.observer?.queued(work.job, work.sender!.request)
+    if (work.isKept && verdict === PROCESSED) this.works.kept.set(work.key, claim)
+    else return this.claims.release(claim)
   }
 
   #enqueue (work: Work): MaybePromise<Accepted> {

@@ -1,7 +1,7 @@
 import { inContext } from '../async-context.ts'
 import type { Held } from '../pipeline/deduplicate.ts'
 import type { Job } from '../runners/runner.ts'
-import type { MaybePromise } from '../steps.ts'
+import type { MaybePromise } from '../maybe-promise.ts'
 import type { VerifiedRequest } from '../request.ts'
 
 /** Where a delivery stands in this process. */

@@ -1,5 +1,5 @@
 import { TransactionOver } from '../errors.ts'
-import { isPromise } from '../steps.ts'
+import { isPromise } from '../maybe-promise.ts'
 
 /**
  * Lends a database's client for the length of a transaction, and with it the statements and iterators that it makes.

@@ -2,7 +2,7 @@ import { AsyncLocalStorage } from 'node:async_hooks'
 import type { FastifyReply, FastifyRequest } from 'fastify'
 import { inContext } from '../async-context.ts'
 import { statusOf } from '../coded.ts'
-import { isPromise } from '../steps.ts'
+import { isPromise } from '../maybe-promise.ts'
 
 /** On a request of a receiving route: how far its answer has come. Absent until the delivery is verified: only hooks of the app have run. */
 const PROGRESS = Symbol('openai-webhook.progress')

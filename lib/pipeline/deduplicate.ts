@@ -1,8 +1,8 @@
 import { inContext } from '../async-context.ts'
 import { Unavailable } from '../errors.ts'
 import type { Job } from '../runners/runner.ts'
-import { attempt, drive, then } from '../steps.ts'
-import type { MaybePromise, Steps } from '../steps.ts'
+import { after, attempt, then } from '../maybe-promise.ts'
+import type { MaybePromise } from '../maybe-promise.ts'
 import type { Claim, IdempotencyStore } from '../stores/store.ts'
 import { resourceKeyOf } from './resource-key.ts'
 
@@ -15,6 +15,8 @@ export interface Held {
   readonly finished: readonly string[]
   /** The claim on what the event is about, where that has one of its own: the two are settled together. */
   readonly resource: Held | undefined
+  /** Its index among the claims that are held; -1 once it is not. */
+  place: number
 }
 
 /** The answer to `begin`. */
@@ -40,7 +42,7 @@ export interface ClaimsOptions {
  */
 export class Claims {
   readonly #options: ClaimsOptions
-  readonly #held = new Set<Held>()
+  readonly #held = new HeldClaims()
   #timer: NodeJS.Timeout | undefined
   // Bound here: the claims are of many requests, and the timer must not keep the async context of one, nor run in it.
   readonly #startTimer = inContext(() => setInterval(() => this.#renewAll(), this.#options.lease / 3).unref())
@@ -57,29 +59,28 @@ export class Claims {
    */
   begin (key: string, job: Job): MaybePromise<Begun> {
     const resource = this.#options.reconcile === true ? resourceKeyOf(job) : undefined
-    return resource === undefined ? this.#begin(key) : drive(this.#beginBoth(key, resource))
+    return resource === undefined ? this.#begin(key) : this.#beginBoth(key, resource)
   }
 
   /** The delivery first: whoever has it waits for nobody. */
-  * #beginBoth (key: string, resourceKey: string): Steps<Begun> {
-    const claim: Begun = yield this.#begin(key)
-    if (claim.state !== 'claimed') return claim
-    let resource: Begun
-    try {
-      resource = yield this.#begin(resourceKey)
-    } catch (error) {
-      yield this.release(claim)
-      throw error
-    }
+  #beginBoth (key: string, resourceKey: string): MaybePromise<Begun> {
+    return then(this.#begin(key), claim => claim.state !== 'claimed'
+      ? claim
+      : after<Begun, Begun>(
+        () => this.#begin(resourceKey),
+        resource => this.#bothBegun(claim, resource),
+        error => then(this.release(claim), () => { throw error })
+      ))
+  }
+
+  #bothBegun (claim: Held, resource: Begun): MaybePromise<Begun> {
     if (resource.state === 'claimed') {
-      const held: Held = { ...claim, finished: union(claim.finished, resource.finished), resource }
+      const held: Held = { ...claim, place: -1, finished: union(claim.finished, resource.finished), resource }
       this.#held.delete(claim)
-      this.#held.add(held)
-      return held
+      return this.#held.add(held)
     }
     // Another delivery has told of it, or is about to.
-    yield resource.state === 'done' ? this.complete(claim) : this.release(claim)
-    return resource
+    return then(resource.state === 'done' ? this.complete(claim) : this.release(claim), () => resource)
   }
 
   #begin (key: string): MaybePromise<Begun> {
@@ -137,13 +138,11 @@ export class Claims {
     if (claim.state !== 'claimed' || !Array.isArray(claim.finished)) {
       throw new TypeError('expected the store\'s begin() to answer { state: "claimed", token, finished }, { state: "running" } or { state: "done" }')
     }
-    const held: Held = { state: 'claimed', key, token: claim.token, finished: claim.finished, resource: undefined }
-    this.#held.add(held)
-    return held
+    return this.#held.add({ state: 'claimed', key, token: claim.token, finished: claim.finished, resource: undefined, place: -1 })
   }
 
   #renewAll (): void {
-    if (this.#held.size === 0) {
+    if (this.#held.all.length === 0) {
       clearInterval(this.#timer)
       this.#timer = undefined
     }
@@ -153,7 +152,7 @@ export class Claims {
       if (!isTold) this.#options.onTrouble(error)
       isTold = true
     }
-    for (const claim of this.#held) attempt<void>(async () => await this.#renew(claim), onFailure)
+    for (const claim of this.#held.all) attempt<void>(async () => await this.#renew(claim), onFailure)
   }
 
   async #renew (claim: Held): Promise<void> {
@@ -164,6 +163,27 @@ export class Claims {
 
   #lost ({ key }: Held, before: string): Error {
     return new Error(`the claim on ${key} was lost: its lease of ${this.#options.lease} ms ran out ${before}`)
+  }
+}
+
+/** Claims in no order. A Set would have V8 make a hash for each claim, which takes 3 % of a delivery. */
+class HeldClaims {
+  readonly all: Held[] = []
+
+  has ({ place }: Held): boolean { return place !== -1 }
+
+  add (claim: Held): Held {
+    claim.place = this.all.push(claim) - 1
+    return claim
+  }
+
+  /** @returns whether it was held */
+  delete (claim: Held): boolean {
+    if (!this.has(claim)) return false
+    const last = this.all.pop()!
+    if (last !== claim) this.all[last.place = claim.place] = last
+    claim.place = -1
+    return true
   }
 }
 

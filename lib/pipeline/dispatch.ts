@@ -1,8 +1,8 @@
 import type { EventContext, Handler } from '../handlers.ts'
 import type { ObservedAttempt } from '../observation.ts'
 import type { HandlerFailure } from '../runners/handler-failures.ts'
-import { drive, isPromise } from '../steps.ts'
-import type { MaybePromise, Steps } from '../steps.ts'
+import { after, isPromise, then } from '../maybe-promise.ts'
+import type { MaybePromise } from '../maybe-promise.ts'
 
 /** Called when a handler has succeeded. @param isLast whether all have, this one last */
 type Succeeded = (handler: Handler, isLast: boolean) => MaybePromise<void>
@@ -18,35 +18,28 @@ interface Progress {
 }
 
 /** Starts every handler in order and waits for all of them. @returns those that failed, with what they threw */
-export function * dispatch (handlers: readonly Handler[], event: unknown, context: EventContext, succeeded: Succeeded, observed?: ObservedAttempt): Steps<readonly HandlerFailure[]> {
+export function dispatch (handlers: readonly Handler[], event: unknown, context: EventContext, succeeded: Succeeded, observed?: ObservedAttempt): MaybePromise<readonly HandlerFailure[]> {
   const failures: HandlerFailure[] = []
   const progress: Progress = { event, context, succeeded, observed, failures, remaining: handlers.length }
   // The usual case, without promises of its own.
-  if (handlers.length === 1) {
-    yield * run(handlers[0]!, 0, progress)
-    return failures
-  }
-  const waiting: Promise<void>[] = []
+  if (handlers.length === 1) return run(handlers[0]!, 0, progress)
+  const waiting: Promise<unknown>[] = []
   for (const [index, handler] of handlers.entries()) {
-    const ended = drive(run(handler, index, progress))
-    if (isPromise<void>(ended)) waiting.push(ended)
+    const ended = run(handler, index, progress)
+    if (isPromise(ended)) waiting.push(ended)
   }
-  if (waiting.length > 0) yield Promise.all(waiting)
-  return failures
+  return waiting.length === 0 ? failures : Promise.all(waiting).then(() => failures)
 }
 
-// Not within dispatch(): V8 makes a hidden class for the generators of each function object, in old space. One for each
-// delivery would keep its request until a full collection, which doubles what a delivery costs.
-function * run (handler: Handler, index: number, progress: Progress): Steps<void> {
+function run (handler: Handler, index: number, progress: Progress): MaybePromise<readonly HandlerFailure[]> {
   const { event, context, succeeded, observed, failures } = progress
-  try {
-    yield handler.run(event, context)
-  } catch (error) {
+  return after<unknown, readonly HandlerFailure[]>(() => handler.run(event, context), () => {
+    observed?.succeeded(index)
+    return then(succeeded(handler, --progress.remaining === 0 && failures.length === 0), () => failures)
+  }, error => {
     observed?.failed(index)
     progress.remaining--
     failures.push({ handler: handler.name, error })
-    return
-  }
-  observed?.succeeded(index)
-  yield succeeded(handler, --progress.remaining === 0 && failures.length === 0)
+    return failures
+  })
 }

@@ -3,7 +3,7 @@ import type { TypeCheck } from '@sinclair/typebox/compiler'
 import { InvalidOptions } from '../errors.ts'
 import { isStandard, kindOf } from '../events/users.ts'
 import type { AnySchema, StandardResult, StandardSchema } from '../events/users.ts'
-import { isPromise } from '../steps.ts'
+import { isPromise } from '../maybe-promise.ts'
 import { TypeCompiler } from '../typebox.ts'
 
 /**

@@ -5,12 +5,11 @@ import { InvalidSignature, Overloaded, Unavailable, UnknownTenant } from '../err
 import type { Failures } from '../failures.ts'
 import { retryLater } from '../pipeline/acknowledge.ts'
 import { validate } from '../pipeline/validate.ts'
-import type { ParseJson } from '../pipeline/validate.ts'
 import type { Validators } from '../pipeline/validators.ts'
 import { headerFault, verify } from '../pipeline/verify.ts'
 import type { Verification } from '../pipeline/verify.ts'
-import { isPromise, then } from '../steps.ts'
-import type { MaybePromise } from '../steps.ts'
+import { isPromise, then } from '../maybe-promise.ts'
+import type { MaybePromise } from '../maybe-promise.ts'
 import type { Observation } from '../observation.ts'
 import type { WebhookEvent } from '../events/map.ts'
 import type { Delivery, VerifiedRequest } from '../request.ts'
@@ -26,7 +25,6 @@ type Authentic = Pick<Delivery, 'webhookId' | 'timestamp' | 'event'> & {
 
 /** verify → validate: makes a trusted delivery of a request, or refuses it. */
 export class Authentication {
-  readonly #parse: ParseJson
   readonly #validators: Validators
   readonly #failures: Failures
   readonly #observation: Observation
@@ -34,8 +32,7 @@ export class Authentication {
   /** Errors that have been logged and reported. By identity, since a user's verifier may throw any code. */
   readonly #told = new WeakSet<object>()
 
-  constructor (parse: ParseJson, validators: Validators, failures: Failures, observation: Observation) {
-    this.#parse = parse
+  constructor (validators: Validators, failures: Failures, observation: Observation) {
     this.#validators = validators
     this.#failures = failures
     this.#observation = observation
@@ -97,7 +94,7 @@ export class Authentication {
       if (verified instanceof Error) return verified
       onVerified?.()
       const { webhookId, timestamp, keyIndex } = verified
-      const event = validate(rawBody, this.#parse, this.#validators)
+      const event = validate(rawBody, this.#validators)
       if (event instanceof Error) return event
       return { webhookId, timestamp, event: event as WebhookEvent, secretIndex: keyIndex }
     })

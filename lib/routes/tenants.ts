@@ -5,7 +5,7 @@ import { Overloaded, Unavailable, UnknownTenant } from '../errors.ts'
 import { DEFAULTS } from '../options.ts'
 import type { TenantOptions } from '../options.ts'
 import type { Verification } from '../pipeline/verify.ts'
-import type { MaybePromise } from '../steps.ts'
+import type { MaybePromise } from '../maybe-promise.ts'
 import { inTime, keysOf } from '../verifiers/keyring.ts'
 import type { Keys, SecretOptions } from '../verifiers/keyring.ts'
 

@@ -1,4 +1,4 @@
-import type { MaybePromise } from '../steps.ts'
+import type { MaybePromise } from '../maybe-promise.ts'
 
 export type { MaybePromise }
 

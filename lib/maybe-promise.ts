@@ -1,0 +1,34 @@
+// A delivery that waits for nothing is answered in one turn, without a promise. Generators that yield what may be one would read
+// better, and keep half a KB for each of their runs.
+
+export type MaybePromise<T> = T | Promise<T>
+
+export function isPromise<T> (value: MaybePromise<T> | unknown): value is Promise<T> {
+  return (typeof value === 'object' || typeof value === 'function') && value !== null && typeof (value as Promise<T>).then === 'function'
+}
+
+/** `value.then(next)`, without a promise where there is none. */
+export function then<T, U> (value: MaybePromise<T>, next: (value: T) => MaybePromise<U>): MaybePromise<U> {
+  return isPromise<T>(value) ? Promise.resolve(value).then(next) : next(value)
+}
+
+/** `Promise.try(work).then(next, recover)`, without a promise where there is none. */
+export function after<T, U> (work: () => MaybePromise<T>, next: (value: T) => MaybePromise<U>, recover: (error: unknown) => MaybePromise<U>): MaybePromise<U> {
+  let result
+  let pending
+  try {
+    result = work()
+    pending = isPromise<T>(result) // reads its `then`, which may be a getter
+  } catch (error) {
+    return recover(error)
+  }
+  // Promise.resolve: the `then` of a thenable may throw or return nothing.
+  return pending ? Promise.resolve(result).then(next, recover) : next(result as T)
+}
+
+/** `Promise.try(work).catch(recover)`, without a promise where there is none. */
+export function attempt<T> (work: () => MaybePromise<T>, recover: (error: unknown) => MaybePromise<T>): MaybePromise<T> {
+  return after<T, T>(work, itself, recover)
+}
+
+function itself<T> (value: T): T { return value }
