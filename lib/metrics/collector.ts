@@ -1,8 +1,10 @@
-import { Counter, Gauge, Histogram } from 'prom-client'
-import type { CounterConfiguration, GaugeConfiguration, HistogramConfiguration, Metric, OpenMetricsContentType, PrometheusContentType, Registry } from 'prom-client'
+import { Counter, Gauge } from 'prom-client'
+import type { CounterConfiguration, GaugeConfiguration, Metric, OpenMetricsContentType, PrometheusContentType, Registry } from 'prom-client'
 import { channels } from '../channels.ts'
 import type { DeliveryInfo, MessageChannel } from '../channels.ts'
 import { InvalidOptions } from '../errors.ts'
+import { Histogram } from './histogram.ts'
+import type { Series } from './histogram.ts'
 import { OTHER, OVERLOADED, UNAVAILABLE, codeLabel, knownTypes, refusalCodes, secretLabel } from './labels.ts'
 import { sumOfRunners } from './runners.ts'
 
@@ -22,7 +24,7 @@ const FROM_ZERO: ReadonlySet<string> = new Set(['processed', 'failed'])
  * Counts the outcomes of one event type since the last scrape. Plain numbers, which the scrape adds, cost a delivery half a
  * microsecond less than `Counter.inc()`, which makes a text of its labels at every call.
  */
-type Tally = Record<typeof STATUSES[number], number> & { readonly labels: { readonly event_type: string } }
+type Tally = Record<typeof STATUSES[number], number> & { readonly labels: { readonly event_type: string }, readonly durations: Series }
 
 /** Seconds: up to the 72 hours for which OpenAI retries. */
 const AGE_BUCKETS = [1, 2, 5, 10, 30, 60, 300, 900, 3_600, 21_600, 86_400, 259_200]
@@ -36,14 +38,21 @@ export class Collector {
   readonly #metrics = new Map<string, Metric>()
   readonly #unsubscribe: Array<() => void> = []
   readonly #tallies = new Map<string, Tally>()
+  readonly #durations: Histogram
 
   /** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS when the registry has a metric of one of the names */
   constructor ({ register, eventTypes, buckets }: CollectorOptions) {
     this.#register = register
     this.#known = knownTypes(eventTypes)
+    this.#durations = new Histogram({
+      name: 'webhook_processing_duration_seconds',
+      help: 'Time from the start of the handlers of a delivery until their end is on record',
+      label: 'event_type',
+      buckets: [...buckets]
+    })
     try {
       this.#observeOutcomes()
-      this.#observeHandlers([...buckets])
+      this.#observeHandlers()
       this.#observeRefusals()
       this.#observeSecrets()
       this.#observeTheRest()
@@ -103,22 +112,15 @@ export class Collector {
     this.#subscribe(channels.unhandled, delivery => { unhandled.inc(this.#tally(delivery).labels) })
   }
 
-  #observeHandlers (buckets: number[]): void {
-    const duration = this.#histogram({
-      name: 'webhook_processing_duration_seconds',
-      help: 'Time from the start of the handlers of a delivery until their end is on record',
-      labelNames: ['event_type'],
-      buckets
-    })
-    const deliveryAge = this.#histogram({
+  #observeHandlers (): void {
+    this.#histogram(this.#durations)
+    const deliveryAge = this.#ages({
       name: 'webhook_delivery_age_seconds',
-      help: 'Time from the signing of a delivery to the start of its handlers',
-      buckets: AGE_BUCKETS
+      help: 'Time from the signing of a delivery to the start of its handlers'
     })
-    const eventAge = this.#histogram({
+    const eventAge = this.#ages({
       name: 'webhook_event_age_seconds',
-      help: 'Time from created_at of an event to the start of its handlers',
-      buckets: AGE_BUCKETS
+      help: 'Time from created_at of an event to the start of its handlers'
     })
     const failures = this.#counter({
       name: 'webhook_handler_failures_total',
@@ -153,7 +155,7 @@ export class Collector {
       if (started === undefined) return // it began before this collector
       inFlight--
       const tally = this.#tally(message)
-      duration.observe(tally.labels, (performance.now() - (started as number)) / 1_000)
+      tally.durations.observe((performance.now() - (started as number)) / 1_000)
       if (message.error === undefined) {
         tally.processed++
         return
@@ -240,7 +242,7 @@ export class Collector {
   #tallyOf (label: string): Tally {
     let tally = this.#tallies.get(label)
     if (tally === undefined) {
-      tally = { labels: { event_type: label }, processed: 0, failed: 0, duplicate: 0, queued: 0, refused: 0 }
+      tally = { labels: { event_type: label }, durations: this.#durations.series(label), processed: 0, failed: 0, duplicate: 0, queued: 0, refused: 0 }
       this.#tallies.set(label, tally)
     }
     return tally
@@ -259,8 +261,19 @@ export class Collector {
     return this.#own(configuration.name, () => new Gauge({ ...configuration, registers: [this.#register] }))
   }
 
-  #histogram (configuration: HistogramConfiguration<string>): Histogram {
-    return this.#own(configuration.name, () => new Histogram({ ...configuration, registers: [this.#register] }))
+  /** A histogram of ages, which has no label. */
+  #ages (named: { name: string, help: string }): Series {
+    return this.#histogram(new Histogram({ ...named, buckets: AGE_BUCKETS })).series()
+  }
+
+  #histogram (histogram: Histogram): Histogram {
+    // It has what a registry asks of a metric.
+    const metric = histogram as unknown as Metric
+    this.#own(histogram.name, () => {
+      this.#register.registerMetric(metric)
+      return metric
+    })
+    return histogram
   }
 
   #own<T extends Metric> (name: string, make: () => T): T {
