@@ -12,6 +12,27 @@ export function nearest (given: string, names: readonly string[], prefix = ''): 
   return best === '' ? '' : `, did you mean "${prefix}${best}"?`
 }
 
+/**
+ * The same for an event type or a pattern. Within a family only the rest counts, and where nothing is near, all of the family is
+ * told: "fine_tuning.job.completed" is as a whole close to "fine_tuning.job.cancelled".
+ *
+ * @param others further words that are known
+ */
+export function nearestType (given: string, types: readonly string[], others: readonly string[] = []): string {
+  const family = given.slice(0, given.lastIndexOf('.') + 1)
+  const members = types.filter(type => family !== '' && type.startsWith(family))
+  if (members.length === 0) return nearest(given, [...others, ...types, ...families(types)])
+  return nearest(given.slice(family.length), members.map(type => type.slice(family.length)), family) || `, expected one of ${members.join(', ')}`
+}
+
+function families (types: readonly string[]): Set<string> {
+  const patterns = new Set<string>()
+  for (const type of types) {
+    for (let dot = type.indexOf('.'); dot !== -1; dot = type.indexOf('.', dot + 1)) patterns.add(`${type.slice(0, dot)}.*`)
+  }
+  return patterns
+}
+
 /** The Levenshtein distance. */
 export function editDistance (a: string, b: string): number {
   let previous = Array.from({ length: b.length + 1 }, (_, j) => j)

@@ -10,7 +10,9 @@ import type { IdempotencyStore } from './stores/store.ts'
 import { jsonSchemaOf, kindOf } from './events/users.ts'
 import type { AnySchema } from './events/users.ts'
 import type { RouteHandlers } from './handlers.ts'
+import { standardWebhooks } from './verifiers/standard-webhooks.ts'
 import type { Verifier } from './verifiers/verifier.ts'
+import { xOpenAISignature } from './verifiers/x-openai-signature.ts'
 
 export interface IdempotencyOptions {
   /** @default memoryStore() */
@@ -213,7 +215,8 @@ const endpointRules: Record<keyof Required<EndpointOptions>, Rule> = {
   secret: anything, // has a coded error of its own
   tolerance: wholeNumber('seconds', 1),
   bodyLimit: wholeNumber('bytes', 1),
-  verifier: { expected: 'a function', accepts: value => typeof value === 'function' }
+  // A scheme that was not called is a function too, and would refuse every delivery.
+  verifier: { expected: 'a function such as standardWebhooks() returns', accepts: value => typeof value === 'function' && value !== standardWebhooks && value !== xOpenAISignature }
 }
 
 const receivingRules: Record<keyof Required<ReceivingOptions>, Rule> = {

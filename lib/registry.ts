@@ -2,7 +2,7 @@ import type { FastifyInstance } from 'fastify'
 import { AlreadyStarted, InvalidOptions } from './errors.ts'
 import { guideEvents } from './events/index.ts'
 import { assertHandlerName, givenName } from './handler-name.ts'
-import { nearest } from './nearest.ts'
+import { nearestType } from './nearest.ts'
 import type { EventContext, Handler } from './handlers.ts'
 import type { DeadDelivery } from './runners/runner.ts'
 
@@ -125,25 +125,11 @@ function adviceOn (type: string, known: readonly string[]): string {
   if (Object.keys(guideEvents).some(name => matches(type, name))) {
     return `"${type}" is known from an older guide alone: register the plugin with { events: guideEvents }, which fastify-openai-webhook exports`
   }
-  const family = type.slice(0, type.lastIndexOf('.') + 1)
-  const members = known.filter(name => family !== '' && name.startsWith(family))
-  // Within a family only the rest counts: "fine_tuning.job.completed" is as a whole close to "fine_tuning.job.cancelled".
-  const near = members.length === 0
-    ? nearest(type, [...known, ...families(known)])
-    : nearest(type.slice(family.length), members.map(name => name.slice(family.length)), family) || `, expected one of ${members.join(', ')}`
-  return `unknown event type "${type}"${near}; a type of your own needs a schema in the \`events\` option`
+  return `unknown event type "${type}"${nearestType(type, known)}; a type of your own needs a schema in the \`events\` option`
 }
 
 function matches (pattern: string, type: string): boolean {
   return pattern.endsWith('.*') ? type.startsWith(pattern.slice(0, -1)) : pattern === type
-}
-
-function families (types: Iterable<string>): Set<string> {
-  const patterns = new Set<string>()
-  for (const type of types) {
-    for (let dot = type.indexOf('.'); dot !== -1; dot = type.indexOf('.', dot + 1)) patterns.add(`${type.slice(0, dot)}.*`)
-  }
-  return patterns
 }
 
 /** The handlers of one registration of the plugin. None can be added once the app is ready. */

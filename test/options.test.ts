@@ -1,7 +1,7 @@
 import { Type } from '@sinclair/typebox'
 import Fastify from 'fastify'
 import t from 'tap'
-import openaiWebhook, { memoryStore, standardWebhooks } from '../lib/index.ts'
+import openaiWebhook, { memoryStore, standardWebhooks, xOpenAISignature } from '../lib/index.ts'
 import type { Claim, EventType, FailureInfo, IdempotencyStore, Job, OpenAIWebhookOptions, Runner, RunnerHost } from '../lib/index.ts'
 import { build, post, sign, SECRET, thin } from './support/deliveries.ts'
 import { capturedLog, codeOf, deferred, messageOf, redelivered, watchedStore } from './support/observe.ts'
@@ -58,8 +58,10 @@ t.test('wrong values are refused: what was expected, what came', async t => {
     ] as [object, string]),
     [{ events: { 'order.paid': event('order.shipped') } }, 'expected events["order.paid"] to have the type "order.paid", got the literal "order.shipped"'],
     [{ events: { 'order.paid': Type.Object({ type: Type.Literal(7) }) } }, 'expected events["order.paid"] to have the type "order.paid", got the literal 7'],
-    [{ verifier: 'standard' }, 'expected verifier to be a function, got "standard"'],
-    [{ verifier: {} }, 'expected verifier to be a function, got a value of type object'],
+    [{ verifier: 'standard' }, 'expected verifier to be a function such as standardWebhooks() returns, got "standard"'],
+    [{ verifier: standardWebhooks }, 'expected verifier to be a function such as standardWebhooks() returns, got a value of type function'],
+    [{ verifier: xOpenAISignature }, 'expected verifier to be a function such as standardWebhooks() returns, got a value of type function'],
+    [{ verifier: {} }, 'expected verifier to be a function such as standardWebhooks() returns, got a value of type object'],
     [{ idempotency: true }, 'expected idempotency to be false or an object { store, lease, retention, reconcile }, got true'],
     [{ idempotency: null }, 'expected idempotency to be false or an object { store, lease, retention, reconcile }, got null'],
     [{ idempotency: memoryStore }, 'expected idempotency to be false or an object { store, lease, retention, reconcile }, got a value of type function'],

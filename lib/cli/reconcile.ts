@@ -15,8 +15,8 @@ const HOUR = 3_600_000
 const help = `Usage: openai-webhook reconcile --since TIME --url URL [options] [--yes]
 
 Delivers events that did not arrive: lists at OpenAI what has ended since a time, makes the event that was sent for each,
-signs it and delivers it to the receiver. That is to have idempotency: { reconcile: true }: it answers what it has
-processed as a duplicate, and OpenAI's own late retries after this. Without --yes nothing is delivered.
+signs it and delivers it to the receiver. The receiver needs idempotency: { reconcile: true }. It then answers as a
+duplicate what it has processed, and what OpenAI itself still retries after this. Without --yes nothing is delivered.
 
   --since TIME         how long ago, such as 3d, 12h or 90m, or a date: 2026-11-27T08:00Z
   --url URL            the receiver, such as http://127.0.0.1:3000/webhooks/openai

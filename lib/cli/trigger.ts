@@ -5,7 +5,7 @@ import { secretHelp, secretOptions } from './secret.ts'
 import { readSigningSecret, sendOptions, sender } from './send.ts'
 import type { Answer, Sender } from './send.ts'
 import { milliseconds, paint, paintStatus, progress, told } from './table.ts'
-import { editDistance, nearest } from '../nearest.ts'
+import { nearestType } from '../nearest.ts'
 import { sampleEvent, sampleTypes } from '../testing/sample.ts'
 import type { SampleType } from '../testing/sample.ts'
 import { newWebhookId, sign } from '../testing/sign.ts'
@@ -124,20 +124,8 @@ function selectTypes (wanted: readonly string[]): SampleType[] {
 function matching (wanted: string): SampleType[] {
   const found = sampleTypes.filter(type =>
     wanted === 'all' || type === wanted || (wanted.endsWith('.*') && type.startsWith(wanted.slice(0, -1))))
-  if (found.length === 0) throw usageError(`unknown event type "${wanted}"${adviceOn(wanted)}`)
+  if (found.length === 0) throw usageError(`unknown event type "${wanted}"${nearestType(wanted, sampleTypes, ['all'])}`)
   return found
-}
-
-function adviceOn (wanted: string): string {
-  // A type of the family whose last word is another, such as `completed` for `succeeded`, is no misspelling.
-  const family = sampleTypes.filter(type => type.startsWith(wanted.slice(0, wanted.lastIndexOf('.') + 1)))
-  const misspelt = nearest(wanted, ['all', ...sampleTypes, ...families()])
-  const [first = '', last = ''] = [family.slice(0, -1).join(', '), family.at(-1)]
-  return wanted.includes('.') && family.length > 1 && family.every(type => editDistance(type, wanted) > 2) ? `, expected one of ${first} or ${last}` : misspelt
-}
-
-function families (): string[] {
-  return sampleTypes.map(type => `${type.slice(0, type.lastIndexOf('.'))}.*`)
 }
 
 interface Field {

@@ -7,7 +7,7 @@ const DUPLICATE = '{"received":true,"duplicate":true}'
 /** Seconds. OpenAI has a backoff of its own; this is for proxies. */
 const RETRY_AFTER = '5'
 
-/** Answers 200: OpenAI retries after any other status. */
+/** Answers 200: OpenAI's documents differ on whether it retries after another 2xx. */
 export function acknowledge (reply: FastifyReply, outcome: 'processed' | 'duplicate'): void {
   acknowledged(reply.request)
   reply

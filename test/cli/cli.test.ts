@@ -134,7 +134,7 @@ t.test('wrong usage is one line on stderr and exit code 2', async t => {
     [['trigger', 'batch.faild', ...to], 'unknown event type "batch.faild", did you mean "batch.failed"? (see --help)'],
     [['trigger', 'bach.*', ...to], 'unknown event type "bach.*", did you mean "batch.*"? (see --help)'],
     [['trigger', 'nothing.like.it', ...to], 'unknown event type "nothing.like.it" (see --help)'],
-    [['trigger', 'fine_tuning.job.completed', ...to], 'unknown event type "fine_tuning.job.completed", expected one of fine_tuning.job.cancelled, fine_tuning.job.failed or fine_tuning.job.succeeded (see --help)'],
+    [['trigger', 'fine_tuning.job.completed', ...to], 'unknown event type "fine_tuning.job.completed", expected one of fine_tuning.job.cancelled, fine_tuning.job.failed, fine_tuning.job.succeeded (see --help)'],
     [['trigger', 'all', '--url', '127.0.0.1:3000'], '--url: expected an address such as http://127.0.0.1:3000/webhooks/openai, got "127.0.0.1:3000" (see --help)'],
     [['trigger', 'all', '--url', 'ftp://localhost/'], '--url: expected an address such as http://127.0.0.1:3000/webhooks/openai, got "ftp://localhost/" (see --help)'],
     [['trigger', 'all', '--url', 'http://me:pass@localhost/'], '--url: expected an address without user name and password (see --help)'],
