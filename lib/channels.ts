@@ -1,7 +1,7 @@
 import type { AsyncLocalStorage } from 'node:async_hooks'
 import { channel, tracingChannel } from 'node:diagnostics_channel'
 import type { FastifyRequest } from 'fastify'
-import { isPromise } from './maybe-promise.ts'
+import { isPromise, later } from './maybe-promise.ts'
 import type { DeadDelivery } from './runners/runner.ts'
 import type { MaybePromise } from './stores/store.ts'
 import type { VerifiedRequest } from './request.ts'
@@ -199,7 +199,7 @@ export function trace<Message extends TracedMessage, T> (
       ended()
       return result
     }
-    return Promise.resolve(result).then(value => {
+    return later(result as Promise<T>, value => {
       ended()
       return value
     }, error => {

@@ -9,7 +9,7 @@ export function isPromise<T> (value: MaybePromise<T> | unknown): value is Promis
 
 /** `value.then(next)`, without a promise where there is none. */
 export function then<T, U> (value: MaybePromise<T>, next: (value: T) => MaybePromise<U>): MaybePromise<U> {
-  return isPromise<T>(value) ? Promise.resolve(value).then(next) : next(value)
+  return isPromise<T>(value) ? later(value, next, rethrow) : next(value)
 }
 
 /** `Promise.try(work).then(next, recover)`, without a promise where there is none. */
@@ -22,8 +22,7 @@ export function after<T, U> (work: () => MaybePromise<T>, next: (value: T) => Ma
   } catch (error) {
     return recover(error)
   }
-  // Promise.resolve: the `then` of a thenable may throw or return nothing.
-  return pending ? Promise.resolve(result).then(next, recover) : next(result as T)
+  return pending ? later(result as Promise<T>, next, recover) : next(result as T)
 }
 
 /** `Promise.try(work).catch(recover)`, without a promise where there is none. */
@@ -31,4 +30,20 @@ export function attempt<T> (work: () => MaybePromise<T>, recover: (error: unknow
   return after<T, T>(work, itself, recover)
 }
 
+/**
+ * `promise.then(next, recover)`, but not by a `then` of its own, which may throw or return nothing. Nor by `await`: what the two hold
+ * would stay in memory until a full collection.
+ */
+export function later<T, U> (promise: Promise<T>, next: (value: T) => MaybePromise<U>, recover: (error: unknown) => MaybePromise<U>): MaybePromise<U> {
+  let plain: Promise<T>
+  try {
+    plain = Promise.resolve(promise) // reads its `constructor`
+  } catch (error) {
+    return recover(error)
+  }
+  return Promise.prototype.then.call(plain, next as never, recover) as Promise<U>
+}
+
 function itself<T> (value: T): T { return value }
+
+function rethrow (error: unknown): never { throw error }

@@ -3,7 +3,7 @@ import { HandlerFailed } from '../errors.ts'
 import { logError } from '../log.ts'
 import { acknowledge } from '../pipeline/acknowledge.ts'
 import { handling, isErrorHandler, isRefused, isResponse, isSuccess } from '../pipeline/answer.ts'
-import { isPromise } from '../maybe-promise.ts'
+import { isPromise, later } from '../maybe-promise.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
 import { isClosed, isOut, statusOf, traceReset, watchDestroy } from './raw-response.ts'
 import type { ReplyState, Standing } from './standing.ts'
@@ -80,7 +80,7 @@ export class OwnHandler {
     } finally {
       this.#isCalled = false
     }
-    if (pending && result !== (reply as unknown)) Promise.resolve(result).then(payload => this.#returned(payload), error => this.#threw(error))
+    if (pending && result !== (reply as unknown)) later(result as Promise<unknown>, payload => this.#returned(payload), error => this.#threw(error))
     else this.#returned(result)
   }
 

@@ -28,8 +28,8 @@ export class Histogram {
   readonly help: string
   readonly type = 'histogram'
   readonly aggregator = 'sum'
+  readonly labelNames: readonly string[]
   readonly #bounds: readonly number[]
-  readonly #label: string | undefined
   readonly #series = new Map<string | undefined, Series>()
 
   /** @param label its name */
@@ -37,7 +37,7 @@ export class Histogram {
     this.name = name
     this.help = help
     this.#bounds = buckets
-    this.#label = label
+    this.labelNames = label === undefined ? [] : [label]
   }
 
   /** @param label its value; absent where the histogram has none */
@@ -63,7 +63,7 @@ export class Histogram {
   }
 
   #valuesOf ({ label, bounds, counts, sum }: Series): Array<MetricValueWithName<string>> {
-    const labels = this.#label === undefined ? {} : { [this.#label]: label! }
+    const labels = Object.fromEntries(this.labelNames.map(name => [name, label!]))
     let count = 0
     const buckets = counts.map((own, index) => {
       count += own

@@ -152,7 +152,7 @@ export class Claims {
       if (!isTold) this.#options.onTrouble(error)
       isTold = true
     }
-    for (const claim of this.#held.all) attempt<void>(async () => await this.#renew(claim), onFailure)
+    for (const claim of [...this.#held.all]) attempt<void>(async () => await this.#renew(claim), onFailure)
   }
 
   async #renew (claim: Held): Promise<void> {

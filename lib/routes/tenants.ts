@@ -5,6 +5,7 @@ import { Overloaded, Unavailable, UnknownTenant } from '../errors.ts'
 import { DEFAULTS } from '../options.ts'
 import type { TenantOptions } from '../options.ts'
 import type { Verification } from '../pipeline/verify.ts'
+import { attempt } from '../maybe-promise.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
 import { inTime, keysOf } from '../verifiers/keyring.ts'
 import type { Keys, SecretOptions } from '../verifiers/keyring.ts'
@@ -93,7 +94,7 @@ export class Tenants {
     }
     if (typeof name === 'string' && NAME.test(name)) return name
     // Unheard, its rejection would end the process.
-    Promise.resolve(name).catch(() => {})
+    attempt(() => name, () => undefined)
     return new UnknownTenant('tenant.of gave no name of 1 to 256 visible ASCII characters', { cause })
   }
 

@@ -1,8 +1,8 @@
 import Fastify from 'fastify'
 import t from 'tap'
-import openaiWebhook, { inline, memoryStore } from '../../lib/index.ts'
+import openaiWebhook, { channels, inline, memoryStore } from '../../lib/index.ts'
 import type { Claim } from '../../lib/index.ts'
-import { build, outcome, SECRET, sign, thin } from '../support/deliveries.ts'
+import { build, outcome, post, SECRET, sign, thin } from '../support/deliveries.ts'
 import { closeTimeout, codeOf, drained, redelivered } from '../support/observe.ts'
 
 // What a user's store or runner may answer.
@@ -46,6 +46,86 @@ t.test('what has a `then` and is no promise', async t => {
       })
     }
   }
+})
+
+t.test('a promise that has a `then` of its own is waited for all the same', async t => {
+  type Callback = (value?: unknown) => unknown
+  const thens: Record<string, (promise: Promise<unknown>) => (resolved: Callback, rejected?: Callback) => unknown> = {
+    'one that throws': () => () => { throw new Error('no') },
+    'one that never calls back': () => () => new Promise<never>(() => {}),
+    'one that returns nothing': promise => (resolved, rejected) => { Promise.prototype.then.call(promise, resolved, rejected) },
+    'one that calls back at once': () => resolved => { resolved() }
+  }
+  for (const [name, thenOf] of Object.entries(thens)) {
+    const odd = <T>(value: T | Error): Promise<T> => {
+      const promise = new Promise<T>((resolve, reject) => setImmediate(() => { if (value instanceof Error) reject(value); else resolve(value) }))
+      return Object.assign(promise, { then: thenOf(promise) })
+    }
+
+    for (const others of [0, 1]) {
+      t.test(`${name}: of a handler${others === 0 ? '' : ' beside another'}`, async t => {
+        for (const traced of [false, true]) {
+          const app = await build(t, { closeTimeout })
+          if (traced) {
+            const listener = (): void => {}
+            channels.handler.asyncEnd.subscribe(listener)
+            t.teardown(() => { channels.handler.asyncEnd.unsubscribe(listener) })
+          }
+          let runs = 0
+          app.openaiWebhook.on('batch.failed', async () => {}) // an async one before, so that a promise is waited for already
+          app.openaiWebhook.on('batch.failed', () => odd(++runs === 1 ? new Error('disk full') : undefined))
+          if (others === 1) app.openaiWebhook.on('batch.failed', () => {})
+          const delivery = sign(thin('batch.failed'))
+          t.equal(await outcome(app, delivery), '500 HANDLER_FAILED')
+          t.equal(await outcome(app, redelivered(delivery)), RECEIVED)
+          t.equal(runs, 2)
+          await drained(t, app)
+        }
+      })
+    }
+
+    t.test(`${name}: of the only handler`, async t => {
+      const app = await build(t, { closeTimeout })
+      let runs = 0
+      app.openaiWebhook.on('batch.failed', () => odd(++runs === 1 ? new Error('disk full') : undefined))
+      const delivery = sign(thin('batch.failed'))
+      t.equal(await outcome(app, delivery), '500 HANDLER_FAILED')
+      t.equal(await outcome(app, redelivered(delivery)), RECEIVED)
+      await drained(t, app)
+    })
+
+    t.test(`${name}: of a route's own handler`, async t => {
+      const app = await build(t, { closeTimeout })
+      app.openaiWebhook.route({ url: '/own', handler: () => odd({ own: true }) })
+      const { statusCode, body } = await post(app, sign(thin('batch.failed')), '/own')
+      t.equal(`${statusCode} ${body}`, '200 {"own":true}')
+      await drained(t, app)
+    })
+
+    t.test(`${name}: of a runner`, async t => {
+      const app = await build(t, { runner: { run: () => odd(undefined) }, closeTimeout })
+      t.equal(await outcome(app), RECEIVED)
+      await drained(t, app)
+    })
+
+    for (const method of ['begin', 'checkpoint', 'complete', 'release'] as const) {
+      t.test(`${name}: of a store's ${method}()`, async t => {
+        const store = memoryStore()
+        const app = await build(t, { idempotency: { store: { ...store, [method]: (...args: [never, never, never]) => odd((store[method] as (...args: unknown[]) => unknown)(...args)) } }, closeTimeout })
+        app.openaiWebhook.on('batch.failed', () => { if (method === 'release') throw new Error('disk full') })
+        app.openaiWebhook.onAny(() => {})
+        t.equal(await outcome(app), method === 'release' ? '500 HANDLER_FAILED' : RECEIVED)
+        await drained(t, app)
+      })
+    }
+  }
+
+  t.test('and one that cannot be waited for has failed', async t => {
+    const app = await build(t, { closeTimeout })
+    app.openaiWebhook.on('batch.failed', () => Object.defineProperty(Promise.resolve(), 'constructor', { get () { throw new Error('no') } }))
+    t.equal(await outcome(app), '500 HANDLER_FAILED')
+    await drained(t, app)
+  })
 })
 
 t.test('what a runner rejects with is answered as an error, even if it is none', async t => {
