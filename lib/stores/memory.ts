@@ -28,7 +28,7 @@ const NONE: readonly string[] = []
  * Remembers deliveries in this process alone: at most `max` that have been processed or released, and those being processed
  * besides. Forgets the least recently seen first, and everything when the process ends. Never fails.
  *
- * @param options.max deliveries; default 100,000, about 16 MB
+ * @param options.max deliveries; default 100,000, about 23 MB
  */
 export function memoryStore ({ max = 100_000 }: { max?: number } = {}): IdempotencyStore {
   if (!Number.isSafeInteger(max) || max < 1) throw new InvalidOptions(`expected memoryStore's max to be a whole number of deliveries, 1 or more, got ${String(max)}`)
