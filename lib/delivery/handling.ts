@@ -51,10 +51,15 @@ export class Handling {
     const handlers = finished.length === 0 ? all : all.filter(({ name }) => !finished.includes(name))
     if (channels.unhandled.hasSubscribers) this.#tellUnhandled(work)
     const watch = Watch.over(work, handlers, this.#options.log, this.#options.observation)
-    work.end = watch === undefined
-      ? this.#run(work, handlers)
-      : after(() => this.#run(work, handlers, watch.observed), () => { watch.succeeded() }, error => watch.failed(error))
+    work.end = watch === undefined ? this.#run(work, handlers) : this.#watched(work, handlers, watch)
     return work.end
+  }
+
+  #watched (work: Work, handlers: readonly Handler[], watch: Watch): MaybePromise<void> {
+    return after(() => this.#run(work, handlers, watch.observed), () => { watch.succeeded() }, error => {
+      watch.failed(error)
+      throw error
+    })
   }
 
   #run (work: Work, handlers: readonly Handler[], observed?: ObservedAttempt): MaybePromise<void> {

@@ -59,9 +59,8 @@ export class Watch {
     write(this.#log, 'info', fields, 'webhook delivery processed')
   }
 
-  failed (error: unknown): never {
+  failed (error: unknown): void {
     this.observed?.ended(error)
-    throw error
   }
 }
 

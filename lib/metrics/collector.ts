@@ -24,7 +24,11 @@ const FROM_ZERO: ReadonlySet<string> = new Set(['processed', 'failed'])
  * Counts the outcomes of one event type since the last scrape. Plain numbers, which the scrape adds, cost a delivery half a
  * microsecond less than `Counter.inc()`, which makes a text of its labels at every call.
  */
-type Tally = Record<typeof STATUSES[number], number> & { readonly labels: { readonly event_type: string }, readonly durations: Series }
+type Tally = Record<typeof STATUSES[number], number> & {
+  readonly labels: { readonly event_type: string }
+  /** Of all attempts, and not since the last scrape alone. */
+  readonly durations: Series
+}
 
 /** Seconds: up to the 72 hours for which OpenAI retries. */
 const AGE_BUCKETS = [1, 2, 5, 10, 30, 60, 300, 900, 3_600, 21_600, 86_400, 259_200]

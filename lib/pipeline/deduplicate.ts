@@ -181,7 +181,10 @@ class HeldClaims {
   delete (claim: Held): boolean {
     if (!this.has(claim)) return false
     const last = this.all.pop()!
-    if (last !== claim) this.all[last.place = claim.place] = last
+    if (last !== claim) {
+      last.place = claim.place
+      this.all[last.place] = last
+    }
     claim.place = -1
     return true
   }

@@ -27,7 +27,7 @@ function toEvent (rawBody: Buffer): { type: string } | Error {
     body = JSON.parse(rawBody.toString())
   } catch {
     // The parser's own message may quote the body.
-    return new InvalidBody(CLEAN)
+    return new InvalidBody(CLEAN_JSON)
   }
   if (typeof body !== 'object' || body === null || typeof (body as { type?: unknown }).type !== 'string') {
     return new InvalidBody('an object with a string `type`')
@@ -37,7 +37,7 @@ function toEvent (rawBody: Buffer): { type: string } | Error {
 }
 
 // A byte order mark is not JSON (RFC 8259, section 8.1).
-const CLEAN = 'JSON, and no byte order mark or __proto__ key in it'
+const CLEAN_JSON = 'JSON, and no byte order mark or __proto__ key in it'
 
 /**
  * Levels of objects and lists. OpenAI's events have three. Writers of JSON give up at different depths: JSON.stringify at a few
@@ -66,7 +66,7 @@ function faultIn (value: unknown, levels: number): string | undefined {
   // Takes half the time of Object.values.
   for (const key in value) {
     const held: unknown = (value as Record<string, unknown>)[key]
-    if (key === '__proto__' || (key === 'constructor' && isPrototyped(held))) return CLEAN
+    if (key === '__proto__' || (key === 'constructor' && isPrototyped(held))) return CLEAN_JSON
     const fault = faultIn(held, levels - 1)
     if (fault !== undefined) return fault
   }

@@ -96,8 +96,8 @@ export function memoryStore ({ max = 100_000 }: { max?: number } = {}): Idempote
       const known = recall(key, now)
       if (known?.claim !== undefined && known.claim.leaseEnds > now) return { state: 'running' }
       if (known !== undefined && known.finished === undefined) return { state: 'done' }
-      const claim = { token: String(++claims), leaseEnds: now + lease }
-      const { token } = claim
+      const token = String(++claims)
+      const claim = { token, leaseEnds: now + lease }
       if (known === undefined) {
         entries.set(key, { key, claim, finished: NONE, forgottenAt: 0, earlier: undefined, later: undefined })
         return { state: 'claimed', token, finished: NONE }

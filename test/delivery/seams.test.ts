@@ -63,7 +63,7 @@ t.test('a promise that has a `then` of its own is waited for all the same', asyn
     }
 
     for (const others of [0, 1]) {
-      t.test(`${name}: of a handler${others === 0 ? '' : ' beside another'}`, async t => {
+      t.test(`${name}: of the second handler of ${2 + others}, traced or not`, async t => {
         for (const traced of [false, true]) {
           const app = await build(t, { closeTimeout })
           if (traced) {
