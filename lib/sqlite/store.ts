@@ -34,11 +34,12 @@ interface Row {
  */
 export function sqliteStore (db: SqliteDatabase): IdempotencyStore {
   const database = new Database(db, SCHEMA)
-  // A new row, a released one or a run-out lease.
+  // Has no RETURNING: to read its row costs two thirds of what the insert does.
+  const insert = database.prepare('INSERT INTO openai_webhook_deliveries (key, token, ends, forget) VALUES (?, ?, ?, ?) ON CONFLICT (key) DO NOTHING')
+  // A released row, a run-out lease or one that may be forgotten.
   const claim = database.prepare(`
-    INSERT INTO openai_webhook_deliveries (key, token, ends, forget) VALUES (?, ?, ?, ?)
-    ON CONFLICT (key) DO UPDATE SET token = excluded.token, done = 0, ends = excluded.ends, forget = excluded.forget
-      WHERE (done = 1 AND openai_webhook_deliveries.forget <= ?) OR (done = 0 AND (openai_webhook_deliveries.token IS NULL OR openai_webhook_deliveries.ends <= ?))
+    UPDATE openai_webhook_deliveries SET token = ?, done = 0, ends = ?, forget = ?
+    WHERE key = ? AND ((done = 1 AND forget <= ?) OR (done = 0 AND (token IS NULL OR ends <= ?)))
     RETURNING finished`)
   // Reads what stands against the claim, so that a duplicate gets its answer while the file cannot be written.
   const settled = database.prepare(`
@@ -59,9 +60,10 @@ export function sqliteStore (db: SqliteDatabase): IdempotencyStore {
       return database.write((): Claim => {
         const now = Date.now()
         prune(now)
+        if (changed(insert.run(key, token, now + lease, now + RETENTION))) return { state: 'claimed', token, finished: [] }
         // all() and not get(), here and below: libsql leaves the statement of get() open, and with it a snapshot, for which
         // SQLite would refuse the next write.
-        const [claimed] = claim.all(key, token, now + lease, now + RETENTION, now, now) as [Pick<Row, 'finished'>] | []
+        const [claimed] = claim.all(token, now + lease, now + RETENTION, key, now, now) as [Pick<Row, 'finished'>] | []
         if (claimed !== undefined) return { state: 'claimed', token, finished: JSON.parse(claimed.finished) as string[] }
         const [row] = read.all(key) as [Pick<Row, 'done'>]
         return stateOf(row)
