@@ -30,21 +30,29 @@ export const NO_KEYS: Keys = { keys: [], refresh: () => undefined }
 
 const NAME = /^[\x21-\x7e]{1,256}$/
 
-/** A tenant whose secret is kept. */
-class Tenant implements Keys {
-  readonly verification: Verification
+/** A tenant whose secret is kept: one object, since what many tenants have is read from memory for each delivery. */
+class Tenant implements Verification, Keys {
+  readonly verifier: Verification['verifier']
+  readonly judge: Verification['judge']
+  readonly judgeHeaders: Verification['judgeHeaders']
+  readonly tolerance: number
+  readonly keyring: Keys = this
   readonly #tenants: Tenants
   readonly name: string
   keys: readonly KeyObject[]
-  askedAt = performance.now()
+  /** Whole ms, for the same reason. */
+  askedAt = Math.floor(performance.now())
   /** ms from then on for which the answer holds. */
   holdsFor: number
   asking: Promise<boolean> | undefined
 
-  constructor (tenants: Tenants, name: string, verification: Verification, keys: readonly KeyObject[], ttl: number) {
+  constructor (tenants: Tenants, name: string, { verifier, judge, judgeHeaders, tolerance }: Verification, keys: readonly KeyObject[], ttl: number) {
     this.#tenants = tenants
     this.name = name
-    this.verification = { ...verification, keyring: this }
+    this.verifier = verifier
+    this.judge = judge
+    this.judgeHeaders = judgeHeaders
+    this.tolerance = tolerance
     this.keys = keys
     this.holdsFor = ttl
   }
@@ -108,7 +116,7 @@ export class Tenants {
     if (tenant !== undefined) {
       // It serves on meanwhile.
       this.refresh(tenant, tenant.holdsFor)
-      return tenant.verification
+      return tenant
     }
     const since = this.#unknown.get(name)
     if (since !== undefined && performance.now() - since < UNKNOWN_FOR) return unknown()
@@ -126,7 +134,7 @@ export class Tenants {
     const now = performance.now()
     if (now - tenant.askedAt < interval || this.#refreshes >= MAX_REFRESHES) return undefined
     this.#refreshes++
-    tenant.askedAt = now
+    tenant.askedAt = Math.floor(now)
     tenant.asking = this.#renew(tenant).finally(() => {
       this.#refreshes--
       tenant.asking = undefined
@@ -179,7 +187,7 @@ export class Tenants {
     }
     const tenant = new Tenant(this, name, this.#verification, keys, this.#ttl)
     this.#kept.set(name, tenant)
-    return tenant.verification
+    return tenant
   }
 
   /** @returns undefined for an unknown tenant. Rejects with what `secret` threw, or with FST_OPENAI_WEBHOOK_INVALID_SECRET */
