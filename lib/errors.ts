@@ -71,7 +71,7 @@ export const InspectorRefused = refusal('INSPECTOR_REFUSED', '%s', 403)
 export const TransactionOver = coded('TRANSACTION_OVER',
   'the transaction of the handler "%s" is over: use `tx` only before the work that was given to once() has returned, and await what it does', 500)
 export const RolledBack = coded('ROLLED_BACK',
-  'PostgreSQL rolled the transaction of the handler "%s" back instead of committing it: a statement in it had failed, and the error was swallowed; let it be thrown, or use a savepoint', 500)
+  'PostgreSQL rolled the transaction of the handler "%s" back instead of committing it: a statement in it had failed and the error was swallowed, or the work said ROLLBACK; let the error be thrown, or use a savepoint', 500)
 export const NoTransaction = coded('NO_TRANSACTION',
   'first("%s") was called outside a transaction, so its record and the writes could not commit together: call it inside, with a `query` that runs there', 500)
 export const AsyncWork = coded('ASYNC_WORK',

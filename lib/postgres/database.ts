@@ -5,7 +5,7 @@ import type { Table } from './table.ts'
 
 /** The part of a `pg` client that is used. */
 export interface PgClient {
-  query (text: string, values?: any[]): Promise<{ rows: any[], command: string }>
+  query (text: string, values?: any[]): Promise<{ rows: any[] }>
   release (error?: Error | boolean): void
   on (event: 'error', listener: (error: Error) => void): unknown
   removeListener (event: 'error', listener: (error: Error) => void): unknown
@@ -50,10 +50,10 @@ export interface Database {
   script: (sql: string) => Promise<void>
   /**
    * @param settings of the transaction, as statements
-   * @param work its failure rolls back
-   * @param rolledBack makes the error for a COMMIT that rolled back although `work` had not thrown
+   * @param work gives the id of its transaction, where it has written something; its failure rolls back
+   * @param rolledBack makes the error for a transaction that was rolled back although `work` had not thrown
    */
-  transaction: <Result>(settings: string, work: (tx: object, query: Query) => Promise<Result>, rolledBack: () => Error) => Promise<Result>
+  transaction: (settings: string, work: (tx: object, query: Query) => Promise<string | undefined>, rolledBack: () => Error) => Promise<void>
 }
 
 /**
@@ -80,6 +80,11 @@ function isLite (db: unknown): db is PgLite {
 function isReadOnly (error: unknown): boolean {
   return (error as { code?: unknown } | null | undefined)?.code === '25006'
 }
+
+/** What has become of a transaction. */
+const statusOf = (id: string): string => `SELECT pg_xact_status(${id}::xid8) AS status`
+
+const isCommitted = (row: { status?: unknown } | undefined): boolean => row?.status === 'committed'
 
 function ignore (): void {}
 
@@ -110,23 +115,32 @@ class Pooled implements Database {
     await this.#withClient(async client => await this.#run(client, `BEGIN; ${sql} COMMIT`))
   }
 
-  async transaction<Result> (settings: string, work: (tx: object, query: Query) => Promise<Result>, rolledBack: () => Error): Promise<Result> {
-    const outcome = await this.#withClient<{ result: Result } | { error: unknown }>(async client => {
+  async transaction (settings: string, work: (tx: object, query: Query) => Promise<string | undefined>, rolledBack: () => Error): Promise<void> {
+    const outcome = await this.#withClient<{ error: unknown } | undefined>(async client => {
       await this.#run(client, `BEGIN; ${settings}`)
-      let result
+      let id
       try {
-        result = await work(client, async (text, values) => await this.#run(client, text, values))
+        id = await work(client, async (text, values) => await this.#run(client, text, values))
       } catch (error) {
         await this.#send(client, 'ROLLBACK').catch(() => { throw error })
         if (isReadOnly(error)) throw error
         return { error }
       }
       // If this fails, nobody knows whether it has committed. The next attempt finds out.
-      const { command } = await this.#send(client, 'COMMIT')
-      return command === 'COMMIT' ? { result } : { error: rolledBack() }
+      return await this.#commit(client, id) ? undefined : { error: rolledBack() }
     })
-    if ('error' in outcome) throw outcome.error
-    return outcome.result
+    if (outcome !== undefined) throw outcome.error
+  }
+
+  /** @returns whether what was written is committed: the work may have ended the transaction by itself, and then COMMIT succeeds too. */
+  async #commit (client: PgClient, id: string | undefined): Promise<boolean> {
+    if (id === undefined) {
+      await this.#send(client, 'COMMIT')
+      return true
+    }
+    // One message, so that PgBouncer answers both from one session.
+    const [, { rows: [row] }] = await this.#send(client, `COMMIT; ${statusOf(`'${id}'`)}`) as unknown as [unknown, { rows: any[] }]
+    return isCommitted(row)
   }
 
   /** A connection that has failed is not used again: after a failover it may lead to a server that cannot write. */
@@ -199,12 +213,15 @@ class Lite implements Database {
     await this.#db.transaction(async tx => { await tx.exec(sql) })
   }
 
-  async transaction<Result> (settings: string, work: (tx: object, query: Query) => Promise<Result>): Promise<Result> {
+  async transaction (settings: string, work: (tx: object, query: Query) => Promise<string | undefined>, rolledBack: () => Error): Promise<void> {
     // PGlite itself throws when COMMIT rolls back.
-    return await this.#db.transaction(async tx => {
+    const id = await this.#db.transaction(async tx => {
       await tx.exec(settings)
       return await work(tx, async (text, values) => (await tx.query(text, [...values])).rows)
     })
+    if (id === undefined) return
+    const [row] = await this.query(statusOf('$1'), [id])
+    if (!isCommitted(row)) throw rolledBack()
   }
 }
 

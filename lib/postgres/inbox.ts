@@ -110,13 +110,15 @@ export function postgresInbox (db?: PgPool | PgLite, options: PostgresInboxOptio
         await gate.pass(async () => {
           await creation?.ready()
           await database.transaction(settings, async (client, query) => {
-            if ((await query(records.insert, recordOf(name, context, retention))).length === 0) return
+            const [record] = await query(records.insert, recordOf(name, context, retention))
+            if (record === undefined) return undefined
             const { tx, end } = lend(client, name)
             try {
               await work.call(this, tx as never, event, context)
             } finally {
               end()
             }
+            return record.id
           }, () => new RolledBack(name))
         })
         recorded(context)
@@ -146,7 +148,7 @@ class Records {
   constructor ({ sql }: Table, retention: number) {
     this.#retention = retention
     const columns = `${sql} (endpoint, tenant, webhook_id, handler)`
-    this.insert = `INSERT INTO ${columns} VALUES ($1, $2, $3, $4) ON CONFLICT DO NOTHING RETURNING 1`
+    this.insert = `INSERT INTO ${columns} VALUES ($1, $2, $3, $4) ON CONFLICT DO NOTHING RETURNING pg_current_xact_id()::text AS id`
     // Each parameter comes once and in order, for libraries that only know `?`. Outside the caller's transaction the statement
     // writes nothing, because its record would commit before the effect.
     this.#insertInside = `

@@ -3,6 +3,7 @@ import { PGlite } from '@electric-sql/pglite'
 import pg from 'pg'
 import type { PoolClient } from 'pg'
 import t from 'tap'
+import type { EventContext } from '../../lib/index.ts'
 import { postgresInbox, postgresStore } from '../../lib/postgres/index.ts'
 import { sqliteInbox } from '../../lib/sqlite/index.ts'
 import { inboxContract, storeContract } from '../../lib/testing/index.ts'
@@ -95,6 +96,21 @@ t.test('PGlite', async t => {
     },
     outside: async (text, values) => await db.query(text, values)
   }))))
+  await t.test('work that says ROLLBACK is not taken for done, work that says COMMIT is', async t => {
+    const context = { webhookId: 'wh_rollback', endpoint: '/', signal: new AbortController().signal } as EventContext
+    let ending = 'ROLLBACK'
+    let runs = 0
+    const handler = inbox.once('settle', async tx => {
+      runs++
+      await tx.query(ending)
+    })
+    const run = async (): Promise<void> => { await handler.call({} as never, {}, context) }
+    await t.rejects(run(), { code: 'FST_OPENAI_WEBHOOK_ROLLED_BACK' })
+    ending = 'COMMIT'
+    await run()
+    await run()
+    t.equal(runs, 2)
+  })
   const store = postgresStore(db)
   await t.test('postgresStore', async t => await keeps(t, storeContract(() => store)))
 })

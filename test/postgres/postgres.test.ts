@@ -454,6 +454,28 @@ t.test('postgresInbox', { skip: postgresMissing }, async t => {
     t.same(await effects(pool), ['effect'])
   })
 
+  await t.test('work that ends the transaction by itself: what it rolled back is not taken for done', async t => {
+    const pool = await withEffects(await fresh(t))
+    let ending: string[] = []
+    const handler = postgresInbox(pool).once('settle', async tx => {
+      await add(tx, 'effect')
+      for (const statement of ending) await tx.query(statement)
+    })
+    const context = contextOf()
+    for (ending of [['ROLLBACK'], ['ROLLBACK', 'BEGIN']]) {
+      await t.rejects(run(handler, context), { code: 'FST_OPENAI_WEBHOOK_ROLLED_BACK', message: /the work said ROLLBACK/ })
+      t.same(await effects(pool), [])
+    }
+    ending = ['COMMIT']
+    await run(handler, context)
+    t.same(await effects(pool), ['effect'])
+    ending = []
+    await run(handler, context)
+    t.same(await effects(pool), ['effect'], 'it has its record')
+    await run(handler)
+    t.same(await effects(pool), ['effect', 'effect'], 'the client serves on')
+  })
+
   await t.test('what was not awaited is committed, or fails the handler; tx stays the pool\'s', async t => {
     const pool = await withEffects(await fresh(t, { max: 1 }))
     const inbox = postgresInbox(pool, { concurrency: 1 })
