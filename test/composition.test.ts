@@ -309,7 +309,11 @@ t.test('a hook that throws nothing, so that Fastify skips verification, has the 
     nothing(request, 'preHandler')
     done()
   })
-  app.post('/marked', { config: { openaiWebhook: {} } }, async () => { seen.push('marked') })
+  app.post('/marked', {
+    config: { openaiWebhook: {} },
+    preValidation: async () => { seen.push('preValidation of the route') },
+    preHandler: async () => { seen.push('preHandler of the route') }
+  }, async () => { seen.push('marked') })
   for (const [url, kind] of [['/webhooks/openai', 'preHandler'], ['/marked', 'preParsing']] as const) {
     const { headers, body } = sign(thin('batch.failed'))
     const response = await post(app, { body, headers: { ...headers, 'webhook-signature': 'v1,AA==', 'x-kind': kind } }, url)

@@ -10,7 +10,7 @@ export const PROTECTED = Symbol('openai-webhook.protected')
 export const OWN = Symbol('openai-webhook.own')
 
 const DECLARED_EARLY = 'was declared before fastify-openai-webhook had loaded, so nothing verifies it: declare the route below `await app.register(openaiWebhook)`, with the `await`, or in a plugin registered after it'
-export const SKIPPED = 'a hook of the app has thrown null or undefined, which Fastify takes for no error while it skips the hooks that come after: throw an Error'
+const SKIPPED = 'a hook of the app has thrown null or undefined, which Fastify takes for no error while it skips the hooks that come after: throw an Error'
 
 /** onRequest of the whole app: a route that asks for verification and cannot have it fails closed. */
 export function guard (failures: Failures) {
@@ -23,6 +23,9 @@ export function guard (failures: Failures) {
     done(error)
   }
 }
+
+/** Of a delivery that has come past its verification. */
+export const unverified = (url: string): Error => new UnprotectedRoute(`POST ${url}`, SKIPPED)
 
 /** Whether the route has the hook itself. One that was given the config of a protected route has only the mark. */
 export function isProtected ({ config, onRequest, preParsing }: RouteOptions): boolean {

@@ -9,7 +9,7 @@ import type { BodyBounds } from '../pipeline/capture.ts'
 import { keepRefusal, refuseErrors } from '../pipeline/answer.ts'
 import type { RouteErrorHandler } from '../pipeline/answer.ts'
 import type { Endpoint } from './endpoint.ts'
-import { PROTECTED, isProtected } from './guard.ts'
+import { PROTECTED, isProtected, unverified } from './guard.ts'
 import { toArray } from './hooks.ts'
 import { deliver } from './routes.ts'
 import type { Routes } from './routes.ts'
@@ -36,6 +36,7 @@ export function protectMarked (routes: Routes, scope: FastifyInstance, route: Ro
   route.bodyLimit = body.limit
   route.onRequest = [authentication.admit(endpoint), ...toArray(route.onRequest)]
   route.preParsing = [capture, ...toArray(route.preParsing)]
+  route.preValidation = [assertVerified, ...toArray(route.preValidation)]
   route.onSend = [...toArray(route.onSend), keepRefusal((request, statusCode) => failures.unprocessed(endpoint.name, request, statusCode)), recordAnswer]
   route.errorHandler = refuseErrors(route.errorHandler as RouteErrorHandler | undefined)
   route.onError = [...toArray(route.onError), (request, reply, error, done) => {
@@ -58,6 +59,12 @@ function assertMarkable ({ method, url, config, schema }: RouteOptions): void {
   if ((schema as { body?: unknown } | undefined)?.body !== undefined) {
     throw fault('schema.body would be checked before the signature, and tell unsigned senders about it: remove it, events are validated after verification')
   }
+}
+
+/** preValidation: where verification was skipped, the route's own hooks are too. The handler would find out after them. */
+function assertVerified (request: FastifyRequest, _reply: FastifyReply, done: (error?: Error) => void): void {
+  if (request.openaiWebhook === null) return done(unverified(String(request.routeOptions.url)))
+  done()
 }
 
 /** preParsing, so that the user's parser sees verified bytes alone. */

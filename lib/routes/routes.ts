@@ -2,7 +2,6 @@ import type { FastifyInstance, FastifyReply, RouteHandlerMethod } from 'fastify'
 import { Deadline } from '../deadline.ts'
 import { Reply } from '../delivery/reply.ts'
 import type { Receiver } from '../delivery/receive.ts'
-import { UnprotectedRoute } from '../errors.ts'
 import type { AnySchema } from '../events/users.ts'
 import type { Failures } from '../failures.ts'
 import { DEFAULTS } from '../options.ts'
@@ -15,7 +14,7 @@ import type { Verifications } from './verifications.ts'
 import { handling } from '../pipeline/answer.ts'
 import type { Authentication } from './authenticate.ts'
 import type { Endpoint, Endpoints } from './endpoint.ts'
-import { SKIPPED } from './guard.ts'
+import { unverified } from './guard.ts'
 
 /** Shared by the receiving routes of one registration. */
 export interface Routes {
@@ -44,7 +43,7 @@ export interface Routes {
 export function deliver ({ receiver, deadline, failures }: Routes, { name }: Endpoint, own: RouteHandlerMethod | undefined, declared: () => unknown): RouteHandlerMethod {
   const options = { endpoint: name, receiver, deadline, failures, own }
   const handle: RouteHandlerMethod = function (request, reply) {
-    if (request.openaiWebhook === null) throw new UnprotectedRoute(`POST ${name}`, SKIPPED)
+    if (request.openaiWebhook === null) throw unverified(name)
     handling(request, own !== undefined)
     new Reply(request as VerifiedRequest, reply, options, this).run()
     // An async function around this one that was given nothing would have Fastify answer with nothing, at once.
