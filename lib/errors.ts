@@ -34,7 +34,7 @@ export const InvalidId = refusal('INVALID_ID',
 export const InvalidTimestamp = refusal('INVALID_TIMESTAMP',
   '%s must be whole decimal seconds since the Unix epoch, sent once', 401)
 export const TimestampOutOfTolerance = refusal('TIMESTAMP_OUT_OF_TOLERANCE',
-  '%s is more than %d s away from this server\'s clock', 401)
+  '%s is more than %d s away from this server\'s clock: %s', 401)
 export const InvalidSignature = refusal('INVALID_SIGNATURE', 'no signature matches the body and the signing secret', 401)
 /** For log, channels and onError: the sender is answered INVALID_SIGNATURE, so that nobody learns who is a tenant. */
 export const UnknownTenant = refusal('UNKNOWN_TENANT', '%s', 401)

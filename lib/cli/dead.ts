@@ -105,6 +105,9 @@ export const dead = deadCommand([nodeSqlite, installed('libsql'), installed('bet
 
 type Act = (jobs: DeadJobs) => number
 
+/** Tells an empty list from a filter that is misspelt. */
+const noneOf = (count: number): string => count === 0 ? 'no dead deliveries\n' : `none of the ${count} dead deliveries matches\n`
+
 const actions: Readonly<Record<string, (args: Arguments, terminal: Terminal, ids: readonly string[]) => Act>> = {
   list (args, terminal, ids) {
     if (ids.length > 0) throw usageError(`list: expected nothing more, got "${printable(ids.join(' '))}"`)
@@ -115,7 +118,7 @@ const actions: Readonly<Record<string, (args: Arguments, terminal: Terminal, ids
       for (const delivery of listed) print(terminal, args, delivery, line(delivery, terminal))
       const left = jobs.count(filter) - listed.length
       if (left > 0) terminal.err(`${left} more: --limit N or --all lists them\n`)
-      else if (listed.length === 0) terminal.err('no dead deliveries\n')
+      else if (listed.length === 0) terminal.err(noneOf(jobs.count()))
       return EXIT.ok
     }
   },
@@ -144,7 +147,7 @@ const actions: Readonly<Record<string, (args: Arguments, terminal: Terminal, ids
         if (!done) missed++
         print(terminal, args, { webhookId: delivery.webhookId, endpoint: delivery.endpoint, requeued: done }, `${printable(delivery.webhookId, 256)}  ${done ? 'requeued' : 'was requeued meanwhile'}\n`)
       }
-      if (chosen.length === 0) terminal.err('no dead deliveries\n')
+      if (chosen.length === 0) terminal.err(noneOf(jobs.count()))
       return missed === 0 ? EXIT.ok : EXIT.failed
     }
   }

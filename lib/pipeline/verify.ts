@@ -92,6 +92,8 @@ function toVerified (verified: Verified): Verified | Error {
 }
 
 function staleness (timestamp: number, tolerance: number): Error | undefined {
+  const ahead = timestamp - Date.now() / 1000
   // `<=`, and not `>` the other way round: NaN fails closed.
-  return Math.abs(Date.now() / 1000 - timestamp) <= tolerance ? undefined : new TimestampOutOfTolerance('the timestamp', tolerance)
+  if (Math.abs(ahead) <= tolerance) return undefined
+  return new TimestampOutOfTolerance('the timestamp', tolerance, `${Math.round(Math.abs(ahead))} s ${ahead < 0 ? 'behind' : 'ahead'}`)
 }

@@ -73,7 +73,8 @@ wh_3  batch.completed  /other of acme  1970-01-01T00:00:00.002Z  1 attempt
   t.same([first.code, first.out.match(/^wh_\d/gm), first.err], [0, ['wh_1', 'wh_3'], ''])
   const one = await run(t, ['list', '--sqlite', file, '--limit', '1'])
   t.same([one.code, one.out.match(/^wh_\d/gm), one.err], [0, ['wh_1'], '2 more: --limit N or --all lists them\n'])
-  t.same(await run(t, ['list', '--sqlite', file, '--type', 'batch.expired']), { code: 0, out: '', err: 'no dead deliveries\n' })
+  t.same(await run(t, ['list', '--sqlite', file, '--type', 'batch.expired']), { code: 0, out: '', err: 'none of the 3 dead deliveries matches\n' })
+  t.same(await run(t, ['requeue', '--all', '--sqlite', file, '--type', 'batch.expired']), { code: 0, out: '', err: 'none of the 3 dead deliveries matches\n' })
 })
 
 t.test('show tells of one: errors with their stacks, what had finished, the event', async t => {
