@@ -5,9 +5,10 @@ import { isPromise } from '../maybe-promise.ts'
  * Lends a database's client for the length of a transaction, and with it the statements and iterators that it makes.
  *
  * @param name of the handler
- * @returns `tx`, whose methods and whose statements' throw FST_OPENAI_WEBHOOK_TRANSACTION_OVER once `end` has been called
+ * @param holds asked when a statement has failed: whether the transaction is still there
+ * @returns `tx`, whose methods and whose statements' throw FST_OPENAI_WEBHOOK_TRANSACTION_OVER once it is over, by `end` or by itself
  */
-export function lend<Tx extends object> (client: Tx, name: string): { tx: Tx, end: () => void } {
+export function lend<Tx extends object> (client: Tx, name: string, holds = (): boolean => true): { tx: Tx, end: () => void } {
   let over = false
   const iterators: Iterator<unknown>[] = []
 
@@ -29,7 +30,14 @@ export function lend<Tx extends object> (client: Tx, name: string): { tx: Tx, en
 
   function call (method: Function, self: unknown, args: unknown[]): unknown {
     assertLent()
-    const result: unknown = Reflect.apply(method, self, args)
+    let result: unknown
+    try {
+      result = Reflect.apply(method, self, args)
+    } catch (error) {
+      // SQLite rolls back by itself where the disk is full. Whatever is written then, by work that goes on, would commit by itself.
+      over ||= !holds()
+      throw error
+    }
     if (!isMade(result)) return result
     if (isIterator(result)) iterators.push(result)
     return lent(result)

@@ -78,7 +78,7 @@ export function sqliteInbox<Db extends SqliteDatabase> (db: Db, { retention = IN
         database.assertFile()
         database.transaction(() => {
           if (insert.all(...recordOf(name, context, retention)).length === 0) return
-          const { tx, end } = lend(db, name)
+          const { tx, end } = lend(db, name, () => database.isInTransaction())
           try {
             const result = work.call(this, tx, event, context)
             if (!isPromise(result)) return

@@ -45,6 +45,26 @@ for (const name of HANDLES) {
       t.equal(count(db, 'openai_webhook_inbox'), 0)
     })
 
+    await t.test('a transaction that SQLite has rolled back by itself is over, even for work that goes on', async t => {
+      const db = open(t)
+      db.exec('CREATE TABLE bills (id TEXT PRIMARY KEY)')
+      const inbox = sqliteInbox(db)
+      let conflict = 'ROLLBACK'
+      const handler = inbox.once('settle', tx => {
+        tx.exec("INSERT INTO effects VALUES ('before')")
+        tx.exec("INSERT INTO bills VALUES ('1')")
+        const again = tx.prepare(`INSERT OR ${conflict} INTO bills VALUES (?)`)
+        t.throws(() => again.run('1'), /UNIQUE/)
+        tx.exec("INSERT INTO effects VALUES ('after')")
+      })
+      const given = context()
+      t.throws(() => run(handler, given), { code: 'FST_OPENAI_WEBHOOK_TRANSACTION_OVER' })
+      t.same([count(db, 'effects'), count(db, 'bills'), count(db, 'openai_webhook_inbox')], [0, 0, 0])
+      conflict = 'ABORT'
+      run(handler, given)
+      t.same([count(db, 'effects'), count(db, 'bills'), count(db, 'openai_webhook_inbox')], [2, 1, 1], 'a statement that fails alone is the work\'s to bear')
+    })
+
     await t.test('what tx has made ends with it', async t => {
       const db = open(t)
       const inbox = sqliteInbox(db)
