@@ -281,11 +281,11 @@ class Run implements ObservedAttempt {
   ) {}
 
   succeeded (index: number): void {
-    this.#end(this.attempt.handlers[index], 'succeeded')
+    this.#end(this.#run(index), 'succeeded')
   }
 
   failed (index: number): void {
-    this.#end(this.attempt.handlers[index], 'failed')
+    this.#end(this.#run(index), 'failed')
   }
 
   ended (error?: unknown): void {
@@ -295,6 +295,11 @@ class Run implements ObservedAttempt {
     if (queued) entry.ms = attempt.ms
     else entry.dispatchedAt = startedAt + attempt.ms
     journal.ended(entry, { attempt, job, error })
+  }
+
+  /** Behind those that are kept stands the route's own handler. */
+  #run (index: number): HandlerRun | undefined {
+    return index < MAX_HANDLERS ? this.attempt.handlers[index] : undefined
   }
 
   #end (run: HandlerRun | undefined, outcome: 'succeeded' | 'failed'): void {

@@ -253,12 +253,18 @@ t.test('what is not kept any more may still run, and be waited for', async t => 
 
 t.test('a route that replies by itself, and a store or a queue that fails', async t => {
   const app = await inspected(t)
+  let seen: string[] = []
   app.post('/own', { config: { openaiWebhook: {} } }, async (_request, reply) => await reply.code(202).send('ok'))
   app.post('/broken', { config: { openaiWebhook: {} } }, async () => { throw new Error('no bucket') })
+  app.post('/many', { config: { openaiWebhook: { on: { 'batch.failed': Array.from({ length: 101 }, () => () => {}) } } } }, async () => {
+    seen = (await detailOf(app)).attempts[0]!.handlers.map(({ outcome }) => outcome)
+  })
   await post(app, sign(thin('batch.failed')), '/own')
   t.match(await detailOf(app), { row: { state: 'processed', status: 202, endpoint: '/own' }, attempts: [{ handlers: [{ name: 'handler', outcome: 'succeeded' }] }] })
   await post(app, sign(thin('batch.failed')), '/broken')
   t.match(await detailOf(app), { row: { state: 'failed', status: 500 }, attempts: [{ handlers: [{ name: 'handler', outcome: 'failed' }], errors: [{ message: 'no bucket' }] }] })
+  await post(app, sign(thin('batch.failed')), '/many')
+  t.same([seen.length, ...seen.slice(-2)], [101, 'succeeded', 'running'], 'a hundred are kept, and its own')
   const broken = await inspected(t, { idempotency: { store: { ...memoryStore(), begin () { throw new Error('the store is down') } } } })
   await post(broken, sign(thin('batch.failed')))
   t.match(await detailOf(broken), { row: { state: 'refused', status: 503 }, refusal: { code: 'FST_OPENAI_WEBHOOK_UNAVAILABLE', error: { message: 'the store is down' } } })
