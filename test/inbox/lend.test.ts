@@ -49,6 +49,21 @@ t.test('what a client makes is lent with it, and rows and values are not', async
   t.equal(client.released, 0)
 })
 
+t.test('a failure ends the loan where the transaction has gone with it', async t => {
+  const client = { fail () { throw new Error('disk full') }, write: () => 'written' }
+  const { tx } = lend(client, 'settle')
+  t.throws(() => tx.fail(), /disk full/)
+  t.equal(tx.write(), 'written')
+  let holds = true
+  const asked = lend(client, 'settle', () => holds)
+  t.throws(() => asked.tx.fail(), /disk full/)
+  t.equal(asked.tx.write(), 'written')
+  holds = false
+  t.equal(asked.tx.write(), 'written', 'nobody asks while all goes well')
+  t.throws(() => asked.tx.fail(), /disk full/)
+  t.throws(() => asked.tx.write(), OVER)
+})
+
 t.test('iterators that are left are ended', async t => {
   let ended = 0
   class Rows {
