@@ -34,7 +34,7 @@ interface Row {
  */
 export function sqliteStore (db: SqliteDatabase): IdempotencyStore {
   const database = new Database(db, SCHEMA)
-  // Has no RETURNING: to read its row costs two thirds of what the insert does.
+  // Has no RETURNING: to read its row costs about as much as to insert it.
   const insert = database.prepare('INSERT INTO openai_webhook_deliveries (key, token, ends, forget) VALUES (?, ?, ?, ?) ON CONFLICT (key) DO NOTHING')
   // A released row, a run-out lease or one that may be forgotten.
   const claim = database.prepare(`
