@@ -1,8 +1,8 @@
 import type { FastifyInstance, FastifyReply, FastifyRequest, RouteHandlerMethod } from 'fastify'
 import { HandlerFailed } from '../errors.ts'
-import { logError } from '../log.ts'
+import { logError, write } from '../log.ts'
 import { acknowledge } from '../pipeline/acknowledge.ts'
-import { handling, isErrorHandler, isRefused, isResponse, isSuccess } from '../pipeline/answer.ts'
+import { handling, isErrorHandler, isHeld, isRefused, isResponse, isSuccess, refused } from '../pipeline/answer.ts'
 import { isPromise, later } from '../maybe-promise.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
 import { isClosed, isOut, statusOf, traceReset, watchDestroy } from './raw-response.ts'
@@ -69,6 +69,8 @@ export class OwnHandler {
     reply.send = send
     traceReset(reply.raw, this.#request.raw)
     if (this.#standing.state.at === 'late') this.#divertStatus()
+    // A hook of the app has answered, or Fastify's `handlerTimeout`, while other handlers ran.
+    else if (this.#isSent) this.#leave(200)
     let result
     let pending = false
     try {
@@ -80,8 +82,12 @@ export class OwnHandler {
     } finally {
       this.#isCalled = false
     }
-    if (pending && result !== (reply as unknown)) later(result as Promise<unknown>, payload => this.#returned(payload), error => this.#threw(error))
-    else this.#returned(result)
+    if (pending && result !== (reply as unknown)) {
+      later(result as Promise<unknown>, payload => this.#returned(payload), error => this.#threw(error))
+      return
+    }
+    if (result === undefined && handler.length > 1 && this.#standing.state.at === 'open' && !this.#isSent) warnOnce(handler, this.#request)
+    this.#returned(result)
   }
 
   /** The deadline is over. @returns whether somebody else may answer, which is not so once the handler has replied */
@@ -118,6 +124,8 @@ export class OwnHandler {
       case 'replying':
       case 'cut off':
         if (succeeded && !isWhole) return watchDestroy(this.#reply.raw, () => this.#broke())
+        // It may be a hook of the app that answers so. A retry must not have the handler run beside itself.
+        if (!succeeded && this.#call === 'runs') return this.#standing.move({ at: 'cut off', judge: () => false })
         return this.#settleFirst(succeeded, state.at === 'replying' && state.isOverdue)
     }
   }
@@ -247,7 +255,9 @@ export class OwnHandler {
     } else if (at === 'open' && !this.#reply.sent) {
       this.#thrown = error
       handling(this.#request, false)
-      this.#reply.send(isMeant(error) ? error : new HandlerFailed({ cause: new AggregateError([error], 'the route\'s handler failed') }))
+      const shown = isMeant(error) ? error : new HandlerFailed({ cause: new AggregateError([error], 'the route\'s handler failed') })
+      refused(shown, this.#request, this.#reply)
+      this.#reply.send(shown)
     } else {
       logError(this.#request.log, error, {}, 'a webhook route\'s handler failed after the answer')
       if (at === 'cut off') this.#settle(false)
@@ -290,9 +300,9 @@ export class OwnHandler {
     if (state.at === 'replying') this.#standing.move({ ...state, judge: () => false })
   }
 
-  /** Somebody else answers. */
-  #leave (): void {
-    this.#standing.move({ at: 'late', statusCode: this.#reply.statusCode })
+  /** Somebody else answers. @param statusCode that the handler has set so far */
+  #leave (statusCode = this.#reply.statusCode): void {
+    this.#standing.move({ at: 'late', statusCode })
     this.#divertStatus()
   }
 
@@ -310,6 +320,15 @@ export class OwnHandler {
   }
 }
 
+const warned = new WeakSet<RouteHandlerMethod>()
+
+/** Elsewhere such a handler may answer whenever it likes. Here to return nothing is an answer. */
+function warnOnce (handler: RouteHandlerMethod, { log, routeOptions: { url } }: FastifyRequest): void {
+  if (warned.has(handler)) return
+  warned.add(handler)
+  write(log, 'warn', { url }, 'the handler of a webhook route is not async, takes `reply` and has returned nothing without a reply, so the delivery is acknowledged now: return reply where it replies later')
+}
+
 const isText = (payload: unknown): boolean => typeof payload === 'string' || Buffer.isBuffer(payload) || payload === undefined || payload === null
 
 /** Whether a reply would be answered 2xx. */
@@ -319,8 +338,6 @@ function isSuccessful (payload: unknown, statusCode: number): boolean {
 }
 
 type Late = Extract<ReplyState, { at: 'late' }>
-
-const isHeld = (error: unknown): boolean => codeOf(error) === 'FST_ERR_SEND_INSIDE_ONERR'
 
 const codeOf = (error: unknown): unknown => (error as { code?: unknown } | null | undefined)?.code
 

@@ -11,7 +11,9 @@ const streamOf = (raw: RawResponse): ServerHttp2Stream | undefined => (raw as { 
 /** Whether it is closed. Its 'close' may have been emitted already. */
 export function isClosed (raw: RawResponse): boolean {
   const stream = streamOf(raw)
-  return stream === undefined ? raw.closed : stream.closed || stream.destroyed
+  if (stream !== undefined) return stream.closed || stream.destroyed
+  // An injected response is destroyed as soon as it has ended, and does not say that it is closed.
+  return raw.closed || (raw.destroyed && isInjected(raw))
 }
 
 /**
@@ -23,10 +25,12 @@ export function isOut (raw: RawResponse): boolean {
   return stream === undefined ? isFinished(raw) && raw.socket?.destroyed !== true : !stream.aborted && stream.writableEnded && stream.rstCode === constants.NGHTTP2_NO_ERROR
 }
 
-/** An injected response is destroyed as soon as it has ended, and says that it has not finished. */
+/** Nor that it has finished. */
 function isFinished (raw: RawResponse): boolean {
-  return raw.writableFinished || (raw.writableEnded && (raw as { isLightMyRequest?: boolean }).isLightMyRequest === true)
+  return raw.writableFinished || (raw.writableEnded && isInjected(raw))
 }
+
+const isInjected = (raw: RawResponse): boolean => (raw as { isLightMyRequest?: boolean }).isLightMyRequest === true
 
 export function statusOf (raw: RawResponse): number {
   return Number(streamOf(raw)?.sentHeaders?.[':status'] ?? raw.statusCode)

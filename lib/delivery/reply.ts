@@ -3,6 +3,7 @@ import { DeadlineExceeded, Unavailable } from '../errors.ts'
 import type { Failures } from '../failures.ts'
 import { logError } from '../log.ts'
 import { acknowledge, refuse } from '../pipeline/acknowledge.ts'
+import { isHeld } from '../pipeline/answer.ts'
 import type { Refused } from '../registry.ts'
 import type { VerifiedRequest } from '../request.ts'
 import { OwnHandler } from './own-handler.ts'
@@ -91,9 +92,20 @@ export class Reply implements Sender {
     try {
       send()
     } catch (error) {
-      // Fastify throws where somebody else is answering already, such as its `handlerTimeout`.
-      logError(this.request.log, error, {}, 'the sender of a webhook delivery has another answer')
+      this.#unsent(error)
     }
+  }
+
+  #unsent (error: unknown): void {
+    try {
+      // A serializer of the app has thrown: the error is the answer, as on any route.
+      if (!isHeld(error)) {
+        this.reply.send(error)
+        return
+      }
+    } catch {}
+    // Fastify throws where somebody else is answering already, such as its `handlerTimeout`.
+    logError(this.request.log, error, {}, 'the sender of a webhook delivery has another answer')
   }
 
   /** A connection that is kept alive keeps a closing server open until its own timeout, 72 s by default. */

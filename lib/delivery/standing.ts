@@ -6,6 +6,7 @@
  *                        late ─ own handler ends ► recorded
  *     open ─ own handler sends ─► replying ────► recorded
  *                                 replying ─ sender goes ─► cut off ─ own handler ends ─► recorded
+ *     open, replying ─ a failure is sent while the own handler runs ─► cut off
  */
 export type ReplyState =
   /** Nobody has answered. */
@@ -16,7 +17,7 @@ export type ReplyState =
    * `judge`: whether it is a success where the sender does not wait for it. `isOverdue`: the deadline is over.
    */
   | { readonly at: 'replying', readonly judge: () => boolean, readonly isOverdue: boolean }
-  /** The sender went away before the answer was out, and the own handler runs on: its end decides. */
+  /** The sender went away before the answer was out, or is told of a failure. The own handler runs on: its end decides. */
   | { readonly at: 'cut off', readonly judge: () => boolean }
   /**
    * The deadline has answered, or Fastify's `handlerTimeout`. An own handler runs on, and how it ends is recorded.
@@ -32,10 +33,10 @@ export type ReplyState =
   | { readonly at: 'closed' }
 
 const NEXT: Readonly<Record<ReplyState['at'], ReadonlyArray<ReplyState['at']>>> = {
-  open: ['replying', 'late', 'recorded', 'closed'],
+  open: ['replying', 'cut off', 'late', 'recorded', 'closed'],
   // Back to open where a serializer of the app has thrown: nothing is on its way.
   replying: ['replying', 'open', 'cut off', 'recorded'],
-  'cut off': ['recorded'],
+  'cut off': ['cut off', 'recorded'],
   late: ['late', 'recorded', 'closed'],
   recorded: ['recorded'],
   closed: []

@@ -1,5 +1,5 @@
 import type { FastifyReply } from 'fastify'
-import { acknowledged } from './answer.ts'
+import { acknowledged, refused } from './answer.ts'
 
 const RECEIVED = '{"received":true}'
 const DUPLICATE = '{"received":true,"duplicate":true}'
@@ -18,6 +18,8 @@ export function acknowledge (reply: FastifyReply, outcome: 'processed' | 'duplic
 
 /** Answers through the app's error handler, and not 200, so that the delivery comes again. */
 export function refuse (reply: FastifyReply, error: unknown): void {
+  // Before it is sent: a hook of the app may have put a function of its own in place of `send`.
+  refused(error, reply.request, reply)
   const { statusCode } = error as { statusCode?: number }
   if (statusCode === 409 || statusCode === 503) retryLater(reply)
   reply.send(error)

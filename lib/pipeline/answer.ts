@@ -11,9 +11,11 @@ const PROGRESS = Symbol('openai-webhook.progress')
 type Progress = 'handling' | 'replying' | 'acknowledged' | Refusal
 
 interface Refusal {
-  readonly statusCode: number
+  statusCode: number
   /** Whether Fastify's own error handler has it, which answers at once. */
-  readonly isByFastify: boolean
+  isByFastify: boolean
+  /** Whether the route's own handler may be sending too. */
+  readonly isReplying: boolean
 }
 
 type Answerable = FastifyRequest & { [PROGRESS]?: Progress }
@@ -40,6 +42,30 @@ export function acknowledged (request: FastifyRequest): void {
 }
 
 /**
+ * The delivery is refused, whoever gives the answer: nothing that the app does with the error makes a success of it. An onSend hook
+ * that fails on an acknowledgement does not undo what the handlers have done.
+ *
+ * @param isByFastify whether Fastify's own error handler has the error
+ */
+export function refused (error: unknown, request: Answerable, { raw }: FastifyReply, isByFastify = false): void {
+  const progress = request[PROGRESS]
+  if (progress === 'acknowledged') return
+  const statusCode = statusOf(error)
+  if (typeof progress === 'object') {
+    progress.statusCode = statusCode
+    progress.isByFastify = isByFastify
+    return
+  }
+  const refusal: Refusal = { statusCode, isByFastify, isReplying: progress === 'replying' }
+  request[PROGRESS] = refusal
+  // An onSend hook that throws undefined has Fastify skip those that come after it.
+  const writeHead = raw.writeHead as (statusCode: number, ...rest: unknown[]) => typeof raw
+  const refusing = (statusCode: number, ...rest: unknown[]): typeof raw =>
+    writeHead.call(raw, statusCode < 400 && request[PROGRESS] === refusal ? refusal.statusCode : statusCode, ...rest)
+  raw.writeHead = refusing
+}
+
+/**
  * A route's error handler that notes that the delivery is refused, and has the answer given by whoever would give it on a plain
  * route.
  *
@@ -47,11 +73,10 @@ export function acknowledged (request: FastifyRequest): void {
  */
 export function refuseErrors (own: RouteErrorHandler | undefined): RouteErrorHandler {
   return (error, request, reply) => {
+    refused(error, request, reply, own === undefined && hasNoErrorHandler(request))
     const progress = (request as Answerable)[PROGRESS]
-    // An onSend hook that fails on an acknowledgement does not undo what the handlers have done.
-    if (progress !== 'acknowledged') refuseWith({ statusCode: statusOf(error), isByFastify: own === undefined && hasNoErrorHandler(request) }, request, reply)
     const answer = (): unknown => own === undefined ? passOn(error, reply) : own(error, request, reply)
-    return progress === 'replying' ? inErrorHandlers(answer, request, reply) : answer()
+    return typeof progress === 'object' && progress.isReplying ? inErrorHandlers(answer, request, reply) : answer()
   }
 }
 
@@ -82,15 +107,6 @@ function hasNoErrorHandler ({ server }: FastifyRequest): boolean {
 /** Whether whoever sends now is an error handler. One that has lost the async context cannot be told. */
 export function isErrorHandler (request: FastifyRequest): boolean {
   return errorHandlers.getStore()?.deref() === request
-}
-
-function refuseWith (refusal: Refusal, request: Answerable, { raw }: FastifyReply): void {
-  request[PROGRESS] = refusal
-  // An onSend hook that throws undefined has Fastify skip those that come after it.
-  const writeHead = raw.writeHead as (statusCode: number, ...rest: unknown[]) => typeof raw
-  const refusing = (statusCode: number, ...rest: unknown[]): typeof raw =>
-    writeHead.call(raw, statusCode < 400 && request[PROGRESS] === refusal ? refusal.statusCode : statusCode, ...rest)
-  raw.writeHead = refusing
 }
 
 /** Has Fastify call the next error handler. */
@@ -125,6 +141,9 @@ export function keepRefusal (unprocessed: (request: FastifyRequest, statusCode: 
     done()
   }
 }
+
+/** While an async onError hook holds an answer, Fastify refuses all others. */
+export const isHeld = (error: unknown): boolean => (error as { code?: unknown } | null | undefined)?.code === 'FST_ERR_SEND_INSIDE_ONERR'
 
 export const isSuccess = (statusCode: number): boolean => statusCode >= 200 && statusCode < 300
 

@@ -36,5 +36,5 @@ export function isProtected ({ config, onRequest, preParsing }: RouteOptions): b
 /** `app.openaiWebhook.handler`: marks a route that dispatches. It runs only where it was not recognised, and then throws. */
 export const dispatching = (): RouteHandlerMethod => function ({ method, routeOptions: { config, url } }) {
   if (!(PROTECTED in config)) throw new UnprotectedRoute(`${method} ${String(url)}`, DECLARED_EARLY)
-  throw new InvalidRoute(method, url, 'app.openaiWebhook.handler cannot be told where another plugin has wrapped it, as @fastify/otel and @fastify/websocket do: register that plugin after fastify-openai-webhook, or declare the route with app.openaiWebhook.route(), or for otel with `otel: { instrumentHandler: false }` in its config')
+  throw new InvalidRoute(method, url, 'app.openaiWebhook.handler cannot be told where another plugin has wrapped it, as @fastify/otel, @fastify/websocket, Sentry and New Relic do: register that plugin after fastify-openai-webhook, or declare the route with app.openaiWebhook.route(), or for otel with `otel: { instrumentHandler: false }` in its config')
 }

@@ -6,7 +6,7 @@ import { InvalidRoute } from '../errors.ts'
 import { assertOverrides } from '../options.ts'
 import { boundRefused, readPayload, replayPayload } from '../pipeline/capture.ts'
 import type { BodyBounds } from '../pipeline/capture.ts'
-import { keepRefusal, refuseErrors } from '../pipeline/answer.ts'
+import { keepRefusal, refuseErrors, refused } from '../pipeline/answer.ts'
 import type { RouteErrorHandler } from '../pipeline/answer.ts'
 import type { Endpoint } from './endpoint.ts'
 import { PROTECTED, isProtected, unverified } from './guard.ts'
@@ -40,6 +40,7 @@ export function protectMarked (routes: Routes, scope: FastifyInstance, route: Ro
   route.onSend = [...toArray(route.onSend), keepRefusal((request, statusCode) => failures.unprocessed(endpoint.name, request, statusCode)), recordAnswer]
   route.errorHandler = refuseErrors(route.errorHandler as RouteErrorHandler | undefined)
   route.onError = [...toArray(route.onError), (request, reply, error, done) => {
+    refused(error, request, reply)
     boundRefused(request, reply, error, body)
     done()
   }]

@@ -60,9 +60,9 @@ t.test('a reply changes its state in these ways and no other', async t => {
     closed: { at: 'closed' }
   }
   const legal: Record<ReplyState['at'], ReadonlyArray<ReplyState['at']>> = {
-    open: ['replying', 'late', 'recorded', 'closed'],
+    open: ['replying', 'cut off', 'late', 'recorded', 'closed'],
     replying: ['replying', 'open', 'cut off', 'recorded'],
-    'cut off': ['recorded'],
+    'cut off': ['cut off', 'recorded'],
     late: ['late', 'recorded', 'closed'],
     recorded: ['recorded'],
     closed: []
