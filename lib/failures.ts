@@ -33,13 +33,13 @@ export class Failures {
     // A database or gRPC client in a hook of the app may give a number as code.
     const code = typeof given === 'string' || typeof given === 'number' ? String(given) : 'UNKNOWN'
     const { endpoint, tenant, webhookId, event } = delivery
-    if (cause === undefined) this.#refusals.write(request.log, code, statusCode, delivery)
+    if (cause === undefined) this.#refusals.write(request.log, code, statusCode, delivery, message)
     else if (statusCode >= 500 && webhookId !== undefined) logError(request.log, cause, { code, ...logFields(delivery) }, message)
     else if (statusCode >= 500) this.#refusals.failed(request.log, code, cause, delivery, message)
     else if (error instanceof InvalidSignature && (cause instanceof TypeError || cause instanceof ReferenceError)) this.#refusals.faulty(request.log, cause, code, endpoint)
     else if (error instanceof InvalidEvent) this.#refusals.unjudged(request.log, cause, code, endpoint)
     else if (error instanceof UnknownTenant) this.#refusals.unnamed(request.log, cause, code, endpoint)
-    else this.#refusals.write(request.log, code, statusCode, delivery)
+    else this.#refusals.write(request.log, code, statusCode, delivery, message)
     if (channels.refused.hasSubscribers) {
       channels.refused.publish({ endpoint, tenant, webhookId, event, code, statusCode, error, request })
     }

@@ -78,6 +78,15 @@ const FIXES: Readonly<Record<string, string>> = {
     'that tenant.secret finds a secret for that name'
 }
 
+/** The same of a route with tenants. */
+const TENANT_FIXES: typeof FIXES = {
+  FST_OPENAI_WEBHOOK_INVALID_SIGNATURE: 'where the sender is OpenAI: compare what tenant.secret gives for this tenant, and gave when it was last asked (once a minute at most), ' +
+    'with the signing secret (whsec_…) of the endpoint that has this URL at OpenAI, and give both while one replaces another'
+}
+
+/** Codes whose message says more than the code. */
+const REASONED: readonly string[] = ['TIMESTAMP_OUT_OF_TOLERANCE', 'UNKNOWN_TENANT', 'INVALID_BODY', 'INVALID_EVENT'].map(name => `FST_OPENAI_WEBHOOK_${name}`)
+
 /** Lines in a window about refusals with one code at one endpoint. Further ones are counted. */
 const MAX_LINES = 5
 /** ms */
@@ -106,8 +115,11 @@ export class RefusalLog {
     this.#log = log
   }
 
-  write (log: FastifyBaseLogger, code: string, statusCode: number, delivery: Described & { endpoint: string }): void {
-    if (this.#hasRoom(log, code, delivery.endpoint)) write(log, 'warn', { code, statusCode, ...logFields(delivery), fix: FIXES[code] }, 'webhook delivery refused')
+  /** @param message of the error */
+  write (log: FastifyBaseLogger, code: string, statusCode: number, delivery: Described & { endpoint: string }, message: string): void {
+    if (!this.#hasRoom(log, code, delivery.endpoint)) return
+    const fix = delivery.tenant === undefined ? FIXES[code] : TENANT_FIXES[code] ?? FIXES[code]
+    write(log, 'warn', { code, statusCode, ...logFields(delivery), reason: REASONED.includes(code) ? message : undefined, fix }, 'webhook delivery refused')
   }
 
   /** A user's verifier is at fault. Strangers may bring it about, so it is bounded too. */

@@ -156,7 +156,7 @@ t.test('a refused delivery is a line at warn, with its code and nothing of a pay
   t.same(withText(log.lines, REFUSED).map(said), [
     { ...line, code: 'FST_OPENAI_WEBHOOK_INVALID_SIGNATURE', statusCode: 401, fix: wrongSecret!['fix'] },
     { ...line, code: 'FST_OPENAI_WEBHOOK_MISSING_HEADER', statusCode: 401 },
-    { ...line, code: 'FST_OPENAI_WEBHOOK_INVALID_EVENT', statusCode: 400 },
+    { ...line, code: 'FST_OPENAI_WEBHOOK_INVALID_EVENT', statusCode: 400, reason: `the event does not have the shape of its type: ${['/id', '/created_at', '/data/id'].map(path => `${path} (Expected required property)`).join(', ')}` },
     { ...line, code: 'FST_ERR_CTP_INVALID_MEDIA_TYPE', statusCode: 415 },
     { ...line, ...NAMED, code: 'FST_OPENAI_WEBHOOK_IN_PROGRESS', statusCode: 409 }
   ])
@@ -395,9 +395,38 @@ t.test('a line that cannot be written fails no delivery', async t => {
   t.test('nor the process, at the end of a window of refusals', async t => {
     const log = { isLevelEnabled: () => true, warn () { throw new Error('ENOSPC') } } as unknown as FastifyBaseLogger
     const refusals = new RefusalLog(log)
-    for (let i = 0; i < 6; i++) refusals.write(log, 'CODE', 401, { endpoint: '/' })
+    for (let i = 0; i < 6; i++) refusals.write(log, 'CODE', 401, { endpoint: '/' }, 'why')
     t.doesNotThrow(() => refusals.flush())
   })
+})
+
+t.test('a line about a refusal says why where the code does not, and what to do where the secret is a tenant\'s', async t => {
+  const { lines, logger } = capturedLog()
+  const app = await build(t, {}, { logger })
+  app.openaiWebhook.route({ url: '/tenants', tenant: { of: ({ headers }) => String(headers['x-tenant']), secret: name => name === 'acme' ? SECRET : undefined } })
+  const refused = (): Array<Record<string, unknown>> => lines.splice(0).filter(({ msg }) => msg === 'webhook delivery refused')
+
+  t.equal(await outcome(app, sign({ ...thin('batch.failed'), data: { id: 4711 } })), '400 INVALID_EVENT')
+  const [event] = refused()
+  t.match(event!['reason'], /^the event does not have the shape of its type: \/data\/id/)
+  t.notMatch(event!['reason'], /4711/)
+  t.equal(await outcome(app, sign('[]')), '400 INVALID_BODY')
+  t.match(refused(), [{ reason: /^the signed body is not an event/ }])
+  t.equal(await outcome(app, sign(thin('batch.failed'), { timestamp: 1 })), '401 TIMESTAMP_OUT_OF_TOLERANCE')
+  t.match(refused(), [{ reason: /s behind$/ }])
+  t.equal(await outcome(app, sign(thin('batch.failed'), { secret: 'whsec_b3RoZXI=' })), '401 INVALID_SIGNATURE')
+  const [signature] = refused()
+  t.match(signature!['fix'], /compare OPENAI_WEBHOOK_SECRET/)
+  t.notOk('reason' in signature!)
+
+  const to = async (tenant: string, delivery: ReturnType<typeof sign>): Promise<unknown> =>
+    (await post(app, { ...delivery, headers: { ...delivery.headers, 'x-tenant': tenant } }, '/tenants')).statusCode
+  t.equal(await to('acme', sign(thin('batch.failed'), { secret: 'whsec_b3RoZXI=' })), 401)
+  const [tenant] = refused()
+  t.match(tenant, { tenant: 'acme', fix: /compare what tenant\.secret gives for this tenant/ })
+  t.notMatch(tenant!['fix'], /OPENAI_WEBHOOK_SECRET/)
+  t.equal(await to('globex', sign(thin('batch.failed'))), 401)
+  t.match(refused(), [{ reason: 'tenant.secret knows no tenant of that name', fix: /tenant\.of/ }])
 })
 
 t.test('a refusal by an app\'s hook is told, though its code is a number', async t => {
@@ -415,7 +444,7 @@ t.test('refusals are counted under their own code, however many others there are
   const lines: Array<{ code: string, endpoint?: string, suppressed?: number }> = []
   const log = { isLevelEnabled: () => true, warn: (line: typeof lines[number]) => { lines.push(line) } } as unknown as FastifyBaseLogger
   const refusals = new RefusalLog(log)
-  const write = (code: string, endpoint: string): void => refusals.write(log, code, 401, { endpoint })
+  const write = (code: string, endpoint: string): void => refusals.write(log, code, 401, { endpoint }, 'why')
   for (let i = 0; i < 10; i++) write('FIRST', '/a')
   for (let i = 0; i < 5_000; i++) write(`CODE_${i}`, `/${i}`)
   for (let i = 0; i < 10; i++) write('FIRST', '/a')

@@ -69,6 +69,7 @@ export async function * batchResults<Client extends BatchClient> (
 ): AsyncGenerator<BatchResult<Client>, void, undefined> {
   assertCount('idleTimeout', 'ms', idleTimeout, LONGEST_TIMER)
   assertCount('lineLimit', 'bytes', lineLimit, Number.MAX_SAFE_INTEGER)
+  if (typeof of !== 'object' || of === null) throw new InvalidOptions(`batchResults(): expected a batch or an event of one, got a value of type ${typeof of}`)
   signal?.throwIfAborted()
   const requestOptions = signal === undefined ? {} : { signal }
   const batch = 'type' in of ? await batchOf(client, of, requestOptions) : of

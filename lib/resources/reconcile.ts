@@ -81,6 +81,7 @@ export interface ReconcileReport {
   readonly skipped: ReadonlyArray<{ readonly family: string, readonly status: number }>
 }
 
+const OPTIONS: ReadonlyArray<keyof ReconcileOptions> = ['url', 'secret', 'since', 'types', 'evals', 'dryRun', 'timeout', 'signal', 'onProgress']
 const TIMEOUT = 10_000
 const AT_ONCE = 4
 const UNITS: Readonly<Record<string, number>> = { s: 1_000, m: 60_000, h: 3_600_000, d: 86_400_000 }
@@ -174,7 +175,11 @@ async function deliver (ended: Ended, { url, secret, timeout }: Plan, signal: Ab
 }
 
 /** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS, FST_OPENAI_WEBHOOK_INVALID_SECRET */
-function planOf ({ url, secret = process.env['OPENAI_WEBHOOK_SECRET'], since, types, evals = [], dryRun = false, timeout = TIMEOUT }: ReconcileOptions): Plan {
+function planOf ({ url, secret = process.env['OPENAI_WEBHOOK_SECRET'], since, types, evals = [], dryRun = false, timeout = TIMEOUT, signal, onProgress, ...unknown }: ReconcileOptions): Plan {
+  // A `dryrun` that nobody reads would deliver.
+  const [name] = Object.keys(unknown)
+  if (name !== undefined) throw new InvalidOptions(`reconcile(): unknown option "${name}"${nearest(name, OPTIONS)}`)
+  if (typeof dryRun !== 'boolean') throw invalid('dryRun', 'true or false')
   if (!Number.isSafeInteger(timeout) || timeout < 1 || timeout > 2 ** 31 - 1) throw invalid('timeout', 'a whole number of ms, from 1 to 2147483647')
   if (!dryRun) new SecretSource(secret as string, { warn: ignore, onTrouble: ignore, patience: 0 }).keyring(undefined)
   const wanted = new Set(types === undefined ? FAMILY_NAMES.flatMap(typesOf) : types.flatMap(listable))
@@ -229,7 +234,9 @@ function urlOf (given: string | URL): URL {
 /** Unix seconds. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
 export function sinceOf (since: unknown): number {
   const ago = durationOf(since)
-  const ms = ago !== undefined ? Date.now() - ago : since instanceof Date || typeof since === 'string' ? new Date(since).getTime() : since
+  // Of a number alone Date makes a day in some year.
+  const isDate = since instanceof Date || (typeof since === 'string' && !/^\s*[+-]?[\d.]+\s*$/.test(since))
+  const ms = ago !== undefined ? Date.now() - ago : isDate ? new Date(since).getTime() : since
   if (typeof ms !== 'number' || !Number.isFinite(ms) || ms > Date.now()) throw invalid('since', 'a time in the past: a Date, ms since the epoch, a date as text, or how long ago, such as 3d, 12h or 90m')
   return ms / 1_000
 }

@@ -116,6 +116,7 @@ t.test('wrong options and other events are refused before anything is asked', as
   for (const options of [{ idleTimeout: 0 }, { idleTimeout: 2 ** 31 }, { lineLimit: 1.5 }, { lineLimit: '5' as never }]) {
     await t.rejects(read(options), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS' })
   }
+  for (const of of ['batch_1', 7, null]) await t.rejects(read({}, of as never), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: /^batchResults\(\): expected a batch or an event of one, got a value of type/ })
   await t.rejects(read({}, sampleEvent('response.completed') as never), { code: 'FST_OPENAI_WEBHOOK_NO_RESOURCE', message: /expects a batch/ })
   await t.rejects(read({ signal: AbortSignal.abort(new Error('enough')) }), { message: 'enough' })
   t.same(server.calls, [])

@@ -151,9 +151,10 @@ t.test('wrong options are told before anything is asked', async t => {
   const options: ReconcileOptions = { url: 'http://127.0.0.1:1/', secret: SECRET, since: '3d' }
   const wrong: Array<[Partial<Record<keyof ReconcileOptions, unknown>>, RegExp]> = [
     [{ url: 'example.com' }, /expected url/], [{ url: 'ftp://example.com' }, /expected url/], [{ url: 'https://a:b@example.com' }, /expected url/], [{ url: undefined }, /expected url/],
-    [{ since: '3 days' }, /expected since/], [{ since: Date.now() + 60_000 }, /expected since/], [{ since: NaN }, /expected since/], [{ since: undefined }, /expected since/], [{ since: new Date('x') }, /expected since/],
+    [{ since: '3 days' }, /expected since/], [{ since: '3' }, /expected since/], [{ since: ' -3.5 ' }, /expected since/], [{ since: Date.now() + 60_000 }, /expected since/], [{ since: NaN }, /expected since/], [{ since: undefined }, /expected since/], [{ since: new Date('x') }, /expected since/],
     [{ types: ['response.completed'] }, /no list for "response\.completed"/], [{ types: ['batch.complete'] }, /did you mean "batch\.completed"/],
     [{ types: ['eval.run.*'] }, /expected evals/], [{ evals: ['../batches'] }, /expected evals/], [{ evals: [7] }, /expected evals/],
+    [{ dryrun: true } as object, /unknown option "dryrun", did you mean "dryRun"\?/], [{ dryRun: 'yes' }, /expected dryRun/],
     [{ timeout: 0 }, /expected timeout/], [{ timeout: 2 ** 31 }, /expected timeout/], [{ timeout: 1.5 }, /expected timeout/]
   ]
   for (const [given, message] of wrong) {
