@@ -125,7 +125,7 @@ export class OwnHandler {
       case 'cut off':
         if (succeeded && !isWhole) return watchDestroy(this.#reply.raw, () => this.#broke())
         // It may be a hook of the app that answers so. A retry must not have the handler run beside itself.
-        if (!succeeded && this.#call === 'runs') return this.#standing.move({ at: 'cut off', judge: () => false })
+        if (!succeeded && this.#call === 'runs' && !this.#isCalled) return this.#standing.move({ at: 'cut off', judge: () => false })
         return this.#settleFirst(succeeded, state.at === 'replying' && state.isOverdue)
     }
   }

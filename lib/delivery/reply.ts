@@ -97,13 +97,13 @@ export class Reply implements Sender {
   }
 
   #unsent (error: unknown): void {
-    try {
-      // A serializer of the app has thrown: the error is the answer, as on any route.
-      if (!isHeld(error)) {
+    if (!isHeld(error)) {
+      try {
+        // A serializer of the app has thrown: the error is the answer, as on any route.
         this.reply.send(error)
         return
-      }
-    } catch {}
+      } catch {}
+    }
     // Fastify throws where somebody else is answering already, such as its `handlerTimeout`.
     logError(this.request.log, error, {}, 'the sender of a webhook delivery has another answer')
   }

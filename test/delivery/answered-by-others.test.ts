@@ -184,6 +184,24 @@ t.test('a serializer of the app that fails on the acknowledgement: an answer, as
   t.notOk(log.lines.some(({ msg }) => msg === 'the sender of a webhook delivery has another answer'))
 })
 
+t.test('a hook that puts a `send` in place which always throws is the app\'s to mend: the process goes on', async t => {
+  const log = capturedLog()
+  const app = Fastify({ logger: log.logger! }) as FastifyInstance
+  t.teardown(() => app.close())
+  let last: FastifyReply
+  app.addHook('onRequest', async (_request, reply) => {
+    last = reply
+    const throwing = (): never => { throw new Error('no') }
+    reply.send = throwing
+  })
+  await app.register(openaiWebhook, { secret: SECRET })
+  const answering = post(app, delivered())
+  answering.catch(() => {})
+  while (!log.lines.some(({ msg }) => msg === 'the sender of a webhook delivery has another answer')) await new Promise(resolve => setImmediate(resolve))
+  last!.raw.end('by the app')
+  t.equal((await answering).body, 'by the app')
+})
+
 t.test('a handler that is not async and may reply later is acknowledged, and told of once', async t => {
   const log = capturedLog()
   const app = await build(t, {}, { logger: log.logger })

@@ -26,7 +26,7 @@ const skip = redisMissing
 async function queueing (t: Teardown, port: number, options: Partial<BullMQOptions> = {}, plugin: OpenAIWebhookOptions = {}) {
   const app = await build(t, {
     runner: bullmq({ connection: { port, host: '127.0.0.1', retryStrategy: () => 50 }, backoff: 1, ...options }),
-    deadline: 300,
+    deadline: 2_000, // also where two cores are busy with other tests
     closeTimeout: 2_000,
     ...plugin
   })
@@ -81,7 +81,7 @@ t.test('bullmq', { skip }, async t => {
 
   t.test('Redis is down: 503, queued and run once when it is back', async t => {
     const server = await RedisServer.start(t)
-    const state = await queueing(t, server.port)
+    const state = await queueing(t, server.port, {}, { deadline: 500 })
     t.equal(await answer(state.app, batchFailed('wh_before')), '200')
     await until('the first delivery to run', () => state.ran.length === 1)
     await server.stop()
