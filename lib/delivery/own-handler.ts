@@ -50,6 +50,8 @@ export class OwnHandler {
   #refusal: unknown
   /** What is sent now goes through error handlers, which send again. */
   #isPassing = false
+  /** Somebody else had answered before it was called. */
+  #isAnswered = false
   /** The handler is being called: whatever is sent is its own. */
   #isCalled = false
 
@@ -70,7 +72,10 @@ export class OwnHandler {
     traceReset(reply.raw, this.#request.raw)
     if (this.#standing.state.at === 'late') this.#divertStatus()
     // A hook of the app has answered, or Fastify's `handlerTimeout`, while other handlers ran.
-    else if (this.#isSent) this.#leave(200)
+    else if (this.#isSent) {
+      this.#isAnswered = true
+      this.#leave(200)
+    }
     let result
     let pending = false
     try {
@@ -228,6 +233,8 @@ export class OwnHandler {
       case 'late':
         if (payload === undefined) this.#settle(state.unsure?.succeeded !== false)
         else if (payload !== this.#reply) this.#sentLate(payload)
+        // A reply that is sent tells nothing more.
+        else if (this.#isAnswered) this.#settle(false)
         return
       case 'cut off':
         this.#settle(state.judge())
@@ -286,8 +293,9 @@ export class OwnHandler {
     const closed = (): void => {
       const { state } = this.#standing
       if (state.at !== 'replying') return
-      if (isOut(raw)) this.#settle(isSuccess(statusOf(raw)))
-      else if (this.#call === 'runs') this.#standing.move({ at: 'cut off', judge: state.judge })
+      const judge = isOut(raw) ? () => isSuccess(statusOf(raw)) : state.judge
+      if (this.#call === 'runs' && !(isOut(raw) && judge())) this.#standing.move({ at: 'cut off', judge })
+      else if (isOut(raw)) this.#settle(judge())
       else this.#settle(this.#call === 'returned' && state.judge())
     }
     if (isClosed(raw)) closed()

@@ -138,6 +138,47 @@ for (const status of [503, 200]) {
   })
 }
 
+t.test('an own handler that returns a reply which a hook has sent before: its delivery comes again, and nothing waits for it', async t => {
+  const { app, interrupt } = await interrupted(t)
+  const end = deferred()
+  const start = deferred()
+  const ended = deferred()
+  app.post('/own', { config: { openaiWebhook: { on: { 'batch.*': async () => { start.resolve(); await end.promise } } } } }, (_request, reply) => {
+    if (!reply.sent) return reply.send('ok')
+    setImmediate(ended.resolve)
+    return reply
+  })
+  const delivery = delivered()
+  const first = post(app, delivery, '/own')
+  await start.promise
+  interrupt(503)
+  t.equal((await first).statusCode, 503)
+  end.resolve()
+  await ended.promise
+  t.equal((await post(app, redelivered(delivery), '/own')).body, 'ok')
+})
+
+t.test('an onSend hook that fails on a failure which the own handler sends, and that runs on: a retry does not run it beside itself', async t => {
+  const { app, log } = await interrupted(t)
+  app.addHook('onSend', async ({ headers }) => { if (headers['x-fails'] !== undefined) throw new Error('no') })
+  const end = deferred()
+  let runs = 0
+  app.post('/own', marked, async (_request, reply) => {
+    if (runs++ > 0) return
+    await Promise.resolve()
+    reply.code(503).send('busy')
+    await end.promise
+  })
+  const delivery = delivered()
+  t.ok((await post(app, { ...delivery, headers: { ...delivery.headers, 'x-fails': 'yes' } }, '/own')).statusCode >= 400)
+  const second = post(app, redelivered(delivery), '/own')
+  while (!log.lines.some(({ state }) => state === 'joined')) await new Promise(resolve => setImmediate(resolve))
+  end.resolve()
+  t.ok((await second).statusCode >= 400)
+  t.equal(runs, 1)
+  t.equal((await post(app, redelivered(delivery), '/own')).body, '{"received":true}')
+})
+
 t.test('an injected answer that the handler has written itself, and that is over before the handler is', async t => {
   const app = await build(t)
   let runs = 0
