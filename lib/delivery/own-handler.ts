@@ -334,7 +334,7 @@ const warned = new WeakSet<RouteHandlerMethod>()
 function warnOnce (handler: RouteHandlerMethod, { log, routeOptions: { url } }: FastifyRequest): void {
   if (warned.has(handler)) return
   warned.add(handler)
-  write(log, 'warn', { url }, 'the handler of a webhook route is not async, takes `reply` and has returned nothing without a reply, so the delivery is acknowledged now: return reply where it replies later')
+  write(log, 'warn', { url }, 'the handler of a webhook route is not async, takes reply and has returned nothing without a reply, so the delivery is acknowledged now: return reply where it replies later')
 }
 
 const isText = (payload: unknown): boolean => typeof payload === 'string' || Buffer.isBuffer(payload) || payload === undefined || payload === null
