@@ -36,7 +36,9 @@ export function protectMarked (routes: Routes, scope: FastifyInstance, route: Ro
   route.bodyLimit = body.limit
   route.onRequest = [authentication.admit(endpoint), ...toArray(route.onRequest)]
   route.preParsing = [capture, ...toArray(route.preParsing)]
-  route.preValidation = [assertVerified, ...toArray(route.preValidation)]
+  // Only before hooks of the route's own: Fastify takes an odd `done('')` of the app's last hook for an error, and of one before it not.
+  if (route.preValidation !== undefined) route.preValidation = [assertVerified, ...toArray(route.preValidation)]
+  if (route.preHandler !== undefined) route.preHandler = [assertVerified, ...toArray(route.preHandler)]
   route.onSend = [...toArray(route.onSend), keepRefusal((request, statusCode) => failures.unprocessed(endpoint.name, request, statusCode)), recordAnswer]
   route.errorHandler = refuseErrors(route.errorHandler as RouteErrorHandler | undefined)
   route.onError = [...toArray(route.onError), (request, reply, error, done) => {
@@ -62,7 +64,7 @@ function assertMarkable ({ method, url, config, schema }: RouteOptions): void {
   }
 }
 
-/** preValidation: where verification was skipped, the route's own hooks are too. The handler would find out after them. */
+/** Where verification was skipped, the route's own hooks are too. The handler would find out after them. */
 function assertVerified (request: FastifyRequest, _reply: FastifyReply, done: (error?: Error) => void): void {
   if (request.openaiWebhook === null) return done(unverified(String(request.routeOptions.url)))
   done()
