@@ -8,6 +8,8 @@ export function statusOf (error: unknown): number {
 
 const isErrorStatus = (status: unknown): status is number => typeof status === 'number' && status >= 400 && status <= 599
 
+export const codeOf = (error: unknown): unknown => (error as { code?: unknown } | null | undefined)?.code
+
 /** Whether an error is one of our catalogue, to be sent as it is. */
 export function isCoded (error: unknown): error is Error {
   try {

@@ -1,4 +1,5 @@
 import type { FastifyInstance, FastifyReply, FastifyRequest, RouteHandlerMethod } from 'fastify'
+import { codeOf } from '../coded.ts'
 import { HandlerFailed } from '../errors.ts'
 import { logError, write } from '../log.ts'
 import { acknowledge } from '../pipeline/acknowledge.ts'
@@ -293,10 +294,10 @@ export class OwnHandler {
     const closed = (): void => {
       const { state } = this.#standing
       if (state.at !== 'replying') return
-      const judge = isOut(raw) ? () => isSuccess(statusOf(raw)) : state.judge
-      if (this.#call === 'runs' && !(isOut(raw) && judge())) this.#standing.move({ at: 'cut off', judge })
-      else if (isOut(raw)) this.#settle(judge())
-      else this.#settle(this.#call === 'returned' && state.judge())
+      const left = isOut(raw)
+      const judge = left ? () => isSuccess(statusOf(raw)) : state.judge
+      if (this.#call === 'runs' && !(left && judge())) this.#standing.move({ at: 'cut off', judge })
+      else this.#settle((left || this.#call === 'returned') && judge())
     }
     if (isClosed(raw)) closed()
     else raw.once('close', closed)
@@ -346,8 +347,6 @@ function isSuccessful (payload: unknown, statusCode: number): boolean {
 }
 
 type Late = Extract<ReplyState, { at: 'late' }>
-
-const codeOf = (error: unknown): unknown => (error as { code?: unknown } | null | undefined)?.code
 
 /** An error with a status is an answer; any other is a failure, whose text is not the sender's to read. */
 function isMeant (error: unknown): boolean {

@@ -1,7 +1,7 @@
 import { AsyncLocalStorage } from 'node:async_hooks'
 import type { FastifyReply, FastifyRequest } from 'fastify'
 import { inContext } from '../async-context.ts'
-import { statusOf } from '../coded.ts'
+import { codeOf, statusOf } from '../coded.ts'
 import { isPromise } from '../maybe-promise.ts'
 
 /** On a request of a receiving route: how far its answer has come. Absent until the delivery is verified: only hooks of the app have run. */
@@ -143,7 +143,7 @@ export function keepRefusal (unprocessed: (request: FastifyRequest, statusCode: 
 }
 
 /** While an async onError hook holds an answer, Fastify refuses all others. */
-export const isHeld = (error: unknown): boolean => (error as { code?: unknown } | null | undefined)?.code === 'FST_ERR_SEND_INSIDE_ONERR'
+export const isHeld = (error: unknown): boolean => codeOf(error) === 'FST_ERR_SEND_INSIDE_ONERR'
 
 export const isSuccess = (statusCode: number): boolean => statusCode >= 200 && statusCode < 300
 

@@ -1,6 +1,7 @@
 import Fastify from 'fastify'
 import type { FastifyInstance, FastifyReply } from 'fastify'
 import t from 'tap'
+import type { Test } from 'tap'
 import openaiWebhook from '../../lib/index.ts'
 import { SECRET, build, post, sign, thin } from '../support/deliveries.ts'
 import { capturedLog, deferred, redelivered } from '../support/observe.ts'
@@ -54,15 +55,29 @@ for (const place of ['before', 'after']) {
   })
 }
 
-/** Has a hook of the app that answers in the handler's place once it is told to. */
-async function interrupted (t: Parameters<typeof build>[0]): Promise<{ app: FastifyInstance, log: ReturnType<typeof capturedLog>, interrupt: (status: number) => void }> {
+interface Interrupted {
+  app: FastifyInstance
+  log: ReturnType<typeof capturedLog>
+  /** Delivers to /own, where a hook of the app answers once that has started. @returns what was delivered */
+  interrupt: (started: Promise<unknown>, status: number) => Promise<ReturnType<typeof sign>>
+}
+
+async function interrupted (t: Test): Promise<Interrupted> {
   const log = capturedLog()
   const app = Fastify({ logger: log.logger! }) as FastifyInstance
   t.teardown(() => app.close())
   let latest: FastifyReply
   app.addHook('onRequest', async (_request, reply) => { latest = reply })
   await app.register(openaiWebhook, { secret: SECRET })
-  return { app, log, interrupt: status => { latest.code(status).send({ slow: true }) } }
+  async function interrupt (started: Promise<unknown>, status: number): Promise<ReturnType<typeof sign>> {
+    const delivery = delivered()
+    const answering = post(app, delivery, '/own')
+    await started
+    latest.code(status).send({ slow: true })
+    t.equal((await answering).statusCode, status)
+    return delivery
+  }
+  return { app, log, interrupt }
 }
 
 t.test('a hook that answers with a failure while the own handler runs: a retry does not run it beside itself', async t => {
@@ -75,11 +90,7 @@ t.test('a hook that answers with a failure while the own handler runs: a retry d
     starts[run]!.resolve()
     await ends[run]!.promise
   })
-  const delivery = delivered()
-  const first = post(app, delivery, '/own')
-  await starts[0]!.promise
-  interrupt(503)
-  t.equal((await first).statusCode, 503)
+  const delivery = await interrupt(starts[0]!.promise, 503)
   const second = post(app, redelivered(delivery), '/own')
   while (!log.lines.some(({ state }) => state === 'joined')) await new Promise(resolve => setImmediate(resolve))
   t.equal(runs, 1)
@@ -103,11 +114,7 @@ t.test('a hook that answers while the own handler runs, which throws', async t =
     await end.promise
     throw new Error('disk full')
   })
-  const delivery = delivered()
-  const first = post(app, delivery, '/own')
-  await start.promise
-  interrupt(503)
-  t.equal((await first).statusCode, 503)
+  const delivery = await interrupt(start.promise, 503)
   end.resolve()
   await new Promise(resolve => setImmediate(resolve))
   t.equal((await post(app, redelivered(delivery), '/own')).body, '{"received":true}')
@@ -126,11 +133,7 @@ for (const status of [503, 200]) {
       setImmediate(ended.resolve)
       return { ok: true }
     })
-    const delivery = delivered()
-    const first = post(app, delivery, '/own')
-    await start.promise
-    interrupt(status)
-    t.equal((await first).statusCode, status)
+    const delivery = await interrupt(start.promise, status)
     end.resolve()
     await ended.promise
     t.equal((await post(app, redelivered(delivery), '/own')).body, '{"received":true,"duplicate":true}')
@@ -148,11 +151,7 @@ t.test('an own handler that returns a reply which a hook has sent before: its de
     setImmediate(ended.resolve)
     return reply
   })
-  const delivery = delivered()
-  const first = post(app, delivery, '/own')
-  await start.promise
-  interrupt(503)
-  t.equal((await first).statusCode, 503)
+  const delivery = await interrupt(start.promise, 503)
   end.resolve()
   await ended.promise
   t.equal((await post(app, redelivered(delivery), '/own')).body, 'ok')
