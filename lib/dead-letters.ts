@@ -1,3 +1,4 @@
+import { assertNames } from './checks.ts'
 import { InvalidOptions, NoDeadLetters } from './errors.ts'
 import type { DeadDelivery, DeliveryRef, RequeueOptions, Runner } from './runners/runner.ts'
 
@@ -39,9 +40,11 @@ export class RunnerDeadLetters implements DeadLetters {
     this.#runner = runner
   }
 
-  async list ({ limit = 100, type }: DeadLettersOptions = {}): Promise<DeadDelivery[]> {
+  async list (options: DeadLettersOptions = {}): Promise<DeadDelivery[]> {
     const { dead } = this.#runner
     if (dead === undefined) throw new NoDeadLetters()
+    assertNames('deadLetters.list()', options, ['limit', 'type'])
+    const { limit = 100, type } = options
     if (!Number.isSafeInteger(limit) || limit < 1) throw new InvalidOptions('deadLetters.list(): expected limit to be a whole number of deliveries, 1 or more')
     if (type !== undefined && typeof type !== 'string') throw new InvalidOptions('deadLetters.list(): expected type to be an event type, such as "batch.completed"')
     return await dead.call(this.#runner, limit, type)
@@ -53,9 +56,11 @@ export class RunnerDeadLetters implements DeadLetters {
     return await deadCount.call(this.#runner)
   }
 
-  async requeue (delivery: DeliveryRef, { force = false }: RequeueOptions = {}): Promise<boolean> {
+  async requeue (delivery: DeliveryRef, options: RequeueOptions = {}): Promise<boolean> {
     const { requeue } = this.#runner
     if (requeue === undefined) throw new NoDeadLetters()
+    assertNames('deadLetters.requeue()', options, ['force'])
+    const { force = false } = options
     const { endpoint, webhookId, tenant } = (delivery ?? {}) as Partial<DeliveryRef>
     if (typeof endpoint !== 'string' || typeof webhookId !== 'string') {
       throw new InvalidOptions('deadLetters.requeue(): expected { endpoint, webhookId }, such as a delivery of list()')

@@ -42,7 +42,7 @@ export const UnknownTenant = refusal('UNKNOWN_TENANT', '%s', 401)
 // Validate
 
 export const InvalidBody = refusal('INVALID_BODY', 'the signed body is not an event: expected %s', 400)
-export const InvalidEvent = refusal('INVALID_EVENT', 'the event does not have the shape of its type: %s', 400)
+export const InvalidEvent = refusal('INVALID_EVENT', 'the event does not have the shape of its type, %s: %s', 400)
 
 // Deduplicate, dispatch, acknowledge
 

@@ -37,7 +37,7 @@ export class Failures {
     else if (statusCode >= 500 && webhookId !== undefined) logError(request.log, cause, { code, ...logFields(delivery) }, message)
     else if (statusCode >= 500) this.#refusals.failed(request.log, code, cause, delivery, message)
     else if (error instanceof InvalidSignature && (cause instanceof TypeError || cause instanceof ReferenceError)) this.#refusals.faulty(request.log, cause, code, endpoint)
-    else if (error instanceof InvalidEvent) this.#refusals.unjudged(request.log, cause, code, endpoint)
+    else if (error instanceof InvalidEvent) this.#refusals.unjudged(request.log, cause, code, delivery)
     else if (error instanceof UnknownTenant) this.#refusals.unnamed(request.log, cause, code, endpoint)
     else this.#refusals.write(request.log, code, statusCode, delivery, message)
     if (channels.refused.hasSubscribers) {

@@ -128,8 +128,8 @@ export class RefusalLog {
   }
 
   /** A user's schema has thrown, likewise. */
-  unjudged (log: FastifyBaseLogger, cause: unknown, code: string, endpoint: string): void {
-    if (this.#hasRoom(log, 'SCHEMA_FAILED', endpoint)) logError(log, cause, { code, endpoint }, 'a schema failed, and the delivery was refused')
+  unjudged (log: FastifyBaseLogger, cause: unknown, code: string, delivery: Described & { endpoint: string }): void {
+    if (this.#hasRoom(log, 'SCHEMA_FAILED', delivery.endpoint)) logError(log, cause, { code, ...logFields(delivery) }, 'a schema failed, and the delivery was refused')
   }
 
   /** A user's `tenant.of` has thrown, likewise. */

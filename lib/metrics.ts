@@ -1,9 +1,9 @@
 import type { FastifyPluginAsync } from 'fastify'
 import { register as globalRegister } from 'prom-client'
+import { assertNames } from './checks.ts'
 import { InvalidOptions } from './errors.ts'
 import { Collector } from './metrics/collector.ts'
 import type { MetricsRegistry } from './metrics/collector.ts'
-import { nearest } from './nearest.ts'
 
 export type { MetricsRegistry }
 
@@ -49,8 +49,7 @@ const BUCKETS = [0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 300]
  * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS, also where the registry has metrics of these names already
  */
 export function webhookMetrics (options: WebhookMetricsOptions = {}): WebhookMetrics {
-  assertObject(options)
-  assertNames(options, ['register', 'eventTypes', 'buckets'])
+  assertNames('webhookMetrics()', options, ['register', 'eventTypes', 'buckets'])
   const { register = globalRegister, eventTypes = [], buckets = BUCKETS } = options
   if (!isList(eventTypes, type => typeof type === 'string')) throw new InvalidOptions('webhookMetrics(): expected eventTypes to be an array of event types')
   if (!isList(buckets, (bound, index) => Number.isFinite(bound) && (index === 0 || (bound as number) > (buckets[index - 1] as number)))) {
@@ -61,7 +60,7 @@ export function webhookMetrics (options: WebhookMetricsOptions = {}): WebhookMet
 
   const plugin: FastifyPluginAsync<MetricsRouteOptions> = async (app, routeOptions) => {
     // Beside the options of Fastify's `register`.
-    assertNames(routeOptions, ['path', 'prefix', 'logLevel', 'logSerializers'])
+    assertNames<object>('webhookMetrics()', routeOptions, ['path', 'prefix', 'logLevel', 'logSerializers'] as never[])
     const { path = '/metrics' } = routeOptions
     if (typeof path !== 'string' || !path.startsWith('/')) throw new InvalidOptions('webhookMetrics(): expected path to begin with "/"')
     const schema: object = { hide: true } // for @fastify/swagger
@@ -71,16 +70,6 @@ export function webhookMetrics (options: WebhookMetricsOptions = {}): WebhookMet
     })
   }
   return Object.assign(plugin, { close: () => { collector.close() } })
-}
-
-function assertObject (options: unknown): void {
-  if (typeof options !== 'object' || options === null) throw new InvalidOptions('webhookMetrics(): expected options to be an object, such as { register }')
-}
-
-function assertNames (options: object, names: readonly string[]): void {
-  for (const name of Object.keys(options)) {
-    if (!names.includes(name)) throw new InvalidOptions(`webhookMetrics(): unknown option "${name}"${nearest(name, names)}`)
-  }
 }
 
 function isList (value: unknown, accepts: (item: unknown, index: number) => boolean): boolean {

@@ -3,7 +3,7 @@ import type {
 } from 'fastify'
 import { InvalidOptions } from './errors.ts'
 import type { Secret } from './verifiers/keyring.ts'
-import { nearest } from './nearest.ts'
+import { adviceOn } from './checks.ts'
 import type { Runner } from './runners/runner.ts'
 import { RETENTION } from './stores/store.ts'
 import type { IdempotencyStore } from './stores/store.ts'
@@ -333,14 +333,9 @@ function assertRules (at: string, rules: Record<string, Rule>, options: unknown,
   for (const [name, value] of Object.entries(options)) {
     if (also.includes(name) || value === undefined) continue
     const rule = Object.hasOwn(rules, name) ? rules[name] : undefined
-    if (rule === undefined) throw new InvalidOptions(`unknown option "${at}${name}"${adviceOn(name, Object.keys(rules))}`)
+    if (rule === undefined) throw new InvalidOptions(`unknown option "${at}${name}"${Object.hasOwn(RIGHT_PLACES, name) ? `: ${RIGHT_PLACES[name]!(name)}` : adviceOn(name, Object.keys(rules))}`)
     if (!rule.accepts(value)) throw new InvalidOptions(`expected ${at}${name} to be ${rule.expected}, got ${show(value)}`)
   }
-}
-
-function adviceOn (name: string, known: readonly string[]): string {
-  if (Object.hasOwn(RIGHT_PLACES, name)) return `: ${RIGHT_PLACES[name]!(name)}`
-  return nearest(name, known) || `: expected ${known.slice(0, -1).join(', ')} or ${known.at(-1)}`
 }
 
 function assertSchema (type: string, schema: AnySchema): void {

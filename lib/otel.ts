@@ -3,6 +3,7 @@ import type { Attributes, Context, Span, Tracer, TracerProvider } from '@opentel
 import type { FastifyRequest } from 'fastify'
 import { channels } from './channels.ts'
 import type { DeliveryInfo, DeliveryMessage, EnqueueMessage, HandlerMessage, TraceChannel, TracedMessage } from './channels.ts'
+import { assertNames } from './checks.ts'
 import { InvalidOptions } from './errors.ts'
 import type { VerifiedRequest } from './request.ts'
 
@@ -25,7 +26,9 @@ const NAME = 'fastify-openai-webhook'
  *
  * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS
  */
-export function webhookTracing ({ tracerProvider = trace.getTracerProvider() }: WebhookTracingOptions = {}): WebhookTracing {
+export function webhookTracing (options: WebhookTracingOptions = {}): WebhookTracing {
+  assertNames('webhookTracing', options, ['tracerProvider'])
+  const { tracerProvider = trace.getTracerProvider() } = options
   if (typeof (tracerProvider as TracerProvider | null)?.getTracer !== 'function') {
     throw new InvalidOptions(`webhookTracing: expected tracerProvider to have the method getTracer, got ${tracerProvider === null ? 'null' : `a value of type ${typeof tracerProvider}`}`)
   }

@@ -21,7 +21,7 @@ const LAYERS = [
   ['runners', 'inbox'],
   ['handlers.ts'],
   ['stores', 'request.ts', 'verifiers'],
-  ['events', 'coded.ts', 'deadline.ts', 'handler-name.ts', 'log.ts'],
+  ['events', 'checks.ts', 'coded.ts', 'deadline.ts', 'handler-name.ts', 'log.ts'],
   ['errors.ts', 'grouped.ts', 'nearest.ts', 'pruning.ts', 'maybe-promise.ts', 'typebox.ts'],
   ['async-context.ts']
 ]

@@ -156,7 +156,7 @@ t.test('a refused delivery is a line at warn, with its code and nothing of a pay
   t.same(withText(log.lines, REFUSED).map(said), [
     { ...line, code: 'FST_OPENAI_WEBHOOK_INVALID_SIGNATURE', statusCode: 401, fix: wrongSecret!['fix'] },
     { ...line, code: 'FST_OPENAI_WEBHOOK_MISSING_HEADER', statusCode: 401 },
-    { ...line, code: 'FST_OPENAI_WEBHOOK_INVALID_EVENT', statusCode: 400, reason: `the event does not have the shape of its type: ${['/id', '/created_at', '/data/id'].map(path => `${path} (Expected required property)`).join(', ')}` },
+    { ...line, webhookId: refused[2]!.headers['webhook-id'], code: 'FST_OPENAI_WEBHOOK_INVALID_EVENT', statusCode: 400, reason: `the event does not have the shape of its type, batch.failed: ${['/id', '/created_at', '/data/id'].map(path => `${path} (Expected required property)`).join(', ')}` },
     { ...line, code: 'FST_ERR_CTP_INVALID_MEDIA_TYPE', statusCode: 415 },
     { ...line, ...NAMED, code: 'FST_OPENAI_WEBHOOK_IN_PROGRESS', statusCode: 409 }
   ])
@@ -408,7 +408,7 @@ t.test('a line about a refusal says why where the code does not, and what to do 
 
   t.equal(await outcome(app, sign({ ...thin('batch.failed'), data: { id: 4711 } })), '400 INVALID_EVENT')
   const [event] = refused()
-  t.match(event!['reason'], /^the event does not have the shape of its type: \/data\/id/)
+  t.match(event!['reason'], /^the event does not have the shape of its type, batch\.failed: \/data\/id/)
   t.notMatch(event!['reason'], /4711/)
   t.equal(await outcome(app, sign('[]')), '400 INVALID_BODY')
   t.match(refused(), [{ reason: /^the signed body is not an event/ }])

@@ -163,8 +163,11 @@ function plan (args: Arguments, terminal: Terminal): Act {
   return action(args, terminal, ids)
 }
 
+/** @throws CommandError */
 function filterOf (args: Arguments): DeadFilter {
-  return { endpoint: text(args, 'endpoint'), tenant: text(args, 'tenant'), type: text(args, 'type') }
+  const type = text(args, 'type')
+  if (type?.endsWith('*') === true) throw usageError(`--type: expected one event type, such as batch.failed, got the pattern "${printable(type)}"`)
+  return { endpoint: text(args, 'endpoint'), tenant: text(args, 'tenant'), type }
 }
 
 /** @throws CommandError */

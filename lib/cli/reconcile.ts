@@ -70,7 +70,7 @@ export function reconcileCommand (load: () => Promise<SDK>): Command {
       } catch (error) {
         output.clear()
         if (terminal.signal.aborted) throw new CommandError('interrupted')
-        if (isCoded(error)) throw new CommandError(error.message, (error as { code?: string }).code === 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS' ? EXIT.usage : EXIT.failed)
+        if (isCoded(error)) throw new CommandError(error.message.replace(/^reconcile\(\): /, ''), (error as { code?: string }).code === 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS' ? EXIT.usage : EXIT.failed)
         throw new CommandError(explained(error, sdk, client.baseURL, apiKey))
       }
     }

@@ -1,7 +1,7 @@
 import type { IncomingHttpHeaders } from 'node:http'
 import type { FastifyInstance, FastifyReply, FastifyRequest, HookHandlerDoneFunction } from 'fastify'
 import { InvalidOptions } from '../errors.ts'
-import { nearest } from '../nearest.ts'
+import { adviceOn } from '../checks.ts'
 
 /** With `done` or asynchronous. One type, since TypeScript infers no parameters from Fastify's two. */
 export type OnRequest = (this: FastifyInstance, request: FastifyRequest, reply: FastifyReply, done: HookHandlerDoneFunction) => void | Promise<unknown>
@@ -67,7 +67,7 @@ export function assertInspectorOptions (options: object): asserts options is Ins
   for (const [name, value] of Object.entries(options)) {
     if (FASTIFY_OPTIONS.includes(name) || value === undefined) continue
     const rule = Object.hasOwn(rules, name) ? rules[name as keyof InspectorOptions] : undefined
-    if (rule === undefined) throw new InvalidOptions(`inspector: unknown option "${name}"${nearest(name, Object.keys(rules))}`)
+    if (rule === undefined) throw new InvalidOptions(`inspector: unknown option "${name}"${adviceOn(name, Object.keys(rules))}`)
     if (!rule.accepts(value)) throw new InvalidOptions(`inspector: expected ${name} to be ${rule.expected}`)
   }
 }

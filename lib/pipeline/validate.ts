@@ -15,9 +15,9 @@ export function validate (rawBody: Buffer, validators: Validators): { type: stri
     faults = validators.for(event.type)?.(event)
   } catch (thrown) {
     // The user's own, so it is for the log alone.
-    return new InvalidEvent('its schema failed', { cause: thrown instanceof Error ? thrown : new Error('a schema threw what is no Error') })
+    return new InvalidEvent(event.type, 'its schema failed', { cause: thrown instanceof Error ? thrown : new Error('a schema threw what is no Error') })
   }
-  return faults === undefined ? event : new InvalidEvent(faults)
+  return faults === undefined ? event : new InvalidEvent(event.type, faults)
 }
 
 function toEvent (rawBody: Buffer): { type: string } | Error {

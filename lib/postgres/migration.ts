@@ -1,3 +1,4 @@
+import { assertNames } from '../checks.ts'
 import { tableOf } from './table.ts'
 import type { Table } from './table.ts'
 
@@ -51,7 +52,11 @@ export function scriptOf (statements: readonly string[]): string {
  * @returns SQL: several statements
  * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS
  */
-export function migration ({ tables: { store = STORE_TABLE, inbox = INBOX_TABLE } = {} }: MigrationOptions = {}): string {
+export function migration (options: MigrationOptions = {}): string {
+  assertNames('migration', options, ['tables'])
+  const { tables = {} } = options
+  assertNames('migration', tables, ['store', 'inbox'])
+  const { store = STORE_TABLE, inbox = INBOX_TABLE } = tables
   const statements = [...(store === false ? [] : storeSchema(tableOf('migration', store))), ...(inbox === false ? [] : inboxSchema(tableOf('migration', inbox)))]
   return statements.length === 0 ? '' : scriptOf([ALONE, ...statements])
 }

@@ -1,4 +1,5 @@
 import { createHash, randomUUID } from 'node:crypto'
+import { assertNames } from '../checks.ts'
 import { grouped } from '../grouped.ts'
 import { PRUNE_LIMIT, Pruning } from '../pruning.ts'
 import { RETENTION } from '../stores/store.ts'
@@ -66,7 +67,9 @@ const MAX_KEY = 1_000
  *
  * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS
  */
-export function postgresStore (db: PgPool | PgLite, { table: tableName = STORE_TABLE, migrate = true }: PostgresStoreOptions = {}): IdempotencyStore {
+export function postgresStore (db: PgPool | PgLite, options: PostgresStoreOptions = {}): IdempotencyStore {
+  assertNames('postgresStore', options, ['table', 'migrate'])
+  const { table: tableName = STORE_TABLE, migrate = true } = options
   const table = tableOf('postgresStore', tableName)
   const database = databaseOf('postgresStore', db, TIMEOUT)
   const creation = migrate ? new Creation(database, table, storeSchema(table)) : undefined

@@ -1,3 +1,4 @@
+import { assertNames } from '../checks.ts'
 import { BatchLineTooLong, BatchNotEnded, InvalidOptions, NoResource } from '../errors.ts'
 import { readLine } from './batch-line.ts'
 import type { BatchFile, BatchResult } from './batch-line.ts'
@@ -6,7 +7,7 @@ import type { FileAnswer } from './body.ts'
 import { insteadOf, kindOf } from './kinds.ts'
 import type { ResourceClient } from './kinds.ts'
 import { Lines } from './lines.ts'
-import { retrieve } from './retrieve.ts'
+import { assertId, retrieve } from './retrieve.ts'
 
 /** As much of the official client as this needs. */
 export interface BatchClient extends ResourceClient {
@@ -65,8 +66,10 @@ const ENDED = ['cancelled', 'completed', 'expired', 'failed']
 export async function * batchResults<Client extends BatchClient> (
   client: Client,
   of: BatchLike | BatchEvent,
-  { signal, idleTimeout = IDLE_TIMEOUT, lineLimit = LINE_LIMIT }: BatchResultsOptions = {}
+  options: BatchResultsOptions = {}
 ): AsyncGenerator<BatchResult<Client>, void, undefined> {
+  assertNames('batchResults()', options, ['signal', 'idleTimeout', 'lineLimit'])
+  const { signal, idleTimeout = IDLE_TIMEOUT, lineLimit = LINE_LIMIT } = options
   assertCount('idleTimeout', 'ms', idleTimeout, LONGEST_TIMER)
   assertCount('lineLimit', 'bytes', lineLimit, Number.MAX_SAFE_INTEGER)
   if (typeof of !== 'object' || of === null) throw new InvalidOptions(`batchResults(): expected a batch or an event of one, got a value of type ${typeof of}`)
@@ -92,6 +95,7 @@ export async function * batchResults<Client extends BatchClient> (
 
 async function batchOf (client: BatchClient, event: BatchEvent, options: { signal?: AbortSignal }): Promise<BatchLike> {
   if (kindOf(event.type) !== 'batch') throw new NoResource(event.type, `batchResults() expects a batch or an event of one; ${insteadOf(event.type)}`)
+  assertId('batchResults(): expected event.data.id', (event as { data?: { id?: unknown } }).data?.id)
   return await retrieve(client, event, options) as unknown as BatchLike
 }
 

@@ -55,7 +55,9 @@ export async function * bytesOf ({ file, open, idleTimeout, signal }: BytesOptio
       } else if (total === undefined ? !('cause' in read) : received >= total) {
         isWhole = true
       } else {
-        if (!resumable || fruitless++ === FRUITLESS) throw new BatchBroken(file, received, { cause: read.cause })
+        if (!resumable || fruitless++ === FRUITLESS) {
+          throw new BatchBroken(file, received, { cause: read.cause ?? new Error(`the body ended before the ${total} bytes that its content-length says`) })
+        }
         end(reader)
         reader = await resume(received)
       }
@@ -78,7 +80,7 @@ export async function * bytesOf ({ file, open, idleTimeout, signal }: BytesOptio
     // 200 would be the whole file, or another one.
     if (resumed.status === 206 && isRangeFrom(resumed.headers.get('content-range'), from, total)) return rest
     end(rest)
-    throw new BatchBroken(file, from)
+    throw new BatchBroken(file, from, { cause: new Error(`asked for the rest, the server answered ${resumed.status} with the content-range ${resumed.headers.get('content-range') ?? '(none)'}`) })
   }
 }
 

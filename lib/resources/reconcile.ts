@@ -1,4 +1,5 @@
 import { createHash } from 'node:crypto'
+import { assertNames } from '../checks.ts'
 import { InvalidOptions } from '../errors.ts'
 import { nearest } from '../nearest.ts'
 import { sign } from '../testing/sign.ts'
@@ -81,7 +82,6 @@ export interface ReconcileReport {
   readonly skipped: ReadonlyArray<{ readonly family: string, readonly status: number }>
 }
 
-const OPTIONS: ReadonlyArray<keyof ReconcileOptions> = ['url', 'secret', 'since', 'types', 'evals', 'dryRun', 'timeout', 'signal', 'onProgress']
 const TIMEOUT = 10_000
 const AT_ONCE = 4
 const UNITS: Readonly<Record<string, number>> = { s: 1_000, m: 60_000, h: 3_600_000, d: 86_400_000 }
@@ -175,10 +175,10 @@ async function deliver (ended: Ended, { url, secret, timeout }: Plan, signal: Ab
 }
 
 /** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS, FST_OPENAI_WEBHOOK_INVALID_SECRET */
-function planOf ({ url, secret = process.env['OPENAI_WEBHOOK_SECRET'], since, types, evals = [], dryRun = false, timeout = TIMEOUT, signal, onProgress, ...unknown }: ReconcileOptions): Plan {
+function planOf (options: ReconcileOptions): Plan {
   // A `dryrun` that nobody reads would deliver.
-  const [name] = Object.keys(unknown)
-  if (name !== undefined) throw new InvalidOptions(`reconcile(): unknown option "${name}"${nearest(name, OPTIONS)}`)
+  assertNames('reconcile()', options, ['url', 'secret', 'since', 'types', 'evals', 'dryRun', 'timeout', 'signal', 'onProgress'])
+  const { url, secret = process.env['OPENAI_WEBHOOK_SECRET'], since, types, evals = [], dryRun = false, timeout = TIMEOUT } = options
   if (typeof dryRun !== 'boolean') throw invalid('dryRun', 'true or false')
   if (!Number.isSafeInteger(timeout) || timeout < 1 || timeout > 2 ** 31 - 1) throw invalid('timeout', 'a whole number of ms, from 1 to 2147483647')
   if (!dryRun) new SecretSource(secret as string, { warn: ignore, onTrouble: ignore, patience: 0 }).keyring(undefined)

@@ -1,3 +1,4 @@
+import { assertNames } from '../checks.ts'
 import { InvalidOptions, NoResource } from '../errors.ts'
 import { insteadOf, kindOf } from './kinds.ts'
 import type { Problem, ResourceClient, ResourceKind, ResourceOf } from './kinds.ts'
@@ -59,12 +60,13 @@ export async function retrieve<Client extends ResourceClient, Event extends Even
   event: Event & Retrievable<Event>,
   ...[options = {}]: Options<Event['type']>
 ): Promise<ResourceOf<Client, Event['type']>> {
+  assertNames<RetrieveOptions>('retrieve()', options, ['signal', 'evalId'])
   const { type, data } = event as EventLike & { data?: { id?: unknown } }
   const kind = kindOf(type)
   if (kind === undefined) throw new NoResource(type, insteadOf(type))
-  const id = assertId('event.data.id', data?.id)
+  const id = assertId('retrieve(): expected event.data.id', data?.id)
   const { signal, evalId } = options as RetrieveOptions
-  if (kind === 'eval.run') assertId('evalId', evalId)
+  if (kind === 'eval.run') assertId('retrieve(): expected evalId', evalId)
   return await fetchResource(client, kind, id, { ...(signal !== undefined && { signal }) }, evalId) as ResourceOf<Client, Event['type']>
 }
 
@@ -83,9 +85,9 @@ export function serviceAt (client: object, at: readonly string[]): Record<string
 }
 
 /** It becomes part of a path. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
-function assertId (name: string, id: unknown): string {
+export function assertId (expected: string, id: unknown): string {
   if (typeof id !== 'string' || !/^[\x21-\x7e]{1,256}$/.test(id) || /^\.+$/.test(id)) {
-    throw new InvalidOptions(`retrieve(): expected ${name} to be an id of 1 to 256 visible ASCII characters, got ${typeof id === 'string' ? 'other text' : `a value of type ${typeof id}`}`)
+    throw new InvalidOptions(`${expected} to be an id of 1 to 256 visible ASCII characters, got ${typeof id === 'string' ? 'other text' : `a value of type ${typeof id}`}`)
   }
   return id
 }

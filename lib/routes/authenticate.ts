@@ -18,9 +18,18 @@ import { Explainer } from './explain.ts'
 
 type Done = (error?: Error) => void
 
-type Authentic = Pick<Delivery, 'webhookId' | 'timestamp' | 'event'> & {
+type Authentic = Pick<Delivery, 'webhookId' | 'timestamp'> & {
+  /** Or why the signed bytes are no event. */
+  readonly event: WebhookEvent | Error
   /** Which secret matched. Only the channels have it. */
   readonly secretIndex: number | undefined
+}
+
+/** What is known of a delivery that is refused. */
+interface Known {
+  readonly tenant?: string | undefined
+  /** Once the signature was right. */
+  readonly webhookId?: string
 }
 
 /** verify → validate: makes a trusted delivery of a request, or refuses it. */
@@ -61,9 +70,10 @@ export class Authentication {
     const settle = (authentic: Authentic | Error): void => {
       if (authentic instanceof Error) {
         this.#explainer.explain(authentic, name, verification, request, rawBody)
-        return this.#refuse(authentic, endpoint, request, reply, done, tenant)
+        return this.#refuse(authentic, endpoint, request, reply, done, { tenant })
       }
       const { webhookId, timestamp, event, secretIndex } = authentic
+      if (event instanceof Error) return this.#refuse(event, endpoint, request, reply, done, { tenant, webhookId })
       request.openaiWebhook = tenant === undefined
         ? { webhookId, timestamp, endpoint: name, rawBody, event }
         : { webhookId, timestamp, endpoint: name, tenant, rawBody, event }
@@ -87,27 +97,25 @@ export class Authentication {
 
   /**
    * @param onVerified called where the signature is right
-   * @returns the delivery, or the coded error to refuse with
+   * @returns the delivery, or the coded error of the verification to refuse with
    */
   verify (verification: Verification, headers: IncomingHttpHeaders, rawBody: Buffer, onVerified?: () => void): MaybePromise<Authentic | Error> {
     return then(verify(verification, { rawBody, headers }), verified => {
       if (verified instanceof Error) return verified
       onVerified?.()
       const { webhookId, timestamp, keyIndex } = verified
-      const event = validate(rawBody, this.#validators)
-      if (event instanceof Error) return event
-      return { webhookId, timestamp, event: event as WebhookEvent, secretIndex: keyIndex }
+      return { webhookId, timestamp, event: validate(rawBody, this.#validators) as WebhookEvent | Error, secretIndex: keyIndex }
     })
   }
 
   /** Logs, publishes and reports a refusal before there is an event to name. */
-  refuse (error: Error, { name }: Endpoint, request: FastifyRequest, tenant?: string): void {
+  refuse (error: Error, { name }: Endpoint, request: FastifyRequest, { tenant, webhookId }: Known = {}): void {
     this.#told.add(error)
-    this.#failures.refused(error, { endpoint: name, ...(tenant !== undefined && { tenant }) }, request)
+    this.#failures.refused(error, { endpoint: name, ...(tenant !== undefined && { tenant }), ...(webhookId !== undefined && { webhookId }) }, request)
   }
 
-  #refuse (error: Error, endpoint: Endpoint, request: FastifyRequest, reply: FastifyReply, done: Done, tenant?: string): void {
-    this.refuse(error, endpoint, request, tenant)
+  #refuse (error: Error, endpoint: Endpoint, request: FastifyRequest, reply: FastifyReply, done: Done, known?: Known): void {
+    this.refuse(error, endpoint, request, known)
     if (error instanceof Unavailable || error instanceof Overloaded) retryLater(reply)
     if (!(error instanceof UnknownTenant)) return done(error)
     const answer = new InvalidSignature()

@@ -192,7 +192,7 @@ export class Tenants {
 
   /** @returns undefined for an unknown tenant. Rejects with what `secret` threw, or with FST_OPENAI_WEBHOOK_INVALID_SECRET */
   async #ask (name: string): Promise<KeyObject[] | undefined> {
-    const secrets = await inTime(() => this.#secret(name), this.#options.patience)
+    const secrets = await inTime('tenant.secret', () => this.#secret(name), this.#options.patience)
     return secrets === undefined || secrets === null ? undefined : keysOf(secrets, this.#verification.verifier.keyBytes, this.#options.warn)
   }
 }

@@ -14,5 +14,6 @@ export async function unwrap ({ verifications, authentication }: Routes, rawBody
   if (fault !== undefined) throw fault
   const authentic = await authentication.verify(verification, plain, body)
   if (authentic instanceof Error) throw authentic
+  if (authentic.event instanceof Error) throw authentic.event
   return authentic.event
 }

@@ -1,5 +1,6 @@
 import { inContext } from '../async-context.ts'
-import { InvalidOptions, Overloaded } from '../errors.ts'
+import { assertCount, assertNames } from '../checks.ts'
+import { Overloaded } from '../errors.ts'
 import { deadDelivery } from './handler-failures.ts'
 import { keyOf, tellDead } from './runner.ts'
 import type { Job, Runner, RunnerHost } from './runner.ts'
@@ -29,7 +30,9 @@ export interface BackgroundOptions {
  *
  * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS
  */
-export function background ({ concurrency = 10, maxQueue = 1_000 }: BackgroundOptions = {}): Runner {
+export function background (options: BackgroundOptions = {}): Runner {
+  assertNames('background', options, ['concurrency', 'maxQueue'])
+  const { concurrency = 10, maxQueue = 1_000 } = options
   assertCount('background', 'concurrency', concurrency, 1)
   assertCount('background', 'maxQueue', maxQueue, 0)
   // By key, so that a delivery that comes again while it is here is not queued twice. In the order of arrival.
@@ -75,10 +78,4 @@ export function background ({ concurrency = 10, maxQueue = 1_000 }: BackgroundOp
     },
     depth: () => waiting.size
   }
-}
-
-/** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
-export function assertCount (runner: string, name: string, value: unknown, min: number): void {
-  if (Number.isSafeInteger(value) && (value as number) >= min) return
-  throw new InvalidOptions(`${runner}: expected ${name} to be a whole number, ${min} or more, got ${typeof value === 'number' ? value : `a value of type ${typeof value}`}`)
 }

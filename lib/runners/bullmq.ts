@@ -5,7 +5,7 @@ import { InvalidOptions, Overloaded, Unavailable } from '../errors.ts'
 import { grouped } from '../grouped.ts'
 import { causeOf, deadDelivery, describeFailure } from './handler-failures.ts'
 import { RETENTION } from '../stores/store.ts'
-import { assertCount } from './background.ts'
+import { assertCount, assertNames } from '../checks.ts'
 import { assertRemembered, keyOf, tellDead } from './runner.ts'
 import { storableError } from './storable.ts'
 import type { DeadDelivery, DeliveryError, DeliveryRef, Job, Runner, RunnerHost } from './runner.ts'
@@ -113,16 +113,18 @@ const WORKER_DEFAULTS = { concurrency: 10 }
  *
  * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS
  */
-export function bullmq ({
-  connection,
-  backend,
-  queueName = 'openai-webhook',
-  worker = true,
-  attempts = 16,
-  backoff = 1_000,
-  removeOnComplete = { age: RETENTION / 1_000 },
-  removeOnFail
-}: BullMQOptions): Runner {
+export function bullmq (options: BullMQOptions): Runner {
+  assertNames('bullmq', options, ['connection', 'backend', 'queueName', 'worker', 'attempts', 'backoff', 'removeOnComplete', 'removeOnFail'])
+  const {
+    connection,
+    backend,
+    queueName = 'openai-webhook',
+    worker = true,
+    attempts = 16,
+    backoff = 1_000,
+    removeOnComplete = { age: RETENTION / 1_000 },
+    removeOnFail
+  } = options
   if (typeof connection !== 'object' || connection === null) {
     throw new InvalidOptions('bullmq: expected connection to be an ioredis instance or connection options')
   }

@@ -5,7 +5,7 @@ import { LRUCache } from 'lru-cache'
 import type { JobInsert, JobResult, JobWithMetadata, PgBoss } from 'pg-boss'
 import { InvalidOptions, Overloaded } from '../errors.ts'
 import { RETENTION } from '../stores/store.ts'
-import { assertCount } from './background.ts'
+import { assertCount, assertNames } from '../checks.ts'
 import { grouped } from '../grouped.ts'
 import { deadDelivery, describeFailure } from './handler-failures.ts'
 import { assertRemembered, keyOf, tellDead } from './runner.ts'
@@ -115,15 +115,18 @@ const WORKER_DEFAULTS = { concurrency: 10, batchSize: 1, pollingIntervalSeconds:
  *
  * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS; pg-boss's own error at boot, where it has not been started
  */
-export function pgboss ({
-  boss,
-  queueName = 'openai-webhook',
-  worker = true,
-  attempts = 16,
-  backoff = 1_000,
-  heartbeatSeconds = 30,
-  expireInSeconds = 3_600
-}: PgBossOptions): Runner {
+export function pgboss (options: PgBossOptions): Runner {
+  assertNames('pgboss', options, ['boss', 'queueName', 'worker', 'attempts', 'backoff', 'heartbeatSeconds', 'expireInSeconds'])
+  const {
+    boss,
+    queueName = 'openai-webhook',
+    worker = true,
+    attempts = 16,
+    backoff = 1_000,
+    heartbeatSeconds = 30,
+    expireInSeconds = 3_600
+  } = options
+  if (typeof worker === 'object') assertNames('pgboss: worker', worker, ['concurrency', 'batchSize', 'pollingIntervalSeconds'])
   const { concurrency, batchSize, pollingIntervalSeconds } = { ...WORKER_DEFAULTS, ...(typeof worker === 'object' ? worker : undefined) }
   if (typeof boss?.previewRedrive !== 'function' || typeof boss.work !== 'function') {
     throw new InvalidOptions('pgboss: expected boss to be a PgBoss, of pg-boss 12.35 or later')

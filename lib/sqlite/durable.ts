@@ -6,7 +6,7 @@ import type { SqliteDatabase } from './database.ts'
 import { DeadJobs, openJobs, parseFailure } from './jobs.ts'
 import type { Failure } from './jobs.ts'
 import { pruning } from './pruning.ts'
-import { assertCount } from '../runners/background.ts'
+import { assertCount, assertNames } from '../checks.ts'
 import { keyOf, tellDead } from '../runners/runner.ts'
 import type { DeadDelivery, DeliveryRef, Job, RequeueOptions, Runner, RunnerHost } from '../runners/runner.ts'
 
@@ -79,7 +79,9 @@ interface Row {
  *
  * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS, and SQLite's own error when the table cannot be made
  */
-export function durable (db: SqliteDatabase, { concurrency = 10, attempts = 16, backoff = 1_000, lease = 30_000 }: DurableOptions = {}): DurableRunner {
+export function durable (db: SqliteDatabase, options: DurableOptions = {}): DurableRunner {
+  assertNames('durable', options, ['concurrency', 'attempts', 'backoff', 'lease'])
+  const { concurrency = 10, attempts = 16, backoff = 1_000, lease = 30_000 } = options
   assertCount('durable', 'concurrency', concurrency, 1)
   assertCount('durable', 'attempts', attempts, 1)
   assertCount('durable', 'backoff', backoff, 0)

@@ -8,7 +8,7 @@ import { lend } from '../inbox/lend.ts'
 import { isPromise } from '../maybe-promise.ts'
 import type { EventContext } from '../handlers.ts'
 import { PRUNE_LIMIT, Pruning } from '../pruning.ts'
-import { assertCount } from '../runners/background.ts'
+import { assertCount, assertNames } from '../checks.ts'
 import { Database } from './database.ts'
 import type { SqliteDatabase } from './database.ts'
 
@@ -54,7 +54,9 @@ export interface SqliteInbox<Tx> extends Inbox<Tx> {
  *
  * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS, and SQLite's own error when the table cannot be made
  */
-export function sqliteInbox<Db extends SqliteDatabase> (db: Db, { retention = INBOX_RETENTION }: SqliteInboxOptions = {}): SqliteInbox<Db> {
+export function sqliteInbox<Db extends SqliteDatabase> (db: Db, options: SqliteInboxOptions = {}): SqliteInbox<Db> {
+  assertNames('sqliteInbox', options, ['retention'])
+  const { retention = INBOX_RETENTION } = options
   assertCount('sqliteInbox', 'retention', retention, 1)
   const database = new Database(db, SCHEMA)
   keepsFor(retention)

@@ -1,4 +1,4 @@
-import { InvalidOptions } from '../errors.ts'
+import { assertCount, assertNames } from '../checks.ts'
 import { RETENTION } from './store.ts'
 import type { Claim, IdempotencyStore } from './store.ts'
 
@@ -30,8 +30,10 @@ const NONE: readonly string[] = []
  *
  * @param options.max deliveries; default 100,000, about 23 MB
  */
-export function memoryStore ({ max = 100_000 }: { max?: number } = {}): IdempotencyStore {
-  if (!Number.isSafeInteger(max) || max < 1) throw new InvalidOptions(`expected memoryStore's max to be a whole number of deliveries, 1 or more, got ${String(max)}`)
+export function memoryStore (options: { max?: number } = {}): IdempotencyStore {
+  assertNames('memoryStore', options, ['max'])
+  const { max = 100_000 } = options
+  assertCount('memoryStore', 'max', max, 1)
   const entries = new Map<string, Entry>()
   // The order of sight is a linked list and not that of the Map: to delete and set a key each time it is seen leaves a chain of
   // holes in V8's table, and a duplicate soon takes 40 µs or more.

@@ -1,4 +1,5 @@
 import { createHash, randomUUID } from 'node:crypto'
+import { assertNames } from '../checks.ts'
 import { InvalidOptions } from '../errors.ts'
 import { RETENTION } from './store.ts'
 import type { Claim, IdempotencyStore } from './store.ts'
@@ -80,7 +81,9 @@ function script (text: string): Script {
  * @param options.prefix put before every key; default `openai-webhook:`
  * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS
  */
-export function redisStore (redis: RedisClient, { prefix = 'openai-webhook:' }: { prefix?: string } = {}): IdempotencyStore {
+export function redisStore (redis: RedisClient, options: { prefix?: string } = {}): IdempotencyStore {
+  assertNames('redisStore', options, ['prefix'])
+  const { prefix = 'openai-webhook:' } = options
   if (typeof redis?.evalsha !== 'function' || typeof redis.eval !== 'function') {
     throw new InvalidOptions('redisStore: expected an ioredis client, which has eval() and evalsha()')
   }

@@ -96,7 +96,7 @@ export class SecretSource {
 
   async #ask (secret: Extract<Secret, Function>): Promise<boolean> {
     try {
-      this.answer = { secrets: await inTime(secret, this.#options.patience) }
+      this.answer = { secrets: await inTime('secret', secret, this.#options.patience) }
       return true
     } catch (error) {
       this.#options.onTrouble(error)
@@ -105,11 +105,15 @@ export class SecretSource {
   }
 }
 
-/** Calls a secret function. It rejects as that does, or when that takes more than `patience` ms. */
-export async function inTime<T> (secret: () => T | Promise<T>, patience: number): Promise<T> {
+/**
+ * Calls a secret function. It rejects as that does, or when that takes more than `patience` ms.
+ *
+ * @param option where the function was given
+ */
+export async function inTime<T> (option: string, secret: () => T | Promise<T>, patience: number): Promise<T> {
   let timer: NodeJS.Timeout | undefined
   const tooLate = new Promise<never>((_resolve, reject) => {
-    timer = setTimeout(() => reject(new InvalidSecret(`the \`secret\` function took more than ${patience} ms`)), patience)
+    timer = setTimeout(() => reject(new InvalidSecret(`the \`${option}\` function took more than ${patience} ms`)), patience)
   })
   try {
     return await Promise.race([secret(), tooLate])
@@ -185,7 +189,7 @@ function assertSecret (secret: unknown): asserts secret is string {
     throw new InvalidSecret(`expected a signing secret (a string), got ${describe(secret)}`)
   }
   if (secret === '') {
-    throw new InvalidSecret('expected a signing secret, got an empty string: set OPENAI_WEBHOOK_SECRET or the `secret` option to the whsec_… value shown when the endpoint was created')
+    throw new InvalidSecret('expected a signing secret, got an empty string: set OPENAI_WEBHOOK_SECRET or the `secret` option to the whsec_… value shown when the endpoint was created, or have `tenant.secret` answer that')
   }
   if (secret.startsWith('sk-')) {
     throw new InvalidSecret('expected the endpoint\'s signing secret (whsec_…), got an API key (sk-…): copy the secret shown when the webhook endpoint was created')

@@ -219,6 +219,7 @@ t.test('wrong usage is one line on stderr and exit code 2', async t => {
     [['list', '--sqlite', ''], 'missing --sqlite, the file of durable()'],
     [['list', 'wh_1', ...file], 'list: expected nothing more, got "wh_1"'],
     [['list', '--limit', '0', ...file], '--limit: expected a whole number, 1 or more, got "0"'],
+    [['list', '--type', 'batch.*', ...file], '--type: expected one event type, such as batch.failed, got the pattern "batch.*"'],
     [['show', ...file], 'show: expected one webhook-id'],
     [['show', 'wh_1', 'wh_2', ...file], 'show: expected one webhook-id'],
     [['requeue', ...file], 'requeue: expected webhook-ids, or --all'],

@@ -117,6 +117,7 @@ t.test('wrong options and other events are refused before anything is asked', as
     await t.rejects(read(options), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS' })
   }
   for (const of of ['batch_1', 7, null]) await t.rejects(read({}, of as never), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: /^batchResults\(\): expected a batch or an event of one, got a value of type/ })
+  await t.rejects(read({}, { type: 'batch.failed', data: {} } as never), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: /^batchResults\(\): expected event\.data\.id/ })
   await t.rejects(read({}, sampleEvent('response.completed') as never), { code: 'FST_OPENAI_WEBHOOK_NO_RESOURCE', message: /expects a batch/ })
   await t.rejects(read({ signal: AbortSignal.abort(new Error('enough')) }), { message: 'enough' })
   t.same(server.calls, [])
@@ -282,8 +283,8 @@ t.test('a body of unknown length is resumed likewise', async t => {
 
 t.test('where the server does not resume it, it is broken', async t => {
   const { serve, server, fails } = await setUp(t)
-  const cases: Record<string, { first?: Record<string, string>, then: (reply: FastifyReply) => unknown, asked?: number }> = {
-    'the whole file again': { then: reply => reply.send(MANY) },
+  const cases: Record<string, { first?: Record<string, string>, then: (reply: FastifyReply) => unknown, asked?: number, cause?: object }> = {
+    'the whole file again': { then: reply => reply.send(MANY), cause: { message: 'asked for the rest, the server answered 200 with the content-range (none)' } },
     'another part': { then: reply => partly(reply, MANY.subarray(990), { 'content-range': `bytes 990-${MANY.length - 1}/${MANY.length}` }, 206) },
     'of a file of another length': { then: reply => partly(reply, MANY.subarray(1_000), { 'content-range': `bytes 1000-${MANY.length}/${MANY.length + 1}` }, 206) },
     'a part of no place': { then: reply => partly(reply, MANY.subarray(1_000), {}, 206) },
@@ -292,7 +293,7 @@ t.test('where the server does not resume it, it is broken', async t => {
     'an encoding, whose bytes are others': { first: { 'content-encoding': 'x-own' }, then: () => {}, asked: 1 },
     'nothing, again and again': { then: breaking(MANY, () => 0), asked: 4 }
   }
-  for (const [name, { first, then, asked = 2 }] of Object.entries(cases)) {
+  for (const [name, { first, then, asked = 2, cause = Error }] of Object.entries(cases)) {
     server.requests.length = 0
     serve(reply => {
       if (reply.request.headers.range !== undefined) return then(reply)
@@ -301,7 +302,7 @@ t.test('where the server does not resume it, it is broken', async t => {
     })
     const { read, error } = await fails()
     t.ok(read.length > 0 && read.length < 50, name)
-    t.match(error, { code: 'FST_OPENAI_WEBHOOK_BATCH_BROKEN', message: 'output file broke off after 1000 bytes' }, name)
+    t.match(error, { code: 'FST_OPENAI_WEBHOOK_BATCH_BROKEN', message: 'output file broke off after 1000 bytes', cause }, name)
     t.equal(server.requests.length - 1, asked, name)
   }
 })
@@ -319,9 +320,9 @@ t.test('the signal ends a resumption too', async t => {
 
 t.test('an answer that was whole when it broke is whole, and one that ends early is not', async t => {
   const { client, server, read, fails } = await setUp(t)
-  const answer = (end: 'close' | 'error', bytes: Buffer, length: number): object => ({
+  const answer = (end: 'close' | 'error', bytes: Buffer, length: number, ranges = 'bytes'): object => ({
     status: 200,
-    headers: new Headers({ 'content-length': String(length) }),
+    headers: new Headers({ 'content-length': String(length), 'accept-ranges': ranges }),
     body: new ReadableStream({
       start: controller => controller.enqueue(bytes),
       pull: controller => { if (end === 'close') controller.close(); else controller.error(new Error('reset')) }
@@ -330,8 +331,8 @@ t.test('an answer that was whole when it broke is whole, and one that ends early
   // What a client with a fetch of its own may give.
   t.intercept(client.files, 'content', { value: async () => answer('error', MANY, MANY.length) })
   t.same((await read()).map(({ customId }) => customId), ALL)
-  t.intercept(client.files, 'content', { value: async () => answer('close', MANY.subarray(0, 1_000), MANY.length) })
-  t.match((await fails()).error, { code: 'FST_OPENAI_WEBHOOK_BATCH_BROKEN' })
+  t.intercept(client.files, 'content', { value: async () => answer('close', MANY.subarray(0, 1_000), MANY.length, 'none') })
+  t.match((await fails()).error, { code: 'FST_OPENAI_WEBHOOK_BATCH_BROKEN', cause: { message: `the body ended before the ${MANY.length} bytes that its content-length says` } })
   t.equal(server.calls.length, 2)
 })
 

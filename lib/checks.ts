@@ -1,0 +1,29 @@
+import { InvalidOptions } from './errors.ts'
+import { nearest } from './nearest.ts'
+
+// Checks of options, for whatever takes some besides the plugin itself.
+
+/**
+ * Refuses an option that nobody reads: a misspelt one would do nothing, silently.
+ *
+ * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS
+ */
+export function assertNames<Options extends object> (caller: string, options: Options, names: ReadonlyArray<keyof Options & string>): void {
+  if (typeof options !== 'object' || options === null) throw new InvalidOptions(`${caller}: expected options to be an object, got ${kind(options)}`)
+  for (const [name, value] of Object.entries(options)) {
+    if (value !== undefined && !(names as readonly string[]).includes(name)) throw new InvalidOptions(`${caller}: unknown option "${name}"${adviceOn(name, names)}`)
+  }
+}
+
+/** What was meant by an unknown name, or all names that there are. */
+export function adviceOn (name: string, names: readonly string[]): string {
+  return nearest(name, names) || `: expected ${[names.slice(0, -1).join(', '), names.at(-1)].filter(Boolean).join(' or ')}`
+}
+
+/** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
+export function assertCount (caller: string, name: string, value: unknown, min: number): void {
+  if (Number.isSafeInteger(value) && (value as number) >= min) return
+  throw new InvalidOptions(`${caller}: expected ${name} to be a whole number, ${min} or more, got ${typeof value === 'number' ? value : kind(value)}`)
+}
+
+const kind = (value: unknown): string => value === null ? 'null' : `a value of type ${typeof value}`

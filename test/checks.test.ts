@@ -1,0 +1,53 @@
+import t from 'tap'
+import { webhookTracing } from '../lib/otel.ts'
+import { background, memoryStore } from '../lib/index.ts'
+import { RunnerDeadLetters } from '../lib/dead-letters.ts'
+import { webhookMetrics } from '../lib/metrics.ts'
+import { migration, postgresInbox, postgresStore } from '../lib/postgres/index.ts'
+import { batchResults, reconcile, retrieve } from '../lib/resources/index.ts'
+import { bullmq } from '../lib/runners/bullmq.ts'
+import { pgboss } from '../lib/runners/pgboss.ts'
+import { durable, sqliteInbox } from '../lib/sqlite/index.ts'
+import { redisStore } from '../lib/stores/redis.ts'
+import { build } from './support/deliveries.ts'
+
+t.test('an option that nobody would read is refused, wherever options are taken', async t => {
+  const none = undefined as never
+  const app = await build(t)
+  const deadLetters = new RunnerDeadLetters({ dead: () => [], requeue: () => true } as never)
+  const takers: Array<[name: string, known: string, take: (options: never) => unknown]> = [
+    ['background', 'maxQueue', background],
+    ['durable', 'attempts', options => durable(none, options)],
+    ['bullmq', 'queueName', bullmq],
+    ['pgboss', 'heartbeatSeconds', pgboss],
+    ['pgboss: worker', 'batchSize', worker => pgboss({ boss: none, worker })],
+    ['memoryStore', 'max', memoryStore],
+    ['redisStore', 'prefix', options => redisStore(none, options)],
+    ['postgresStore', 'table', options => postgresStore(none, options)],
+    ['sqliteInbox', 'retention', options => sqliteInbox(none, options)],
+    ['postgresInbox', 'lockTimeout', options => postgresInbox(none, options)],
+    ['migration', 'tables', migration],
+    ['migration', 'inbox', tables => migration({ tables })],
+    ['webhookMetrics()', 'eventTypes', webhookMetrics],
+    ['webhookTracing', 'tracerProvider', webhookTracing],
+    ['reconcile()', 'dryRun', options => reconcile(none, options)],
+    ['retrieve()', 'signal', options => retrieve(none, none, options)],
+    ['batchResults()', 'idleTimeout', options => batchResults(none, none, options).next()],
+    ['deadLetters.list()', 'limit', async options => await deadLetters.list(options)],
+    ['deadLetters.requeue()', 'force', async options => await deadLetters.requeue(none, options)],
+    ['on()', 'name', options => app.openaiWebhook.on('batch.failed', () => {}, options)],
+    ['onAny()', 'name', options => app.openaiWebhook.onAny(() => {}, options)]
+  ]
+  const misspelt = (name: string): string => `${name.slice(0, 1)}${name}`
+  for (const [caller, known, take] of takers) {
+    const taking = (options: unknown) => async (): Promise<unknown> => await take(options as never)
+    await t.rejects(taking({ [misspelt(known)]: 1 }), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: `${caller}: unknown option "${misspelt(known)}", did you mean "${known}"?` })
+    await t.rejects(taking({ somethingElse: 1 }), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: new RegExp(`unknown option "somethingElse": expected .*\\b${known}\\b`) })
+    await t.rejects(taking(null), { message: /expected options to be an object, got null/ }, caller)
+    if (caller !== 'pgboss: worker') await t.rejects(taking('text'), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: /expected options to be an object, got a value of type string/ }, caller)
+  }
+})
+
+t.test('an unknown option without a value is none', async t => {
+  t.ok(memoryStore({ maximum: undefined } as never))
+})
