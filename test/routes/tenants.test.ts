@@ -417,7 +417,7 @@ t.test('a database that is down is a 503 for tenants that are not kept, and noth
 
   db.answer = async tenant => { if (tenant === 'globex') await new Promise(() => {}) }
   t.equal(await deliver(app, 'globex'), '503 UNAVAILABLE', 'one that hangs')
-  t.ok(log.errors().some(({ err }) => (err as Error).message.startsWith('the `tenant.secret` function took more than ')))
+  t.ok(log.errors().some(({ err }) => err!.message.startsWith('the `tenant.secret` function took more than ')))
   db.answer = async () => {}
   t.equal(await deliver(app, 'globex'), RECEIVED, 'and is asked again by the retry')
   for (const name of ['empty', 'key', 'list', 'number']) t.equal(await deliver(app, name), '503 UNAVAILABLE', name)
