@@ -1,4 +1,4 @@
-import type { FastifyPluginAsync } from 'fastify'
+import type { FastifyPluginAsync, RegisterOptions } from 'fastify'
 import { register as globalRegister } from 'prom-client'
 import { assertNames } from './checks.ts'
 import { InvalidOptions } from './errors.ts'
@@ -60,7 +60,7 @@ export function webhookMetrics (options: WebhookMetricsOptions = {}): WebhookMet
 
   const plugin: FastifyPluginAsync<MetricsRouteOptions> = async (app, routeOptions) => {
     // Beside the options of Fastify's `register`.
-    assertNames<object>('webhookMetrics()', routeOptions, ['path', 'prefix', 'logLevel', 'logSerializers'] as never[])
+    assertNames<MetricsRouteOptions & RegisterOptions>('webhookMetrics()', routeOptions, ['path', 'prefix', 'logLevel', 'logSerializers'])
     const { path = '/metrics' } = routeOptions
     if (typeof path !== 'string' || !path.startsWith('/')) throw new InvalidOptions('webhookMetrics(): expected path to begin with "/"')
     const schema: object = { hide: true } // for @fastify/swagger
