@@ -89,7 +89,8 @@ interface Refusal {
   code: string
   status: number
   /** Before it, nothing is known of a delivery but where it went. */
-  verified?: boolean
+  /** What is known of it. */
+  delivery?: object
   options?: OpenAIWebhookOptions
   prepare?: (app: FastifyInstance) => void
   send?: (app: FastifyInstance) => Promise<unknown>
@@ -103,19 +104,21 @@ const withHeaders = (headers: Record<string, string>) => {
   return async (app: FastifyInstance) => await post(app, { ...valid(), headers: { ...valid().headers, ...headers } })
 }
 
+const VERIFIED = { webhookId: 'wh_1', event: thin('batch.failed') }
+
 const refusals: Refusal[] = [
   { name: 'by header', code: 'FST_OPENAI_WEBHOOK_MISSING_HEADER', status: 401, send: withHeaders({ 'webhook-id': '' }) },
   { name: 'by signature', code: 'FST_OPENAI_WEBHOOK_INVALID_SIGNATURE', status: 401, send: withHeaders({ 'webhook-signature': 'v1,Zm9yZ2Vk' }) },
-  { name: 'by shape', code: 'FST_OPENAI_WEBHOOK_INVALID_EVENT', status: 400, send: async app => await post(app, sign({ type: 'batch.failed' })) },
+  { name: 'by shape', code: 'FST_OPENAI_WEBHOOK_INVALID_EVENT', status: 400, delivery: { webhookId: 'wh_1' }, send: async app => await post(app, sign({ type: 'batch.failed' }, { webhookId: 'wh_1' })) },
   { name: 'by size', code: 'FST_ERR_CTP_BODY_TOO_LARGE', status: 413, options: { bodyLimit: 10 } },
   { name: 'by content type', code: 'FST_ERR_CTP_INVALID_MEDIA_TYPE', status: 415, send: withHeaders({ 'content-type': 'text/plain' }) },
-  { name: 'while it runs elsewhere', code: 'FST_OPENAI_WEBHOOK_IN_PROGRESS', status: 409, verified: true, options: { idempotency: { store: busyStore() } } },
-  { name: 'by a handler', code: 'FST_OPENAI_WEBHOOK_HANDLER_FAILED', status: 500, verified: true, prepare: failing },
-  { name: 'by a runner', code: 'FST_OPENAI_WEBHOOK_UNAVAILABLE', status: 503, verified: true, options: { runner: full } },
-  { name: 'by a store', code: 'FST_OPENAI_WEBHOOK_UNAVAILABLE', status: 503, verified: true, options: { idempotency: { store: broken } } }
+  { name: 'while it runs elsewhere', code: 'FST_OPENAI_WEBHOOK_IN_PROGRESS', status: 409, delivery: VERIFIED, options: { idempotency: { store: busyStore() } } },
+  { name: 'by a handler', code: 'FST_OPENAI_WEBHOOK_HANDLER_FAILED', status: 500, delivery: VERIFIED, prepare: failing },
+  { name: 'by a runner', code: 'FST_OPENAI_WEBHOOK_UNAVAILABLE', status: 503, delivery: VERIFIED, options: { runner: full } },
+  { name: 'by a store', code: 'FST_OPENAI_WEBHOOK_UNAVAILABLE', status: 503, delivery: VERIFIED, options: { idempotency: { store: broken } } }
 ]
 
-for (const { name, code, status, verified = false, options, prepare, send = async (app: FastifyInstance) => await post(app, valid()) } of refusals) {
+for (const { name, code, status, delivery = {}, options, prepare, send = async (app: FastifyInstance) => await post(app, valid()) } of refusals) {
   t.test(`refused: ${name}, once, with the code that the sender was answered`, async t => {
     const told = record(t, 'refused')
     const app = await build(t, options)
@@ -125,7 +128,6 @@ for (const { name, code, status, verified = false, options, prepare, send = asyn
     await send(app)
     t.equal(told.length, 1)
     const [{ request, error, ...message }] = messagesOf(told, 'refused') as [Any]
-    const delivery = verified ? { webhookId: 'wh_1', event: thin('batch.failed') } : {}
     t.same(message, { endpoint: ENDPOINT, ...delivery, code, statusCode: status })
     t.equal((error as { code?: string }).code, code)
     t.same(errors, [error], 'what onError is told')

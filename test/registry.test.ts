@@ -262,10 +262,10 @@ t.test('onError is told of every kind of failure, with what is known by then', a
     401, 'FST_OPENAI_WEBHOOK_MISSING_HEADER', own)
   await expect('a bad signature', await post(app, { ...good, headers: { ...good.headers, 'webhook-signature': `v1,${'A'.repeat(43)}=` } }),
     401, 'FST_OPENAI_WEBHOOK_INVALID_SIGNATURE', own)
-  await expect('a signed body that is no JSON', await post(app, sign('{')),
-    400, 'FST_OPENAI_WEBHOOK_INVALID_BODY', own)
-  await expect('a signed event of the wrong shape', await post(app, sign(thin('batch.failed', {}))),
-    400, 'FST_OPENAI_WEBHOOK_INVALID_EVENT', own)
+  await expect('a signed body that is no JSON', await post(app, sign('{', { webhookId: 'wh_1' })),
+    400, 'FST_OPENAI_WEBHOOK_INVALID_BODY', { ...own, webhookId: 'wh_1' })
+  await expect('a signed event of the wrong shape', await post(app, sign(thin('batch.failed', {}), { webhookId: 'wh_2' })),
+    400, 'FST_OPENAI_WEBHOOK_INVALID_EVENT', { ...own, webhookId: 'wh_2' })
   await expect('a handler failure', await post(app, good),
     500, 'FST_OPENAI_WEBHOOK_HANDLER_FAILED', { ...own, webhookId: good.headers['webhook-id']!, event: thin('batch.failed') })
   await expect('a body over the limit', await post(app, sign(thin('batch.failed', { id: 'x'.repeat(300) }))),
