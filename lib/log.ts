@@ -91,6 +91,8 @@ const REASONED: readonly string[] = ['TIMESTAMP_OUT_OF_TOLERANCE', 'UNKNOWN_TENA
 const MAX_LINES = 5
 /** ms */
 const WINDOW = 10_000
+/** Tenants that the line at the end of a window names. */
+const MAX_TENANTS = 20
 /** Bounded, since a user's verifier may throw any code. */
 const MAX_WINDOWS = 200
 const OTHERS = 'others'
@@ -98,6 +100,8 @@ const OTHERS = 'others'
 interface Window {
   written: number
   suppressed: number
+  /** Those of the suppressed lines. */
+  tenants: Set<string> | undefined
   readonly timer: NodeJS.Timeout
   readonly code: string
   readonly endpoint: string | undefined
@@ -117,51 +121,54 @@ export class RefusalLog {
 
   /** @param message of the error */
   write (log: FastifyBaseLogger, code: string, statusCode: number, delivery: Described & { endpoint: string }, message: string): void {
-    if (!this.#hasRoom(log, code, delivery.endpoint)) return
+    if (!this.#hasRoom(log, code, delivery)) return
     const fix = delivery.tenant === undefined ? FIXES[code] : TENANT_FIXES[code] ?? FIXES[code]
     write(log, 'warn', { code, statusCode, ...logFields(delivery), reason: REASONED.includes(code) ? message : undefined, fix }, 'webhook delivery refused')
   }
 
   /** A user's verifier is at fault. Strangers may bring it about, so it is bounded too. */
   faulty (log: FastifyBaseLogger, cause: Error, code: string, endpoint: string): void {
-    if (this.#hasRoom(log, 'VERIFIER_FAILED', endpoint)) logError(log, cause, { code, endpoint }, 'the verifier failed, and the delivery was refused')
+    if (this.#hasRoom(log, 'VERIFIER_FAILED', { endpoint })) logError(log, cause, { code, endpoint }, 'the verifier failed, and the delivery was refused')
   }
 
   /** A user's schema has thrown, likewise. */
   unjudged (log: FastifyBaseLogger, cause: unknown, code: string, delivery: Described & { endpoint: string }): void {
-    if (this.#hasRoom(log, 'SCHEMA_FAILED', delivery.endpoint)) logError(log, cause, { code, ...logFields(delivery) }, 'a schema failed, and the delivery was refused')
+    if (this.#hasRoom(log, 'SCHEMA_FAILED', delivery)) logError(log, cause, { code, ...logFields(delivery) }, 'a schema failed, and the delivery was refused')
   }
 
   /** A user's `tenant.of` has thrown, likewise. */
   unnamed (log: FastifyBaseLogger, cause: unknown, code: string, endpoint: string): void {
-    if (this.#hasRoom(log, 'TENANT_OF_FAILED', endpoint)) logError(log, cause, { code, endpoint }, 'tenant.of failed, and the delivery was refused')
+    if (this.#hasRoom(log, 'TENANT_OF_FAILED', { endpoint })) logError(log, cause, { code, endpoint }, 'tenant.of failed, and the delivery was refused')
   }
 
   /** At `error`, with the cause: something of the app's has failed, before it was known who the sender is. */
   failed (log: FastifyBaseLogger, code: string, cause: unknown, delivery: Described & { endpoint: string }, message: string): void {
-    if (this.#hasRoom(log, code, delivery.endpoint)) logError(log, cause, { code, ...logFields(delivery) }, message)
+    if (this.#hasRoom(log, code, delivery)) logError(log, cause, { code, ...logFields(delivery) }, message)
   }
 
   unprocessed (log: FastifyBaseLogger, statusCode: number, endpoint: string): void {
     const code = 'ANSWERED_BY_A_HOOK'
-    if (this.#hasRoom(log, code, endpoint)) write(log, 'warn', { code, statusCode, endpoint }, 'the delivery was not processed')
+    if (this.#hasRoom(log, code, { endpoint })) write(log, 'warn', { code, statusCode, endpoint }, 'the delivery was not processed')
   }
 
   /** Whether the window has room for another line. */
-  #hasRoom (log: FastifyBaseLogger, code: string, endpoint: string): boolean {
+  #hasRoom (log: FastifyBaseLogger, code: string, { endpoint, tenant }: Described & { endpoint: string }): boolean {
     if (!logs(log, 'warn')) return false
     const own = `${code} ${endpoint}`
     const isOther = this.#windows.size >= MAX_WINDOWS && !this.#windows.has(own)
     const key = isOther ? OTHERS : own
     let window = this.#windows.get(key)
     if (window === undefined) {
-      window = { written: 0, suppressed: 0, ...(isOther ? { code: OTHERS, endpoint: undefined } : { code, endpoint }), timer: setTimeout(this.#endOutside, WINDOW, key).unref() }
+      window = { written: 0, suppressed: 0, tenants: undefined, ...(isOther ? { code: OTHERS, endpoint: undefined } : { code, endpoint }), timer: setTimeout(this.#endOutside, WINDOW, key).unref() }
       this.#windows.set(key, window)
     }
-    const hasRoom = window.written < MAX_LINES
-    if (hasRoom) window.written++
-    else window.suppressed++
-    return hasRoom
+    if (window.written < MAX_LINES) {
+      window.written++
+      return true
+    }
+    window.suppressed++
+    if (tenant !== undefined && (window.tenants ??= new Set()).size < MAX_TENANTS) window.tenants.add(tenant)
+    return false
   }
 
   /** Ends all windows now. */
@@ -170,9 +177,9 @@ export class RefusalLog {
   }
 
   #end (key: string): void {
-    const { timer, code, endpoint, suppressed } = this.#windows.get(key)!
+    const { timer, code, endpoint, tenants, suppressed } = this.#windows.get(key)!
     clearTimeout(timer)
     this.#windows.delete(key)
-    if (suppressed > 0) write(this.#log, 'warn', { code, endpoint, suppressed }, `${suppressed} more webhook deliveries refused`)
+    if (suppressed > 0) write(this.#log, 'warn', { code, endpoint, tenants: tenants && [...tenants], suppressed }, `${suppressed} more webhook deliveries refused`)
   }
 }

@@ -88,8 +88,7 @@ interface Refusal {
   name: string
   code: string
   status: number
-  /** Before it, nothing is known of a delivery but where it went. */
-  /** What is known of it. */
+  /** What is known of it, but where it went. */
   delivery?: object
   options?: OpenAIWebhookOptions
   prepare?: (app: FastifyInstance) => void

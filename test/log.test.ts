@@ -230,6 +230,18 @@ t.test('thousands of forgeries are a few lines, and their count when the window 
   t.equal(log.lines.length, 6)
 })
 
+t.test('what had no line of its own is told with its tenants, of whom one hides no other', async t => {
+  const log = capturedLog()
+  const app = await build(t, {}, { logger: log.logger, ...quiet })
+  app.openaiWebhook.route({ url: '/of/:tenant', tenant: { of: ({ params }) => (params as { tenant: string }).tenant, secret: () => SECRET } })
+  const names = Array.from({ length: 30 }, (_, nth) => `tenant-${nth}`)
+  for (const name of [...Array<string>(5).fill('acme'), 'globex', 'globex', ...names]) await post(app, forged(), `/of/${name}`)
+  await app.close()
+  t.match(withText(log.lines, REFUSED), Array(5).fill({ tenant: 'acme' }))
+  t.match(log.lines.at(-1), { msg: '32 more webhook deliveries refused', endpoint: '/of/:tenant', tenants: ['globex', ...names.slice(0, 19)], suppressed: 32 })
+  t.equal((log.lines.at(-1)!['tenants'] as string[]).length, 20)
+})
+
 t.test('codes without end are lines with an end', async t => {
   const log = capturedLog()
   const verifier: Verifier = ({ headers }) => {
