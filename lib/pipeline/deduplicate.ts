@@ -85,8 +85,6 @@ export class Claims {
 
   #begin (key: string): MaybePromise<Begun> {
     const { store, lease } = this.#options
-    // One timer for all claims, which stops when there are none. A quick delivery is over before it fires.
-    this.#timer ??= this.#startTimer()
     return attempt<Begun>(() => then(store.begin(key, lease), claim => this.#checked(key, claim)), unavailable)
   }
 
@@ -138,6 +136,8 @@ export class Claims {
     if (claim.state !== 'claimed' || !Array.isArray(claim.finished)) {
       throw new TypeError('expected the store\'s begin() to answer { state: "claimed", token, finished }, { state: "running" } or { state: "done" }')
     }
+    // One timer for all claims, which stops when there are none. A quick delivery is over before it fires.
+    this.#timer ??= this.#startTimer()
     return this.#held.add({ state: 'claimed', key, token: claim.token, finished: claim.finished, resource: undefined, place: -1 })
   }
 

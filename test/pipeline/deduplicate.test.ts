@@ -1,3 +1,4 @@
+import fc from 'fast-check'
 import t from 'tap'
 import type { Test } from 'tap'
 import { background, memoryStore } from '../../lib/index.ts'
@@ -250,4 +251,55 @@ t.test('a kept claim that has lost its half is claimed anew', async t => {
   await host.process({ webhookId: 'wh_1', timestamp: 1, endpoint: '/webhooks/openai', event: thin('batch.completed', { id: 'batch_1' }) })
   t.equal(runs, 1)
   t.equal(await outcome(app, told()), DUPLICATE)
+})
+
+t.test('no claim that is held runs out, whatever comes while the store is asked', async t => {
+  const LEASE = 900
+  const clock = stoppedClock(t)
+  type Step = ['begin'] | ['answer', number] | ['end', number] | ['wait', number]
+  const step = fc.oneof(
+    fc.constant<Step>(['begin']),
+    fc.nat().map((nth): Step => ['answer', nth]),
+    fc.nat().map((nth): Step => ['end', nth]),
+    { weight: 6, arbitrary: fc.integer({ min: LEASE / 6, max: LEASE / 3 }).map((ms): Step => ['wait', ms]) }
+  )
+  const take = <Item>(items: Item[], nth: number): Item | undefined => items.splice(nth % items.length, 1)[0]
+
+  await fc.assert(fc.asyncProperty(fc.array(step, { maxLength: 30, size: 'max' }), async steps => {
+    const leases = new Map<string, number>()
+    const asked: Array<() => void> = []
+    const held: Held[] = []
+    let keys = 0
+    const claims = new Claims({
+      store: {
+        ...memoryStore(),
+        begin: async key => await new Promise(resolve => {
+          asked.push(() => {
+            leases.set(key, Date.now() + LEASE)
+            resolve({ state: 'claimed', token: key, finished: [] })
+          })
+        }),
+        extend: key => leases.has(key) && leases.set(key, Date.now() + LEASE) !== undefined,
+        complete: key => { leases.delete(key) }
+      },
+      lease: LEASE,
+      retention: 1_000,
+      onTrouble (error) { throw error }
+    })
+    for (const [act, nth] of steps) {
+      if (act === 'begin') (claims.begin(`key-${++keys}`, {} as Job) as Promise<Held>).then(claim => { held.push(claim) }, t.error)
+      else if (act === 'answer') take(asked, nth)?.()
+      else if (act === 'wait') clock.advance(nth)
+      else {
+        const claim = take(held, nth)
+        if (claim !== undefined) claims.complete(claim)
+      }
+      for (let turn = 0; turn < 10; turn++) await null
+      for (const [key, ends] of leases) if (ends <= Date.now()) throw new Error(`the lease of ${key} has run out`)
+    }
+    for (const answer of asked) answer()
+    for (let turn = 0; turn < 10; turn++) await null
+    for (const claim of held) claims.complete(claim)
+    clock.advance(LEASE)
+  }), { numRuns: 300 })
 })
