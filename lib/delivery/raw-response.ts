@@ -36,6 +36,9 @@ export function statusOf (raw: RawResponse): number {
   return Number(streamOf(raw)?.sentHeaders?.[':status'] ?? raw.statusCode)
 }
 
+/** Whether its reader is slower than what is written. */
+export const needsDrain = (raw: RawResponse): boolean => (streamOf(raw) ?? raw).writableNeedDrain
+
 /**
  * Has a response that nobody waits for tell what becomes of it, as one of HTTP/1.1 does. Fastify waits for its 'close', and an async
  * handler that returns the reply waits for Fastify.

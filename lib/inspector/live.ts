@@ -1,5 +1,6 @@
 import type { FastifyReply } from 'fastify'
 import type { Http2ServerResponse } from 'node:http2'
+import { isClosed, needsDrain } from '../delivery/raw-response.ts'
 import { Overloaded } from '../errors.ts'
 import type { Hello, Row, Stats } from './messages.ts'
 
@@ -39,12 +40,14 @@ export class Live {
   async open (reply: FastifyReply, hello: () => Promise<Hello>): Promise<void> {
     if (this.#closed || this.#streams.size >= MAX_STREAMS) throw new Overloaded()
     const { raw } = reply
+    reply.hijack()
+    // The page went away while a hook of the user's decided: its 'close' is past.
+    if (isClosed(raw)) return
     const stream: Stream = { raw, hello, behind: false }
     this.#streams.add(stream)
     raw.once('close', () => { this.#leave(stream) })
     raw.on('error', () => {}) // 'close' follows
     this.#source.watch(true)
-    reply.hijack()
     raw.writeHead(200, {
       ...reply.getHeaders() as Record<string, string>,
       'content-type': 'text/event-stream; charset=utf-8',
@@ -86,7 +89,7 @@ export class Live {
   #tell (event: string, data: unknown): void {
     const text = format(event, data)
     for (const stream of this.#streams) {
-      if (stream.raw.writableNeedDrain) {
+      if (needsDrain(stream.raw)) {
         stream.behind = true
       } else if (stream.behind) {
         stream.behind = false

@@ -2,6 +2,7 @@ import { EventEmitter, once } from 'node:events'
 import { get } from 'node:http'
 import type { ClientRequest, IncomingMessage } from 'node:http'
 import { connect } from 'node:http2'
+import type { Http2ServerResponse } from 'node:http2'
 import type { AddressInfo } from 'node:net'
 import Fastify from 'fastify'
 import type { FastifyInstance, FastifyReply } from 'fastify'
@@ -97,6 +98,71 @@ t.test('over HTTP/2 they do not hold app.close() either', async t => {
   await app.close()
   if (!session.closed) await once(session, 'close')
 })
+
+for (const http2 of [false, true]) {
+  const over = http2 ? 'HTTP/2' : 'HTTP/1.1'
+  const ask = ({ server }: FastifyInstance, headers = {}) => {
+    const { port } = server.address() as AddressInfo
+    if (!http2) return get({ port, path: EVENTS, agent: false, headers }).on('error', () => {})
+    const session = connect(`http://127.0.0.1:${port}`)
+    return session.request({ ':path': EVENTS, ...headers }).on('error', () => {}).on('close', () => { session.destroy() })
+  }
+
+  t.test(`pages that go away while onRequest decides take up no room, ${over}`, async t => {
+    const app = Fastify({ http2 } as object) as unknown as FastifyInstance
+    t.teardown(() => app.close())
+    await app.register(openaiWebhook, { secret: SECRET })
+    const decided: Array<Promise<unknown>> = []
+    const arrivals = new EventEmitter()
+    await app.register(inspector, {
+      onRequest: async ({ headers }, { raw }) => {
+        if (headers['x-leaves'] === undefined) return
+        const gone = once(raw, 'close')
+        decided.push(gone)
+        arrivals.emit('one')
+        await gone
+      }
+    })
+    await app.listen({ port: 0, host: '127.0.0.1' })
+    for (let i = 0; i < 20; i++) {
+      const arrived = once(arrivals, 'one')
+      const request = ask(app, { 'x-leaves': 'yes' })
+      await arrived
+      request.destroy()
+    }
+    await Promise.all(decided)
+    const request = ask(app)
+    const [answer] = await once(request, 'response') as [IncomingMessage | { ':status': number }]
+    t.equal(':status' in answer ? answer[':status'] : answer.statusCode, 200)
+    request.destroy()
+  })
+
+  t.test(`a reader that is paused costs no memory, ${over}`, async t => {
+    const ticks: Array<() => void> = []
+    t.capture(global, 'setInterval', ((tick: () => void) => {
+      ticks.push(tick)
+      return { unref () { return this } }
+    }) as never)
+    const live = new Live({ watch () {}, takeChanged: () => [{ type: 'x'.repeat(262_144) } as Row], stats: async () => ({}) as Stats })
+    const app = Fastify({ http2 } as object) as unknown as FastifyInstance
+    t.teardown(() => app.close())
+    let raw: FastifyReply['raw']
+    app.get(EVENTS, (_request, reply) => {
+      raw = reply.raw
+      live.open(reply, async () => ({}) as Hello).catch(t.error)
+    })
+    await app.listen({ port: 0, host: '127.0.0.1' })
+    const request = ask(app)
+    await once(request, 'response') // nobody reads on
+    for (let nth = 0; nth < 80; nth++) { // 20 MB
+      ticks.at(-1)!()
+      await new Promise(resolve => setImmediate(resolve))
+    }
+    t.ok((http2 ? (raw! as unknown as Http2ServerResponse).stream : raw!).writableLength < 2 * 1_048_576)
+    request.destroy()
+    await once(raw!, 'close')
+  })
+}
 
 /** A reply whose reader the test is. */
 function fakeReply (): { reply: FastifyReply, written: string[], raw: EventEmitter & { writableNeedDrain: boolean } } {
