@@ -109,6 +109,7 @@ function assemble (instance: FastifyInstance, options: OpenAIWebhookOptions, com
     settles: [],
     handler: dispatching()
   }
+  let isStarted = false
   let closed: Promise<void> | undefined
 
   return {
@@ -122,11 +123,14 @@ function assemble (instance: FastifyInstance, options: OpenAIWebhookOptions, com
       // A runner has one host: with two, what one registration acknowledged would run the handlers of the other.
       if (runnersInUse.has(runner)) throw new InvalidOptions('expected a runner of its own, got one that another registration of the plugin uses')
       runnersInUse.add(runner)
+      isStarted = true
       await runner.start?.(new Queued(works, claims, handling, failures))
     },
     async close () {
-      closed ??= drain({ works, claims, runner, failures, abort, closeTimeout: options.closeTimeout ?? DEFAULTS.closeTimeout }).then(() => {
-        runnersInUse.delete(runner)
+      // Where the runner is another registration's, this one has failed to start.
+      const isOurs = isStarted || !runnersInUse.has(runner)
+      closed ??= drain({ works, claims, runner: isOurs ? runner : undefined, failures, abort, closeTimeout: options.closeTimeout ?? DEFAULTS.closeTimeout }).then(() => {
+        if (isOurs) runnersInUse.delete(runner)
         bounds.close()
         failures.flush()
       })

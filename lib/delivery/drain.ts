@@ -7,7 +7,7 @@ import type { Works } from './work.ts'
 export interface DrainOptions {
   readonly works: Works
   readonly claims: Claims
-  readonly runner: Runner
+  readonly runner: Runner | undefined
   readonly failures: Failures
   /** Is aborted when `closeTimeout` is over. */
   readonly abort: AbortController
@@ -27,7 +27,7 @@ export async function drain ({ works, claims, runner, failures, abort, closeTime
     }, closeTimeout)
   })
   async function drained (): Promise<void> {
-    const runnerClosed = attempt(() => runner.close?.(abort.signal), error => failures.trouble(error))
+    const runnerClosed = attempt(() => runner?.close?.(abort.signal), error => failures.trouble(error))
     await Promise.all([runnerClosed, works.drained()])
     // A runner of the user's may leave some.
     await Promise.all([...works.kept.keys()].map(async key => await claims.release(works.takeKept(key)!)))

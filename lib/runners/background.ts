@@ -2,7 +2,7 @@ import { inContext } from '../async-context.ts'
 import { assertCount, assertNames } from '../checks.ts'
 import { Overloaded } from '../errors.ts'
 import { deadDelivery } from './handler-failures.ts'
-import { keyOf, tellDead } from './runner.ts'
+import { assertOpen, keyOf, tellDead } from './runner.ts'
 import type { Job, Runner, RunnerHost } from './runner.ts'
 
 export interface BackgroundOptions {
@@ -62,7 +62,10 @@ export function background (options: BackgroundOptions = {}): Runner {
   }
 
   return {
-    start (startedBy) { host = startedBy },
+    start (startedBy) {
+      assertOpen('background', closing)
+      host = startedBy
+    },
     run (job) {
       const key = keyOf(job)
       if (waiting.has(key) || running.has(key)) return 'duplicate'

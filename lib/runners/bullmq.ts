@@ -6,7 +6,7 @@ import { grouped } from '../grouped.ts'
 import { causeOf, deadDelivery, describeFailure } from './handler-failures.ts'
 import { RETENTION } from '../stores/store.ts'
 import { assertCount, assertNames } from '../checks.ts'
-import { assertRemembered, keyOf, tellDead } from './runner.ts'
+import { assertOpen, assertRemembered, keyOf, tellDead } from './runner.ts'
 import { storableError } from './storable.ts'
 import type { DeadDelivery, DeliveryError, DeliveryRef, Job, Runner, RunnerHost } from './runner.ts'
 
@@ -209,6 +209,7 @@ export function bullmq (options: BullMQOptions): Runner {
 
   return {
     async start (startedBy) {
+      assertOpen('bullmq', closing)
       host = startedBy
       // An 'error' without a listener would end the process; trouble is told, and BullMQ connects again by itself.
       queue = new Queue<QueuedData>(queueName, { connection: redis }, ...others)

@@ -8,7 +8,7 @@ import { RETENTION } from '../stores/store.ts'
 import { assertCount, assertNames } from '../checks.ts'
 import { grouped } from '../grouped.ts'
 import { deadDelivery, describeFailure } from './handler-failures.ts'
-import { assertRemembered, keyOf, tellDead } from './runner.ts'
+import { assertOpen, assertRemembered, keyOf, tellDead } from './runner.ts'
 import { storable } from './storable.ts'
 import type { DeadDelivery, DeliveryRef, Job, Runner, RunnerHost } from './runner.ts'
 
@@ -263,6 +263,7 @@ export function pgboss (options: PgBossOptions): Runner {
 
   return {
     async start (startedBy) {
+      assertOpen('pgboss', closing)
       host = startedBy
       boss.on('error', onError)
       await boss.createQueue(deadName, { retentionSeconds: KEPT })

@@ -1,4 +1,4 @@
-import { NeedsForce } from '../errors.ts'
+import { InvalidOptions, NeedsForce } from '../errors.ts'
 import type { MaybePromise } from '../stores/store.ts'
 
 /** One verified delivery, as plain JSON, so that any queue can carry it. */
@@ -156,6 +156,11 @@ export function assertRemembered ({ webhookId, finished = [], remembered = {} }:
 export function tellDead (host: RunnerHost, delivery: DeadDelivery, error: unknown): void {
   if (host.dead === undefined) host.report(error, delivery)
   else host.dead(delivery, error)
+}
+
+/** A runner that was closed answers everything 503. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
+export function assertOpen (runner: string, closed: boolean): void {
+  if (closed) throw new InvalidOptions(`${runner}: expected a runner that no app has closed: make one for each app`)
 }
 
 /** The runners of apps that are ready and not closed. */

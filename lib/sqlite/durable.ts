@@ -7,7 +7,7 @@ import { DeadJobs, openJobs, parseFailure } from './jobs.ts'
 import type { Failure } from './jobs.ts'
 import { pruning } from './pruning.ts'
 import { assertCount, assertNames } from '../checks.ts'
-import { keyOf, tellDead } from '../runners/runner.ts'
+import { assertOpen, keyOf, tellDead } from '../runners/runner.ts'
 import type { DeadDelivery, DeliveryRef, Job, RequeueOptions, Runner, RunnerHost } from '../runners/runner.ts'
 
 export interface DurableOptions {
@@ -358,6 +358,7 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
 
   return {
     start (startedBy) {
+      assertOpen('durable', closing)
       host = startedBy
       schedule()
     },
