@@ -164,7 +164,7 @@ export class OwnHandler {
       this.#sendPlainly.call(reply, payload)
     } catch (error) {
       // While an async onError hook holds somebody else's answer, Fastify refuses all others.
-      if (at === 'open' && isHeld(error)) return this.#sentLate(payload)
+      if ((at === 'open' || at === 'cut off') && isHeld(error)) return this.#sentLate(payload)
       // A serializer of the app has thrown: nothing is on its way.
       if (at === 'open') standing.move({ at: 'open' })
       throw error
@@ -192,7 +192,7 @@ export class OwnHandler {
     if (this.#isRefusing) this.#refusal ??= payload
     if (!this.#isCalled && (this.#isPassing || payload === this.#refusal || isErrorHandler(this.#request))) {
       // What was sent before was the own handler's.
-      if (unsure !== undefined && !this.#isPassing) this.#settle(unsure.succeeded)
+      if (unsure !== undefined && !this.#isPassing) this.#endsWith(unsure.succeeded)
       else if (!(payload instanceof Error)) this.#standing.move({ ...state, isRefused: true })
       return this.#pass(payload)
     }
@@ -223,8 +223,15 @@ export class OwnHandler {
   #sentLate (payload: unknown): FastifyReply {
     const { state } = this.#standing
     const { statusCode = 200, unsure } = state.at === 'late' ? state : {}
-    this.#settle(unsure?.succeeded !== false && isSuccessful(payload, statusCode), payload instanceof Error ? payload : undefined)
+    this.#endsWith(unsure?.succeeded !== false && isSuccessful(payload, statusCode), payload instanceof Error ? payload : undefined)
     return this.#reply
+  }
+
+  /** A failure that is sent while the handler runs, by itself or by a hook of the app, counts once it has ended: a retry must not run it beside itself. */
+  #endsWith (succeeded: boolean, error?: unknown): void {
+    const { state } = this.#standing
+    if (succeeded || this.#call !== 'runs' || this.#isCalled) this.#settle(succeeded, error)
+    else this.#standing.move(state.at === 'late' ? { ...state, failed: { error } } : { at: 'cut off', judge: () => false })
   }
 
   #returned (payload: unknown): void {
@@ -232,7 +239,8 @@ export class OwnHandler {
     this.#call = 'returned'
     switch (state.at) {
       case 'late':
-        if (payload === undefined) this.#settle(state.unsure?.succeeded !== false)
+        if (state.failed !== undefined && (payload === undefined || payload === this.#reply)) this.#settle(false, state.failed.error)
+        else if (payload === undefined) this.#settle(state.unsure?.succeeded !== false)
         else if (payload !== this.#reply) this.#sentLate(payload)
         // A reply that is sent tells nothing more.
         else if (this.#isAnswered) this.#settle(false)

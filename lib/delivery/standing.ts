@@ -24,9 +24,16 @@ export type ReplyState =
    *
    * `statusCode`: what it would answer with; `reply` has the status of the refusal. `isRefused`: an error handler has sent the
    * refusal. `unsure`: something was sent before that, by the own handler, or by an error handler that has lost the async
-   * context; whether it was a success, and whether it was an error, which another error handler goes on with.
+   * context; whether it was a success, and whether it was an error, which another error handler goes on with. `failed`: a failure
+   * was sent since, by the own handler or by a hook of the app; it counts once the own handler has ended.
    */
-  | { readonly at: 'late', readonly statusCode: number, readonly isRefused?: boolean, readonly unsure?: { readonly succeeded: boolean, readonly isError: boolean } }
+  | {
+    readonly at: 'late'
+    readonly statusCode: number
+    readonly isRefused?: boolean
+    readonly unsure?: { readonly succeeded: boolean, readonly isError: boolean }
+    readonly failed?: { readonly error: unknown }
+  }
   /** How the own handler ended is recorded. `release` lets go of an answer that still waits for the store. */
   | { readonly at: 'recorded', readonly release?: () => void }
   /** The delivery's verdict is known: it is the answer, or comes after the deadline's. */

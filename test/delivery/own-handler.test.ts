@@ -463,6 +463,55 @@ t.test('a handler that still runs at the deadline', async t => {
     t.equal(runs(), 1)
   })
 
+  // By the handler, or by a hook of the app that has a time limit of its own, while an async hook holds the deadline's refusal.
+  for (const by of ['itself', 'a hook of the app'] as const) {
+    for (const held of by === 'itself' ? [undefined] : ['onSend', 'onError'] as const) {
+      t.test(`and then has a failure sent by ${by}, held by ${held ?? 'nothing'}: it runs on, and not beside itself`, async t => {
+        const [started, refusing, letGo, failed, end] = [deferred<{ reply: FastifyReply }>(), deferred(), deferred(), deferred(), deferred()]
+        const { app, runs, log, store: { calls } } = await route(t, async (_request, reply) => {
+          if (runs() > 1) return 'again'
+          started.resolve({ reply })
+          if (by === 'itself') {
+            await refusing.promise
+            reply.code(500).send('busy')
+            failed.resolve()
+          }
+          await end.promise
+        }, { deadline: 1_000 })
+        if (held !== undefined) {
+          app.addHook(held as 'onError', async () => {
+            if (runs() > 1) return
+            refusing.resolve()
+            await letGo.promise
+          })
+        }
+        await app.ready()
+        const clock = stoppedClock(t)
+        const delivery = sign(thin('batch.failed'))
+        const first = answer(app, delivery)
+        const { reply } = await started.promise
+        clock.advance(1_000)
+        if (by === 'itself') {
+          await first
+          refusing.resolve()
+          await failed.promise
+        } else {
+          await refusing.promise
+          reply.code(503).send('too slow')
+          letGo.resolve()
+        }
+        t.match(await first, /^503 /)
+        const joined = answer(app, redelivered(delivery))
+        while (runs() === 1 && !log.lines.some(({ state }) => state === 'joined')) await tick()
+        t.equal(runs(), 1)
+        t.notOk(calls.includes('release'))
+        end.resolve()
+        t.match(await joined, /^500 .*HANDLER_FAILED/)
+        t.equal(await answer(app, redelivered(delivery)), '200 again')
+      })
+    }
+  }
+
   t.test('with its answer in an onSend hook is not answered for', async t => {
     const held = deferred()
     const sending = deferred()
