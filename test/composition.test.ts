@@ -3,7 +3,7 @@ import { connect } from 'node:http2'
 import type { AddressInfo } from 'node:net'
 import rateLimit from '@fastify/rate-limit'
 import Fastify from 'fastify'
-import type { FastifyBaseLogger, FastifyInstance, FastifyReply } from 'fastify'
+import type { FastifyBaseLogger, FastifyInstance, FastifyReply, RouteHandlerMethod } from 'fastify'
 import t from 'tap'
 import { InvalidSignature } from '../lib/errors.ts'
 import openaiWebhook from '../lib/index.ts'
@@ -127,6 +127,51 @@ t.test('what an app sets after the plugin holds for its routes as for those that
         for (const url of ['/own', '/route', '/marked']) t.same(await seen(url), plain, url)
       }
     })
+  }
+})
+
+t.test('a function around handlers that ends what the handler has begun to write itself', async t => {
+  const app = Fastify() as FastifyInstance
+  t.teardown(() => app.close())
+  await app.register(openaiWebhook, { secret: SECRET })
+  app.addHook('onRoute', route => {
+    const { handler } = route
+    route.handler = async function (request, reply) {
+      await (handler as Function).call(this, request, reply)
+      reply.raw.end('end')
+    }
+  })
+  let runs = 0
+  const begin = (reply: FastifyReply): void => {
+    runs++
+    reply.hijack()
+    reply.raw.write('begun, ')
+  }
+  const handlers: Record<string, RouteHandlerMethod> = {
+    'not async': (_request, reply) => { begin(reply) },
+    'async, at once': async (_request, reply) => { begin(reply) },
+    'async, later': async (_request, reply) => {
+      await new Promise(resolve => setTimeout(resolve, 5))
+      begin(reply)
+    }
+  }
+  for (const [nth, handler] of Object.values(handlers).entries()) {
+    app.post(`/plain/${nth}`, handler)
+    app.post(`/marked/${nth}`, { config: { openaiWebhook: {} } }, handler)
+  }
+  await app.listen({ port: 0, host: '127.0.0.1' })
+  const { port } = app.server.address() as AddressInfo
+  for (const [nth, name] of Object.keys(handlers).entries()) {
+    const delivery = sign(thin('batch.failed'))
+    const ask = async (url: string): Promise<string> => {
+      const { headers, body } = redelivered(delivery)
+      return await (await fetch(`http://127.0.0.1:${port}/${url}/${nth}`, { method: 'POST', headers: { ...headers, connection: 'close' }, body: new Uint8Array(body) })).text()
+    }
+    t.equal(await ask('plain'), 'begun, end', name)
+    t.equal(await ask('marked'), 'begun, end', name)
+    runs = 0
+    t.equal(await ask('marked'), '{"received":true,"duplicate":true}', name)
+    t.equal(runs, 0)
   }
 })
 

@@ -40,6 +40,7 @@ export class OwnHandler {
   readonly #request: FastifyRequest
   readonly #reply: FastifyReply
   readonly #record: RecordEnd
+  readonly #handOver: () => void
   /** Fastify's own `reply.send`. */
   readonly #sendPlainly: FastifyReply['send']
   #call: 'runs' | 'returned' | 'threw' = 'runs'
@@ -56,11 +57,13 @@ export class OwnHandler {
   /** The handler is being called: whatever is sent is its own. */
   #isCalled = false
 
-  constructor (standing: Standing, request: FastifyRequest, reply: FastifyReply, record: RecordEnd) {
+  /** @param handOver called once it has ended and answers past Fastify */
+  constructor (standing: Standing, request: FastifyRequest, reply: FastifyReply, record: RecordEnd, handOver: () => void) {
     this.#standing = standing
     this.#request = request
     this.#reply = reply
     this.#record = record
+    this.#handOver = handOver
     this.#sendPlainly = reply.send
   }
 
@@ -291,6 +294,7 @@ export class OwnHandler {
     if (this.#standing.state.at !== 'open') return
     this.#standing.move({ at: 'replying', judge: () => raw.writableEnded && isSuccess(statusOf(raw)), isOverdue: false })
     this.#awaitClose()
+    this.#handOver()
   }
 
   /**

@@ -30,6 +30,9 @@ export class Reply implements Sender {
   /** What it waits for. */
   #work: Work | undefined
   #timer: NodeJS.Timeout | undefined
+  /** The own handler has ended and answers past Fastify: what is around it may have to go on for that. */
+  #isHandedOver = false
+  #onHandedOver: (() => void) | undefined
 
   constructor (
     readonly request: VerifiedRequest,
@@ -42,6 +45,9 @@ export class Reply implements Sender {
       this.#own = new OwnHandler(this.#standing, request, reply, (succeeded, error) => {
         this.#closeConnection()
         return record(succeeded, error)
+      }, () => {
+        this.#isHandedOver = true
+        this.#onHandedOver?.()
       })
       this.#own.run(own, scope)
     })
@@ -53,6 +59,15 @@ export class Reply implements Sender {
     this.#work = receiver.receive(endpoint, this)
     // Unref'd: the sender's socket keeps the process alive, and the timer alone must not.
     if (this.#standing.state.at !== 'closed') this.#timer = setTimeout(expire, deadline, this).unref()
+  }
+
+  /** Resolves once the answer is out, the sender is gone, or the own handler leaves the rest of it to what is around it. */
+  given (): Promise<void> {
+    return new Promise((resolve, reject) => {
+      this.#onHandedOver = resolve
+      if (this.#isHandedOver) resolve()
+      else this.reply.then(resolve, reject)
+    })
   }
 
   tell (verdict: Verdict): void {

@@ -1,4 +1,4 @@
-import type { FastifyInstance, FastifyReply, RouteHandlerMethod } from 'fastify'
+import type { FastifyInstance, RouteHandlerMethod } from 'fastify'
 import { Deadline } from '../deadline.ts'
 import { Reply } from '../delivery/reply.ts'
 import type { Receiver } from '../delivery/receive.ts'
@@ -45,16 +45,12 @@ export function deliver ({ receiver, deadline, failures }: Routes, { name }: End
   const handle: RouteHandlerMethod = function (request, reply) {
     if (request.openaiWebhook === null) throw unverified(name)
     handling(request, own !== undefined)
-    new Reply(request as VerifiedRequest, reply, options, this).run()
+    const answer = new Reply(request as VerifiedRequest, reply, options, this)
+    answer.run()
     // An async function around this one that was given nothing would have Fastify answer with nothing, at once.
-    if (declared() !== handle) return answered(reply)
+    if (declared() !== handle) return answer.given()
   }
   return handle
-}
-
-/** Resolves once the answer is out, or the sender is gone. */
-async function answered (reply: FastifyReply): Promise<void> {
-  await reply
 }
 
 /** The bounds of bodies, before it is known who has sent them. */
