@@ -15,21 +15,31 @@ export interface OpenAIWebhook {
    * once the app is ready.
    */
   on<Name extends EventType | EventPattern> (type: Name | readonly Name[], handler: EventHandler<EventOf<Name>>, options?: HandlerOptions): this
-  /** Runs the handler for every verified event, beside those that match its type. */
+  /**
+   * Runs the handler for every verified event, beside those that match its type.
+   *
+   * Throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS for a taken `name` or what is no function, FST_OPENAI_WEBHOOK_ALREADY_STARTED once the
+   * app is ready.
+   */
   onAny (handler: EventHandler<WebhookEvent>, options?: HandlerOptions): this
-  /** Runs the handler for verified events that no `on` handler matches, unknown types included. */
+  /** Runs the handler for verified events that no `on` handler matches, unknown types included. Throws as `onAny` does. */
   onUnhandled (handler: EventHandler<WebhookEvent | UnknownEvent>, options?: HandlerOptions): this
-  /** Reports every failure to the handler. What it returns or throws changes nothing for the sender. */
+  /**
+   * Reports every failure to the handler. What it returns or throws changes nothing for the sender.
+   *
+   * Throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS for what is no function, FST_OPENAI_WEBHOOK_ALREADY_STARTED once the app is ready.
+   */
   onError (handler: ErrorHandler): this
   /**
    * Calls the handler with each delivery whose attempts are used up, once, in the process that made the last attempt. What it
-   * throws is logged. A crash may swallow the call, so rely on `deadLetters`.
+   * throws is logged. A crash may swallow the call, so rely on `deadLetters`. Throws as `onError` does.
    */
   onDead (handler: DeadHandler): this
   /**
    * Adds a receiving route in this scope, with its own overrides. The app's handlers run there and those in `on`.
    *
-   * Throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS, FST_OPENAI_WEBHOOK_INVALID_SECRET, FST_OPENAI_WEBHOOK_ALREADY_STARTED.
+   * Throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS, FST_OPENAI_WEBHOOK_INVALID_SECRET, FST_OPENAI_WEBHOOK_ALREADY_STARTED. Where another
+   * receiving route has the URL, the app does not start: FST_OPENAI_WEBHOOK_INVALID_ROUTE.
    */
   route (options: WebhookRouteOptions): this
   /**

@@ -36,8 +36,9 @@ export interface RefusedMessage {
   readonly endpoint: string
   /** Whatever the sender has named, where the route serves many tenants. */
   readonly tenant?: string | undefined
-  /** Known once the delivery is verified. So is the event. */
+  /** Known once the signature was right. */
   readonly webhookId?: string | undefined
+  /** Known once it was of the right shape too: not with INVALID_BODY and INVALID_EVENT. */
   readonly event?: DeliveryInfo['event'] | undefined
   readonly request: FastifyRequest
 }

@@ -11,11 +11,11 @@ export interface EventContext {
   readonly endpoint: string
   /** The tenant whose secret it was signed with; only where the route serves many. */
   readonly tenant?: string
-  /** Logs with the delivery's `webhookId`, `eventType`, `endpoint` and `tenant`. */
+  /** Logs with the delivery's `webhookId`, `eventId`, `eventType`, `endpoint` and `tenant`, and with `attempt` where a runner counts them. */
   readonly log: FastifyBaseLogger
   /** Aborts when the app is closing and `closeTimeout` is over; not at the deadline. */
   readonly signal: AbortSignal
-  /** Present only where the handler runs in the request, by the `inline()` runner. */
+  /** Present only where the handler runs in the request: by the `inline()` runner, and on a route with a handler of its own, whatever the runner. */
   readonly request?: VerifiedRequest
 }
 

@@ -24,7 +24,7 @@ export type ErrorHandler = (error: Error, info: FailureInfo) => unknown
 
 export type DeadHandler = (delivery: DeadDelivery) => unknown
 
-/** What is known of the delivery that failed. For a refusal by header that is nothing. */
+/** What is known of the delivery that failed. For a refusal by header that is the endpoint alone; for other trouble it may be nothing. */
 export interface FailureInfo {
   endpoint?: string
   /** Where the route serves many. Of a refusal it is whatever the sender has named. */

@@ -93,7 +93,10 @@ export class Work {
     this.#joined.set(sender, inContext((verdict: Verdict) => sender.tell(verdict)))
   }
 
-  /** The sender has been answered by the deadline. Its request is not kept while the handlers run, which may be for hours. */
+  /**
+   * The sender has been answered by the deadline. The request of one that has joined is not kept while the handlers run, which may be
+   * for hours; that of the first one is, since they run in it.
+   */
   leave (sender: Sender): void {
     this.#joined?.delete(sender)
   }

@@ -36,7 +36,7 @@ function toEvent (rawBody: Buffer): { type: string } | Error {
   return fault === undefined ? body as { type: string } : new InvalidBody(fault)
 }
 
-// A byte order mark is not JSON (RFC 8259, section 8.1).
+// A byte order mark is not JSON (RFC 8259, section 8.1). A `constructor` with a `prototype` in it is refused by the same text.
 const CLEAN_JSON = 'JSON, and no byte order mark or __proto__ key in it'
 
 /**

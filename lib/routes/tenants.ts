@@ -36,6 +36,7 @@ class Tenant implements Verification, Keys {
   readonly judge: Verification['judge']
   readonly judgeHeaders: Verification['judgeHeaders']
   readonly tolerance: number
+  /** Its own keyring: `verify` asks it to refresh. */
   readonly keyring: Keys = this
   readonly #tenants: Tenants
   readonly name: string

@@ -142,6 +142,8 @@ export function pgboss (options: PgBossOptions): Runner {
   if (!(pollingIntervalSeconds >= 0.5)) throw new InvalidOptions('pgboss: expected worker.pollingIntervalSeconds to be a number, 0.5 or more')
   const deadName = `${queueName}-dead`
   const settings = {
+    // More than the attempts: where the last one has no result, because its process ended, a further start buries the delivery, and
+    // pg-boss must not give the job up before the store has said which handlers had succeeded.
     retryLimit: attempts + LOOKS,
     retryDelay: Math.ceil(backoff / 1_000),
     ...(backoff > 0 && { retryBackoff: true, retryDelayMax: MAX_BACKOFF }),

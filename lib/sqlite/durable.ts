@@ -149,7 +149,7 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
       const room = Math.max(concurrency - running - ahead.size, 0)
       const rows = due.all(now, room + 1) as Row[]
       behind = rows.length > room
-      // The event loop was blocked for longer than the lease, and the job still runs here.
+      // A due job may still run here: the event loop was blocked for longer than the lease, and nothing renewed it meanwhile.
       startAll(host, rows.slice(0, room).filter(({ key }) => !active.has(key)))
       const [soonest] = next.all(now) as [{ due: number | null }]
       if (!behind && soonest.due !== null) wait = Math.min(wait, soonest.due - now)
