@@ -33,7 +33,8 @@ export interface PgBossOptions {
    */
   worker?: boolean | { concurrency?: number, batchSize?: number, pollingIntervalSeconds?: number }
   /**
-   * How often the handlers of a delivery are started before it goes to the dead letter queue. A start counts when it ends in a crash.
+   * How often the handlers of a delivery are started before it goes to the dead letter queue. A start counts when it ends in a crash,
+   * and so does one that then finds the dead process's claim still held in the store.
    *
    * @default 16
    */
@@ -46,7 +47,8 @@ export interface PgBossOptions {
    */
   backoff?: number
   /**
-   * Seconds that a worker may be silent before another one attempts its deliveries, 10 or more. pg-boss looks every
+   * Seconds that a worker may be silent before another one attempts its deliveries, 10 or more; no shorter than
+   * `idempotency.lease`, or the next attempt may find the dead one's claim still held. pg-boss looks every
    * `superviseIntervalSeconds`, and no sooner than `monitorIntervalSeconds` after the last look.
    *
    * @default 30
