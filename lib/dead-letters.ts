@@ -61,6 +61,8 @@ export class RunnerDeadLetters implements DeadLetters {
     if (requeue === undefined) throw new NoDeadLetters()
     assertNames('deadLetters.requeue()', options, ['force'])
     const { force = false } = options
+    // Text such as 'false' would force.
+    if (typeof force !== 'boolean') throw new InvalidOptions(`deadLetters.requeue(): expected force to be true or false, got a value of type ${typeof force}`)
     const { endpoint, webhookId, tenant } = (delivery ?? {}) as Partial<DeliveryRef>
     if (typeof endpoint !== 'string' || typeof webhookId !== 'string') {
       throw new InvalidOptions('deadLetters.requeue(): expected { endpoint, webhookId }, such as a delivery of list()')

@@ -456,11 +456,15 @@ t.test('deadLetters', async t => {
     const { deadLetters } = (await build(t, { runner: durable(open()) })).openaiWebhook
     for (const ask of [
       () => deadLetters.list({ limit: 0 }), () => deadLetters.list({ limit: '1' as never }), () => deadLetters.list({ type: 7 as never }),
-      () => deadLetters.requeue({ webhookId: 'wh_1' } as never), () => deadLetters.requeue({ endpoint: ENDPOINT } as never), () => deadLetters.requeue(undefined as never)
+      () => deadLetters.requeue({ webhookId: 'wh_1' } as never), () => deadLetters.requeue({ endpoint: ENDPOINT } as never), () => deadLetters.requeue(undefined as never),
+      () => deadLetters.requeue(REF, { force: 'false' as never })
     ]) {
       t.match(await messageOf(ask), /^deadLetters\.\w+\(\): expected /)
       t.equal(await codeOf(ask), 'INVALID_OPTIONS')
     }
+    const runner = durable(open())
+    t.throws(() => runner.dead({ limit: 1 } as never), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: 'durable: dead(): expected limit to be a whole number, 1 or more, got a value of type object' })
+    t.throws(() => runner.requeue(REF, { forc: true } as never), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: 'durable: requeue(): unknown option "forc", did you mean "force"?' })
     const app = await build(t)
     t.throws(() => app.openaiWebhook.onDead('a listener' as never), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: 'onDead(): expected a function, got string' })
   })

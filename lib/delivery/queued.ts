@@ -67,6 +67,11 @@ export class Queued implements RunnerHost {
     this.failures.dead(delivery, error)
   }
 
+  interrupted (job: Job): Job {
+    const remembered = this.handling.mayBeRemembered(job)
+    return remembered === undefined ? job : { ...job, remembered }
+  }
+
   async recorded (job: Job): Promise<{ done: boolean } & Required<Pick<Job, 'finished'>> & Pick<Job, 'remembered'>> {
     let finished: readonly string[] | undefined
     await this.#whenFree(job, undefined, async (_work, claim) => {
@@ -74,7 +79,7 @@ export class Queued implements RunnerHost {
       await this.claims.release(claim)
     })
     if (finished === undefined) return { done: true, finished: [] }
-    const remembered = this.handling.mayBeRemembered(job)
+    const { remembered } = this.interrupted(job)
     return { done: false, finished, ...(remembered !== undefined && { remembered }) }
   }
 

@@ -219,7 +219,10 @@ export function bullmq (options: BullMQOptions): Runner {
       if (worker === false) return
       processor = new Worker<QueuedData>(queueName, async (job, token) => {
         const { attemptsStarted: attempt, attemptsMade, stalledCounter, opts: { attempts = 1 } } = job
-        const { failure, stalls = 0, ...delivery } = queuedOf(job)
+        const { failure, stalls = 0, ...queued } = queuedOf(job)
+        // A worker died with it, or what it ended with could not be written.
+        const isInterrupted = stalledCounter > stalls || attempt - 1 > (failure?.attempt ?? 0)
+        const delivery = isInterrupted ? startedBy.interrupted?.(queued) ?? queued : queued
         if (stalledCounter - stalls >= attempts) return await giveUp(startedBy, job, delivery, attemptsMade + stalledCounter - stalls, token)
         try {
           await startedBy.process(delivery, attempt)

@@ -199,8 +199,10 @@ export function pgboss (options: PgBossOptions): Runner {
     const { id, data, output, retryCount, retryLimit } = job
     // A job that a person has redriven has the queue's limit, and one that was retried by hand a higher one.
     const attempts = retryLimit > LOOKS ? retryLimit - LOOKS : retryLimit
-    const { finished = [], remembered } = failureOf(output) ?? {}
-    const delivery: Job = { ...JSON.parse(data.delivery) as Job, ...(finished.length > 0 && { finished }), ...(remembered !== undefined && { remembered }) }
+    const { attempts: ended = 0, finished = [], remembered } = failureOf(output) ?? {}
+    const queued: Job = { ...JSON.parse(data.delivery) as Job, ...(finished.length > 0 && { finished }), ...(remembered !== undefined && { remembered }) }
+    // Where the last attempt has no result of ours, its process died, or the job expired.
+    const delivery = retryCount > ended ? host.interrupted?.(queued) ?? queued : queued
     const attempt = retryCount + 1
     if (attempt > attempts) return await giveUp(host, job, delivery, attempts, burials)
     try {

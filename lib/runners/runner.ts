@@ -99,6 +99,13 @@ export interface RunnerHost {
    */
   dead? (delivery: DeadDelivery, error: unknown): void
   /**
+   * To be asked before a further attempt of a job of which an earlier one has no end on record, such as one that ended with its
+   * process: any of its handlers may have used an inbox. As for `dead`, the plugin has it.
+   *
+   * @returns the job, with how long an inbox remembers each of them
+   */
+  interrupted? (job: Job): Job
+  /**
    * What the idempotency store knows of a job whose last attempt ended with its process. Rejects as `process` does. As for
    * `dead`, the plugin has it.
    *

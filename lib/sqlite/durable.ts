@@ -182,7 +182,7 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
       const entry = entries[index]!
       if (!taken[index]) letGo(entry)
       else if (isOver(row)) follow(host, entry, async () => await giveUp(host, jobOf(row), row.attempts, entry))
-      else follow(host, entry, async () => await attempt(host, jobOf(row), row.attempts + 1, entry))
+      else follow(host, entry, async () => await attempt(host, nextOf(host, row), row.attempts + 1, entry))
     }
   }
 
@@ -407,9 +407,15 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
       const [{ count }] = pending.all() as [{ count: number }]
       return Math.max(0, count - active.size + ahead.size)
     },
-    dead: (limit = 100, type) => deadJobs.list(limit, { type }),
+    dead (limit = 100, type) {
+      // Some libraries end the process over a value of another kind.
+      assertCount('durable: dead()', 'limit', limit, 1)
+      return deadJobs.list(limit, { type })
+    },
     deadCount: () => deadJobs.count(),
-    requeue (delivery, { force = false } = {}) {
+    requeue (delivery, options = {}) {
+      assertNames('durable: requeue()', options, ['force'])
+      const { force = false } = options
       const revived = deadJobs.revive(delivery, force)
       if (revived) schedule()
       return revived
@@ -442,6 +448,13 @@ interface Ahead {
 
 /** Which row, and whose: what `held` compares with. */
 const holder = ({ key, until, renewing = until }: Active): [string, number, number] => [key, until, renewing]
+
+/** The job for another attempt. */
+function nextOf (host: RunnerHost, row: Row): Job {
+  const job = jobOf(row)
+  const isInterrupted = row.attempts > (parseFailure(row.failure).attempt ?? 0)
+  return isInterrupted ? host.interrupted?.(job) ?? job : job
+}
 
 function jobOf ({ job, failure }: Row): Job {
   const { finished = [], remembered } = parseFailure(failure)

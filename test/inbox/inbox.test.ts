@@ -1,6 +1,7 @@
 import { join } from 'node:path'
 import { rmSync } from 'node:fs'
 import t from 'tap'
+import { memoryStore } from '../../lib/index.ts'
 import type { EventContext, EventHandler } from '../../lib/index.ts'
 import { durable, sqliteInbox, sqliteStore } from '../../lib/sqlite/index.ts'
 import { build, post, sign, thin } from '../support/deliveries.ts'
@@ -359,6 +360,23 @@ t.test('a dead delivery that an inbox may have forgotten is requeued by force al
     await until('it to be dead', () => runner.deadCount() === 1)
     t.match(runner.dead(), [{ remembered: { settle: 1_001 } }])
     await t.rejects(app.openaiWebhook.deadLetters.requeue(REF), NEEDS_FORCE)
+  })
+
+  await t.test('where its process ended in an earlier attempt, and no handler came as far as the inbox since', async t => {
+    for (const how of ['the store is down', 'the handler fails before it'] as const) {
+      const db = openSqlite(':memory:')
+      t.teardown(() => { db.close() })
+      const runner = durable(db, { attempts: 3, backoff: 0 })
+      const begin = (): never => { throw new Error('the store is down') }
+      const app = await build(t, { runner, ...(how === 'the store is down' && { idempotency: { store: { ...memoryStore(), begin } } }) })
+      brief(db)
+      app.openaiWebhook.on('batch.failed', fail, { name: 'settle' })
+      db.prepare('INSERT INTO openai_webhook_jobs (key, job, attempts, due) VALUES (?, ?, 1, 0)').run('/webhooks/openai wh_1', JSON.stringify({ ...REF, timestamp: 1, event: thin('batch.failed') }))
+      await app.ready()
+      await until('it to be dead', () => runner.deadCount() === 1)
+      t.match(runner.dead(), [{ attempts: 3, remembered: { settle: 1_001 } }], how)
+      await t.rejects(app.openaiWebhook.deadLetters.requeue(REF), NEEDS_FORCE)
+    }
   })
 
   await t.test('and any other is requeued at any age', async t => {

@@ -434,6 +434,23 @@ t.test('bullmq', { skip }, async t => {
     t.equal(starts(), 4)
   })
 
+  t.test('an attempt after one that its worker died in is told what an inbox may remember', async t => {
+    const jobs: unknown[] = []
+    const { runner, told } = await stalling(t, {
+      interrupted: job => {
+        jobs.push(job)
+        return { ...job, remembered: { bill: 1 } }
+      }
+    }, { attempts: 3, backoff: 1 }, start => {
+      if (start > 1) throw new Error('no such customer')
+      return 'stalls'
+    })
+    await until('it to be dead', () => told.some(([how]) => how === 'dead'))
+    t.match(jobs, [{ webhookId: 'wh_1', remembered: undefined }, { webhookId: 'wh_1' }])
+    t.match(await runner.dead!(), [{ webhookId: 'wh_1', remembered: { bill: 1 } }])
+    await t.rejects(async () => await runner.requeue!({ webhookId: 'wh_1', endpoint: ENDPOINT }), { code: 'FST_OPENAI_WEBHOOK_NEEDS_FORCE' })
+  })
+
   t.test('and not dead where the store knows it to have been processed', async t => {
     const { runner, told, queue } = await stalling(t, { recorded: async () => ({ done: true, finished: [] }) })
     await until('it to be completed', async () => await queue.getCompletedCount() === 1)

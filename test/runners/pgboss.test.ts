@@ -392,6 +392,33 @@ t.test('dead deliveries', { skip }, async t => {
     t.equal(await deadLetters.count(), 0)
   })
 
+  t.test('by a process that ended in an earlier attempt: the next one is told what an inbox may remember', async t => {
+    const boss = await startedBoss(t, server)
+    const queueName = newQueue()
+    const host = { report () {}, process (): never { throw new Error('no such customer') } }
+    const first = pgboss({ boss, queueName, attempts: 3, backoff: 0, worker: false })
+    await first.start!(host)
+    const ref = { webhookId: 'wh_1', endpoint: ENDPOINT }
+    await first.run({ ...ref, timestamp: 1, event: { type: 'batch.failed' } })
+    t.equal((await boss.fetch(queueName)).length, 1, 'as a worker does that is killed then')
+    await lapsed(boss, admin(t), queueName)
+    const jobs: Job[] = []
+    const second = pgboss({ boss, queueName, attempts: 3, backoff: 0, worker: { concurrency: 1 } })
+    await second.start!({
+      ...host,
+      interrupted: job => {
+        jobs.push(job)
+        return { ...job, remembered: { bill: 1 } }
+      }
+    })
+    await until('it to be dead', async () => await second.deadCount!() === 1)
+    t.match(jobs, [ref], 'once: the next has an end on record')
+    t.match(await second.dead!(), [{ ...ref, attempts: 3, remembered: { bill: 1 } }])
+    await t.rejects(async () => await second.requeue!(ref), { code: 'FST_OPENAI_WEBHOOK_NEEDS_FORCE' })
+    await second.close!()
+    await first.close!()
+  })
+
   t.test('by a process that ended in the last attempt: the store knows what had succeeded', async t => {
     const boss = await startedBoss(t, server)
     const pool = admin(t)
