@@ -205,7 +205,7 @@ t.test('trouble: what no sender hears of, with the delivery where there is one',
   const failure = new Error('cannot record')
   const app = await build(t, { idempotency: { store: { ...memoryStore(), complete () { throw failure } } } })
   t.equal((await post(app, valid())).statusCode, 200)
-  t.same(messagesOf(told, 'trouble'), [{ error: failure, endpoint: undefined, webhookId: undefined, event: undefined }])
+  t.same(messagesOf(told, 'trouble'), [{ error: failure, endpoint: ENDPOINT, webhookId: 'wh_1', event: thin('batch.failed') }])
 
   let host!: RunnerHost
   const queued = await build(t, { runner: { start (startedBy) { host = startedBy }, run () {} } })

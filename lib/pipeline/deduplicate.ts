@@ -10,6 +10,8 @@ import { resourceKeyOf } from './resource-key.ts'
 export interface Held {
   readonly state: 'claimed'
   readonly key: string
+  /** The delivery that it was claimed for. */
+  readonly job: Job
   readonly token: string
   /** Handlers that have succeeded in earlier attempts. */
   readonly finished: readonly string[]
@@ -31,7 +33,7 @@ export interface ClaimsOptions {
   /** Whether what an event is about is claimed beside the delivery. */
   reconcile?: boolean
   /** Called with what the store failed with, and when a claim is lost. */
-  onTrouble: (error: unknown) => void
+  onTrouble: (error: unknown, job: Job) => void
 }
 
 /**
@@ -59,15 +61,15 @@ export class Claims {
    */
   begin (key: string, job: Job): MaybePromise<Begun> {
     const resource = this.#options.reconcile === true ? resourceKeyOf(job) : undefined
-    return resource === undefined ? this.#begin(key) : this.#beginBoth(key, resource)
+    return resource === undefined ? this.#begin(key, job) : this.#beginBoth(key, resource, job)
   }
 
   /** The delivery first: whoever has it waits for nobody. */
-  #beginBoth (key: string, resourceKey: string): MaybePromise<Begun> {
-    return then(this.#begin(key), claim => claim.state !== 'claimed'
+  #beginBoth (key: string, resourceKey: string, job: Job): MaybePromise<Begun> {
+    return then(this.#begin(key, job), claim => claim.state !== 'claimed'
       ? claim
       : after<Begun, Begun>(
-        () => this.#begin(resourceKey),
+        () => this.#begin(resourceKey, job),
         resource => this.#bothBegun(claim, resource),
         error => then(this.release(claim), () => { throw error })
       ))
@@ -83,9 +85,9 @@ export class Claims {
     return then(resource.state === 'done' ? this.complete(claim) : this.release(claim), () => resource)
   }
 
-  #begin (key: string): MaybePromise<Begun> {
+  #begin (key: string, job: Job): MaybePromise<Begun> {
     const { store, lease } = this.#options
-    return attempt<Begun>(() => then(store.begin(key, lease), claim => this.#checked(key, claim)), unavailable)
+    return attempt<Begun>(() => then(store.begin(key, lease), claim => this.#checked(key, job, claim)), unavailable)
   }
 
   /** Whether it is not known to have been lost. */
@@ -110,9 +112,9 @@ export class Claims {
     return both(this.#release(claim.resource), this.#release(claim))
   }
 
-  #checkpoint ({ key, token }: Held, handler: string): MaybePromise<void> {
+  #checkpoint ({ key, job, token }: Held, handler: string): MaybePromise<void> {
     const { store, onTrouble } = this.#options
-    return attempt(() => store.checkpoint(key, token, handler), onTrouble)
+    return attempt(() => store.checkpoint(key, token, handler), error => onTrouble(error, job))
   }
 
   #complete (claim: Held): MaybePromise<void> {
@@ -120,25 +122,25 @@ export class Claims {
     // A lost claim has been reported when its renewal failed.
     const isHeld = this.#held.delete(claim)
     return attempt<void>(() => then(store.complete(claim.key, claim.token, retention), held => {
-      if (held === false && isHeld) onTrouble(this.#lost(claim, 'before its success was on record: what took it over may run it again'))
-    }), onTrouble)
+      if (held === false && isHeld) onTrouble(this.#lost(claim, 'before its success was on record: what took it over may run it again'), claim.job)
+    }), error => onTrouble(error, claim.job))
   }
 
   #release (claim: Held): MaybePromise<void> {
     const { store, onTrouble } = this.#options
     this.#held.delete(claim)
-    return attempt(() => store.release(claim.key, claim.token), onTrouble)
+    return attempt(() => store.release(claim.key, claim.token), error => onTrouble(error, claim.job))
   }
 
   /** A user's store may answer anything, and a delivery with a claim that cannot be settled would hang. */
-  #checked (key: string, claim: Claim): Begun {
+  #checked (key: string, job: Job, claim: Claim): Begun {
     if (claim.state === 'done' || claim.state === 'running') return claim
     if (claim.state !== 'claimed' || !Array.isArray(claim.finished)) {
       throw new TypeError('expected the store\'s begin() to answer { state: "claimed", token, finished }, { state: "running" } or { state: "done" }')
     }
     // One timer for all claims, which stops when there are none. A quick delivery is over before it fires.
     this.#timer ??= this.#startTimer()
-    return this.#held.add({ state: 'claimed', key, token: claim.token, finished: claim.finished, resource: undefined, place: -1 })
+    return this.#held.add({ state: 'claimed', key, job, token: claim.token, finished: claim.finished, resource: undefined, place: -1 })
   }
 
   #renewAll (): void {
@@ -148,17 +150,17 @@ export class Claims {
     }
     // Told once: a store that cannot be reached fails all of them, which may be hundreds.
     let isTold = false
-    const onFailure = (error: unknown): void => {
-      if (!isTold) this.#options.onTrouble(error)
+    const onFailure = (error: unknown, { job }: Held): void => {
+      if (!isTold) this.#options.onTrouble(error, job)
       isTold = true
     }
-    for (const claim of [...this.#held.all]) attempt<void>(async () => await this.#renew(claim), onFailure)
+    for (const claim of [...this.#held.all]) attempt<void>(async () => await this.#renew(claim), error => onFailure(error, claim))
   }
 
   async #renew (claim: Held): Promise<void> {
     const { store, lease, onTrouble } = this.#options
     const extended = await store.extend(claim.key, claim.token, lease)
-    if (!extended && this.#held.delete(claim)) onTrouble(this.#lost(claim, 'before it could be renewed'))
+    if (!extended && this.#held.delete(claim)) onTrouble(this.#lost(claim, 'before it could be renewed'), claim.job)
   }
 
   #lost ({ key }: Held, before: string): Error {
