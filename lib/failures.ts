@@ -36,9 +36,9 @@ export class Failures {
     if (cause === undefined) this.#refusals.write(request.log, code, statusCode, delivery, message)
     else if (statusCode >= 500 && webhookId !== undefined) logError(request.log, cause, { code, ...logFields(delivery) }, message)
     else if (statusCode >= 500) this.#refusals.failed(request.log, code, cause, delivery, message)
-    else if (error instanceof InvalidSignature && (cause instanceof TypeError || cause instanceof ReferenceError)) this.#refusals.faulty(request.log, cause, code, endpoint)
-    else if (error instanceof InvalidEvent) this.#refusals.unjudged(request.log, cause, code, delivery)
-    else if (error instanceof UnknownTenant) this.#refusals.unnamed(request.log, cause, code, endpoint)
+    else if (error instanceof InvalidSignature && (cause instanceof TypeError || cause instanceof ReferenceError)) this.#refusals.failed(request.log, code, cause, { endpoint }, 'the verifier failed, and the delivery was refused', 'VERIFIER_FAILED')
+    else if (error instanceof InvalidEvent) this.#refusals.failed(request.log, code, cause, delivery, 'a schema failed, and the delivery was refused', 'SCHEMA_FAILED')
+    else if (error instanceof UnknownTenant) this.#refusals.failed(request.log, code, cause, { endpoint }, 'tenant.of failed, and the delivery was refused', 'TENANT_OF_FAILED')
     else this.#refusals.write(request.log, code, statusCode, delivery, message)
     if (channels.refused.hasSubscribers) {
       channels.refused.publish({ endpoint, tenant, webhookId, event, code, statusCode, error, request })

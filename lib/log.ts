@@ -126,24 +126,13 @@ export class RefusalLog {
     write(log, 'warn', { code, statusCode, ...logFields(delivery), reason: REASONED.includes(code) ? message : undefined, fix }, 'webhook delivery refused')
   }
 
-  /** A user's verifier is at fault. Strangers may bring it about, so it is bounded too. */
-  faulty (log: FastifyBaseLogger, cause: Error, code: string, endpoint: string): void {
-    if (this.#hasRoom(log, 'VERIFIER_FAILED', { endpoint })) logError(log, cause, { code, endpoint }, 'the verifier failed, and the delivery was refused')
-  }
-
-  /** A user's schema has thrown, likewise. */
-  unjudged (log: FastifyBaseLogger, cause: unknown, code: string, delivery: Described & { endpoint: string }): void {
-    if (this.#hasRoom(log, 'SCHEMA_FAILED', delivery)) logError(log, cause, { code, ...logFields(delivery) }, 'a schema failed, and the delivery was refused')
-  }
-
-  /** A user's `tenant.of` has thrown, likewise. */
-  unnamed (log: FastifyBaseLogger, cause: unknown, code: string, endpoint: string): void {
-    if (this.#hasRoom(log, 'TENANT_OF_FAILED', { endpoint })) logError(log, cause, { code, endpoint }, 'tenant.of failed, and the delivery was refused')
-  }
-
-  /** At `error`, with the cause: something of the app's has failed, before it was known who the sender is. */
-  failed (log: FastifyBaseLogger, code: string, cause: unknown, delivery: Described & { endpoint: string }, message: string): void {
-    if (this.#hasRoom(log, code, delivery)) logError(log, cause, { code, ...logFields(delivery) }, message)
+  /**
+   * At `error`, with the cause: something of the app's has failed, which strangers may bring about.
+   *
+   * @param counted names the window
+   */
+  failed (log: FastifyBaseLogger, code: string, cause: unknown, delivery: Described & { endpoint: string }, message: string, counted = code): void {
+    if (this.#hasRoom(log, counted, delivery)) logError(log, cause, { code, ...logFields(delivery) }, message)
   }
 
   unprocessed (log: FastifyBaseLogger, statusCode: number, endpoint: string): void {

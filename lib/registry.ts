@@ -4,6 +4,7 @@ import { AlreadyStarted, InvalidOptions } from './errors.ts'
 import { guideEvents } from './events/index.ts'
 import { assertHandlerName, givenName } from './handler-name.ts'
 import { nearestType } from './nearest.ts'
+import { attempt } from './maybe-promise.ts'
 import type { EventContext, Handler } from './handlers.ts'
 import type { DeadDelivery } from './runners/runner.ts'
 
@@ -49,25 +50,16 @@ export class HandlerList {
   readonly #label: string
   /** Whether it is a route's list and not the app's. */
   readonly isRoutes: boolean
-  readonly #names = new Set<string>()
+  readonly names = new Set<string>()
   readonly #matching: Registration[] = []
   readonly any: Handler[] = []
   readonly unhandled: Handler[] = []
-  #count = 0
-
-  get names (): ReadonlySet<string> {
-    return this.#names
-  }
 
   /** @param label keeps the names of a route's handlers apart from the app's */
   constructor (known: ReadonlySet<string>, label: string) {
     this.#known = known
     this.#label = label
     this.isRoutes = label !== ''
-  }
-
-  get isEmpty (): boolean {
-    return this.#count === 0
   }
 
   on (types: string | readonly string[], fn: AnyHandler, scope: FastifyInstance, options?: HandlerOptions): void {
@@ -100,13 +92,12 @@ export class HandlerList {
     if (typeof fn !== 'function') throw new InvalidOptions(`${method}(): expected a handler function, got ${fn === null ? 'null' : typeof fn}`)
     assertNames(`${method}()`, options, ['name'])
     const given = givenName(fn)
-    const name = options.name ?? given ?? `${this.#label}#${this.#count}`
+    const name = options.name ?? given ?? `${this.#label}#${this.names.size}`
     assertHandlerName(method, name)
     // The inbox has recorded it under the name of once().
     if (given !== undefined && name !== given) throw new InvalidOptions(`${method}(): expected the name that once() gave the handler, "${given}", or none, got "${name}"`)
-    if (this.#names.has(name)) throw new InvalidOptions(`${method}(): the handler name "${name}" is taken: names tell finished handlers apart, so each is used once`)
-    this.#names.add(name)
-    this.#count++
+    if (this.names.has(name)) throw new InvalidOptions(`${method}(): the handler name "${name}" is taken: names tell finished handlers apart, so each is used once`)
+    this.names.add(name)
     return { name, run: (fn as (event: unknown, context: EventContext) => unknown).bind(scope) }
   }
 
@@ -151,28 +142,13 @@ export class Registry {
 
   /** Calls every `onError` handler. What one throws goes to `fallback` and never fails the delivery. */
   report (error: unknown, info: FailureInfo, fallback: (error: unknown) => void): void {
-    tell(this.errorHandlers, handler => handler(error as Error, info), fallback)
+    for (const handler of this.errorHandlers) attempt(() => handler(error as Error, info), fallback)
   }
 
   /** Calls every `onDead` handler, likewise. */
   bury (delivery: DeadDelivery, fallback: (error: unknown) => void): void {
-    tell(this.deadHandlers, handler => handler(delivery), fallback)
+    for (const handler of this.deadHandlers) attempt(() => handler(delivery), fallback)
   }
-}
-
-function tell<Handler> (handlers: readonly Handler[], call: (handler: Handler) => unknown, fallback: (error: unknown) => void): void {
-  for (const handler of handlers) {
-    try {
-      const result = call(handler)
-      if (isThenable(result)) result.then(undefined, fallback)
-    } catch (thrown) {
-      fallback(thrown)
-    }
-  }
-}
-
-function isThenable (value: unknown): value is PromiseLike<unknown> {
-  return typeof (value as PromiseLike<unknown> | null | undefined)?.then === 'function'
 }
 
 /** The handlers of one endpoint by event type, worked out when the app is ready so that a request only looks them up. */
@@ -198,7 +174,7 @@ export class HandlerTable {
     const any = lists.flatMap(list => list.any)
     const unhandled = lists.flatMap(list => list.unhandled)
     this.#unknown = [...any, ...unhandled]
-    this.hasRouteHandlers = lists.some(list => list.isRoutes && !list.isEmpty)
+    this.hasRouteHandlers = lists.some(list => list.isRoutes && list.names.size > 0)
     for (const type of known) {
       const matching = lists.flatMap(list => list.matching(type))
       this.#byType.set(type, matching.length > 0 ? [...any, ...matching] : this.#unknown)

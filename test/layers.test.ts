@@ -22,7 +22,7 @@ const LAYERS = [
   ['handlers.ts'],
   ['stores', 'request.ts', 'verifiers'],
   ['events', 'checks.ts', 'coded.ts', 'deadline.ts', 'handler-name.ts', 'log.ts'],
-  ['errors.ts', 'grouped.ts', 'nearest.ts', 'pruning.ts', 'maybe-promise.ts', 'typebox.ts'],
+  ['errors.ts', 'grouped.ts', 'nearest.ts', 'pruning.ts', 'maybe-promise.ts', 'typebox.ts', 'within.ts'],
   ['async-context.ts']
 ]
 

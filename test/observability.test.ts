@@ -217,7 +217,7 @@ t.test('the document lists every alert, and no other', async t => {
 /** Level and text of what a file of lib writes to a log; of a text that is put together, its longest part. */
 function logged (file: string): Array<{ level: string, text: string }> {
   const source = readFileSync(join(ROOT, 'lib', file), 'utf8')
-  const calls = source.matchAll(/(?<!\.)\b(?:logError|(?:\w+\.)*?(?:log|to)\.(info|warn|debug|error)|(warn))\((?:[^()'`]|\([^()]*\))*(['`])((?:\\.|(?!\3).)*)\3\)/g)
+  const calls = source.matchAll(/(?<!\.)\b(?:logError|this\.#refusals\.failed|(?:\w+\.)*?(?:log|to)\??\.(info|warn|debug|error)|(warn))\((?:[^()'`]|\([^()]*\))*(['`])((?:\\.|(?!\3).)*)\3(?:, '\w+')?\)/g)
   const writes = source.matchAll(/\bwrite\([\w.#]+, '(info|warn|error)', (?:[^()'`]|\([^()]*\))*(['`])((?:\\.|(?!\2).)*)\2\)/g)
   return [
     ...[...calls].map(([, level, warn, , text]) => ({ level: level ?? warn ?? 'error', text: text! })),

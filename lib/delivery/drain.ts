@@ -2,6 +2,7 @@ import type { Failures } from '../failures.ts'
 import type { Claims } from '../pipeline/deduplicate.ts'
 import type { Runner } from '../runners/runner.ts'
 import { attempt } from '../maybe-promise.ts'
+import { within } from '../within.ts'
 import type { Works } from './work.ts'
 
 export interface DrainOptions {
@@ -40,8 +41,5 @@ export async function drain ({ works, claims, runner, failures, abort, closeTime
 /** Fastify fails a preClose hook that outlasts its `pluginTimeout`. Whatever runs longer is awaited in onClose. */
 export async function withinPluginTimeout (closed: Promise<void>, pluginTimeout: number): Promise<void> {
   if (pluginTimeout === 0) return await closed
-  let timer: NodeJS.Timeout | undefined
-  const almost = new Promise<void>(resolve => { timer = setTimeout(resolve, pluginTimeout * 0.8) })
-  await Promise.race([closed, almost])
-  clearTimeout(timer)
+  await within(closed, pluginTimeout * 0.8, () => {})
 }

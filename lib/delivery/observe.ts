@@ -4,7 +4,6 @@ import type { DeliveryMessage, DuplicateMessage } from '../channels.ts'
 import { logFields, logs, write } from '../log.ts'
 import type { Handler } from '../handlers.ts'
 import type { Observation, ObservedAttempt, Observer } from '../observation.ts'
-import type { Job } from '../runners/runner.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
 import type { Sender, Work } from './work.ts'
 
@@ -64,10 +63,10 @@ export class Watch {
   }
 }
 
-export function observeDuplicate ({ endpoint }: Job, { request }: Sender, state: DuplicateMessage['state'], { observer }: Observation): void {
+export function observeDuplicate ({ request }: Sender, state: DuplicateMessage['state'], { observer }: Observation): void {
   observer?.duplicate(request, state)
   // The duplicate's own: it was signed later than the delivery that it joins.
-  const { webhookId, timestamp, tenant, event } = request.openaiWebhook
+  const { webhookId, timestamp, endpoint, tenant, event } = request.openaiWebhook
   if (logs(request.log, 'info')) write(request.log, 'info', { ...logFields({ endpoint, tenant, webhookId, event }), state }, 'webhook delivery is a duplicate')
   if (channels.duplicate.hasSubscribers) channels.duplicate.publish({ endpoint, tenant, webhookId, timestamp, event, state, request })
 }

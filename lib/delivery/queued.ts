@@ -12,7 +12,7 @@ import type { Works } from './work.ts'
 
 /** ms. The waits double from the first on, up to the longest, and add up to about five seconds. */
 const FIRST_WAIT = 20
-const LONGEST_WAIT = 5_000
+const LONGEST_WAIT = 2_560
 
 /** The host of a runner: handles the jobs that come out of its queue. */
 export class Queued implements RunnerHost {

@@ -33,8 +33,8 @@ export class Receiver {
   ) {}
 
   /** @returns the delivery whose verdict the sender waits for; `undefined` where it has been told one */
-  receive (endpoint: string, sender: Sender): Work | undefined {
-    const { webhookId, timestamp, tenant, event } = sender.request.openaiWebhook
+  receive (sender: Sender): Work | undefined {
+    const { webhookId, timestamp, endpoint, tenant, event } = sender.request.openaiWebhook
     const job: Job = tenant === undefined ? { webhookId, timestamp, endpoint, event } : { webhookId, timestamp, endpoint, tenant, event }
     const key = keyOf(job)
     const known = this.works.find(key)
@@ -64,7 +64,7 @@ export class Receiver {
   /** The runner has answered. Where handlers were started, they settle the claim. Otherwise it has queued the job, or has refused it. */
   #answered (work: Work, claim: Held, verdict: Verdict): MaybePromise<void> {
     return then(work.state.at === 'claimed' ? this.#handOn(work, claim, verdict) : undefined, () => {
-      if (verdict === DUPLICATE) observeDuplicate(work.job, work.sender!, 'queued', this.observation)
+      if (verdict === DUPLICATE) observeDuplicate(work.sender!, 'queued', this.observation)
       this.#tell(work, verdict)
     })
   }
@@ -109,7 +109,7 @@ export class Receiver {
   #join (work: Work, sender: Sender): Work | undefined {
     const waits = work.verdict === undefined && work.sender !== undefined
     if (waits && work.isCrowded) return this.#refuse(sender, new Overloaded())
-    observeDuplicate(work.job, sender, 'joined', this.observation)
+    observeDuplicate(sender, 'joined', this.observation)
     if (!waits) {
       sender.tell(work.verdict ?? DUPLICATE)
       return
@@ -119,7 +119,7 @@ export class Receiver {
   }
 
   #duplicate (work: Work, state: 'processed' | 'joined' | 'elsewhere'): void {
-    observeDuplicate(work.job, work.sender!, state, this.observation)
+    observeDuplicate(work.sender!, state, this.observation)
     this.#over(work, state === 'elsewhere' ? refused(new InProgress()) : DUPLICATE)
   }
 

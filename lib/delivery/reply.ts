@@ -12,7 +12,6 @@ import { Standing } from './standing.ts'
 import type { Sender, Verdict, Work } from './work.ts'
 
 export interface ReplyOptions {
-  readonly endpoint: string
   readonly receiver: Receiver
   /** ms */
   readonly deadline: number
@@ -55,8 +54,8 @@ export class Reply implements Sender {
 
   /** Has the delivery received, and answers by its verdict or by the deadline. */
   run (): void {
-    const { receiver, deadline, endpoint } = this.options
-    this.#work = receiver.receive(endpoint, this)
+    const { receiver, deadline } = this.options
+    this.#work = receiver.receive(this)
     // Unref'd: the sender's socket keeps the process alive, and the timer alone must not.
     if (this.#standing.state.at !== 'closed') this.#timer = setTimeout(expire, deadline, this).unref()
   }
@@ -92,8 +91,8 @@ export class Reply implements Sender {
   }
 
   get #delivery (): Refused {
-    const { webhookId, tenant, event } = this.request.openaiWebhook
-    return { endpoint: this.options.endpoint, ...(tenant !== undefined && { tenant }), webhookId, event }
+    const { endpoint, webhookId, tenant, event } = this.request.openaiWebhook
+    return { endpoint, ...(tenant !== undefined && { tenant }), webhookId, event }
   }
 
   #refuse (error: Error): void {

@@ -22,7 +22,7 @@ export type State =
 
 const NEXT: Readonly<Record<State['at'], ReadonlyArray<State['at']>>> = {
   claiming: ['claimed', 'over'],
-  claimed: ['handling', 'handed on', 'over'],
+  claimed: ['handling', 'handed on'],
   handling: ['over'],
   'handed on': [],
   over: []

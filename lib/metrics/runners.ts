@@ -1,5 +1,6 @@
 import { runnersInUse } from '../runners/runner.ts'
 import type { Runner } from '../runners/runner.ts'
+import { within } from '../within.ts'
 
 /** ms. Prometheus gives up a scrape after ten seconds, and with it every other metric. */
 const PATIENCE = 1_000
@@ -28,11 +29,7 @@ export async function answerOf (runner: Runner, question: Question): Promise<num
     answer = ask(runner, question).finally(() => asked[question].delete(runner))
     asked[question].set(runner, answer)
   }
-  let timer: NodeJS.Timeout | undefined
-  const tooLate = new Promise<undefined>(resolve => { timer = setTimeout(resolve, PATIENCE, undefined) })
-  const known = await Promise.race([answer, tooLate])
-  clearTimeout(timer)
-  return known
+  return await within(answer, PATIENCE, () => undefined)
 }
 
 async function ask (runner: Runner, question: Question): Promise<number | undefined> {

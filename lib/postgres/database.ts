@@ -1,5 +1,6 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import { InvalidOptions } from '../errors.ts'
+import { within } from '../within.ts'
 import { ALONE, scriptOf } from './migration.ts'
 import type { Table } from './table.ts'
 
@@ -182,18 +183,10 @@ class Pooled implements Database {
 
   /** By default a pool and a client wait for ever, and not all versions of pg take a timeout for one query. */
   async #within<Result> (step: Promise<Result>, what: string, givenUp: () => void): Promise<Result> {
-    let timer: NodeJS.Timeout | undefined
-    const late = new Promise<never>((_resolve, reject) => {
-      timer = setTimeout(() => {
-        givenUp()
-        reject(new NoAnswer(`${what} within ${this.#timeout} ms: the pool is exhausted, or the server does not answer`))
-      }, this.#timeout)
+    return await within(step, this.#timeout, () => {
+      givenUp()
+      throw new NoAnswer(`${what} within ${this.#timeout} ms: the pool is exhausted, or the server does not answer`)
     })
-    try {
-      return await Promise.race([step, late])
-    } finally {
-      clearTimeout(timer)
-    }
   }
 }
 

@@ -1,7 +1,7 @@
 import { assertNames } from '../checks.ts'
 import { BatchLineTooLong, BatchNotEnded, InvalidOptions, NoResource } from '../errors.ts'
 import { readLine } from './batch-line.ts'
-import type { BatchFile, BatchResult } from './batch-line.ts'
+import type { BatchResult } from './batch-line.ts'
 import { bytesOf } from './body.ts'
 import type { FileAnswer } from './body.ts'
 import { insteadOf, kindOf } from './kinds.ts'
@@ -110,5 +110,3 @@ function assertCount (name: string, unit: string, value: unknown, max: number): 
     throw new InvalidOptions(`batchResults(): expected ${name} to be a whole number of ${unit}, from 1 to ${max}, got ${typeof value === 'number' ? value : `a value of type ${typeof value}`}`)
   }
 }
-
-export type { BatchFile }

@@ -41,7 +41,7 @@ export interface Routes {
  * @param declared the handler of the route by now: an onRoute hook of the app may have put a function of its own around this one
  */
 export function deliver ({ receiver, deadline, failures }: Routes, { name }: Endpoint, own: RouteHandlerMethod | undefined, declared: () => unknown): RouteHandlerMethod {
-  const options = { endpoint: name, receiver, deadline, failures, own }
+  const options = { receiver, deadline, failures, own }
   const handle: RouteHandlerMethod = function (request, reply) {
     if (request.openaiWebhook === null) throw unverified(name)
     handling(request, own !== undefined)

@@ -1,6 +1,7 @@
 import { createSecretKey } from 'node:crypto'
 import type { KeyObject } from 'node:crypto'
 import { InvalidSecret } from '../errors.ts'
+import { within } from '../within.ts'
 
 /** One signing secret, several (a rotation), or a function that fetches them. */
 export type Secret = string | readonly string[] | (() => string | readonly string[] | Promise<string | readonly string[]>)
@@ -111,15 +112,7 @@ export class SecretSource {
  * @param option where the function was given
  */
 export async function inTime<T> (option: string, secret: () => T | Promise<T>, patience: number): Promise<T> {
-  let timer: NodeJS.Timeout | undefined
-  const tooLate = new Promise<never>((_resolve, reject) => {
-    timer = setTimeout(() => reject(new InvalidSecret(`the \`${option}\` function took more than ${patience} ms`)), patience)
-  })
-  try {
-    return await Promise.race([secret(), tooLate])
-  } finally {
-    clearTimeout(timer)
-  }
+  return await within((async () => await secret())(), patience, () => { throw new InvalidSecret(`the \`${option}\` function took more than ${patience} ms`) })
 }
 
 /** The keys that a verifier uses: made at boot, and anew when their source has answered again. */

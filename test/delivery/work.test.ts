@@ -32,7 +32,7 @@ const STATES: Record<State['at'], State> = {
 }
 
 t.test('a delivery changes its state in these ways and no other', async t => {
-  const legal = { claiming: ['claimed', 'over'], claimed: ['handling', 'handed on', 'over'], handling: ['over'], 'handed on': [], over: [] } as const
+  const legal = { claiming: ['claimed', 'over'], claimed: ['handling', 'handed on'], handling: ['over'], 'handed on': [], over: [] } as const
   const ways = { claiming: [], claimed: ['claimed'], handling: ['claimed', 'handling'], 'handed on': ['claimed', 'handed on'], over: ['over'] } as const
   for (const from of Object.keys(STATES) as Array<State['at']>) {
     for (const to of Object.keys(STATES) as Array<State['at']>) {
@@ -101,7 +101,7 @@ t.test('a runner that asks again for a job before it is acknowledged is told how
     }
     const verdicts: Verdict[] = []
     const sender = {
-      request: { log: silent, openaiWebhook: { webhookId: 'wh_1', timestamp: 1, event: { type: TYPE } } },
+      request: { log: silent, openaiWebhook: { webhookId: 'wh_1', timestamp: 1, endpoint: ENDPOINT, event: { type: TYPE } } },
       tell (verdict: Verdict) { verdicts.push(verdict) }
     } as unknown as Sender
     new Receiver(works, claims, handling, {
@@ -109,7 +109,7 @@ t.test('a runner that asks again for a job before it is acknowledged is told how
         await attempt(job)
         await attempt(job)
       }
-    }, new Observation()).receive(ENDPOINT, sender)
+    }, new Observation()).receive(sender)
     await works.drained()
     t.same(ends, [fails ? 'failed' : 'succeeded', 'succeeded'])
     t.equal(runs, fails ? 2 : 1)
@@ -234,14 +234,14 @@ async function follow (plan: Plan, scheduler: fc.Scheduler): Promise<void> {
     const told: Verdict[] = []
     verdicts.set(nth, told)
     const sender = {
-      request: { log: silent, openaiWebhook: { webhookId: 'wh_1', timestamp: 1, event: { type: TYPE } } },
+      request: { log: silent, openaiWebhook: { webhookId: 'wh_1', timestamp: 1, endpoint: ENDPOINT, event: { type: TYPE } } },
       ownHandler: undefined,
       tell (verdict: Verdict) {
         told.push(verdict)
         model.told(verdict, plan.runner)
       }
     } as unknown as Sender
-    receiver.receive(ENDPOINT, sender)
+    receiver.receive(sender)
   }
   const deliveries = Array.from({ length: plan.senders }, (_, nth) => deliver(nth))
   const all = (async () => {
