@@ -8,6 +8,9 @@ import type { Observation } from './observation.ts'
 import type { FailureInfo, Refused, Registry } from './registry.ts'
 import type { Attempts, DeadDelivery, Job } from './runners/runner.ts'
 
+/** Characters of a code: a user's verifier may throw any. */
+const MAX_CODE = 256
+
 /** The one place where a failure is logged, published and reported to the `onError` handlers. */
 export class Failures {
   readonly #log: FastifyBaseLogger
@@ -31,7 +34,7 @@ export class Failures {
     const { code: given, cause, message } = error as { code?: unknown, cause?: unknown, message: string }
     const statusCode = statusOf(error)
     // A database or gRPC client in a hook of the app may give a number as code.
-    const code = typeof given === 'string' || typeof given === 'number' ? String(given) : 'UNKNOWN'
+    const code = typeof given === 'string' || typeof given === 'number' ? String(given).slice(0, MAX_CODE) : 'UNKNOWN'
     const { endpoint, tenant, webhookId, event } = delivery
     if (cause === undefined) this.#refusals.write(request.log, code, statusCode, delivery, message)
     else if (statusCode >= 500 && webhookId !== undefined) logError(request.log, cause, { code, ...logFields(delivery) }, message)

@@ -44,6 +44,8 @@ function clipped (error: unknown, causes = MAX_CAUSES): unknown {
 
 /** Characters of an event's id and type: a schema need not bound them. */
 const MAX_NAME = 256
+/** Characters of a reason: a type and its paths may be long. */
+const MAX_REASON = 1_000
 
 const nameOf = (value: unknown): string | undefined => typeof value === 'string' ? value.slice(0, MAX_NAME) : undefined
 
@@ -56,7 +58,7 @@ interface Described {
 
 /** The fields of every line about a delivery. More may be set: to spread them into another object costs a delivery 4 µs. */
 export function logFields ({ endpoint, tenant, webhookId, event }: Described, attempt?: number): Record<string, unknown> {
-  const fields: Record<string, unknown> = { webhookId, eventId: nameOf(event?.id), eventType: nameOf(event?.type), endpoint }
+  const fields: Record<string, unknown> = { webhookId: nameOf(webhookId), eventId: nameOf(event?.id), eventType: nameOf(event?.type), endpoint }
   if (tenant !== undefined) fields['tenant'] = tenant
   if (attempt !== undefined) fields['attempt'] = attempt
   return fields
@@ -73,7 +75,7 @@ export function logs (log: FastifyBaseLogger, level: 'info' | 'warn'): boolean {
 const FIXES: Readonly<Record<string, string>> = {
   FST_OPENAI_WEBHOOK_INVALID_SIGNATURE: 'where the sender is OpenAI: compare OPENAI_WEBHOOK_SECRET, or the secret option, with the signing secret ' +
     '(whsec_…) of the endpoint that has this URL at OpenAI, and give both while one replaces another; if it is the same, something in ' +
-    'front of the app rewrites the body. Log level debug and `npx openai-webhook diagnose` say which',
+    'front of the app, or a body parser or preParsing hook in it, changes the body. Log level debug and `npx openai-webhook diagnose` say which',
   FST_OPENAI_WEBHOOK_UNKNOWN_TENANT: 'where the sender is OpenAI: compare the URL of the endpoint at OpenAI with what tenant.of makes of it, and see ' +
     'that tenant.secret finds a secret for that name'
 }
@@ -123,7 +125,7 @@ export class RefusalLog {
   write (log: FastifyBaseLogger, code: string, statusCode: number, delivery: Described & { endpoint: string }, message: string): void {
     if (!this.#hasRoom(log, code, delivery)) return
     const fix = delivery.tenant === undefined ? FIXES[code] : TENANT_FIXES[code] ?? FIXES[code]
-    write(log, 'warn', { code, statusCode, ...logFields(delivery), reason: REASONED.includes(code) ? message : undefined, fix }, 'webhook delivery refused')
+    write(log, 'warn', { code, statusCode, ...logFields(delivery), reason: REASONED.includes(code) ? message.slice(0, MAX_REASON) : undefined, fix }, 'webhook delivery refused')
   }
 
   /**

@@ -49,6 +49,8 @@ const BUCKETS = [0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 300]
  * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS, also where the registry has metrics of these names already
  */
 export function webhookMetrics (options: WebhookMetricsOptions = {}): WebhookMetrics {
+  // Rejects, since what Fastify's register() is given may not throw.
+  if ('decorateRequest' in Object(options)) return Promise.reject(new InvalidOptions('webhookMetrics() makes the plugin: expected await app.register(webhookMetrics()), with the call')) as never
   assertNames('webhookMetrics()', options, ['register', 'eventTypes', 'buckets'])
   const { register = globalRegister, eventTypes = [], buckets = BUCKETS } = options
   if (!isList(eventTypes, type => typeof type === 'string')) throw new InvalidOptions('webhookMetrics(): expected eventTypes to be an array of event types')

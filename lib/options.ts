@@ -287,6 +287,8 @@ const RIGHT_PLACES: Readonly<Record<string, (name: string) => string>> = {
   rateLimit: () => 'a marked route has it beside, as in config: { openaiWebhook: {}, rateLimit: {} }',
   tenant: () => 'it is an option of a route, as in app.openaiWebhook.route({ url, tenant }); unwrap() takes the `secret` of the tenant whose delivery it is',
   bodyTimeout: () => 'it is an option of the plugin and of its routes',
+  bodyLimit: () => 'it is an option of the plugin and of its routes',
+  ...Object.fromEntries(['webhookSecret', 'signingSecret'].map(name => [name, () => 'it is called `secret` here'])),
   ...Object.fromEntries(['events', 'idempotency', 'runner', 'deadline', 'closeTimeout'].map(name => [name, ofPlugin])),
   ...Object.fromEntries(['store', 'lease', 'retention', 'reconcile'].map(name => [name, ofIdempotency])),
   ...Object.fromEntries(['concurrency', 'attempts', 'backoff'].map(name => [name, ofRunner])),
@@ -297,13 +299,15 @@ const RIGHT_PLACES: Readonly<Record<string, (name: string) => string>> = {
 export function assertOptions (options: unknown): asserts options is OpenAIWebhookOptions {
   assertRules('', pluginRules, options, FOREIGN_OPTIONS)
   const { idempotency } = options as OpenAIWebhookOptions
+  if (idempotencyRules.store.accepts(idempotency)) throw new InvalidOptions('expected idempotency to be false or an object { store, lease, retention, reconcile }, got a store: say { idempotency: { store } }')
   if (isObject(idempotency)) assertRules('idempotency.', idempotencyRules, idempotency)
   for (const [type, schema] of Object.entries((options as OpenAIWebhookOptions).events ?? {})) assertSchema(type, schema)
 }
 
-/** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
-export function assertEndpointOptions (options: unknown): asserts options is EndpointOptions {
-  assertRules('', endpointRules, options)
+/** Of `unwrap()`. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
+export function assertUnwrapOptions (options: unknown): asserts options is EndpointOptions {
+  const { bodyLimit, ...rules } = endpointRules
+  assertRules('', rules, options)
 }
 
 /** Of `config.openaiWebhook`. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
@@ -358,9 +362,13 @@ function showSchema (value: unknown): string {
   return isObject(value) && typeof constructor === 'function' && constructor !== Object ? `an instance of ${constructor.name}` : show(value)
 }
 
+/** What makes a verifier, a store or a runner. Their names stand here because not all are loaded in an app. */
+const MAKERS = ['standardWebhooks', 'xOpenAISignature', 'memoryStore', 'sqliteStore', 'redisStore', 'postgresStore', 'inline', 'background', 'durable', 'bullmq', 'pgboss']
+
 /** Shows short values and the kind of others: what stands in the wrong place may be a secret. */
 function show (value: unknown): string {
   if (typeof value === 'string') return value.length <= 16 && !/^(?:whsec_|sk-)/.test(value) ? `"${value}"` : 'a string'
   if (typeof value === 'number' || typeof value === 'boolean' || value === null || value === undefined) return String(value)
+  if (typeof value === 'function' && MAKERS.includes(value.name)) return `a value of type function: call it, ${value.name}()`
   return Array.isArray(value) ? 'an array' : `a value of type ${typeof value}`
 }

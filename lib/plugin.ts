@@ -36,6 +36,9 @@ import { Verifications } from './routes/verifications.ts'
 
 // `options` has no default: Fastify always gives an object, and could not infer the type of an optional parameter.
 async function openaiWebhook (instance: FastifyInstance, options: OpenAIWebhookOptions): Promise<void> {
+  if (typeof (instance as Partial<FastifyInstance> | undefined)?.decorateRequest !== 'function') {
+    throw new InvalidOptions('openaiWebhook is a Fastify plugin, and no function to call, handler or middleware: expected await app.register(openaiWebhook, { … })')
+  }
   assertOptions(options)
   if (instance.hasDecorator('openaiWebhook')) throw new AlreadyRegistered()
   const compilers = await compilersFor(options.events ?? {})

@@ -21,6 +21,7 @@ t.test('an option that nobody would read is refused, wherever options are taken'
     ['bullmq', 'queueName', bullmq],
     ['pgboss', 'heartbeatSeconds', pgboss],
     ['pgboss: worker', 'batchSize', worker => pgboss({ boss: none, worker })],
+    ['bullmq: worker', 'concurrency', worker => bullmq({ connection: {}, worker })],
     ['memoryStore', 'max', memoryStore],
     ['redisStore', 'prefix', options => redisStore(none, options)],
     ['postgresStore', 'table', options => postgresStore(none, options)],
@@ -43,8 +44,9 @@ t.test('an option that nobody would read is refused, wherever options are taken'
     const taking = (options: unknown) => async (): Promise<unknown> => await take(options as never)
     await t.rejects(taking({ [misspelt(known)]: 1 }), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: `${caller}: unknown option "${misspelt(known)}", did you mean "${known}"?` })
     await t.rejects(taking({ somethingElse: 1 }), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: new RegExp(`unknown option "somethingElse": expected .*\\b${known}\\b`) })
-    await t.rejects(taking(null), { message: /expected options to be an object, got null/ }, caller)
-    if (caller !== 'pgboss: worker') await t.rejects(taking('text'), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: /expected options to be an object, got a value of type string/ }, caller)
+    for (const [value, got] of [[null, 'null'], ['text', 'a value of type string']]) {
+      await t.rejects(taking(value), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: `${caller}: expected ${caller.endsWith('worker') ? 'worker to be true, false or' : 'options to be'} an object, got ${got}`.replace(/: worker: /, ': ') }, caller)
+    }
   }
 })
 

@@ -139,6 +139,20 @@ t.test('names that no schema bounds are cut, and left out where they are no text
   t.equal((second!['eventType'] as string).length, 256)
 })
 
+t.test('what a verifier or a schema of the user\'s makes long is cut', async t => {
+  const long = 'x'.repeat(3_000)
+  const log = capturedLog()
+  let verify = (): { webhookId: string, timestamp: number } => ({ webhookId: long, timestamp: Math.floor(Date.now() / 1_000) })
+  const app = await build(t, { verifier: (() => verify()) as Verifier, events: { [long]: Type.Object({ type: Type.Literal(long), data: Type.Object({}) }) } }, { logger: log.logger, ...quiet })
+  await post(app, sign({ type: long }))
+  verify = () => { throw Object.assign(new Error('no'), { code: long, statusCode: 401 }) }
+  await post(app, sign({ type: long }))
+  const [shape, code] = withText(log.lines, REFUSED)
+  t.equal((shape!['webhookId'] as string).length, 256)
+  t.equal((shape!['reason'] as string).length, 1_000)
+  t.equal((code!['code'] as string).length, 256)
+})
+
 t.test('a refused delivery is a line at warn, with its code and nothing of a payload or a secret', async t => {
   const log = capturedLog()
   const app = await build(t, { idempotency: { store: { ...memoryStore(), begin: () => ({ state: 'running' }) } } }, { logger: { ...log.logger as object, level: 'trace' }, ...quiet })

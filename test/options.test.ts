@@ -1,7 +1,8 @@
 import { Type } from '@sinclair/typebox'
 import Fastify from 'fastify'
 import t from 'tap'
-import openaiWebhook, { memoryStore, standardWebhooks, xOpenAISignature } from '../lib/index.ts'
+import openaiWebhook, { background, memoryStore, standardWebhooks, xOpenAISignature } from '../lib/index.ts'
+import { webhookMetrics } from '../lib/metrics.ts'
 import type { Claim, EventType, FailureInfo, IdempotencyStore, Job, OpenAIWebhookOptions, Runner, RunnerHost } from '../lib/index.ts'
 import { build, post, sign, SECRET, thin } from './support/deliveries.ts'
 import { capturedLog, codeOf, deferred, messageOf, redelivered, watchedStore } from './support/observe.ts'
@@ -59,12 +60,14 @@ t.test('wrong values are refused: what was expected, what came', async t => {
     [{ events: { 'order.paid': event('order.shipped') } }, 'expected events["order.paid"] to have the type "order.paid", got the literal "order.shipped"'],
     [{ events: { 'order.paid': Type.Object({ type: Type.Literal(7) }) } }, 'expected events["order.paid"] to have the type "order.paid", got the literal 7'],
     [{ verifier: 'standard' }, 'expected verifier to be a function such as standardWebhooks() returns, got "standard"'],
-    [{ verifier: standardWebhooks }, 'expected verifier to be a function such as standardWebhooks() returns, got a value of type function'],
-    [{ verifier: xOpenAISignature }, 'expected verifier to be a function such as standardWebhooks() returns, got a value of type function'],
+    [{ verifier: standardWebhooks }, 'expected verifier to be a function such as standardWebhooks() returns, got a value of type function: call it, standardWebhooks()'],
+    [{ verifier: xOpenAISignature }, 'expected verifier to be a function such as standardWebhooks() returns, got a value of type function: call it, xOpenAISignature()'],
     [{ verifier: {} }, 'expected verifier to be a function such as standardWebhooks() returns, got a value of type object'],
     [{ idempotency: true }, 'expected idempotency to be false or an object { store, lease, retention, reconcile }, got true'],
     [{ idempotency: null }, 'expected idempotency to be false or an object { store, lease, retention, reconcile }, got null'],
-    [{ idempotency: memoryStore }, 'expected idempotency to be false or an object { store, lease, retention, reconcile }, got a value of type function'],
+    [{ idempotency: memoryStore }, 'expected idempotency to be false or an object { store, lease, retention, reconcile }, got a value of type function: call it, memoryStore()'],
+    [{ idempotency: memoryStore() }, 'expected idempotency to be false or an object { store, lease, retention, reconcile }, got a store: say { idempotency: { store } }'],
+    [{ runner: background }, 'expected runner to be a runner such as inline(), got a value of type function: call it, background()'],
     [{ idempotency: { store: {} } }, 'expected idempotency.store to be a store such as memoryStore(), got a value of type object'],
     [{ idempotency: { store: new Map() } }, 'expected idempotency.store to be a store such as memoryStore(), got a value of type object'],
     [{ idempotency: { lease: 0 } }, 'expected idempotency.lease to be a whole number of ms, 1 or more and at most 2147483647, got 0'],
@@ -94,6 +97,7 @@ t.test('options that are no object are refused', async t => {
 t.test('unknown options are refused, with the nearest known one', async t => {
   const cases: Array<[object, string]> = [
     [{ secrets: SECRET }, 'unknown option "secrets", did you mean "secret"?'],
+    [{ webhookSecret: SECRET }, 'unknown option "webhookSecret": it is called `secret` here'],
     [{ bodylimit: 7 }, 'unknown option "bodylimit", did you mean "bodyLimit"?'],
     [{ closeTimeOut: 7 }, 'unknown option "closeTimeOut", did you mean "closeTimeout"?'],
     [{ cache: true }, `unknown option "cache": expected ${ALL}`],
@@ -102,6 +106,17 @@ t.test('unknown options are refused, with the nearest known one', async t => {
     [{ idempotency: { ttl: 7 } }, 'unknown option "idempotency.ttl": expected store, lease, retention or reconcile']
   ]
   for (const [options, message] of cases) t.equal(await messageOf(() => register({ secret: SECRET, ...options })), message)
+})
+
+t.test('the plugin is registered, and nothing else', async t => {
+  const message = 'openaiWebhook is a Fastify plugin, and no function to call, handler or middleware: expected await app.register(openaiWebhook, { … })'
+  const plugin = openaiWebhook as unknown as (...args: unknown[]) => Promise<void>
+  for (const args of [[], [{ secret: SECRET }], [{ headers: {} }, { end () {} }, () => {}]]) {
+    await t.rejects(plugin(...args), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message })
+  }
+  const app = Fastify()
+  t.teardown(() => app.close())
+  await t.rejects(async () => await app.register(webhookMetrics as never), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: /^webhookMetrics\(\) makes the plugin/ })
 })
 
 t.test('an option in the wrong place is refused, with the right one', async t => {
@@ -128,6 +143,8 @@ t.test('an option in the wrong place is refused, with the right one', async t =>
     [await route({ prefix: '/v1' }), /^unknown option "prefix": a route has the prefix of its scope/],
     [await marked({ rateLimit: {} }), /^unknown option "rateLimit": .*config: \{ openaiWebhook: \{\}, rateLimit: \{\} \}/],
     [await marked({ idempotency: false }), /^unknown option "idempotency": it is an option of the plugin/],
+    [await unwrapped({ bodyLimit: 7 }), /^unknown option "bodyLimit": it is an option of the plugin and of its routes/],
+    [await unwrapped({ tol: 7 }), /^unknown option "tol": expected secret, tolerance or verifier$/],
     [await unwrapped({ bodyTimeout: 7 }), /^unknown option "bodyTimeout": it is an option of the plugin and of its routes/]
   ] as const) t.match(message, expected)
 })

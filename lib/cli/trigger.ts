@@ -172,6 +172,7 @@ function setField (target: object, key: string, value: unknown): unknown {
 const ADVICE: Readonly<Record<string, string>> = {
   FST_OPENAI_WEBHOOK_INVALID_SIGNATURE: 'the receiver has another signing secret than this command: start both with the same OPENAI_WEBHOOK_SECRET, or give the receiver\'s by --secret-file FILE'
 }
+const NOT_FOUND = 'the app has no POST route at that path: the plugin\'s own is its `path` (/webhooks/openai) behind its `prefix`; --url says another'
 const NOT_A_DUPLICATE = 'the receiver took the second for a new delivery: it has `idempotency: false`, or another process with a store of its own answered, ' +
   'or its runner cannot tell what it has queued already (then give --queued)'
 
@@ -208,7 +209,7 @@ class Report {
     this.#counts.set(label, (this.#counts.get(label) ?? 0) + 1)
     this.#done++
     this.failed ||= !right
-    const advice = status === 200 ? NOT_A_DUPLICATE : ADVICE[String(code)]
+    const advice = status === 200 ? NOT_A_DUPLICATE : status === 404 ? NOT_FOUND : ADVICE[String(code)]
     if (!right && advice !== undefined) this.#advice.add(advice)
     if (status !== undefined) this.#ms.push(ms)
     if (this.#json) {

@@ -2,7 +2,7 @@ import type { FastifyInstance, FastifyReply, RouteHandlerMethod } from 'fastify'
 import { DeadlineExceeded, Unavailable } from '../errors.ts'
 import type { Failures } from '../failures.ts'
 import { logError } from '../log.ts'
-import { acknowledge, refuse } from '../pipeline/acknowledge.ts'
+import { acknowledge, closeConnection, refuse } from '../pipeline/acknowledge.ts'
 import { isHeld } from '../pipeline/answer.ts'
 import type { Refused } from '../registry.ts'
 import type { VerifiedRequest } from '../request.ts'
@@ -124,7 +124,7 @@ export class Reply implements Sender {
 
   /** A connection that is kept alive keeps a closing server open until its own timeout, 72 s by default. */
   #closeConnection (): void {
-    if (this.options.receiver.works.closing && !this.reply.raw.headersSent) this.reply.header('connection', 'close')
+    if (this.options.receiver.works.closing && !this.reply.raw.headersSent) closeConnection(this.reply)
   }
 }
 

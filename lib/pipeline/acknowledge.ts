@@ -25,6 +25,11 @@ export function refuse (reply: FastifyReply, error: unknown): void {
   reply.send(error)
 }
 
+/** After this answer, where the connection is of HTTP/1: HTTP/2 has no such header, and Node warns of it. */
+export function closeConnection (reply: FastifyReply): void {
+  if (reply.request.raw.httpVersionMajor !== 2) reply.header('connection', 'close')
+}
+
 export function retryLater (reply: FastifyReply): void {
   reply.header('retry-after', RETRY_AFTER)
 }

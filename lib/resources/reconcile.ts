@@ -1,6 +1,6 @@
 import { createHash } from 'node:crypto'
 import { assertNames } from '../checks.ts'
-import { InvalidOptions } from '../errors.ts'
+import { InvalidOptions, InvalidSecret } from '../errors.ts'
 import { nearest } from '../nearest.ts'
 import { sign } from '../testing/sign.ts'
 import { SecretSource } from '../verifiers/keyring.ts'
@@ -181,18 +181,22 @@ function planOf (options: ReconcileOptions): Plan {
   const { url, secret = process.env['OPENAI_WEBHOOK_SECRET'], since, types, evals = [], dryRun = false, timeout = TIMEOUT } = options
   if (typeof dryRun !== 'boolean') throw invalid('dryRun', 'true or false')
   if (!Number.isSafeInteger(timeout) || timeout < 1 || timeout > 2 ** 31 - 1) throw invalid('timeout', 'a whole number of ms, from 1 to 2147483647')
-  if (!dryRun) new SecretSource(secret as string, { warn: ignore, onTrouble: ignore, patience: 0 }).keyring(undefined)
   const wanted = new Set(types === undefined ? FAMILY_NAMES.flatMap(typesOf) : types.flatMap(listable))
   const families = FAMILY_NAMES.filter(family => family !== EVALS && typesOf(family).some(type => wanted.has(type)))
-  if (types !== undefined && evals.length === 0 && typesOf(EVALS).some(type => wanted.has(type))) throw invalid('evals', 'the ids of the evals whose runs are meant: the API has no list over all of them')
-  return {
+  const wantsEvals = typesOf(EVALS).some(type => wanted.has(type))
+  if (types !== undefined && evals.length === 0 && wantsEvals) throw invalid('evals', 'the ids of the evals whose runs are meant: the API has no list over all of them')
+  const plan = {
     url: dryRun ? DRY : urlOf(url),
     secret: secret!,
     since: sinceOf(since),
     types: wanted,
-    families: [...families.map(family => ({ family })), ...evals.map(evalId => ({ family: EVALS, evalId: idOf(evalId) }))],
+    families: [...families.map(family => ({ family })), ...(wantsEvals ? evals.map(evalId => ({ family: EVALS, evalId: idOf(evalId) })) : [])],
     timeout
   }
+  if (dryRun) return plan
+  if (secret === undefined) throw new InvalidSecret('reconcile(): expected the receiver\'s signing secret in the environment variable OPENAI_WEBHOOK_SECRET or as `secret`, got neither')
+  new SecretSource(secret, { warn: ignore, onTrouble: ignore, patience: 0 }).keyring(undefined)
+  return plan
 }
 
 /** ms, of a text such as 3d, 12h, 90m or 45s. */

@@ -61,7 +61,9 @@ export async function retrieve<Client extends ResourceClient, Event extends Even
   ...[options = {}]: Options<Event['type']>
 ): Promise<ResourceOf<Client, Event['type']>> {
   assertNames<RetrieveOptions>('retrieve()', options, ['signal', 'evalId'])
-  const { type, data } = event as EventLike & { data?: { id?: unknown } }
+  const { type, data } = (event ?? {}) as Partial<EventLike> & { data?: { id?: unknown } }
+  if (typeof type !== 'string') throw new InvalidOptions(`retrieve(): expected an event, as handlers get it, got ${typeof event === 'object' ? 'an object without a type' : `a value of type ${typeof event}`}`)
+  if (typeof client !== 'object' || client === null) throw new InvalidOptions('retrieve(): expected a client of the openai package, then an event')
   const kind = kindOf(type)
   if (kind === undefined) throw new NoResource(type, insteadOf(type))
   const id = assertId('retrieve(): expected event.data.id', data?.id)

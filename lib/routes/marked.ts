@@ -4,6 +4,7 @@ import { inContext } from '../async-context.ts'
 import { recordAnswer } from '../delivery/own-handler.ts'
 import { InvalidRoute } from '../errors.ts'
 import { assertOverrides } from '../options.ts'
+import { closeConnection } from '../pipeline/acknowledge.ts'
 import { boundRefused, readPayload, replayPayload } from '../pipeline/capture.ts'
 import type { BodyBounds } from '../pipeline/capture.ts'
 import { keepRefusal, refuseErrors, refused } from '../pipeline/answer.ts'
@@ -87,7 +88,7 @@ function captureAndAuthenticate ({ authentication, failures }: Routes, endpoint:
     readPayload(request, payload, body, inContext((error: Error | null, rawBody: Buffer = Buffer.alloc(0)) => {
       if (error !== null) {
         // The sender may go on sending a body that nobody reads.
-        reply.header('connection', 'close')
+        closeConnection(reply)
         return refuse(error)
       }
       authentication.authenticate(endpoint, request, reply, rawBody, error => {

@@ -1,4 +1,4 @@
-import { assertEndpointOptions } from '../options.ts'
+import { assertUnwrapOptions } from '../options.ts'
 import type { EndpointOptions } from '../options.ts'
 import { toBuffer, toHeaders } from '../pipeline/capture.ts'
 import { headerFault } from '../pipeline/verify.ts'
@@ -6,7 +6,7 @@ import type { Routes } from './routes.ts'
 
 /** Verifies and validates a delivery that came through no route. @returns the event; rejects with the coded errors of both steps */
 export async function unwrap ({ verifications, authentication }: Routes, rawBody: string | Uint8Array, headers: unknown, overrides: EndpointOptions = {}): Promise<{ type: string }> {
-  assertEndpointOptions(overrides)
+  assertUnwrapOptions(overrides)
   const verification = verifications.of(overrides, false)
   const body = toBuffer(rawBody)
   const plain = toHeaders(headers)

@@ -5,7 +5,7 @@ import { InvalidOptions, Overloaded, Unavailable } from '../errors.ts'
 import { grouped } from '../grouped.ts'
 import { causeOf, deadDelivery, describeFailure } from './handler-failures.ts'
 import { RETENTION } from '../stores/store.ts'
-import { assertCount, assertNames } from '../checks.ts'
+import { assertCount, assertNames, assertWorker } from '../checks.ts'
 import { assertOpen, assertRemembered, keyOf, tellDead } from './runner.ts'
 import { storableError } from './storable.ts'
 import type { DeadDelivery, DeliveryError, DeliveryRef, Job, Runner, RunnerHost } from './runner.ts'
@@ -125,6 +125,8 @@ export function bullmq (options: BullMQOptions): Runner {
     removeOnComplete = { age: RETENTION / 1_000 },
     removeOnFail
   } = options
+  assertWorker('bullmq', worker)
+  if (typeof worker === 'object') assertNames('bullmq: worker', worker, ['concurrency', 'lockDuration', 'stalledInterval'])
   if (typeof connection !== 'object' || connection === null) {
     throw new InvalidOptions('bullmq: expected connection to be an ioredis instance or connection options')
   }

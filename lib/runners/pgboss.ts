@@ -5,7 +5,7 @@ import { LRUCache } from 'lru-cache'
 import type { JobInsert, JobResult, JobWithMetadata, PgBoss } from 'pg-boss'
 import { InvalidOptions, Overloaded } from '../errors.ts'
 import { RETENTION } from '../stores/store.ts'
-import { assertCount, assertNames } from '../checks.ts'
+import { assertCount, assertNames, assertWorker } from '../checks.ts'
 import { grouped } from '../grouped.ts'
 import { deadDelivery, describeFailure } from './handler-failures.ts'
 import { assertOpen, assertRemembered, keyOf, tellDead } from './runner.ts'
@@ -128,12 +128,14 @@ export function pgboss (options: PgBossOptions): Runner {
     heartbeatSeconds = 30,
     expireInSeconds = 3_600
   } = options
+  assertWorker('pgboss', worker)
   if (typeof worker === 'object') assertNames('pgboss: worker', worker, ['concurrency', 'batchSize', 'pollingIntervalSeconds'])
   const { concurrency, batchSize, pollingIntervalSeconds } = { ...WORKER_DEFAULTS, ...(typeof worker === 'object' ? worker : undefined) }
   if (typeof boss?.previewRedrive !== 'function' || typeof boss.work !== 'function') {
     throw new InvalidOptions('pgboss: expected boss to be a PgBoss, of pg-boss 12.35 or later')
   }
   assertCount('pgboss', 'attempts', attempts, 1)
+  if (attempts > LOOKS) throw new InvalidOptions(`pgboss: expected attempts to be at most ${LOOKS}, got ${attempts}`)
   assertCount('pgboss', 'backoff', backoff, 0)
   assertCount('pgboss', 'heartbeatSeconds', heartbeatSeconds, 10)
   assertCount('pgboss', 'expireInSeconds', expireInSeconds, 1)

@@ -298,6 +298,8 @@ t.test('trigger names what was not answered 200, and ends with 1', async t => {
   t.equal(refused.code, 1)
   t.match(refused.out, /^video\.failed +401 {2}FST_OPENAI_WEBHOOK_INVALID_SIGNATURE {2}/m)
   t.match(refused.out, /: 2 × 401 FST_OPENAI_WEBHOOK_INVALID_SIGNATURE, p50/)
+  const lost = await run(t, ['trigger', 'batch.failed', '--url', `${url}/elsewhere`])
+  t.match(lost, { code: 1, err: /^the app has no POST route at that path: the plugin's own is its `path` \(\/webhooks\/openai\)/ })
   t.equal(refused.err, 'the receiver has another signing secret than this command: start both with the same OPENAI_WEBHOOK_SECRET, or give the receiver\'s by --secret-file FILE\n')
   t.match(jsonLines((await run(t, ['trigger', 'video.failed', '--json', '--url', url])).out), [{ status: 401, code: `${CODE}INVALID_SIGNATURE` }, {}])
 

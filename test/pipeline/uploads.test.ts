@@ -215,6 +215,10 @@ for (const url of URLS) {
   t.test(`HTTP/2: what is refused before it has arrived is not read on, at ${url}`, async t => {
     const { port } = await fixture(t, { bodyLimit: 1_000 }, { http2: true } as FastifyServerOptions)
     const session = await connect(t, port)
+    const warnings: string[] = []
+    const onWarning = ({ name }: Error): void => { warnings.push(name) }
+    process.on('warning', onWarning)
+    t.teardown(() => process.off('warning', onWarning))
     const other = sign(thin('batch.failed'))
     for (const [delivery, body, status] of [
       [stale(), 'x', 401],
@@ -228,6 +232,7 @@ for (const url of URLS) {
       await refused.closed // though it has not been ended here
     }
     t.notOk(session.closed)
+    t.notOk(warnings.includes('UnsupportedWarning'), 'of a connection header')
   })
 
   t.test(`HTTP/2: a refusal is answered whole before its stream is reset, at ${url}`, async t => {

@@ -119,7 +119,8 @@ t.test('the event, as the receiver gets it', async t => {
   app.openaiWebhook.on('agent.session.failed', (event, { webhookId, timestamp }) => { got.push(event, webhookId, timestamp) })
   const url = `${await app.listen({ port: 0, host: '127.0.0.1' })}/webhooks/openai`
   server.lists.set('/v1/agents/sessions', [{ object: 'agent.session', id: 'sess_1', status: 'failed', created_at: now - 400, last_active_at: now - 40.5, environment: { type: 'openai_hosted', id: 'env_1' } }])
-  await reconcile(clientOf(server), { url: new URL(url), secret: SECRET, since: new Date(Date.now() - HOUR * 1_000), types: ['agent.session.*'] })
+  await reconcile(clientOf(server), { url: new URL(url), secret: SECRET, since: new Date(Date.now() - HOUR * 1_000), types: ['agent.session.*'], evals: ['eval_1'] })
+  t.notOk(JSON.stringify(server.calls).includes('eval'), 'runs of evals are listed where they are asked for')
   const [event, webhookId, timestamp] = got as [{ id: string }, string, number]
   t.same(event, { id: event.id, object: 'event', created_at: now - 41, type: 'agent.session.failed', data: { id: 'sess_1', environment_type: 'openai_hosted', environment_id: 'env_1' } })
   t.match(event.id, /^evt_reconciled_[0-9a-f]{32}$/)
@@ -164,6 +165,8 @@ t.test('wrong options are told before anything is asked', async t => {
   for (const secret of ['', 'sk-proj-1', undefined]) {
     await t.rejects(reconcile(client, { ...options, ...(secret === undefined ? { secret: secret as never } : { secret }) }), { code: 'FST_OPENAI_WEBHOOK_INVALID_SECRET' })
   }
+  await t.rejects(reconcile(client, { url: options.url, since: '3d' }), { code: 'FST_OPENAI_WEBHOOK_INVALID_SECRET', message: /OPENAI_WEBHOOK_SECRET or as `secret`, got neither$/ })
+  await t.rejects(reconcile(client, { url: options.url, since: 'soon' }), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS' }, 'whatever else is wrong is told first')
   await t.rejects(reconcile(client, { ...options, signal: AbortSignal.abort(new Error('enough')) }), { message: 'Request was aborted.' })
   t.same(server.calls, [])
 })

@@ -63,6 +63,16 @@ t.test('events of types that are not known here have none', async t => {
   }
 })
 
+t.test('what is no event, or comes before the client, is told', async t => {
+  const event = sampleEvent('batch.failed')
+  for (const [client, given, message] of [
+    [{}, 'batch_1', 'retrieve(): expected an event, as handlers get it, got a value of type string'],
+    [event, { get () {} }, 'retrieve(): expected an event, as handlers get it, got an object without a type'],
+    [{}, null, 'retrieve(): expected an event, as handlers get it, got an object without a type'],
+    [undefined, event, 'retrieve(): expected a client of the openai package, then an event']
+  ]) await t.rejects(fetchAny(client as never, given as never), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message })
+})
+
 t.test('a run of an eval is asked for with the eval\'s id', async t => {
   for (const options of [undefined, {}, { evalId: '' }, { evalId: 7 }]) {
     await t.rejects(fetchAny({}, sampleEvent('eval.run.failed'), options), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: 'expected evalId to be an id' })
