@@ -8,8 +8,8 @@ import { nearest } from '../nearest.ts'
 import { assertRemembered } from '../runners/runner.ts'
 import type { DeadDelivery } from '../runners/runner.ts'
 import type { SqliteDatabase } from '../sqlite/database.ts'
-import { DeadJobs, openJobs } from '../sqlite/jobs.ts'
-import type { DeadFilter } from '../sqlite/jobs.ts'
+import { deadJobsOf } from '../sqlite/jobs.ts'
+import type { DeadFilter, DeadJobs } from '../sqlite/jobs.ts'
 
 /** Opens an existing file with one library; `undefined` where the library is not installed. */
 export type OpenSqlite = (file: string) => ClosableDatabase | undefined
@@ -74,7 +74,7 @@ export function deadCommand (libraries: readonly OpenSqlite[]): Command {
       let code
       try {
         assertJobs(db, file)
-        code = act(new DeadJobs(openJobs(db)))
+        code = act(deadJobsOf(db))
       } catch (error) {
         throw error instanceof CommandError ? error : new CommandError(`${file}: ${printable((error as Error).message)}`)
       } finally {

@@ -60,8 +60,11 @@ export class Database {
   readonly #file: string
   readonly #inode: number | undefined
 
-  /** @param added a column that a table of an older version lacks */
-  constructor (db: SqliteDatabase, schema: string, added?: { table: string, column: string }) {
+  /**
+   * @param schema `undefined`: the file is taken as it is, and can be read while another process has its lock
+   * @param added a column that a table of an older version lacks
+   */
+  constructor (db: SqliteDatabase, schema?: string, added?: { table: string, column: string }) {
     if (typeof db?.exec !== 'function' || typeof db.prepare !== 'function') {
       throw new InvalidOptions('expected an open SQLite handle (node:sqlite, better-sqlite3 or libsql), which has exec() and prepare()')
     }
@@ -74,13 +77,15 @@ export class Database {
       throw new InvalidOptions(`expected a SQLite handle whose rows are objects with numbers, got ${got}: open it without returnArrays, readBigInts, safeIntegers or what else changes how rows are read`)
     }
     if (busy.timeout === 0) db.exec(`PRAGMA busy_timeout = ${BUSY_TIMEOUT}`)
-    this.#useWriteAheadLog(busy.timeout || BUSY_TIMEOUT)
+    if (schema !== undefined) this.#useWriteAheadLog(busy.timeout || BUSY_TIMEOUT)
     db.exec('PRAGMA synchronous = FULL')
     // Takes the write lock first, because SQLite refuses a reader that becomes a writer without waiting.
-    this.transaction(() => {
-      db.exec(schema)
-      if (added !== undefined) this.#addColumn(added)
-    })
+    if (schema !== undefined) {
+      this.transaction(() => {
+        db.exec(schema)
+        if (added !== undefined) this.#addColumn(added)
+      })
+    }
     const [main] = this.prepare('PRAGMA database_list').all() as [{ file: string | null }]
     this.#file = main.file as string
     // A database in memory has no file: drivers answer '' or null.

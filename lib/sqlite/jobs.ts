@@ -27,6 +27,16 @@ export function openJobs (db: SqliteDatabase): Database {
   return new Database(db, SCHEMA, { table: 'openai_webhook_jobs', column: 'failure' })
 }
 
+/** The dead deliveries of a file that durable() has made. They can be read while a process has the file locked. */
+export function deadJobsOf (db: SqliteDatabase): DeadJobs {
+  try {
+    return new DeadJobs(new Database(db))
+  } catch {
+    // Of a version before 0.2.
+    return new DeadJobs(openJobs(db))
+  }
+}
+
 /** Selects dead deliveries: each field that is given has to match. */
 export interface DeadFilter {
   readonly webhookId?: string | undefined

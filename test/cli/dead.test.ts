@@ -131,11 +131,10 @@ t.test('what was requeued meanwhile is told', async t => {
   // The other one is faster between the look at the file and the write.
   const command = deadCommand([path => {
     const db = new Database(path)
-    let begun = 0
     return {
       prepare: sql => db.prepare(sql) as never,
       exec (sql) {
-        if (sql.startsWith('BEGIN') && ++begun === 2) other.requeue(job('wh_1'))
+        if (sql.startsWith('BEGIN')) other.requeue(job('wh_1'))
         return db.exec(sql)
       },
       close: () => db.close()
@@ -169,7 +168,7 @@ t.test('a file that is locked is told', async t => {
   }])
   db.exec('BEGIN EXCLUSIVE')
   const terminal = { out () {}, err () {}, isTTY: false, env: {}, signal: new AbortController().signal }
-  await t.rejects(command.run(parse(['list', '--sqlite', file], command.options), terminal), { message: `${file}: database is locked`, exitCode: 1 })
+  await t.rejects(command.run(parse(['requeue', 'wh_1', '--sqlite', file], command.options), terminal), { message: `${file}: database is locked`, exitCode: 1 })
   db.exec('ROLLBACK')
 })
 
@@ -207,6 +206,16 @@ t.test('the library is Node\'s own, else one of the working directory', async t 
   const broken = deadCommand([() => { throw new Error('was compiled\nfor another Node') }])
   const terminal = { out () {}, err () {}, isTTY: false, env: {}, signal: new AbortController().signal }
   await t.rejects(broken.run(parse(['list', '--sqlite', 'empty.txt'], broken.options), terminal), { message: 'empty.txt: was compiled?for another Node' })
+})
+
+t.test('the list is read while another process has the lock', async t => {
+  const { file, db } = await fileWith(t, job('wh_1'))
+  db.exec('BEGIN IMMEDIATE')
+  t.match(await run(t, ['list', '--sqlite', file]), { code: 0, out: 'wh_1' })
+  t.match(await run(t, ['show', 'wh_1', '--sqlite', file]), { code: 0 })
+  t.match(await run(t, ['requeue', 'wh_1', '--sqlite', file]), { code: 1, err: /database is locked/ })
+  db.exec('ROLLBACK')
+  t.match(await run(t, ['requeue', 'wh_1', '--sqlite', file]), { code: 0 })
 })
 
 t.test('wrong usage is one line on stderr and exit code 2', async t => {
