@@ -177,7 +177,7 @@ function Table ({ rows, selected, hello }: { rows: readonly Row[], selected: num
           <th scope="col">Time</th><th scope="col">Type</th><th scope="col">State</th><th scope="col">Answer</th>
           <th scope="col" class="low">webhook-id</th><th scope="col" class="low">Resource</th>
           ${endpoints && html`<th scope="col" class="low">Endpoint</th>`}${tenants && html`<th scope="col" class="low">Tenant</th>`}
-          <th scope="col" class="mid number">Attempts</th><th scope="col" class="mid number">ms</th>
+          <th scope="col" class="mid number">Attempts</th><th scope="col" class="mid number" title="until its sender was answered">ms</th>
         </tr>
       </thead>
       <tbody>

@@ -71,7 +71,7 @@ export class Entry {
   deduplicatedAt = NaN
   dispatchedAt = NaN
   answeredAt = NaN
-  /** How long its handlers took, where it came out of a queue. */
+  /** How long its last attempt took, where this process has not received it: nobody is answered here. */
   ms: number | undefined = undefined
   #claimed: { type: string | undefined } | undefined = undefined
 

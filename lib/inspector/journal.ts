@@ -292,8 +292,9 @@ class Run implements ObservedAttempt {
     const { journal, entry, attempt, own, queued, startedAt, job } = this
     this.#end(own, error === undefined ? 'succeeded' : 'failed')
     attempt.ms = performance.now() - startedAt
-    if (queued) entry.ms = attempt.ms
-    else entry.dispatchedAt = startedAt + attempt.ms
+    if (!queued) entry.dispatchedAt = startedAt + attempt.ms
+    // Where the sender was answered here, its answer did not wait for a queue.
+    else if (entry.headers === undefined) entry.ms = attempt.ms
     journal.ended(entry, { attempt, job, error })
   }
 

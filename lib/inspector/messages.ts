@@ -20,7 +20,7 @@ export interface Row {
   readonly status: number | null
   readonly code: string | null
   readonly attempts: number
-  /** Until the answer; out of a queue, until its handlers had ended. */
+  /** From the arrival until the answer; where this process has not received it, those of its last attempt. */
   readonly ms: number | null
   /** Sent from this page. */
   readonly own: boolean

@@ -204,6 +204,25 @@ t.test('durable(): every attempt, the death, and the requeue, in one row', async
   t.equal(rowsOf(app).length, 1)
 })
 
+t.test('with a queue, ms is when the sender was answered; how long the handlers took stands at the attempt', async t => {
+  const runners = { background: background({ concurrency: 1 }), durable: durable(new Database(':memory:')) }
+  for (const [name, runner] of Object.entries(runners)) {
+    const app = await inspected(t, { runner })
+    const end = deferred()
+    app.openaiWebhook.on('batch.completed', () => end.promise)
+    await post(app, sign(thin('batch.completed')))
+    await until(() => states(app)[0] === 'running' && rowsOf(app)[0]!.ms !== null)
+    const { ms } = rowsOf(app)[0]!
+    await new Promise(resolve => setTimeout(resolve, 50))
+    end.resolve()
+    await until(() => states(app)[0] === 'processed')
+    const { row, attempts, steps } = await detailOf(app)
+    t.equal(row.ms, ms, name)
+    t.equal(steps!.at(-1)!.to, ms, name)
+    t.ok(attempts[0]!.ms! >= 45, name)
+  }
+})
+
 t.test('a worker that has received nothing shows what comes out of the queue', async t => {
   let host: RunnerHost | undefined
   const runner: Runner = { start (given) { host = given }, run () {}, depth: () => 0 }
