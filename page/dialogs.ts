@@ -1,4 +1,4 @@
-import { useEffect, useRef, useState } from 'preact/hooks'
+import { useEffect, useLayoutEffect, useRef, useState } from 'preact/hooks'
 import type { VNode } from 'preact'
 import type { Delivered, EndpointInfo } from '../lib/inspector/messages.ts'
 import { api } from './api.ts'
@@ -20,7 +20,12 @@ export function Dialog ({ title, confirm, disabled = false, onConfirm, onClose, 
   const dialog = useRef<HTMLDialogElement>(null)
   const [fault, setFault] = useState('')
   const [busy, setBusy] = useState(false)
-  useEffect(() => { dialog.current!.showModal() }, [])
+  useLayoutEffect(() => {
+    const { current } = dialog
+    current!.showModal()
+    // The browser gives the focus back to the button that was pressed when a dialog is closed, not when it is removed.
+    return () => { current!.close() }
+  }, [])
   const submit = async (event: Event): Promise<void> => {
     event.preventDefault()
     setBusy(true)

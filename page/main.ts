@@ -1,5 +1,5 @@
 import { Component, render } from 'preact'
-import { useEffect, useMemo, useRef, useState } from 'preact/hooks'
+import { useEffect, useLayoutEffect, useMemo, useRef, useState } from 'preact/hooks'
 import type { VNode } from 'preact'
 import type { DeadInfo, Hello, Row, Stats } from '../lib/inspector/messages.ts'
 import { api } from './api.ts'
@@ -48,6 +48,17 @@ function App (): VNode {
     addEventListener('keydown', onKey)
   }, [])
 
+  const shown = useRef(selected)
+  const list = useRef<HTMLElement>(null)
+  useLayoutEffect(() => {
+    const closed = shown.current
+    shown.current = selected
+    // What had the focus has gone with the detail; what else has it keeps it.
+    if (selected !== undefined || closed === undefined || document.activeElement !== document.body) return
+    // The row may not be kept any more, or be filtered out.
+    ;(list.current?.querySelector<HTMLElement>(`tbody a[href="#/${closed}"]`) ?? list.current)?.focus()
+  }, [selected])
+
   const { hello, stats, rows: live, version, connected } = store
   const rows = paused ?? live
   const found = useMemo(() => matching(rows, filter), [rows, filter, version])
@@ -70,7 +81,7 @@ function App (): VNode {
       ${!hello.readOnly && html`<button type="button" class="primary" onClick=${() => setSending(true)}>Send a sample</button>`}
     </header>
     <div class=${selected === undefined ? 'panes' : 'panes open'}>
-      <main>
+      <main tabindex="-1" ref=${list}>
         <${Filters} filter=${filter} rows=${rows} hello=${hello} change=${change} search=${search} />
         ${selected === undefined && hello.deadLetters && (stats?.dead ?? 0) > 0 && html`<${DeadLetters} count=${stats!.dead!} readOnly=${hello.readOnly} say=${say} />`}
         ${paused !== undefined && html`<p class="hint" role="status">Paused. ${news > 0 && `${plural(news, 'delivery has', 'deliveries have')} come since.`}</p>`}

@@ -147,7 +147,6 @@ t.test('in a browser', { skip: chromiumMissing }, async t => {
     await button(page, 'Deliver').click()
     await rows(page, /sample/).nth(1).waitFor()
     t.equal(runs, 3)
-    await page.keyboard.press('Escape')
     await button(page, 'Close').click()
     await detail.waitFor({ state: 'detached' })
   })
@@ -287,6 +286,36 @@ t.test('in a browser', { skip: chromiumMissing }, async t => {
     t.same(await serious(page), [])
     await page.keyboard.press('Escape')
     await rows(page).first().waitFor()
+  })
+
+  t.test('what is closed gives the focus back to what opened it', async t => {
+    const app = await serve(t)
+    for (const type of ['batch.failed', 'batch.completed']) await post(app, sign(thin(type)))
+    const page = await open(browser, await listen(app))
+    const focused = async (): Promise<string> => await page.evaluate<string>('document.activeElement.tagName + " " + document.activeElement.textContent')
+    const detail = page.getByRole('complementary')
+    for (const close of [async () => await page.keyboard.press('Escape'), async () => await button(page, 'Close').click(), async () => { await page.goBack() }]) {
+      await rows(page, /batch\.failed/).getByRole('link').focus()
+      await page.keyboard.press('Enter')
+      await button(page, 'Deliver again').waitFor()
+      await close()
+      await detail.waitFor({ state: 'detached' })
+      t.equal(await focused(), 'A batch.failed')
+    }
+    await rows(page, /batch\.failed/).click()
+    for (const close of [async () => await page.keyboard.press('Escape'), async () => await button(page, 'Cancel').click()]) {
+      await button(page, 'Deliver again').click()
+      await button(page, 'Deliver').waitFor()
+      await close()
+      await button(page, 'Deliver').waitFor({ state: 'detached' })
+      t.equal(await focused(), 'BUTTON Deliver again')
+    }
+    await page.getByRole('searchbox').fill('completed')
+    await rows(page, /batch\.failed/).waitFor({ state: 'detached' })
+    await button(page, 'Deliver again').focus()
+    await page.keyboard.press('Escape')
+    await detail.waitFor({ state: 'detached' })
+    t.match(await focused(), /^MAIN/, 'its row is not there any more')
   })
 
   t.test('in none of them an error, a request to elsewhere, or a payload that ran', async t => { t.same(faults, []) })
