@@ -1,4 +1,4 @@
-import type { DeadInfo, Delivered, Detail, Fault } from '../lib/inspector/messages.ts'
+import type { DeadInfo, Delivered, Detail, Fault, Repeated } from '../lib/inspector/messages.ts'
 
 /** Beside this script, wherever that is. */
 const BASE = new URL('./api/', import.meta.url)
@@ -27,7 +27,7 @@ export const api = {
   sample: async (type: string) => (await answer<{ text: string }>(`sample${query('type', type)}`)).text,
   dead: async () => await answer<DeadInfo[]>('dead'),
   deliver: async (endpoint: string, url: string, tenant: string, body: string) => await post<Delivered>('deliver', { endpoint, url, body, ...(tenant !== '' && { tenant }) }),
-  again: async (id: number, body?: string) => await post<Delivered>('again', { id, body }),
+  again: async (id: number, body?: string) => await post<Repeated>('again', { id, body }),
   requeue: async ({ endpoint, webhookId, tenant }: Pick<DeadInfo, 'endpoint' | 'webhookId' | 'tenant'>, force: boolean) =>
     (await post<{ requeued: boolean }>('requeue', { endpoint, webhookId, tenant, force })).requeued,
   requeueAll: async (type: string) => await post<{ requeued: number, failed: string | null }>('requeue-all', type === '' ? {} : { type })

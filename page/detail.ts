@@ -63,7 +63,7 @@ function editable ({ body }: Detail): string {
 }
 
 function Body ({ detail, readOnly, say, ask }: { detail: Detail, readOnly: boolean, say: (text: string) => void, ask: (what: 'again' | 'edit') => void }): VNode {
-  const { row, url, timestamp, steps, headers, body, refusal, diagnosis, duplicate, attempts, death, others, again } = detail
+  const { row, url, timestamp, steps, headers, body, refusal, diagnosis, duplicate, attempts, death, others } = detail
   const fact = (name: string, value: unknown): VNode | false => value !== null && html`<div><dt>${name}</dt><dd>${value}</dd></div>`
   const handled = attempts.length > 0 && html`
     <section>
@@ -84,7 +84,7 @@ function Body ({ detail, readOnly, say, ask }: { detail: Detail, readOnly: boole
       ${fact('Tenant', row.tenant)}
       ${fact('Resource', row.resource)}
       ${duplicate !== null && fact('Duplicate', DUPLICATES[duplicate])}
-      ${row.own && fact('Sent', again === null ? 'from this page' : html`from this page, <a href=${`#/${again}`}>again</a>`)}
+      ${row.own && fact('Sent', row.again === null ? 'from this page' : html`from this page, <a href=${`#/${row.again}`}>again</a>`)}
     </dl>
     ${refusal !== null && refusal.code !== HANDLER_FAILED && html`
       <section class="cause">

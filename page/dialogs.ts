@@ -1,7 +1,8 @@
 import { useEffect, useLayoutEffect, useRef, useState } from 'preact/hooks'
 import type { VNode } from 'preact'
-import type { Delivered, EndpointInfo } from '../lib/inspector/messages.ts'
+import type { Delivered, EndpointInfo, Repeated } from '../lib/inspector/messages.ts'
 import { api } from './api.ts'
+import { shortCode } from './format.ts'
 import { html } from './html.ts'
 import type { Child } from './html.ts'
 
@@ -18,7 +19,7 @@ interface DialogProps {
 /** Asks before something is done, and stays where it fails. */
 export function Dialog ({ title, confirm, disabled = false, onConfirm, onClose, children }: DialogProps): VNode {
   const dialog = useRef<HTMLDialogElement>(null)
-  const [fault, setFault] = useState('')
+  const [fault, setFault] = useState<Error & { id?: number | null } | undefined>(undefined)
   const [busy, setBusy] = useState(false)
   useLayoutEffect(() => {
     const { current } = dialog
@@ -29,11 +30,12 @@ export function Dialog ({ title, confirm, disabled = false, onConfirm, onClose, 
   const submit = async (event: Event): Promise<void> => {
     event.preventDefault()
     setBusy(true)
+    setFault(undefined)
     try {
       await onConfirm()
       onClose()
     } catch (error) {
-      setFault((error as Error).message)
+      setFault(error as Error)
       setBusy(false)
     }
   }
@@ -42,7 +44,7 @@ export function Dialog ({ title, confirm, disabled = false, onConfirm, onClose, 
       <form onSubmit=${submit}>
         <h2 id="dialog-title">${title}</h2>
         ${children}
-        ${fault !== '' && html`<p class="fault" role="alert">${fault}</p>`}
+        ${fault !== undefined && html`<p class="fault" role="alert">${fault.message}${fault.id && html` <a href=${`#/${fault.id}`} onClick=${onClose}>Show it</a>`}</p>`}
         <div class="buttons">
           <button type="button" onClick=${onClose}>Cancel</button>
           <button type="submit" class="primary" disabled=${disabled || busy}>${confirm}</button>
@@ -69,7 +71,19 @@ function Editor ({ text, onEdit }: { text: string, onEdit: (text: string) => voi
     <p class="hint" role="status">${isJson(text) ? 'It is signed here and sent through the real route, with a webhook-id of its own.' : 'This is not JSON. It can be sent all the same, and will be refused.'}</p>`
 }
 
-const told = ({ status, body }: Delivered): string => `answered ${status} ${body.slice(0, 200)}`
+/** @throws what it was answered, so that its dialog stays, where it was not acknowledged */
+function told (type: string, { status, body, id }: Delivered & Partial<Repeated>): string {
+  if (status < 400) return `${type}: answered ${status}`
+  throw Object.assign(new Error(`Answered ${status} ${reasonOf(body)}`), { id })
+}
+
+function reasonOf (body: string): string {
+  try {
+    const { code, message } = JSON.parse(body) as { code?: unknown, message?: unknown }
+    if (typeof message === 'string') return `${typeof code === 'string' ? `${shortCode(code)}: ` : ''}${message}`
+  } catch {} // an error handler of the app's may answer with anything
+  return body.slice(0, 200)
+}
 
 export function SampleDialog ({ types, endpoints, onClose, say }: { types: readonly string[], endpoints: readonly EndpointInfo[], onClose: () => void, say: (text: string) => void }): VNode {
   const signing = endpoints.filter(({ signs }) => signs)
@@ -96,7 +110,7 @@ export function SampleDialog ({ types, endpoints, onClose, say }: { types: reado
   }
   return html`
     <${Dialog} title="Send a signed sample" confirm="Deliver" disabled=${text === ''} onClose=${onClose}
-      onConfirm=${async () => { say(`${type}: ${told(await api.deliver(endpoint, url, tenant, text))}`) }}>
+      onConfirm=${async () => { say(told(type, await api.deliver(endpoint, url, tenant, text))) }}>
       <label class="wide">Sample of
         <select value=${type} onChange=${(event: Event) => setType((event.target as HTMLSelectElement).value)}>
           ${types.map(each => html`<option value=${each}>${each}</option>`)}
@@ -124,10 +138,16 @@ interface AgainProps {
   say: (text: string) => void
 }
 
+async function repeat (id: number, type: string, say: (text: string) => void, body?: string): Promise<void> {
+  const delivered = await api.again(id, body)
+  say(told(type, delivered))
+  if (delivered.id !== null) location.hash = `#/${delivered.id}`
+}
+
 export function AgainDialog ({ id, type, url, onClose, say }: AgainProps): VNode {
   return html`
     <${Dialog} title=${`Deliver ${type} again?`} confirm="Deliver" onClose=${onClose}
-      onConfirm=${async () => { say(`${type}: ${told(await api.again(id))}`) }}>
+      onConfirm=${async () => await repeat(id, type, say)}>
       <p>The same bytes go to <code>${url}</code> once more, signed anew and with a new webhook-id. To the app it is another
       delivery, so <strong>its handlers run again and their effects repeat</strong>.</p>
     <//>`
@@ -137,7 +157,7 @@ export function EditDialog ({ id, type, url, text: given, onClose, say }: AgainP
   const [text, setText] = useState(given)
   return html`
     <${Dialog} title=${`Edit ${type} and send it`} confirm="Deliver" onClose=${onClose}
-      onConfirm=${async () => { say(`${type}: ${told(await api.again(id, text))}`) }}>
+      onConfirm=${async () => await repeat(id, type, say, text)}>
       <p>To <code>${url}</code>. The handlers run for it, and have their effects.</p>
       <${Editor} text=${text} onEdit=${setText} />
     <//>`

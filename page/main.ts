@@ -212,11 +212,11 @@ class TableRow extends Component<RowProps> {
   }
 
   render ({ row, selected, endpoints, tenants }: RowProps): VNode {
-    const { id, at, type, webhookId, endpoint, tenant, resource, state, status, code, attempts, ms: took, own } = row
+    const { id, at, type, webhookId, endpoint, tenant, resource, state, status, code, attempts, ms: took, own, again } = row
     return html`
       <tr class=${selected ? 'selected' : ''} onClick=${() => { location.hash = `#/${id}` }}>
         <td class="time" title=${instant(at)}>${time(at)}</td>
-        <td class="type"><a href=${`#/${id}`} aria-current=${selected ? 'true' : undefined}>${type ?? 'unknown'}</a>${own && html` <small title="sent from this page">sample</small>`}</td>
+        <td class="type"><a href=${`#/${id}`} aria-current=${selected ? 'true' : undefined}>${type ?? 'unknown'}</a>${own && html` <small title="sent from this page">${again === null ? 'sample' : 'again'}</small>`}</td>
         <td><${State} state=${state} /></td>
         <td class="answer">${status ?? ''}${code !== null && html` <small>${shortCode(code)}</small>`}</td>
         <td class="low code" title=${webhookId}>${webhookId}</td>

@@ -10,7 +10,7 @@ import { newWebhookId } from '../testing/sign.ts'
 import { signerOf } from '../verifiers/verifier.ts'
 import type { Entry } from './entry.ts'
 import type { Journal } from './journal.ts'
-import type { Delivered, Detail, Obstacle } from './messages.ts'
+import type { Delivered, Detail, Obstacle, Repeated } from './messages.ts'
 
 /** What the page asks for cannot be done; the message is for who looks at it. */
 export class ActionFault extends Error {
@@ -70,7 +70,7 @@ export class Actions {
   }
 
   /** Delivers what was delivered, as it was or edited: signed anew, with a webhook-id of its own. */
-  async again (id: number, body: string | undefined): Promise<Delivered> {
+  async again (id: number, body: string | undefined): Promise<Repeated> {
     const entry = this.#options.journal.find(id)
     if (entry === undefined) throw new ActionFault(404, 'the delivery is not kept any more')
     const { again, edited } = this.obstacles(entry)
@@ -90,24 +90,24 @@ export class Actions {
     if (!fits(name, url)) throw new ActionFault(400, 'expected the path of a URL that fits the endpoint\'s')
     const obstacle = obstacleOf(endpoint)
     if (obstacle !== null) throw new ActionFault(409, `it cannot be delivered: ${obstacle}`)
-    return await this.#deliver(name, url, tenant, { host }, Buffer.from(body))
+    const { status, body: answer } = await this.#deliver(name, url, tenant, { host }, Buffer.from(body))
+    return { status, body: answer }
   }
 
-  async #deliver (name: string, url: string, tenant: string | undefined, headers: IncomingHttpHeaders, body: Buffer, repeated?: { again: number, webhookId: string | undefined }): Promise<Delivered> {
+  async #deliver (name: string, url: string, tenant: string | undefined, headers: IncomingHttpHeaders, body: Buffer, repeated?: { again: number, webhookId: string | undefined }): Promise<Repeated> {
     const { instance, journal } = this.#options
     const { verifier, keyring } = await verificationOf(this.#endpoint(name)!, tenant)
     const { sign, namedByEvent } = signerOf(verifier)!
     const webhookId = namedByEvent ? idOf(body) : newWebhookId()
     if (namedByEvent && repeated !== undefined && webhookId === repeated.webhookId) throw new ActionFault(409, 'its verifier names a delivery by its event: edit the event\'s id, or it is a duplicate')
-    if (webhookId !== undefined) journal.expect(webhookId, repeated?.again)
     const signed = sign(body, { webhookId: webhookId ?? '', timestamp: Math.floor(Date.now() / 1_000) }, keyring.keys[0]!)
-    const { statusCode, payload } = await instance.inject({
+    const { answer: { statusCode, payload }, id } = await journal.sending(signed, repeated?.again, async () => await instance.inject({
       method: 'POST',
       url,
       headers: { ...headers, 'content-type': 'application/json', ...signed },
       payload: body
-    })
-    return { status: statusCode, body: payload.slice(0, 2_000) }
+    }))
+    return { status: statusCode, body: payload.slice(0, 2_000), id: id ?? null }
   }
 
   async requeue ({ endpoint, webhookId, tenant, force }: { endpoint: string, webhookId: string, tenant?: string, force: boolean }): Promise<boolean> {

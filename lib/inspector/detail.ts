@@ -23,7 +23,7 @@ export interface DetailParts {
 
 /** All that is kept of one delivery, to be shown. */
 export function detailOf (entry: Entry, { verification, others, deliver, redact, log }: DetailParts): Detail {
-  const { url, timestamp, headers, rawBody, refusal, duplicate, attempts, death, sent } = entry
+  const { url, timestamp, headers, rawBody, refusal, duplicate, attempts, death } = entry
   return {
     row: rowOf(entry),
     url,
@@ -37,7 +37,6 @@ export function detailOf (entry: Entry, { verification, others, deliver, redact,
     attempts: attempts.map(attemptOf),
     death: death === undefined ? null : { at: death.diedAt, attempts: death.attempts, errors: death.errors.map(errorOf) },
     others,
-    again: sent?.again ?? null,
     deliver,
     scheme: entry.webhookId !== undefined && verification?.verifier === standardWebhooks() ? 'standard' : null
   }

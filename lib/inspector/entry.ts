@@ -39,6 +39,13 @@ export interface Refusal {
   readonly error: DeliveryError | null
 }
 
+export interface Sent {
+  /** The delivery that it repeats. */
+  readonly again: number | undefined
+  /** Its own, once it has arrived. */
+  id: number | undefined
+}
+
 /** One delivery, as the inspector keeps it: a request, or a job out of a queue whose request is not known here. */
 export class Entry {
   state: DeliveryState = 'received'
@@ -58,8 +65,8 @@ export class Entry {
   death: DeadDelivery | undefined = undefined
   /** The status of the answer. */
   status: number | undefined = undefined
-  /** Whether the page has sent it, and as a repetition of which delivery. */
-  sent: { readonly again: number | undefined } | undefined = undefined
+  /** Where the page has sent it. */
+  sent: Sent | undefined = undefined
   /** Whether a ring has it. */
   kept = false
   /** Bytes that it takes, about. */
@@ -154,7 +161,8 @@ export function rowOf (entry: Entry): Row {
     code: refusal?.code ?? null,
     attempts: started,
     ms: ms ?? (Number.isNaN(answeredAt) ? null : round(answeredAt - startedAt)),
-    own: sent !== undefined
+    own: sent !== undefined,
+    again: sent?.again ?? null
   }
 }
 

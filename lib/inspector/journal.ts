@@ -1,4 +1,4 @@
-import type { ServerResponse } from 'node:http'
+import type { IncomingHttpHeaders, ServerResponse } from 'node:http'
 import type { FastifyReply, FastifyRequest } from 'fastify'
 import type { DuplicateMessage } from '../channels.ts'
 import { DeadlineExceeded, HandlerFailed } from '../errors.ts'
@@ -9,7 +9,7 @@ import { describe, describeFailure } from '../runners/handler-failures.ts'
 import { keyOf } from '../runners/runner.ts'
 import type { DeadDelivery, Job } from '../runners/runner.ts'
 import { Entry, MAX_HANDLERS, resourceOf, rowOf, sizeOfErrors } from './entry.ts'
-import type { Attempt, HandlerRun } from './entry.ts'
+import type { Attempt, HandlerRun, Sent } from './entry.ts'
 import type { Row } from './messages.ts'
 import { Rate } from './rate.ts'
 import { Ring } from './ring.ts'
@@ -19,8 +19,6 @@ const MAX_BYTES = 12 * 1_048_576
 const MAX_BYTES_REFUSED = 4 * 1_048_576
 /** Refused deliveries that are kept: strangers may send any number. */
 const MAX_REFUSED = 200
-/** Deliveries that were sent from the page and have not arrived yet. */
-const MAX_SENT = 100
 
 /** On a request and its response: what is kept of them. */
 const ENTRY = Symbol('openai-webhook.entry')
@@ -40,7 +38,8 @@ export class Journal implements Observer {
   readonly rate = new Rate()
   /** Those that a runner has, by key: what comes out of its queue belongs to them. */
   readonly #queued = new Map<string, Entry>()
-  readonly #sent = new Map<string, { readonly again: number | undefined }>()
+  /** Those that the page is sending, by signature: nobody else can make it, and a refused delivery has one too. */
+  readonly #sent = new Map<string, Sent>()
   /** Those that have changed since they were asked for; `undefined` while nobody looks. */
   #changed: Set<Entry> | undefined
   #lastId = 0
@@ -95,10 +94,21 @@ export class Journal implements Observer {
     return rows
   }
 
-  /** The page is about to send a delivery. */
-  expect (name: string, again: number | undefined): void {
-    this.#sent.set(name, { again })
-    if (this.#sent.size > MAX_SENT) this.#sent.delete(this.#sent.keys().next().value!)
+  /**
+   * Follows a delivery that the page sends.
+   *
+   * @param signed its headers
+   * @returns what `send` does, and the delivery's id; `undefined` where it has not arrived
+   */
+  async sending<T> (signed: IncomingHttpHeaders, again: number | undefined, send: () => Promise<T>): Promise<{ answer: T, id: number | undefined }> {
+    const sent: Sent = { again, id: undefined }
+    const signature = signatureOf(signed)
+    this.#sent.set(signature, sent)
+    try {
+      return { answer: await send(), id: sent.id }
+    } finally {
+      this.#sent.delete(signature)
+    }
   }
 
   // What happens
@@ -125,10 +135,6 @@ export class Journal implements Observer {
     const { webhookId, timestamp, event, tenant } = request.openaiWebhook as VerifiedRequest['openaiWebhook'] & { readonly tenant?: string }
     entry.validatedAt = performance.now()
     name(entry, { webhookId, timestamp, event, tenant })
-    if (this.#sent.size > 0) {
-      entry.sent = this.#sent.get(webhookId)
-      this.#sent.delete(webhookId)
-    }
     this.#keep(this.deliveries, entry)
   }
 
@@ -222,7 +228,17 @@ export class Journal implements Observer {
   #note (request: FastifyRequest, endpoint: string): Entry {
     const entry = new Entry(++this.#lastId, Date.now(), performance.now(), endpoint, request.url, request.headers)
     ;(request as Noted)[ENTRY] = entry
+    if (this.#sent.size > 0) this.#recognise(entry, signatureOf(request.headers))
     return entry
+  }
+
+  #recognise (entry: Entry, signature: string): void {
+    const sent = this.#sent.get(signature)
+    if (sent === undefined) return
+    entry.sent = sent
+    sent.id = entry.id
+    // Whoever forwards it sends another.
+    this.#sent.delete(signature)
   }
 
   /** The delivery that a job came with, or where this process has not received it a new one. */
@@ -309,6 +325,9 @@ class Run implements ObservedAttempt {
     run.ms = performance.now() - this.startedAt
   }
 }
+
+/** In either scheme. */
+const signatureOf = ({ 'webhook-signature': standard, 'x-openai-signature': older }: IncomingHttpHeaders): string => String(standard ?? older)
 
 /** The name of a route's own handler in errors. */
 const OWN_HANDLER = 'handler'

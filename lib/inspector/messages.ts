@@ -24,6 +24,8 @@ export interface Row {
   readonly ms: number | null
   /** Sent from this page. */
   readonly own: boolean
+  /** The delivery that this one repeats, where it was sent from this page. */
+  readonly again: number | null
 }
 
 export interface Stats {
@@ -122,8 +124,6 @@ export interface Detail {
   readonly death: { readonly at: number, readonly attempts: number, readonly errors: readonly ErrorInfo[] } | null
   /** The other deliveries with this webhook-id at this endpoint. */
   readonly others: readonly Row[]
-  /** The delivery that this one repeats, where the page has sent it. */
-  readonly again: number | null
   readonly deliver: { readonly again: Obstacle, readonly edited: Obstacle }
   /** How *Copy as curl* signs: by the secret in the reader's environment, or not at all. */
   readonly scheme: 'standard' | null
@@ -145,6 +145,11 @@ export interface DeadInfo {
 export interface Delivered {
   readonly status: number
   readonly body: string
+}
+
+export interface Repeated extends Delivered {
+  /** The new delivery's; `null` where it has not come as far as the plugin. */
+  readonly id: number | null
 }
 
 export interface Fault {

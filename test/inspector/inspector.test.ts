@@ -257,19 +257,43 @@ t.test('deliver again: through the real route, signed anew, with another webhook
   const { headers, body } = sign(thin('batch.failed'))
   await post(app, { headers: { ...headers, 'x-tenant': 'acme', connection: 'keep-alive' }, body })
   const response = await act(app, 'again', { id: 1 })
-  t.same(response.json(), { status: 200, body: '{"received":true}' })
+  t.same(response.json(), { status: 200, body: '{"received":true}', id: 2 })
   t.equal(got.length, 2)
   t.same(got[0]!.event, got[1]!.event)
   t.not(got[0]!.webhookId, got[1]!.webhookId)
   t.equal(got[1]!.tenant, 'acme')
   const again = await detailOf(app)
-  t.match(again, { again: 1, row: { own: true, state: 'processed' } })
+  t.match(again, { row: { own: true, again: 1, state: 'processed' } })
   t.same(Buffer.from(again.body!.base64, 'base64'), body)
   const edited = { ...thin('batch.failed'), data: { id: 'batch_edited' } }
   await act(app, 'again', { id: 1, body: JSON.stringify(edited) })
   t.same(got[2]!.event, edited)
-  t.match((await act(app, 'again', { id: 1, body: 'no json' })).json(), { status: 400 })
+  t.match((await act(app, 'again', { id: 1, body: 'no json' })).json(), { status: 400, body: /INVALID_BODY/, id: 4 })
+  t.match(rowsOf(app).at(-1), { id: 4, own: true, again: 1, state: 'refused' }, 'a refused one is marked too')
   t.match((await act(app, 'again', { id: 12_345 })).json(), { message: /not kept any more/ })
+})
+
+t.test('of deliveries that come while the page sends one, that one alone is marked', async t => {
+  const app = await build(t)
+  let answered = '/webhooks/openai'
+  app.addHook('onRequest', async ({ url }, reply) => {
+    if (url !== answered) return
+    await post(app, sign(thin('batch.failed')), '/other')
+    await reply.code(204).send()
+  })
+  await app.register(inspector)
+  app.openaiWebhook.route({ url: '/other', secret: SECRET })
+  app.openaiWebhook.route({
+    url: '/first',
+    secret: SECRET,
+    on: { 'batch.failed': async (_event, { request }) => { await app.inject({ method: 'POST', url: '/other', headers: request!.headers, payload: {} }) } }
+  })
+  const send = async (url: string): Promise<object> => (await act(app, 'deliver', { endpoint: url, url, body: JSON.stringify(thin('batch.failed')) })).json()
+  t.match(await send('/webhooks/openai'), { status: 204 })
+  t.match(await send('/first'), { status: 200 })
+  t.same(rowsOf(app).map(({ endpoint, own }) => [endpoint, own]), [['/other', false], ['/first', true], ['/other', false]])
+  answered = '/first'
+  t.match((await act(app, 'again', { id: 2 })).json(), { status: 204, id: null }, 'a hook has answered it before it came to the plugin')
 })
 
 t.test('what was not verified is not signed here', async t => {
@@ -302,6 +326,7 @@ t.test('a verifier of the user\'s cannot sign; that of the older guide names a d
   t.match(rowsOf(guide), [{ own: true }, { own: true }])
   t.match(await sent({ ...thin('batch.failed'), id: undefined }), { status: 400 })
   t.match(await sent('no json'), { status: 400 })
+  t.ok(rowsOf(guide).every(({ own }) => own), 'refused ones too')
 })
 
 t.test('samples of every type, those of the user\'s included, to the endpoint that is chosen', async t => {
