@@ -87,6 +87,8 @@ export class Actions {
   async deliver (name: string, url: string, tenant: string | undefined, body: string, host: string): Promise<Delivered> {
     const endpoint = this.#endpoint(name)
     if (endpoint === undefined) throw new ActionFault(404, 'no such endpoint')
+    const open = parametersOf(name).filter(parameter => url.includes(parameter))
+    if (open.length > 0) throw new ActionFault(400, `fill in ${open.join(' and ')} in the URL`)
     if (!fits(name, url)) throw new ActionFault(400, 'expected the path of a URL that fits the endpoint\'s')
     const obstacle = obstacleOf(endpoint)
     if (obstacle !== null) throw new ActionFault(409, `it cannot be delivered: ${obstacle}`)
@@ -140,7 +142,7 @@ export function obstacleOf ({ verifier }: Endpoint): Obstacle {
 /** How deliveries of an endpoint, or of one of its tenants, are verified. @throws ActionFault */
 export async function verificationOf (endpoint: Endpoint, tenant: string | undefined): Promise<Verification> {
   if (endpoint.tenants === undefined) return endpoint
-  if (tenant === undefined || tenant === '') throw new ActionFault(400, 'expected a tenant: this endpoint serves many')
+  if (tenant === undefined || tenant === '') throw new ActionFault(400, 'fill in Tenant: this endpoint serves many, and each has its own secret')
   const found = await endpoint.tenants.verificationOf(tenant)
   if (found instanceof Error) throw new ActionFault(409, `the tenant's secret cannot be had: ${found.message}`)
   return found
@@ -148,6 +150,9 @@ export async function verificationOf (endpoint: Endpoint, tenant: string | undef
 
 /** Whether a route's URL has parameters. */
 export const isPattern = (url: string): boolean => /[:*]/.test(url)
+
+/** `:name` for each; a colon that is doubled stands for itself. */
+const parametersOf = (url: string): string[] => [...url.matchAll(/(?<!:):\w+/g)].map(([parameter]) => parameter)
 
 function fits (endpoint: string, url: string): boolean {
   if (!isPattern(endpoint)) return url === endpoint

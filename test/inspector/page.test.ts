@@ -179,6 +179,30 @@ t.test('in a browser', { skip: chromiumMissing }, async t => {
     t.equal(await rows(page, /again/).count(), 3)
   })
 
+  t.test('to a route with tenants nothing is sent before its URL and its tenant are filled in', async t => {
+    const app = await serve(t, { path: false })
+    app.openaiWebhook.route({
+      url: '/webhooks/openai/:project',
+      tenant: { of: request => (request.params as { project: string }).project, secret: name => name === 'acme' ? SECRET : undefined }
+    })
+    const page = await open(browser, await listen(app))
+    await button(page, 'Send a sample').click()
+    const dialog = page.getByRole('dialog')
+    const told = async (text: string): Promise<void> => {
+      await button(page, 'Deliver').click()
+      await dialog.getByRole('alert').getByText(text).waitFor()
+    }
+    await page.getByLabel('Tenant').fill('acme')
+    await told('fill in :project')
+    await page.getByLabel('Tenant').fill('')
+    await page.getByLabel('URL').fill('/webhooks/openai/acme')
+    await told('fill in Tenant')
+    t.equal(await rows(page).count(), 0)
+    await page.getByLabel('Tenant').fill('acme')
+    await button(page, 'Deliver').click()
+    await rows(page, /processed.*acme/).waitFor()
+  })
+
   t.test('copied as curl, as a command, as a test', async t => {
     const app = await serve(t)
     await post(app, sign(thin('batch.failed', { id: "it's" })))
