@@ -76,6 +76,7 @@ function App (): VNode {
       <h1>OpenAI webhooks</h1>
       <span class=${`link ${connected ? 'good' : 'bad'}`} role="status">${connected ? (paused === undefined ? 'live' : 'paused') : 'not connected, trying again'}</span>
       ${stats !== undefined && html`<${Figures} stats=${stats} />`}
+      ${hello.readOnly && html`<span class="state dull" title="This page may only look here. The option readOnly: false lets it act.">read-only</span>`}
       <span class="space"></span>
       <button type="button" onClick=${() => setPaused(paused === undefined ? live : undefined)}>${paused === undefined ? 'Pause' : 'Resume'}</button>
       ${!hello.readOnly && html`<button type="button" class="primary" onClick=${() => setSending(true)}>Send a sample</button>`}

@@ -280,13 +280,18 @@ t.test('in a browser', { skip: chromiumMissing }, async t => {
     t.ok(answers.every(status => status >= 400))
   })
 
-  t.test('where it is read-only, there is nothing to press', async t => {
+  t.test('where it is read-only, it says so, and there is nothing to press', async t => {
     const app = await serve(t, {}, { readOnly: true })
     await post(app, sign(thin('batch.failed')))
     const page = await open(browser, await listen(app))
     await rows(page).first().click()
     await button(page, 'Copy as curl').waitFor()
     for (const name of ['Send a sample', 'Deliver again', 'Edit and deliver']) t.equal(await button(page, name).count(), 0, name)
+    t.match(await page.getByRole('banner').getByText('read-only', { exact: true }).getAttribute('title'), /readOnly: false/)
+    t.same(await serious(page), [])
+    const acting = await open(browser, await listen(await serve(t)))
+    await button(acting, 'Send a sample').waitFor()
+    t.equal(await acting.getByText('read-only').count(), 0)
   })
 
   t.test('many deliveries do not grow the tab, and an app that begins anew is found again', async t => {
