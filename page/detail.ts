@@ -88,9 +88,9 @@ function Body ({ detail, readOnly, say, ask }: { detail: Detail, readOnly: boole
     </dl>
     ${refusal !== null && refusal.code !== HANDLER_FAILED && html`
       <section class="cause">
-        <h3>Why it was not taken</h3>
+        <h3>${row.state === 'refused' ? 'Why it was not taken' : `Why the sender was told ${refusal.statusCode}`}</h3>
         <p><code>${refusal.code}</code> ${refusal.message}</p>
-        ${diagnosis !== null && html`<${Diagnosis} diagnosis=${diagnosis} />`}
+        ${(diagnosis ?? refusal.fix) !== null && html`<${Diagnosis} diagnosis=${diagnosis} fix=${diagnosis?.fix ?? refusal.fix} />`}
         ${refusal.error !== null && html`<${Failure} error=${refusal.error} />`}
       </section>`}
     ${death !== null && html`
@@ -178,13 +178,14 @@ async function toClipboard (text: string): Promise<void> {
   if (!copied) throw new Error('the browser does not allow it')
 }
 
-function Diagnosis ({ diagnosis: { cause, message, fix, ruledOut } }: { diagnosis: DiagnosisInfo }): VNode {
+/** What is known of the cause, and what to change. */
+function Diagnosis ({ diagnosis, fix }: { diagnosis: DiagnosisInfo | null, fix: string | null }): VNode {
   return html`
     <dl class="facts">
-      <div><dt>${cause === null ? 'Likely' : 'Cause'}</dt><dd>${message}${cause !== null && html` <code>${cause}</code>`}</dd></div>
+      ${diagnosis !== null && html`<div><dt>${diagnosis.cause === null ? 'Likely, but not proved' : 'Cause'}</dt><dd>${diagnosis.message}${diagnosis.cause !== null && html` <code>${diagnosis.cause}</code>`}</dd></div>`}
       ${fix !== null && html`<div><dt>What to change</dt><dd>${fix}</dd></div>`}
     </dl>
-    ${ruledOut.length > 0 && html`<details><summary>Ruled out</summary><ul>${ruledOut.map(each => html`<li>${each}</li>`)}</ul></details>`}`
+    ${diagnosis !== null && diagnosis.ruledOut.length > 0 && html`<details><summary>Ruled out</summary><ul>${diagnosis.ruledOut.map(each => html`<li>${each}</li>`)}</ul></details>`}`
 }
 
 function Failure ({ error: { handler, message, stack } }: { error: ErrorInfo }): VNode {

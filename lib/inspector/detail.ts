@@ -2,13 +2,13 @@ import type { IncomingHttpHeaders } from 'node:http'
 import type { FastifyBaseLogger } from 'fastify'
 import { diagnoseQuickly } from '../diagnose.ts'
 import { causes } from '../diagnose/causes.ts'
-import { InvalidSignature, TimestampOutOfTolerance } from '../errors.ts'
+import { InvalidSignature, TimestampOutOfTolerance, UnknownTenant } from '../errors.ts'
 import { logError } from '../log.ts'
 import type { Verification } from '../pipeline/verify.ts'
 import type { DeadDelivery, DeliveryError } from '../runners/runner.ts'
 import { standardWebhooks } from '../verifiers/standard-webhooks.ts'
 import { round, rowOf } from './entry.ts'
-import type { Attempt, Entry } from './entry.ts'
+import type { Attempt, Entry, Refusal } from './entry.ts'
 import type { AttemptInfo, DeadInfo, Detail, DiagnosisInfo, ErrorInfo, Row, StepInfo, StepName } from './messages.ts'
 import type { InspectorOptions } from './options.ts'
 
@@ -31,7 +31,7 @@ export function detailOf (entry: Entry, { verification, others, deliver, redact,
     steps: headers === undefined ? null : stepsOf(entry),
     headers: headers === undefined ? null : shown(headers, redact, log),
     body: rawBody === undefined ? null : { base64: rawBody.toString('base64'), size: rawBody.length, arrived: headers !== undefined },
-    refusal: refusal === undefined ? null : { ...refusal, error: refusal.error && errorOf(refusal.error) },
+    refusal: refusal === undefined ? null : refusalOf(entry, refusal),
     diagnosis: diagnosisOf(entry, verification),
     duplicate: duplicate ?? null,
     attempts: attempts.map(attemptOf),
@@ -124,7 +124,22 @@ function shown (headers: IncomingHttpHeaders, redact: InspectorOptions['redact']
 }
 
 const INVALID_SIGNATURE = new InvalidSignature().code
+const UNKNOWN_TENANT = new UnknownTenant('').code
 const OUT_OF_TOLERANCE = new TimestampOutOfTolerance().code
+
+const COMPARE = 'where the sender is OpenAI: compare'
+/** What the log advises, but for its advice to diagnose, which this page does itself. */
+const FIXES: Readonly<Record<string, (isTenant: boolean) => string>> = {
+  [INVALID_SIGNATURE]: isTenant => isTenant
+    ? `${COMPARE} what tenant.secret gives for this tenant, and gave when it was last asked (once a minute at most), with the signing secret (whsec_…) of the endpoint that has this URL at OpenAI, and give both while one replaces another`
+    : `${COMPARE} OPENAI_WEBHOOK_SECRET, or the secret option, with the signing secret (whsec_…) of the endpoint that has this URL at OpenAI, and give both while one replaces another; if it is the same, something in front of the app rewrites the body`,
+  [UNKNOWN_TENANT]: () => `${COMPARE} the URL of the endpoint at OpenAI with what tenant.of makes of it, and see that tenant.secret finds a secret for that name`
+}
+
+function refusalOf ({ tenant }: Entry, refusal: Refusal): Detail['refusal'] {
+  const { code, error } = refusal
+  return { ...refusal, error: error && errorOf(error), fix: FIXES[code]?.(tenant !== undefined) ?? null }
+}
 
 /** Why a delivery was refused, as `openai-webhook diagnose` would say it, judged at the time that it came. */
 function diagnosisOf (entry: Entry, verification: Verification | undefined): DiagnosisInfo | null {
@@ -141,7 +156,8 @@ function diagnosisOf (entry: Entry, verification: Verification | undefined): Dia
     now: at,
     tolerance
   })
-  return { cause: finding?.cause ?? null, message: finding?.message ?? likely!, fix: finding?.fix ?? null, ruledOut }
+  // The page says of it that it is not proved.
+  return { cause: finding?.cause ?? null, message: finding?.message ?? likely!.replace('not proved, but likeliest: ', ''), fix: finding?.fix ?? null, ruledOut }
 }
 
 function stale (ahead: number): DiagnosisInfo {

@@ -98,6 +98,15 @@ export interface DiagnosisInfo {
   readonly ruledOut: readonly string[]
 }
 
+export interface RefusalInfo {
+  readonly code: string
+  readonly statusCode: number
+  readonly message: string
+  readonly error: ErrorInfo | null
+  /** What to change, where the diagnosis does not say it. */
+  readonly fix: string | null
+}
+
 export interface BodyInfo {
   readonly base64: string
   readonly size: number
@@ -117,7 +126,7 @@ export interface Detail {
   readonly headers: ReadonlyArray<readonly [name: string, value: string]> | null
   /** `null` where it was refused before it was read, or is too large to be kept. */
   readonly body: BodyInfo | null
-  readonly refusal: { readonly code: string, readonly statusCode: number, readonly message: string, readonly error: ErrorInfo | null } | null
+  readonly refusal: RefusalInfo | null
   readonly diagnosis: DiagnosisInfo | null
   readonly duplicate: string | null
   readonly attempts: readonly AttemptInfo[]

@@ -233,7 +233,7 @@ t.test('why a 401 was refused, as diagnose says it; neither secret nor expected 
   t.match((await detailOf(app)).diagnosis, { cause: 'body-newline-added', fix: /./ }, 'one change, proved')
   await post(app, sign(thin('batch.failed'), { secret: `whsec_${Buffer.alloc(32, 'o').toString('base64')}` }))
   const unknown = await detailOf(app)
-  t.match(unknown.diagnosis, { cause: null, message: /the secret is that of another endpoint/, fix: null })
+  t.match(unknown.diagnosis, { cause: null, message: /^the secret is that of another endpoint/, fix: null })
   t.ok(unknown.diagnosis!.ruledOut.length > 5)
   await post(app, sign(thin('batch.failed'), { timestamp: Math.floor(Date.now() / 1_000) - 3_600 }))
   t.match((await detailOf(app)).diagnosis, { cause: 'timestamp-stale', message: /signed 36\d\d s before it came/, fix: /clock/ })
@@ -248,6 +248,21 @@ t.test('why a 401 was refused, as diagnose says it; neither secret nor expected 
   const all = JSON.stringify(await Promise.all(rowsOf(app).map(async ({ id }) => await detailOf(app, id))))
   t.notMatch(all, SECRET.slice('whsec_'.length))
   t.notMatch(all, Buffer.from(SECRET.slice('whsec_'.length), 'base64').toString('hex'))
+})
+
+t.test('what to change is what the log advises, but for its advice to diagnose', async t => {
+  const { lines, logger } = capturedLog()
+  const app = await inspected(t, {}, {}, { logger })
+  app.openaiWebhook.route({ url: '/tenants/:name', tenant: { of: request => (request.params as { name: string }).name, secret: name => name === 'acme' ? SECRET : undefined } })
+  for (const [url, code] of [['/webhooks/openai', 'INVALID_SIGNATURE'], ['/tenants/acme', 'INVALID_SIGNATURE'], ['/tenants/nobody', 'UNKNOWN_TENANT']] as const) {
+    await post(app, sign(thin('batch.failed'), { secret: `whsec_${Buffer.alloc(32, 'o').toString('base64')}` }), url)
+    const { refusal } = await detailOf(app)
+    const line = lines.findLast(({ fix }) => fix !== undefined)!
+    t.equal(refusal!.code, `FST_OPENAI_WEBHOOK_${code}`)
+    t.equal(refusal!.fix, String(line['fix']).replace('. Log level debug and `npx openai-webhook diagnose` say which', ''), url)
+  }
+  await forge(app, 'wrong shape', { secret: SECRET })
+  t.equal((await detailOf(app)).refusal!.fix, null)
 })
 
 t.test('deliver again: through the real route, signed anew, with another webhook-id', async t => {

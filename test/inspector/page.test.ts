@@ -203,6 +203,27 @@ t.test('in a browser', { skip: chromiumMissing }, async t => {
     await rows(page, /processed.*acme/).waitFor()
   })
 
+  t.test('a cause that is not proved is said to be so once; a sender that was told 503 is not told to have been refused', async t => {
+    const app = await serve(t, { deadline: 20 })
+    let end = (): void => {}
+    app.openaiWebhook.on('batch.failed', async () => await new Promise<void>(resolve => { end = resolve }))
+    const page = await open(browser, await listen(app))
+    await post(app, sign(thin('batch.completed'), { secret: `whsec_${Buffer.alloc(32, 'o').toString('base64')}` }))
+    await rows(page, /refused/).click()
+    const detail = page.getByRole('complementary')
+    await detail.getByText('Why it was not taken').waitFor()
+    const text = await detail.innerText()
+    t.equal(text.match(/not proved/g)?.length, 1)
+    t.equal(text.match(/likel/gi)?.length, 1)
+    t.match(text, /What to change\s+where the sender is OpenAI: compare OPENAI_WEBHOOK_SECRET/)
+    t.same(await serious(page), [])
+    await post(app, sign(thin('batch.failed')))
+    end()
+    await rows(page, /processed/).click()
+    await detail.getByText('Why the sender was told 503').waitFor()
+    t.equal(await detail.getByText('Why it was not taken').count(), 0)
+  })
+
   t.test('copied as curl, as a command, as a test', async t => {
     const app = await serve(t)
     await post(app, sign(thin('batch.failed', { id: "it's" })))
