@@ -77,6 +77,7 @@ function Body ({ detail, readOnly, say, ask }: { detail: Detail, readOnly: boole
     <dl class="facts">
       ${fact('Came', `${time(row.at)} (${instant(row.at)})`)}
       ${fact('Answered', row.status !== null && `${row.status}${row.code === null ? '' : ` ${shortCode(row.code)}`}${row.ms === null ? '' : ` after ${ms(row.ms)}`}`)}
+      ${refusal !== null && refusal.told !== null && fact('Sender was told', `${refusal.statusCode} ${shortCode(refusal.told)}, lest strangers find out which tenants there are`)}
       ${fact('webhook-id', row.webhookId)}
       ${fact('Signed', timestamp === null ? null : instant(timestamp * 1_000))}
       ${fact('Endpoint', row.endpoint)}

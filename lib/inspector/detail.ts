@@ -138,7 +138,7 @@ const FIXES: Readonly<Record<string, (isTenant: boolean) => string>> = {
 
 function refusalOf ({ tenant }: Entry, refusal: Refusal): Detail['refusal'] {
   const { code, error } = refusal
-  return { ...refusal, error: error && errorOf(error), fix: FIXES[code]?.(tenant !== undefined) ?? null }
+  return { ...refusal, error: error && errorOf(error), fix: FIXES[code]?.(tenant !== undefined) ?? null, told: code === UNKNOWN_TENANT ? INVALID_SIGNATURE : null }
 }
 
 /** Why a delivery was refused, as `openai-webhook diagnose` would say it, judged at the time that it came. */

@@ -105,6 +105,8 @@ export interface RefusalInfo {
   readonly error: ErrorInfo | null
   /** What to change, where the diagnosis does not say it. */
   readonly fix: string | null
+  /** What the sender was told in place of the code, lest strangers find out which tenants there are. */
+  readonly told: string | null
 }
 
 export interface BodyInfo {

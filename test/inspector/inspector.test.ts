@@ -262,7 +262,7 @@ t.test('what to change is what the log advises, but for its advice to diagnose',
     t.equal(refusal!.fix, String(line['fix']).replace('. Log level debug and `npx openai-webhook diagnose` say which', ''), url)
   }
   await forge(app, 'wrong shape', { secret: SECRET })
-  t.equal((await detailOf(app)).refusal!.fix, null)
+  t.match((await detailOf(app)).refusal, { fix: null, told: null })
 })
 
 t.test('deliver again: through the real route, signed anew, with another webhook-id', async t => {
@@ -387,7 +387,8 @@ t.test('many tenants behind one route: shown, diagnosed and delivered to by name
   const { headers, body } = sign(thin('batch.failed'))
   await post(app, { headers, body: Buffer.concat([body, Buffer.from('\n')]) }, '/tenants/acme')
   t.match(await detailOf(app), { row: { tenant: 'acme', state: 'refused' }, diagnosis: { cause: 'body-newline-added' } })
-  await post(app, sign(thin('batch.failed')), '/tenants/nobody')
+  const answer = await post(app, sign(thin('batch.failed')), '/tenants/nobody')
+  t.match(await detailOf(app), { refusal: { told: answer.json().code } }, 'the sender was told another code')
   t.match(await detailOf(app), { row: { tenant: 'nobody', state: 'refused', status: 401, code: 'FST_OPENAI_WEBHOOK_UNKNOWN_TENANT' }, diagnosis: null })
   const sample = { endpoint: '/tenants/:name', url: '/tenants/acme', body: body.toString() }
   t.match((await act(app, 'deliver', { ...sample, tenant: 'acme' })).json(), { status: 200 })

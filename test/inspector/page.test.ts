@@ -201,6 +201,9 @@ t.test('in a browser', { skip: chromiumMissing }, async t => {
     await page.getByLabel('Tenant').fill('acme')
     await button(page, 'Deliver').click()
     await rows(page, /processed.*acme/).waitFor()
+    await post(app, sign(thin('batch.failed')), '/webhooks/openai/nobody')
+    await rows(page, /401 UNKNOWN_TENANT/).click()
+    await page.getByRole('complementary').getByText(/^401 INVALID_SIGNATURE, lest strangers/).waitFor()
   })
 
   t.test('a cause that is not proved is said to be so once; a sender that was told 503 is not told to have been refused', async t => {
