@@ -186,7 +186,7 @@ function Table ({ rows, selected, hello }: { rows: readonly Row[], selected: num
       <caption class="hidden">Deliveries, the newest first</caption>
       <thead>
         <tr>
-          <th scope="col">Time</th><th scope="col">Type</th><th scope="col">State</th><th scope="col">Answer</th>
+          <th scope="col" class="time">Time</th><th scope="col" class="type">Type</th><th scope="col" class="state-of">State</th><th scope="col" class="answer">Answer</th>
           <th scope="col" class="low">webhook-id</th><th scope="col" class="low">Resource</th>
           ${endpoints && html`<th scope="col" class="low">Endpoint</th>`}${tenants && html`<th scope="col" class="low">Tenant</th>`}
           <th scope="col" class="mid number">Attempts</th><th scope="col" class="mid number" title="until its sender was answered">ms</th>
@@ -197,6 +197,9 @@ function Table ({ rows, selected, hello }: { rows: readonly Row[], selected: num
       </tbody>
     </table>`
 }
+
+/** Behind dots and slashes: what tells a type or an endpoint from others stands at its end. */
+const breakable = (name: string): unknown => name.split(/(?<=[./])/).map((part, i) => i === 0 ? part : html`<wbr />${part}`)
 
 interface RowProps {
   row: Row
@@ -217,13 +220,13 @@ class TableRow extends Component<RowProps> {
     return html`
       <tr class=${selected ? 'selected' : ''} onClick=${() => { location.hash = `#/${id}` }}>
         <td class="time" title=${instant(at)}>${time(at)}</td>
-        <td class="type"><a href=${`#/${id}`} aria-current=${selected ? 'true' : undefined}>${type ?? 'unknown'}</a>${own && html` <small title="sent from this page">${again === null ? 'sample' : 'again'}</small>`}</td>
+        <td class="type"><a href=${`#/${id}`} aria-current=${selected ? 'true' : undefined}>${breakable(type ?? 'unknown')}</a>${own && html` <small title="sent from this page">${again === null ? 'sample' : 'again'}</small>`}</td>
         <td><${State} state=${state} /></td>
         <td class="answer">${status ?? ''}${code !== null && html` <small>${shortCode(code)}</small>`}</td>
         <td class="low code" title=${webhookId}>${webhookId}</td>
         <td class="low code" title=${resource}>${resource}</td>
-        ${endpoints && html`<td class="low">${endpoint}</td>`}
-        ${tenants && html`<td class="low">${tenant}</td>`}
+        ${endpoints && html`<td class="low endpoint">${breakable(endpoint)}</td>`}
+        ${tenants && html`<td class="low" title=${tenant}>${tenant}</td>`}
         <td class="mid number">${attempts > 0 ? attempts : ''}</td>
         <td class="mid number">${took === null ? '' : ms(took)}</td>
       </tr>`

@@ -22,6 +22,8 @@ const ACTION_LIMIT = 1_048_576
 /** Dead deliveries that are listed. */
 const DEAD_LISTED = 100
 
+const HTML = 'text/html; charset=utf-8'
+
 const HEADERS = {
   'content-security-policy': "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
   'x-content-type-options': 'nosniff',
@@ -110,7 +112,11 @@ const inspector: FastifyPluginAsync<InspectorOptions> = async (instance, options
   }
 
   // Relative to the page, so that a proxy may put it elsewhere. The app may take a slash at the end of its URL for none.
-  serve(path, 'text/html; charset=utf-8', ({ url }) => assets.page.replaceAll('{{base}}', /\/(?:\?|$)/.test(url) ? '.' : path.slice(path.lastIndexOf('/') + 1)))
+  const page = ({ url }: FastifyRequest): string => assets.page.replaceAll('{{base}}', /\/(?:\?|$)/.test(url) ? '.' : path.slice(path.lastIndexOf('/') + 1))
+  serve(path, HTML, page)
+  const { routerOptions, ignoreTrailingSlash = false } = instance.initialConfig
+  // Else it is the same route to the router, which would refuse a second one.
+  if (!(routerOptions?.ignoreTrailingSlash ?? ignoreTrailingSlash)) serve(`${path}/`, HTML, page)
   serve(`${path}/page.js`, 'text/javascript; charset=utf-8', () => assets.script)
   serve(`${path}/page.css`, 'text/css; charset=utf-8', () => assets.style)
 

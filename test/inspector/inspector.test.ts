@@ -88,8 +88,12 @@ t.test('one HTML, one script, one style, under 60 KB, with a policy that lets no
   }
   t.ok(size < 60_000, `${size} bytes`)
   t.equal((await app.inject({ method: 'HEAD', url: `${PAGE}/api/events` })).statusCode, 404)
-  const lax = await inspected(t, {}, {}, { routerOptions: { ignoreTrailingSlash: true } })
-  t.match((await lax.inject(`${PAGE}/?x=1`)).body, /src="\.\/page\.js"/)
+  t.match((await app.inject(`${PAGE}/?x=1`)).body, /src="\.\/page\.js"/)
+  t.equal((await app.inject({ url: `${PAGE}/`, headers: { host: 'evil.example' } })).statusCode, 403)
+  for (const options of [{ routerOptions: { ignoreTrailingSlash: true } }, { ignoreTrailingSlash: true }]) {
+    const lax = await inspected(t, {}, {}, options)
+    t.match((await lax.inject(`${PAGE}/?x=1`)).body, /src="\.\/page\.js"/)
+  }
 })
 
 t.test('without onRequest it refuses to start in production', async t => {

@@ -350,6 +350,37 @@ t.test('in a browser', { skip: chromiumMissing }, async t => {
     await rows(page).nth(150).waitFor()
   })
 
+  t.test('no column is cut off at any width, and no type loses its end', async t => {
+    const app = await serve(t)
+    app.openaiWebhook.route({
+      url: '/a-longer-way-to/the-webhooks/of-openai/:project',
+      tenant: { of: request => (request.params as { project: string }).project, secret: () => SECRET }
+    })
+    const types = ['response.completed', 'response.cancelled', 'fine_tuning.job.succeeded', 'realtime.call.incoming']
+    for (const type of types) await post(app, sign(thin(type, { id: `res_${'x'.repeat(60)}` })), '/a-longer-way-to/the-webhooks/of-openai/a-tenant-with-a-long-name')
+    await post(app, sign(thin('batch.failed'), { timestamp: 1 }))
+    const page = await open(browser, await listen(app))
+    await rows(page).nth(types.length).waitFor()
+    const isWhole = async (): Promise<[boolean, boolean]> => await page.evaluate(`[
+      document.querySelector('main').scrollWidth <= document.querySelector('main').clientWidth,
+      [...document.querySelectorAll('th, td:nth-child(-n + 3), td.endpoint, td.number')].every(cell => cell.scrollWidth <= cell.clientWidth)
+    ]`)
+    for (const isOpen of [false, true]) {
+      if (isOpen) {
+        await rows(page, /response\.completed/).click()
+        await page.getByRole('complementary').getByText('Headers').waitFor()
+      }
+      for (const width of [360, 480, 700, 821, 1_000, 1_101, 1_280, 1_920]) {
+        await page.setViewportSize({ width, height: 900 })
+        t.same(await isWhole(), [true, true], `${width} px${isOpen ? ', with a delivery' : ''}`)
+        t.equal(await page.evaluate('document.documentElement.scrollWidth'), width)
+      }
+    }
+    await page.keyboard.press('Escape')
+    await page.setViewportSize({ width: 1_280, height: 900 })
+    t.ok(await page.getByRole('columnheader', { name: 'ms' }).isVisible())
+  })
+
   t.test('by keyboard, narrow, and dark', async t => {
     const app = await serve(t)
     for (const type of ['batch.failed', 'batch.completed']) await post(app, sign(thin(type)))
