@@ -67,7 +67,17 @@ export function assertInspectorOptions (options: object): asserts options is Ins
   for (const [name, value] of Object.entries(options)) {
     if (FASTIFY_OPTIONS.includes(name) || value === undefined) continue
     const rule = Object.hasOwn(rules, name) ? rules[name as keyof InspectorOptions] : undefined
-    if (rule === undefined) throw new InvalidOptions(`inspector: unknown option "${name}"${adviceOn(name, Object.keys(rules))}`)
-    if (!rule.accepts(value)) throw new InvalidOptions(`inspector: expected ${name} to be ${rule.expected}`)
+    if (rule === undefined) throw new InvalidOptions(`inspector: unknown option "${name}"${OTHER_NAMES.test(name) ? ', did you mean "onRequest"?' : adviceOn(name, Object.keys(rules))}`)
+    if (!rule.accepts(value)) throw new InvalidOptions(`inspector: expected ${name} to be ${rule.expected}, got ${show(value)}`)
   }
+}
+
+/** Of what lets in who may look; by its letters alone, `auth` is nearest to `path`. */
+const OTHER_NAMES = /^(?:auth|authenticate|authentication|preHandler)$/i
+
+/** Shows short values and the kind of others: what stands in the wrong place may be a secret. */
+function show (value: unknown): string {
+  if (typeof value === 'string') return value.length <= 16 && !/^(?:whsec_|sk-)/.test(value) ? `"${value}"` : 'a string'
+  if (typeof value === 'number' || typeof value === 'boolean' || value === null) return String(value)
+  return Array.isArray(value) ? 'an array' : `a value of type ${typeof value}`
 }

@@ -43,16 +43,21 @@ const allow: NonNullable<InspectorOptions['onRequest']> = (_request, _reply, don
 t.test('wrong options are told at boot', async t => {
   const wrong: Array<[object, RegExp]> = [
     [{ paht: '/x' }, /unknown option "paht", did you mean "path"/],
-    [{ path: 'x' }, /expected path to be a path/],
-    [{ path: '/x/' }, /expected path/],
+    ...['auth', 'authenticate', 'authentication', 'preHandler'].map((name): [object, RegExp] => [{ [name]: allow }, new RegExp(`unknown option "${name}", did you mean "onRequest"\\?`)]),
+    [{ path: 'x' }, /expected path to be a path.*, got "x"$/],
+    [{ path: '/x/' }, /expected path.*, got "\/x\/"$/],
     [{ path: '/:x' }, /expected path/],
-    [{ path: 5 }, /expected path/],
-    [{ onRequest: [] }, /expected onRequest/],
+    [{ path: 'a longer one than is told' }, /expected path.*, got a string$/],
+    [{ path: 'whsec_x' }, /expected path.*, got a string$/],
+    [{ path: 5 }, /expected path.*, got 5$/],
+    [{ onRequest: [] }, /expected onRequest.*, got an array$/],
     [{ onRequest: [5] }, /expected onRequest/],
-    [{ readOnly: 'yes' }, /expected readOnly/],
-    [{ max: 0 }, /expected max/],
+    [{ onRequest: null }, /expected onRequest.*, got null$/],
+    [{ onRequest: true }, /expected onRequest.*, got true$/],
+    [{ readOnly: 'yes' }, /expected readOnly.*, got "yes"$/],
+    [{ max: 0 }, /expected max.*, got 0$/],
     [{ max: 10_001 }, /expected max/],
-    [{ redact: {} }, /expected redact/]
+    [{ redact: {} }, /expected redact.*, got a value of type object$/]
   ]
   for (const [options, message] of wrong) {
     const app = await build(t)
