@@ -86,6 +86,11 @@ const TENANT_FIXES: typeof FIXES = {
     'with the signing secret (whsec_…) of the endpoint that has this URL at OpenAI, and give both while one replaces another'
 }
 
+/** What whoever runs the receiver can do about a refusal with this code. */
+export function fixOf (code: string, isTenants: boolean): string | undefined {
+  return isTenants ? TENANT_FIXES[code] ?? FIXES[code] : FIXES[code]
+}
+
 /** Codes whose message says more than the code. */
 const REASONED: readonly string[] = ['TIMESTAMP_OUT_OF_TOLERANCE', 'UNKNOWN_TENANT', 'INVALID_BODY', 'INVALID_EVENT'].map(name => `FST_OPENAI_WEBHOOK_${name}`)
 
@@ -124,8 +129,7 @@ export class RefusalLog {
   /** @param message of the error */
   write (log: FastifyBaseLogger, code: string, statusCode: number, delivery: Described & { endpoint: string }, message: string): void {
     if (!this.#hasRoom(log, code, delivery)) return
-    const fix = delivery.tenant === undefined ? FIXES[code] : TENANT_FIXES[code] ?? FIXES[code]
-    write(log, 'warn', { code, statusCode, ...logFields(delivery), reason: REASONED.includes(code) ? message.slice(0, MAX_REASON) : undefined, fix }, 'webhook delivery refused')
+    write(log, 'warn', { code, statusCode, ...logFields(delivery), reason: REASONED.includes(code) ? message.slice(0, MAX_REASON) : undefined, fix: fixOf(code, delivery.tenant !== undefined) }, 'webhook delivery refused')
   }
 
   /**

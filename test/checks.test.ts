@@ -50,6 +50,10 @@ t.test('an option that nobody would read is refused, wherever options are taken'
   }
 })
 
+t.test('pgboss has no more attempts than it can tell from its own looks', async t => {
+  t.throws(() => pgboss({ boss: { previewRedrive () {}, work () {} } as never, attempts: 1_001 }), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: 'pgboss: expected attempts to be at most 1000, got 1001' })
+})
+
 t.test('an unknown option without a value is none', async t => {
   t.ok(memoryStore({ maximum: undefined } as never))
 })

@@ -225,8 +225,8 @@ export class OwnHandler {
   /** Nobody waits for this reply: it tells how the handler ended. */
   #sentLate (payload: unknown): FastifyReply {
     const { state } = this.#standing
-    const { statusCode = 200, unsure } = state.at === 'late' ? state : {}
-    this.#endsWith(unsure?.succeeded !== false && isSuccessful(payload, statusCode), payload instanceof Error ? payload : undefined)
+    const late = state.at === 'late' ? state : undefined
+    this.#endsWith(late?.unsure?.succeeded !== false && isSuccessful(payload, late?.statusCode ?? this.#reply.statusCode), payload instanceof Error ? payload : undefined)
     return this.#reply
   }
 
@@ -242,7 +242,7 @@ export class OwnHandler {
     this.#call = 'returned'
     switch (state.at) {
       case 'late':
-        if (state.failed !== undefined && (payload === undefined || payload === this.#reply)) this.#settle(false, state.failed.error)
+        if (state.failed !== undefined && payload === undefined) this.#settle(false, state.failed.error)
         else if (payload === undefined) this.#settle(state.unsure?.succeeded !== false)
         else if (payload !== this.#reply) this.#sentLate(payload)
         // A reply that is sent tells nothing more.

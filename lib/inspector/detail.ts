@@ -3,7 +3,7 @@ import type { FastifyBaseLogger } from 'fastify'
 import { diagnoseQuickly } from '../diagnose.ts'
 import { causes } from '../diagnose/causes.ts'
 import { InvalidSignature, TimestampOutOfTolerance, UnknownTenant } from '../errors.ts'
-import { logError } from '../log.ts'
+import { fixOf, logError } from '../log.ts'
 import type { Verification } from '../pipeline/verify.ts'
 import type { DeadDelivery, DeliveryError } from '../runners/runner.ts'
 import { standardWebhooks } from '../verifiers/standard-webhooks.ts'
@@ -127,18 +127,9 @@ const INVALID_SIGNATURE = new InvalidSignature().code
 const UNKNOWN_TENANT = new UnknownTenant('').code
 const OUT_OF_TOLERANCE = new TimestampOutOfTolerance().code
 
-const COMPARE = 'where the sender is OpenAI: compare'
-/** What the log advises, but for its advice to diagnose, which this page does itself. */
-const FIXES: Readonly<Record<string, (isTenant: boolean) => string>> = {
-  [INVALID_SIGNATURE]: isTenant => isTenant
-    ? `${COMPARE} what tenant.secret gives for this tenant, and gave when it was last asked (once a minute at most), with the signing secret (whsec_…) of the endpoint that has this URL at OpenAI, and give both while one replaces another`
-    : `${COMPARE} OPENAI_WEBHOOK_SECRET, or the secret option, with the signing secret (whsec_…) of the endpoint that has this URL at OpenAI, and give both while one replaces another; if it is the same, something in front of the app rewrites the body`,
-  [UNKNOWN_TENANT]: () => `${COMPARE} the URL of the endpoint at OpenAI with what tenant.of makes of it, and see that tenant.secret finds a secret for that name`
-}
-
 function refusalOf ({ tenant }: Entry, refusal: Refusal): Detail['refusal'] {
   const { code, error } = refusal
-  return { ...refusal, error: error && errorOf(error), fix: FIXES[code]?.(tenant !== undefined) ?? null, told: code === UNKNOWN_TENANT ? INVALID_SIGNATURE : null }
+  return { ...refusal, error: error && errorOf(error), fix: fixOf(code, tenant !== undefined) ?? null, told: code === UNKNOWN_TENANT ? INVALID_SIGNATURE : null }
 }
 
 /** Why a delivery was refused, as `openai-webhook diagnose` would say it, judged at the time that it came. */

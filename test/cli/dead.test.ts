@@ -208,6 +208,15 @@ t.test('the library is Node\'s own, else one of the working directory', async t 
   await t.rejects(broken.run(parse(['list', '--sqlite', 'empty.txt'], broken.options), terminal), { message: 'empty.txt: was compiled?for another Node' })
 })
 
+t.test('a file of a version that kept no errors of handlers is read', async t => {
+  const file = join(t.testdir(), 'webhooks.db')
+  const db = openSqlite(file, LIBRARY)
+  t.teardown(() => db.close())
+  db.exec("CREATE TABLE openai_webhook_jobs (key TEXT PRIMARY KEY, job TEXT NOT NULL, state TEXT NOT NULL DEFAULT 'pending', attempts INTEGER NOT NULL DEFAULT 0, due INTEGER NOT NULL, error TEXT, ended INTEGER)")
+  db.prepare("INSERT INTO openai_webhook_jobs (key, job, state, attempts, due, error, ended) VALUES (?, ?, 'dead', 16, 0, 'no such customer', 1)").run(`${ENDPOINT} wh_1`, JSON.stringify(job('wh_1')))
+  t.match(await run(t, ['list', '--sqlite', file]), { code: 0, out: /^wh_1 .* 16 attempts\n {2}no such customer\n$/ })
+})
+
 t.test('the list is read while another process has the lock', async t => {
   const { file, db } = await fileWith(t, job('wh_1'))
   db.exec('BEGIN IMMEDIATE')

@@ -205,6 +205,39 @@ t.test('an answer that a hook of the app sends while the handler runs counts as 
   }
 })
 
+t.test('a failure of the handler\'s own, while a hook\'s is held, counts once the handler has ended', async t => {
+  const [held, letGo, end] = [deferred(), deferred(), deferred()]
+  const { app, runs, log } = await route(t, async (_request, reply) => {
+    if (runs() > 1) return 'again'
+    app.log.info('started')
+    await held.promise
+    reply.code(500).send('of the handler')
+    letGo.resolve()
+    await end.promise
+  })
+  app.addHook('preHandler', async (_request, reply) => {
+    if (runs() > 0) return
+    const { send } = reply
+    const limit = async (): Promise<void> => {
+      while (!log.lines.some(({ msg }) => msg === 'started')) await tick()
+      send.call(reply, new Error('of the hook'))
+    }
+    limit().catch(t.error)
+  })
+  app.addHook('onError', async () => {
+    held.resolve()
+    await letGo.promise
+  })
+  const delivery = sign(thin('batch.failed'))
+  t.match(await answer(app, delivery), 'of the hook')
+  const joined = answer(app, redelivered(delivery))
+  while (runs() === 1 && !log.lines.some(({ msg }) => msg === 'webhook delivery is a duplicate')) await tick()
+  t.equal(runs(), 1)
+  end.resolve()
+  t.match(await joined, /^500 /)
+  t.equal(await answer(app, redelivered(delivery)), '200 again')
+})
+
 t.test('a handler that throws after its answer is logged, and has been answered', async t => {
   const { app, runs, log } = await route(t, async (_request, reply) => {
     reply.send('sent')

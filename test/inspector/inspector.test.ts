@@ -259,7 +259,7 @@ t.test('why a 401 was refused, as diagnose says it; neither secret nor expected 
   t.notMatch(all, Buffer.from(SECRET.slice('whsec_'.length), 'base64').toString('hex'))
 })
 
-t.test('what to change is what the log advises, but for its advice to diagnose', async t => {
+t.test('what to change is what the log advises', async t => {
   const { lines, logger } = capturedLog()
   const app = await inspected(t, {}, {}, { logger })
   app.openaiWebhook.route({ url: '/tenants/:name', tenant: { of: request => (request.params as { name: string }).name, secret: name => name === 'acme' ? SECRET : undefined } })
@@ -268,7 +268,7 @@ t.test('what to change is what the log advises, but for its advice to diagnose',
     const { refusal } = await detailOf(app)
     const line = lines.findLast(({ fix }) => fix !== undefined)!
     t.equal(refusal!.code, `FST_OPENAI_WEBHOOK_${code}`)
-    t.equal(refusal!.fix, String(line['fix']).replace('. Log level debug and `npx openai-webhook diagnose` say which', ''), url)
+    t.equal(refusal!.fix, line['fix'], url)
   }
   await forge(app, 'wrong shape', { secret: SECRET })
   t.match((await detailOf(app)).refusal, { fix: null, told: null })

@@ -302,7 +302,7 @@ t.test('a file locked by another connection', async t => {
     state.work = async () => { other.exec('BEGIN IMMEDIATE') }
     const delivery = batchFailed()
     t.equal(await answer(state.app, delivery), '200')
-    t.same(state.told, [{ message: 'database is locked', webhookId: undefined }])
+    t.same(state.told, [{ message: 'database is locked', webhookId: delivery.headers['webhook-id'] }])
     other.exec('ROLLBACK')
     t.equal(await answer(state.app, redelivered(delivery)), IN_PROGRESS)
     db.exec('UPDATE openai_webhook_deliveries SET ends = 0') // as if the lease were over
