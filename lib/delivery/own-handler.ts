@@ -134,7 +134,7 @@ export class OwnHandler {
       case 'cut off':
         if (succeeded && !isWhole) return watchDestroy(this.#reply.raw, () => this.#broke())
         // It may be a hook of the app that answers so. A retry must not have the handler run beside itself.
-        if (!succeeded && this.#call === 'runs' && !this.#isCalled) return this.#standing.move({ at: 'cut off', judge: () => false })
+        if (!succeeded && this.#call === 'runs' && !this.#isCalled) return this.#standing.move({ at: 'cut off', judge: failure })
         return this.#settleFirst(succeeded, state.at === 'replying' && state.isOverdue)
     }
   }
@@ -234,7 +234,7 @@ export class OwnHandler {
   #endsWith (succeeded: boolean, error?: unknown): void {
     const { state } = this.#standing
     if (succeeded || this.#call !== 'runs' || this.#isCalled) this.#settle(succeeded, error)
-    else this.#standing.move(state.at === 'late' ? { ...state, failed: { error } } : { at: 'cut off', judge: () => false })
+    else this.#standing.move(state.at === 'late' ? { ...state, failed: { error } } : { at: 'cut off', judge: failure })
   }
 
   #returned (payload: unknown): void {
@@ -318,7 +318,7 @@ export class OwnHandler {
   /** The source of its answer has failed. */
   #broke (): void {
     const { state } = this.#standing
-    if (state.at === 'replying') this.#standing.move({ ...state, judge: () => false })
+    if (state.at === 'replying') this.#standing.move({ ...state, judge: failure })
   }
 
   /** Somebody else answers. @param statusCode that the handler has set so far */
@@ -349,6 +349,8 @@ function warnOnce (handler: RouteHandlerMethod, { log, routeOptions: { url } }: 
   warned.add(handler)
   write(log, 'warn', { url }, 'the handler of a webhook route is not async, takes reply and has returned nothing without a reply, so the delivery is acknowledged now: return reply where it replies later')
 }
+
+const failure = (): boolean => false
 
 const isText = (payload: unknown): boolean => typeof payload === 'string' || Buffer.isBuffer(payload) || payload === undefined || payload === null
 
