@@ -177,7 +177,7 @@ t.test('what failed in the last attempt is told where that cannot be recorded, a
   t.same(died, [])
   other.exec('ROLLBACK')
   await until('it to be dead', () => died.length === 1)
-  t.match(died, [{ attempts: 1, errors: [{ handler: null, message: 'the process ended while the handlers ran' }], finished: [] }])
+  t.match(died, [{ attempts: 1, errors: [{ handler: '#0', message: 'no such customer', stack: /theHandlerOfTheUser/ }], finished: [] }])
 })
 
 t.test('whatever is thrown is kept, and cut where it is long', async t => {

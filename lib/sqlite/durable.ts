@@ -1,3 +1,4 @@
+import { LRUCache } from 'lru-cache'
 import { inContext } from '../async-context.ts'
 import { Overloaded } from '../errors.ts'
 import { causeOf, deadDelivery, describeFailure } from '../runners/handler-failures.ts'
@@ -58,6 +59,8 @@ const MAX_BACKOFF = 3_600_000
 /** ms between two looks at the file: after trouble, or for deliveries that another process has queued. */
 const POLL_INTERVAL = 1_000
 const MAX_ERROR_LENGTH = 2_000
+/** Dead deliveries */
+const MAX_UNRECORDED = 1_000
 /** The end of the lease of a job that another process has taken over. */
 const LOST = 0
 
@@ -103,6 +106,8 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
   const pending = database.prepare("SELECT count(*) AS count FROM openai_webhook_jobs WHERE state = 'pending'")
 
   const active = new Map<string, Active>()
+  /** What the last attempts ended with whose deaths could not be recorded. */
+  const unrecorded = new LRUCache<string, { error: unknown }>({ max: MAX_UNRECORDED })
   /** Those of them that wait for room, in order of arrival. */
   const ahead = new Set<Ahead>()
   let starting = false
@@ -305,7 +310,7 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
     const { done: isDone = false, ...left } = known ?? {}
     // When the row is gone, another process has done the same.
     if (isDone) await done(host, job, entry)
-    else await die(host, { ...job, ...left }, count, entry, new Error('the process ended while the handlers ran'), false)
+    else await die(host, { ...job, ...left }, count, entry, unrecorded.get(entry.key)?.error ?? new Error('the process ended while the handlers ran'), false)
   }
 
   /** @returns whether it is dead by now, and told */
@@ -314,7 +319,10 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
     const { errors, finished, remembered, diedAt } = delivery
     const failure: Failure = { attempt: count, errors, finished, remembered }
     const recorded = await record(host, job, () => end.run('dead', describe(error), JSON.stringify(failure), diedAt, ...holder(entry)), ran)
-    if (recorded) tellDead(host, delivery, error)
+    if (recorded) {
+      unrecorded.delete(entry.key)
+      tellDead(host, delivery, error)
+    } else unrecorded.set(entry.key, { error })
     return recorded
   }
 
