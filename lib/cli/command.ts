@@ -52,7 +52,7 @@ export function parse (argv: readonly string[], options: Options): Arguments {
   } catch (error) {
     const [message] = (error as Error).message.replace(/\. To specify a positional.*$/s, '').split('\n')
     const unknown = /^Unknown option '--(.+)'$/.exec(message!)?.[1]
-    throw usageError(message! + (unknown === undefined ? '' : nearest(unknown, Object.keys(options))))
+    throw usageError(message! + (unknown === undefined ? '' : nearest(unknown, Object.keys(options), '--')))
   }
 }
 

@@ -50,7 +50,7 @@ export const replay: Command = {
         const { status, code, duplicate, ms } = answer
         failed ||= status !== 200
         if (values['json'] === true) {
-          terminal.out(`${JSON.stringify({ file, status: status ?? null, code: code ?? null, duplicate, ms })}\n`)
+          terminal.out(`${JSON.stringify({ file, status: status ?? null, code: code ?? null, duplicate, ms: Number(ms.toFixed(3)) })}\n`)
         } else {
           terminal.out(`${file}  ${paintStatus(terminal, status)}  ${told(answer)}  ${paint(terminal, 'dim', milliseconds(ms))}\n`)
         }

@@ -3,7 +3,7 @@ import type { BackoffOptions, ConnectionOptions, JobsOptions, KeepJobs, WorkerOp
 import type { Job as BullMQJob } from 'bullmq'
 import { InvalidOptions, Overloaded, Unavailable } from '../errors.ts'
 import { grouped } from '../grouped.ts'
-import { causeOf, deadDelivery, describeFailure } from './handler-failures.ts'
+import { causeOf, deadDelivery, describeFailure, resumed } from './handler-failures.ts'
 import { RETENTION } from '../stores/store.ts'
 import { assertCount, assertNames, assertWorker } from '../checks.ts'
 import { assertOpen, assertRemembered, keyOf, tellDead } from './runner.ts'
@@ -177,9 +177,7 @@ export function bullmq (options: BullMQOptions): Runner {
     const { errors, finished, remembered } = describeFailure(delivery, error)
     const stalls = isLast ? stalledCounter : queuedOf(job).stalls
     await job.updateData(pack({
-      ...delivery,
-      ...(finished.length > 0 && { finished }),
-      ...(remembered !== undefined && { remembered }),
+      ...resumed(delivery, { finished, remembered }),
       failure: { attempt, starts, errors },
       ...(stalls !== undefined && { stalls })
     }))

@@ -76,6 +76,11 @@ export function describeFailure (job: Job, error: unknown): Pick<DeadDelivery, '
   return { errors: [describe(null, causeOf(error))], finished, ...(remembered !== undefined && { remembered }) }
 }
 
+/** A job with what its attempts have left. */
+export function resumed (job: Job, { finished = [], remembered }: { finished?: Job['finished'] | undefined, remembered?: Job['remembered'] | undefined }): Job {
+  return { ...job, ...(finished.length > 0 && { finished }), ...(remembered !== undefined && { remembered }) }
+}
+
 /** An error as it is kept: cut, and read in spite of getters that throw. */
 export function describe (handler: string | null, error: unknown): DeliveryError {
   return { handler, message: textOf(error, MAX_MESSAGE), stack: stackOf(error) }

@@ -7,7 +7,7 @@ import { InvalidOptions, Overloaded } from '../errors.ts'
 import { RETENTION } from '../stores/store.ts'
 import { assertCount, assertNames, assertWorker } from '../checks.ts'
 import { grouped } from '../grouped.ts'
-import { deadDelivery, describeFailure } from './handler-failures.ts'
+import { deadDelivery, describeFailure, resumed } from './handler-failures.ts'
 import { assertOpen, assertRemembered, keyOf, tellDead } from './runner.ts'
 import { storable } from './storable.ts'
 import type { DeadDelivery, DeliveryRef, Job, Runner, RunnerHost } from './runner.ts'
@@ -201,8 +201,8 @@ export function pgboss (options: PgBossOptions): Runner {
     const { id, data, output, retryCount, retryLimit } = job
     // A job that a person has redriven has the queue's limit, and one that was retried by hand a higher one.
     const attempts = retryLimit > LOOKS ? retryLimit - LOOKS : retryLimit
-    const { attempts: ended = 0, finished = [], remembered } = failureOf(output) ?? {}
-    const queued: Job = { ...JSON.parse(data.delivery) as Job, ...(finished.length > 0 && { finished }), ...(remembered !== undefined && { remembered }) }
+    const { attempts: ended = 0, ...left } = failureOf(output) ?? {}
+    const queued = resumed(JSON.parse(data.delivery) as Job, left)
     // Where the last attempt has no result of ours, its process died, or the job expired.
     const delivery = retryCount > ended ? host.interrupted?.(queued) ?? queued : queued
     const attempt = retryCount + 1
@@ -319,7 +319,7 @@ export function pgboss (options: PgBossOptions): Runner {
         const { attempts, errors, diedAt, finished, ...again } = await asLeft(job)
         if (!force) assertRemembered({ ...again, finished })
         // The job's id is made of the dead letter's, so that several requeues, or one that a crash has cut off, make one job.
-        const isNew = await enqueue(uuidOf(`requeued ${job.id}`), { ...again, ...(finished.length > 0 && { finished }) })
+        const isNew = await enqueue(uuidOf(`requeued ${job.id}`), resumed(again, { finished }))
         await boss.deleteJob(deadName, job.id)
         if (isNew) requeued = true
       }

@@ -1,7 +1,7 @@
 import { LRUCache } from 'lru-cache'
 import { inContext } from '../async-context.ts'
 import { Overloaded } from '../errors.ts'
-import { causeOf, deadDelivery, describeFailure } from '../runners/handler-failures.ts'
+import { causeOf, deadDelivery, describeFailure, resumed } from '../runners/handler-failures.ts'
 import { RETENTION } from '../stores/store.ts'
 import type { SqliteDatabase } from './database.ts'
 import { DeadJobs, openJobs, parseFailure } from './jobs.ts'
@@ -465,8 +465,7 @@ function nextOf (host: RunnerHost, row: Row): Job {
 }
 
 function jobOf ({ job, failure }: Row): Job {
-  const { finished = [], remembered } = parseFailure(failure)
-  return { ...JSON.parse(job) as Job, ...(finished.length > 0 && { finished }), ...(remembered !== undefined && { remembered }) }
+  return resumed(JSON.parse(job) as Job, parseFailure(failure))
 }
 
 /** A failure in one line, for people who read the file. */

@@ -125,7 +125,7 @@ t.test('wrong usage is one line on stderr and exit code 2', async t => {
     [['triger'], 'unknown command "triger", did you mean "trigger"? (see --help)'],
     [['constructor'], 'unknown command "constructor" (see --help)'],
     [['help', 'lisen'], 'unknown command "lisen", did you mean "listen"? (see --help)'],
-    [['trigger', 'all', '--ulr', 'x'], 'Unknown option \'--ulr\', did you mean "url"? (see --help)'],
+    [['trigger', 'all', '--ulr', 'x'], 'Unknown option \'--ulr\', did you mean "--url"? (see --help)'],
     [['trigger', 'all', '--zzzzzzzz'], 'Unknown option \'--zzzzzzzz\' (see --help)'],
     [['trigger', 'all', '--url'], 'Option \'--url <value>\' argument missing (see --help)'],
     [['trigger', 'all', '--url', '--json'], 'Option \'--url\' argument is ambiguous. (see --help)'],
