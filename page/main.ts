@@ -222,7 +222,7 @@ class TableRow extends Component<RowProps> {
         <td class="time" title=${instant(at)}>${time(at)}</td>
         <td class="type"><a href=${`#/${id}`} aria-current=${selected ? 'true' : undefined}>${breakable(type ?? 'unknown')}</a>${own && html` <small title="sent from this page">${again === null ? 'sample' : 'again'}</small>`}</td>
         <td><${State} state=${state} /></td>
-        <td class="answer">${status ?? ''}${code !== null && html` <small>${shortCode(code)}</small>`}</td>
+        <td class="answer" title=${code ?? undefined}>${status ?? ''}${code !== null && html` <small>${shortCode(code)}</small>`}</td>
         <td class="low code" title=${webhookId}>${webhookId}</td>
         <td class="low code" title=${resource}>${resource}</td>
         ${endpoints && html`<td class="low endpoint">${breakable(endpoint)}</td>`}
