@@ -41,6 +41,8 @@ export class OwnHandler {
   readonly #reply: FastifyReply
   readonly #record: RecordEnd
   readonly #handOver: () => void
+  /** The status that the reply had before. */
+  readonly #givenStatus: number
   /** Fastify's own `reply.send`. */
   readonly #sendPlainly: FastifyReply['send']
   #call: 'runs' | 'returned' | 'threw' = 'runs'
@@ -64,6 +66,7 @@ export class OwnHandler {
     this.#reply = reply
     this.#record = record
     this.#handOver = handOver
+    this.#givenStatus = reply.statusCode
     this.#sendPlainly = reply.send
   }
 
@@ -226,13 +229,17 @@ export class OwnHandler {
   #sentLate (payload: unknown): FastifyReply {
     const { state } = this.#standing
     const late = state.at === 'late' ? state : undefined
-    this.#endsWith(late?.unsure?.succeeded !== false && isSuccessful(payload, late?.statusCode ?? this.#reply.statusCode), payload instanceof Error ? payload : undefined)
+    this.#endsWith(late?.unsure?.succeeded !== false && isSuccessful(payload, late?.statusCode ?? this.#ownStatus), payload instanceof Error ? payload : undefined)
     return this.#reply
   }
 
-  /** A failure that is sent while the handler runs, by itself or by a hook of the app, counts once it has ended: a retry must not run it beside itself. */
+  /**
+   * What is sent first counts. A failure that is sent while the handler runs, by itself or by a hook of the app, does so once it has
+   * ended: a retry must not run it beside itself.
+   */
   #endsWith (succeeded: boolean, error?: unknown): void {
     const { state } = this.#standing
+    if (state.at === 'cut off' || (state.at === 'late' && state.failed !== undefined)) return
     if (succeeded || this.#call !== 'runs' || this.#isCalled) this.#settle(succeeded, error)
     else this.#standing.move(state.at === 'late' ? { ...state, failed: { error } } : { at: 'cut off', judge: failure })
   }
@@ -242,7 +249,7 @@ export class OwnHandler {
     this.#call = 'returned'
     switch (state.at) {
       case 'late':
-        if (state.failed !== undefined && payload === undefined) this.#settle(false, state.failed.error)
+        if (state.failed !== undefined) this.#settle(false, state.failed.error)
         else if (payload === undefined) this.#settle(state.unsure?.succeeded !== false)
         else if (payload !== this.#reply) this.#sentLate(payload)
         // A reply that is sent tells nothing more.
@@ -282,6 +289,11 @@ export class OwnHandler {
       if (at === 'cut off') this.#settle(false)
       else this.#wroteItself()
     }
+  }
+
+  /** The status that it has set, while somebody else's error has one of its own. */
+  get #ownStatus (): number {
+    return this.#reply.statusCode === this.#givenStatus ? 200 : this.#reply.statusCode
   }
 
   /** Whether it has hijacked the reply or written to the socket. */

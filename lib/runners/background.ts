@@ -39,6 +39,7 @@ export function background (options: BackgroundOptions = {}): Runner {
   const waiting = new Map<string, () => Promise<void>>()
   const running = new Map<string, Promise<void>>()
   let host: RunnerHost
+  let isStarted = false
   let closing = false
 
   function startNext (): void {
@@ -65,6 +66,7 @@ export function background (options: BackgroundOptions = {}): Runner {
     start (startedBy) {
       assertOpen('background', closing)
       host = startedBy
+      isStarted = true
     },
     run (job) {
       const key = keyOf(job)
@@ -76,6 +78,7 @@ export function background (options: BackgroundOptions = {}): Runner {
       return undefined
     },
     async close () {
+      if (!isStarted) return // another app may start it
       closing = true
       while (running.size > 0) await Promise.all(running.values())
     },

@@ -280,6 +280,7 @@ export function bullmq (options: BullMQOptions): Runner {
       }
     },
     async close (signal) {
+      if (host === undefined) return // another app may start it
       closing = true
       // BullMQ waits for a Redis that cannot be reached, and its attempts to connect would keep the process alive.
       signal?.addEventListener('abort', () => {

@@ -326,6 +326,7 @@ export function pgboss (options: PgBossOptions): Runner {
       return requeued
     },
     async close () {
+      if (host === undefined) return // another app may start it
       closing = true
       await Promise.all(slots.map(async ({ id }) => await boss.offWork(queueName, { id, wait: true })))
       drained.abort()

@@ -59,7 +59,7 @@ const MAX_BACKOFF = 3_600_000
 /** ms between two looks at the file: after trouble, or for deliveries that another process has queued. */
 const POLL_INTERVAL = 1_000
 const MAX_ERROR_LENGTH = 2_000
-/** Dead deliveries */
+/** Attempts */
 const MAX_UNRECORDED = 1_000
 /** The end of the lease of a job that another process has taken over. */
 const LOST = 0
@@ -106,8 +106,8 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
   const pending = database.prepare("SELECT count(*) AS count FROM openai_webhook_jobs WHERE state = 'pending'")
 
   const active = new Map<string, Active>()
-  /** What the last attempts ended with whose deaths could not be recorded. */
-  const unrecorded = new LRUCache<string, { error: unknown }>({ max: MAX_UNRECORDED })
+  /** What failed attempts ended with that could not be recorded, by the job's key. */
+  const unrecorded = new LRUCache<string, { count: number, error: unknown }>({ max: MAX_UNRECORDED })
   /** Those of them that wait for room, in order of arrival. */
   const ahead = new Set<Ahead>()
   let starting = false
@@ -187,7 +187,7 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
       const entry = entries[index]!
       if (!taken[index]) letGo(entry)
       else if (isOver(row)) follow(host, entry, async () => await giveUp(host, jobOf(row), row.attempts, entry))
-      else follow(host, entry, async () => await attempt(host, nextOf(host, row), row.attempts + 1, entry))
+      else follow(host, entry, async () => await attempt(host, nextOf(host, row, unrecorded.get(row.key)), row.attempts + 1, entry))
     }
   }
 
@@ -293,6 +293,7 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
     }
     const failure = { attempt: count, ...describeFailure(job, error) }
     const recorded = await record(host, job, () => postpone.run(Date.now() + delay(count), describe(error), JSON.stringify(failure), ...holder(entry)))
+    if (!recorded) unrecorded.set(entry.key, { count, error })
     host.report(error, job, recorded ? { attempt: count, attempts } : undefined)
     // This job may be due before any other.
     schedule()
@@ -300,6 +301,11 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
 
   /** No attempt is left. Only the store may know which handlers succeeded in the last one. */
   async function giveUp (host: RunnerHost, job: Job, count: number, entry: Active): Promise<void> {
+    const last = unrecorded.get(entry.key)
+    if (last?.count === count) {
+      await die(host, job, count, entry, last.error, false)
+      return
+    }
     let known
     try {
       known = await host.recorded?.(job)
@@ -310,7 +316,7 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
     const { done: isDone = false, ...left } = known ?? {}
     // When the row is gone, another process has done the same.
     if (isDone) await done(host, job, entry)
-    else await die(host, { ...job, ...left }, count, entry, unrecorded.get(entry.key)?.error ?? new Error('the process ended while the handlers ran'), false)
+    else await die(host, { ...job, ...left }, count, entry, new Error('the process ended while the handlers ran'), false)
   }
 
   /** @returns whether it is dead by now, and told */
@@ -322,7 +328,7 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
     if (recorded) {
       unrecorded.delete(entry.key)
       tellDead(host, delivery, error)
-    } else unrecorded.set(entry.key, { error })
+    } else unrecorded.set(entry.key, { count, error })
     return recorded
   }
 
@@ -406,6 +412,7 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
       return undefined
     },
     async close () {
+      if (host === undefined) return // another app may start it
       closing = true
       clearTimeout(timer)
       if (ahead.size > 0) giveBack([...ahead])
@@ -457,9 +464,10 @@ interface Ahead {
 /** Which row, and whose: what `held` compares with. */
 const holder = ({ key, until, renewing = until }: Active): [string, number, number] => [key, until, renewing]
 
-/** The job for another attempt. */
-function nextOf (host: RunnerHost, row: Row): Job {
+/** The job for another attempt. @param last what this process knows of an attempt that it could not record */
+function nextOf (host: RunnerHost, row: Row, last: { count: number, error: unknown } | undefined): Job {
   const job = jobOf(row)
+  if (last?.count === row.attempts) return resumed(job, describeFailure(job, last.error))
   const isInterrupted = row.attempts > (parseFailure(row.failure).attempt ?? 0)
   return isInterrupted ? host.interrupted?.(job) ?? job : job
 }

@@ -205,6 +205,27 @@ t.test('an answer that a hook of the app sends while the handler runs counts as 
   }
 })
 
+t.test('a status that a hook has set before the handler runs, while its error is held, is not the handler\'s', async t => {
+  const held = deferred()
+  const { app, runs } = await route(t, async (_request, reply) => { reply.send({ ok: true }) })
+  app.addHook('preHandler', async (_request, reply) => {
+    if (runs() > 0) return
+    setImmediate(() => reply.code(503).send(new Error('of the hook')))
+  })
+  app.addHook('onError', async () => {
+    held.resolve()
+    await new Promise(resolve => setTimeout(resolve, 20))
+  })
+  const early = deferred()
+  app.post('/early', { config: { openaiWebhook: { on: { 'batch.failed': async () => { await held.promise; early.resolve() } } } } }, async (_request, reply) => {
+    await early.promise
+    reply.send({ ok: true })
+  })
+  const delivery = sign(thin('batch.failed'))
+  t.equal((await post(app, delivery, '/early')).statusCode, 503)
+  t.equal((await post(app, redelivered(delivery), '/early')).body, '{"received":true,"duplicate":true}')
+})
+
 t.test('a failure of the handler\'s own, while a hook\'s is held, counts once the handler has ended', async t => {
   const [held, letGo, end] = [deferred(), deferred(), deferred()]
   const { app, runs, log } = await route(t, async (_request, reply) => {
@@ -543,6 +564,31 @@ t.test('a handler that still runs at the deadline', async t => {
         t.equal(await answer(app, redelivered(delivery)), '200 again')
       })
     }
+  }
+
+  const swallowed: Record<string, RouteHandlerMethod> = {
+    'and returns a value, for want of a return': async (_request, reply) => {
+      reply.send(new Error('database down'))
+      return { received: true }
+    },
+    'and sends 200 then': async (_request, reply) => {
+      reply.code(500).send({})
+      await tick()
+      reply.code(200).send({})
+    },
+    'and sends a success then': async (_request, reply) => {
+      reply.send(new Error('database down'))
+      await tick()
+      reply.send({ ok: true })
+    }
+  }
+  for (const [name, ending] of Object.entries(swallowed)) {
+    t.test(`and then sends a failure ${name}: the first counts`, async t => {
+      const { refusal, retry, runs } = await overdue(t, ending)
+      t.equal(refusal, REFUSAL)
+      t.equal(await retry(), '200 {"again":true}')
+      t.equal(runs(), 2)
+    })
   }
 
   t.test('with its answer in an onSend hook is not answered for', async t => {

@@ -379,6 +379,32 @@ t.test('a dead delivery that an inbox may have forgotten is requeued by force al
     }
   })
 
+  await t.test('but not where the end of an attempt could not be recorded by a process that goes on', async t => {
+    for (const attempts of [1, 2]) {
+      const file = join(t.testdir(), 'webhooks.db')
+      const [db, other] = [openSqlite(file), openSqlite(file)]
+      t.teardown(() => { for (const handle of [db, other]) handle.close() })
+      db.exec('PRAGMA busy_timeout = 1')
+      const runner = durable(db, { attempts, lease: 50, backoff: 0 })
+      const app = await build(t, { runner })
+      brief(db)
+      let starts = 0
+      const troubles: unknown[] = []
+      app.openaiWebhook.on('batch.failed', () => {
+        if (++starts === 1) other.exec('BEGIN IMMEDIATE')
+        fail()
+      }, { name: 'settle' }).onError(error => { troubles.push(error) })
+      await app.listen({ port: 0, host: '127.0.0.1' })
+      await post(app, sign(thin('batch.failed'), { webhookId: 'wh_1' }))
+      await until('the trouble to be told', () => troubles.some(error => (error as Error).message === 'database is locked'))
+      other.exec('ROLLBACK')
+      await until('it to be dead', () => runner.deadCount() === 1)
+      t.match(runner.dead(), [{ attempts, errors: [{ handler: 'settle', message: 'each time' }] }])
+      t.notOk('remembered' in runner.dead()[0]!)
+      t.equal(await app.openaiWebhook.deadLetters.requeue(REF), true)
+    }
+  })
+
   await t.test('and any other is requeued at any age', async t => {
     for (const add of [
       (app: App, db: Handle) => { app.openaiWebhook.on('batch.failed', sqliteInbox(db).once('settle', fail)) },

@@ -19,15 +19,16 @@ t.test('a runner belongs to one app', async t => {
   await app.close()
   t.equal(runs, 1)
 
-  const boss = { previewRedrive () {}, work () {}, on () {}, off () {} } as never
-  for (const [name, closed] of Object.entries({
-    background: runner,
-    durable: durable(new Database(':memory:')),
-    bullmq: bullmq({ connection: {} }),
-    pgboss: pgboss({ boss })
-  })) {
-    await closed.close?.()
+  for (const [name, closed] of Object.entries({ background: runner, durable: durable(new Database(':memory:')) })) {
+    const unstarted = await build(t, { runner: closed })
+    await unstarted.close()
+    if (name === 'durable') {
+      const first = await build(t, { runner: closed })
+      await first.ready()
+      await first.close()
+    }
     const next = await build(t, { runner: closed })
     await t.rejects(async () => await next.ready(), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: `${name}: expected a runner that no app has closed: make one for each app` })
   }
+  for (const unstarted of [background(), bullmq({ connection: {} }), pgboss({ boss: { previewRedrive () {}, work () {} } as never })]) await unstarted.close?.()
 })
