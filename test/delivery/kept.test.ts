@@ -154,9 +154,14 @@ t.test('what a delivery was made of is gone with the next small collection, and 
         }
         await waiting('/plain')
         await waiting(url)
-        const [plain, ours] = [await waiting('/plain'), await waiting(url)]
-        t.comment(`${Math.round(ours)} bytes a delivery, ${Math.round(plain)} of a plain route`)
-        t.ok(ours - plain < 2_000)
+        // The least of some, since the collector may do a part of its work in between. What waits for a full collection does so each time.
+        const more: number[] = []
+        for (let n = 0; n < 3; n++) {
+          const [plain, ours] = [await waiting('/plain'), await waiting(url)]
+          t.comment(`${Math.round(ours)} bytes a delivery, ${Math.round(plain)} of a plain route`)
+          more.push(ours - plain)
+        }
+        t.ok(Math.min(...more) < 2_000)
       })
     }
   }
