@@ -32,3 +32,14 @@ export function assertWorker (caller: string, worker: unknown): void {
 }
 
 const kind = (value: unknown): string => value === null ? 'null' : `a value of type ${typeof value}`
+
+/** What makes a verifier, a store or a runner. Their names stand here because not all are loaded in an app. */
+const MAKERS = ['standardWebhooks', 'xOpenAISignature', 'memoryStore', 'sqliteStore', 'redisStore', 'postgresStore', 'inline', 'background', 'durable', 'bullmq', 'pgboss']
+
+/** Shows short values and the kind of others: what stands in the wrong place may be a secret. */
+export function show (value: unknown): string {
+  if (typeof value === 'string') return value.length <= 16 && !/^(?:whsec_|sk-)/.test(value) ? `"${value}"` : 'a string'
+  if (typeof value === 'number' || typeof value === 'boolean' || value === null || value === undefined) return String(value)
+  if (typeof value === 'function' && MAKERS.includes(value.name)) return `a value of type function: call it, ${value.name}()`
+  return Array.isArray(value) ? 'an array' : `a value of type ${typeof value}`
+}

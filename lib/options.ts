@@ -3,7 +3,7 @@ import type {
 } from 'fastify'
 import { InvalidOptions } from './errors.ts'
 import type { Secret } from './verifiers/keyring.ts'
-import { adviceOn } from './checks.ts'
+import { adviceOn, show } from './checks.ts'
 import type { Runner } from './runners/runner.ts'
 import { RETENTION } from './stores/store.ts'
 import type { IdempotencyStore } from './stores/store.ts'
@@ -360,15 +360,4 @@ function showSchema (value: unknown): string {
   if (standard !== undefined) return `one of another version of Standard Schema (${show(standard?.version)})`
   if (JSON_SCHEMA_KEYWORDS.some(keyword => Object.hasOwn(value, keyword))) return 'a plain JSON Schema'
   return isObject(value) && typeof constructor === 'function' && constructor !== Object ? `an instance of ${constructor.name}` : show(value)
-}
-
-/** What makes a verifier, a store or a runner. Their names stand here because not all are loaded in an app. */
-const MAKERS = ['standardWebhooks', 'xOpenAISignature', 'memoryStore', 'sqliteStore', 'redisStore', 'postgresStore', 'inline', 'background', 'durable', 'bullmq', 'pgboss']
-
-/** Shows short values and the kind of others: what stands in the wrong place may be a secret. */
-function show (value: unknown): string {
-  if (typeof value === 'string') return value.length <= 16 && !/^(?:whsec_|sk-)/.test(value) ? `"${value}"` : 'a string'
-  if (typeof value === 'number' || typeof value === 'boolean' || value === null || value === undefined) return String(value)
-  if (typeof value === 'function' && MAKERS.includes(value.name)) return `a value of type function: call it, ${value.name}()`
-  return Array.isArray(value) ? 'an array' : `a value of type ${typeof value}`
 }

@@ -1,7 +1,7 @@
 import type { IncomingHttpHeaders } from 'node:http'
 import type { FastifyInstance, FastifyReply, FastifyRequest, HookHandlerDoneFunction } from 'fastify'
 import { InvalidOptions } from '../errors.ts'
-import { adviceOn } from '../checks.ts'
+import { adviceOn, show } from '../checks.ts'
 
 /** With `done` or asynchronous. One type, since TypeScript infers no parameters from Fastify's two. */
 export type OnRequest = (this: FastifyInstance, request: FastifyRequest, reply: FastifyReply, done: HookHandlerDoneFunction) => void | Promise<unknown>
@@ -74,10 +74,3 @@ export function assertInspectorOptions (options: object): asserts options is Ins
 
 /** Of what lets in who may look; by its letters alone, `auth` is nearest to `path`. */
 const OTHER_NAMES = /^(?:auth|authenticate|authentication|preHandler)$/i
-
-/** Shows short values and the kind of others: what stands in the wrong place may be a secret. */
-function show (value: unknown): string {
-  if (typeof value === 'string') return value.length <= 16 && !/^(?:whsec_|sk-)/.test(value) ? `"${value}"` : 'a string'
-  if (typeof value === 'number' || typeof value === 'boolean' || value === null) return String(value)
-  return Array.isArray(value) ? 'an array' : `a value of type ${typeof value}`
-}
