@@ -8,7 +8,7 @@ import { bullmq } from 'fastify-openai-webhook/bullmq'
 const app = Fastify({ logger: true })
 await app.register(openaiWebhook, {
   runner: bullmq({
-    // When Redis goes down the sender is answered 503 at once, not at the deadline.
+    // When Redis goes down, the sender is answered 503 at once, not at the deadline.
     connection: { url: process.env.REDIS_URL ?? 'redis://127.0.0.1:6379', enableOfflineQueue: false },
     worker: false,
     attempts: 20

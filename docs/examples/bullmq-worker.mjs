@@ -1,5 +1,5 @@
-// Runs the handlers of what bullmq-receiver.mjs has queued; start as many as needed. It listens on no port and needs no
-// signing secret.
+// Runs the handlers for the deliveries that bullmq-receiver.mjs has queued. Start as many workers as you need: they listen
+// on no port and need no signing secret.
 //
 //   REDIS_URL=redis://127.0.0.1:6379 node docs/examples/bullmq-worker.mjs
 import Fastify from 'fastify'
