@@ -4,7 +4,7 @@ import Fastify from 'fastify'
 import openaiWebhook from 'fastify-openai-webhook'
 import { webhookTracing } from 'fastify-openai-webhook/otel'
 
-// For a collector: the OTLPTraceExporter of @opentelemetry/exporter-trace-otlp-http in place of the console.
+// For a collector, use the OTLPTraceExporter of @opentelemetry/exporter-trace-otlp-http instead of the console.
 const provider = new NodeTracerProvider({
   spanProcessors: [new BatchSpanProcessor(new ConsoleSpanExporter())]
 })
@@ -12,7 +12,7 @@ provider.register()
 webhookTracing()
 
 const app = Fastify({ logger: true })
-// Before the routes, which it has no spans for otherwise.
+// Register it before the routes: it makes no spans for earlier ones.
 await app.register(new FastifyOtelInstrumentation({ instrumentHooks: false }).plugin())
 await app.register(openaiWebhook)
 
