@@ -1,4 +1,4 @@
-// Puts each delivery into a queue of pg-boss, in PostgreSQL, and acknowledges it. Any of the processes that run this handles
+// Puts each delivery into a queue of pg-boss, in PostgreSQL, and acknowledges it. One of the processes that run this handles
 // it, and imports each batch exactly once. Its table: create table imports (batch text not null)
 //
 //   OPENAI_WEBHOOK_SECRET=whsec_… DATABASE_URL=postgres://… PORT=3000 node docs/examples/pgboss.mjs
@@ -13,7 +13,7 @@ const connectionString = process.env.DATABASE_URL ?? 'postgres://postgres@127.0.
 const app = Fastify({ logger: true })
 const pool = new pg.Pool({ connectionString, max: 12, connectionTimeoutMillis: 4_000, query_timeout: 30_000 })
 
-// It listens to PostgreSQL, and so learns at once of what another process has queued.
+// It listens to PostgreSQL, so it hears at once of the jobs that another process has queued.
 const boss = new PgBoss({ connectionString, useListenNotify: true })
 boss.on('error', error => app.log.warn(error, 'pg-boss'))
 await boss.start()

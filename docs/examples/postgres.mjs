@@ -1,4 +1,4 @@
-// What an inbox does, in a PostgreSQL within this process: no server, no secret, no network.
+// Shows what an inbox does, with a PostgreSQL inside this process: no server, no secret, no network.
 //
 //   node docs/examples/postgres.mjs
 import { PGlite } from '@electric-sql/pglite'
@@ -12,7 +12,7 @@ await db.exec("create table orders (batch text primary key, imports int not null
 const inbox = postgresInbox(db)
 let fails = true
 
-// Each has a memory of its own: what they share is the database.
+// Each replica has its own memory: they share only the database.
 async function replica () {
   const app = Fastify()
   await app.register(openaiWebhook, { secret: testSecret })

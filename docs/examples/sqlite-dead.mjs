@@ -1,5 +1,5 @@
-// Lists the deliveries whose attempts are used up, and gives those that are named their attempts anew. The receiver may
-// be running: it looks for them every second. `openai-webhook dead` does the same from the command line.
+// Lists the deliveries whose attempts are used up, and gives new attempts to those that you name. The receiver may be
+// running: it looks for them every second. `openai-webhook dead` does the same on the command line.
 //
 //   SQLITE_FILE=webhooks.db node docs/examples/sqlite-dead.mjs [webhook-id…]
 import { durable } from 'fastify-openai-webhook/sqlite'

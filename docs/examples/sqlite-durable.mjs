@@ -1,5 +1,5 @@
-// Commits each delivery to an SQLite file, acknowledges it, and runs its handlers afterwards: again when they fail, and
-// after a restart.
+// Commits each delivery to an SQLite file, acknowledges it, and runs its handlers afterwards. If they fail, they run again,
+// even after a restart.
 //
 //   OPENAI_WEBHOOK_SECRET=whsec_… SQLITE_FILE=webhooks.db PORT=3000 node docs/examples/sqlite-durable.mjs
 import Fastify from 'fastify'

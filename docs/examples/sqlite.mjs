@@ -1,4 +1,4 @@
-// Remembers processed deliveries in an SQLite file, over restarts.
+// Remembers processed deliveries in an SQLite file, across restarts.
 //
 //   OPENAI_WEBHOOK_SECRET=whsec_… SQLITE_FILE=webhooks.db PORT=3000 node docs/examples/sqlite.mjs
 import Fastify from 'fastify'
