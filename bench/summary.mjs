@@ -22,7 +22,7 @@ function picture (results) {
   const longest = Math.max(...bars.map(({ us }) => us))
   const margin = Math.max(...bars.map(({ label }) => label.length))
   const drawn = bars.map(({ label, us }) => `${label.padEnd(margin)}  ${'█'.repeat(Math.max(1, Math.round(us / longest * WIDTH)))} ${decimals(us, 0)}`)
-  return `CPU µs a delivery of 200 B, above the ${decimals(median(measured.bare.cpu.rounds), 0)} that Node and Fastify take to receive and answer it:\n\n\`\`\`text\n${drawn.join('\n')}\n\`\`\``
+  return `CPU in µs per delivery of 200 B, above the ${decimals(median(measured.bare.cpu.rounds), 0)} that Node and Fastify take to receive and answer it:\n\n\`\`\`text\n${drawn.join('\n')}\n\`\`\``
 }
 
 function lines (results) {
@@ -37,10 +37,10 @@ function lines (results) {
   const small = refusals[0].contenders
   const slowest = steady.results.toSorted((a, b) => b.p99 - a.p99)[0]
   return [
-    `**A delivery** takes ${ratio(compared(ours, hmac).median)} of the CPU of a handler that checks the signature by \`node:crypto\` and does nothing else; with a logger ${ratio(compared(logged, own).median)}, with a logger and metrics ${ratio(compared(metered, own).median)} of that handler with a logger.`,
-    `**Durable**, with every commit on the disk before the answer: ${[...rate('inline', 'sqlite'), ...rate('durable', 'sqlite'), ...rate('inline', 'postgres')].join(', ')} handled a second, of ${whole(first.rate)} in memory.`,
+    `**A delivery** takes ${ratio(compared(ours, hmac).median)} times the CPU of a handler that checks the signature with \`node:crypto\` and does nothing else. With a logger it takes ${ratio(compared(logged, own).median)} times, and with a logger and metrics ${ratio(compared(metered, own).median)} times, the CPU of that handler with a logger.`,
+    `**Durable**, with every commit on disk before the answer: ${[...rate('inline', 'sqlite'), ...rate('durable', 'sqlite'), ...rate('inline', 'postgres')].join(', ')} handled a second, of ${whole(first.rate)} in memory.`,
     `**Queues**: ${[...rate('durable', 'memory'), ...rate('bullmq', 'memory'), ...rate('pgboss', 'memory'), ...rate('pgboss-batches', 'memory')].join(', ')}, with the worker, the server and the sender on the same cores.`,
-    `**At 1,000 deliveries a second** 99 of 100 are answered within ${decimals(slowest.p99, 0)} ms with the slowest pair, ${labelOf(slowest)}.`,
-    `**A flood** of unsigned requests takes ${ratio(compared(small['ours-sync unsigned'], small.constant).median)} of the CPU of a route that answers 401 with a constant; to remember 100,000 ids takes ${decimals((memory.remembered.after.live - memory.forgotten.after.live) / 1e6, 0)} MB.`
+    `**At 1,000 deliveries a second**, 99 of 100 are answered within ${decimals(slowest.p99, 0)} ms with the slowest pair, ${labelOf(slowest)}.`,
+    `**A flood** of unsigned requests takes ${ratio(compared(small['ours-sync unsigned'], small.constant).median)} times the CPU of a route that answers 401 with a constant. Remembering 100,000 ids takes ${decimals((memory.remembered.after.live - memory.forgotten.after.live) / 1e6, 0)} MB.`
   ]
 }

@@ -42,7 +42,7 @@ export function render ({ starts, contenders: measured }) {
     decimals(deliveryWall, 1)
   ])
   const header = ['ms', 'CPU, import to ready', 'wall, import to ready', 'CPU, process to ready', 'wall, process to ready', 'CPU, import to ready ÷ bare app', 'middle half', 'wall, first delivery']
-  return `${table(header, rows)}\n\nMedians of ${starts} starts each, taking turns. The first delivery is injected: it compiles what is compiled on first use.`
+  return `${table(header, rows)}\n\nMedians of ${starts} starts each, taking turns. The first delivery is injected, and includes what is compiled on first use.`
 }
 
 export function targets ({ contenders: { 'ours-sync': { againstBare, wallAgainstBare } } }) {
