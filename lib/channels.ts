@@ -2,8 +2,8 @@ import type { AsyncLocalStorage } from 'node:async_hooks'
 import { channel, tracingChannel } from 'node:diagnostics_channel'
 import type { FastifyRequest } from 'fastify'
 import { isPromise, later } from './maybe-promise.ts'
+import type { MaybePromise } from './maybe-promise.ts'
 import type { DeadDelivery } from './runners/runner.ts'
-import type { MaybePromise } from './stores/store.ts'
 import type { VerifiedRequest } from './request.ts'
 
 /** Published for every verified delivery. */

@@ -25,7 +25,8 @@ export type { Secret } from './verifiers/keyring.ts'
 
 // Delivery guarantees
 export { memoryStore } from './stores/memory.ts'
-export type { Claim, IdempotencyStore, MaybePromise } from './stores/store.ts'
+export type { Claim, IdempotencyStore } from './stores/store.ts'
+export type { MaybePromise } from './maybe-promise.ts'
 export { inline } from './runners/inline.ts'
 export { background } from './runners/background.ts'
 export type { BackgroundOptions } from './runners/background.ts'

@@ -1,7 +1,7 @@
 import type { FastifyInstance } from 'fastify'
 import { InvalidOptions } from '../errors.ts'
 import type { EventContext, EventHandler } from '../handlers.ts'
-import type { MaybePromise } from '../stores/store.ts'
+import type { MaybePromise } from '../maybe-promise.ts'
 
 /** Names the delivery: an event handler's context, or `request.openaiWebhook` on a marked route. */
 export interface InboxContext {

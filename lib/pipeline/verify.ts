@@ -3,7 +3,7 @@ import { isRefusal } from '../coded.ts'
 import { InvalidId, InvalidSignature, InvalidTimestamp, TimestampOutOfTolerance } from '../errors.ts'
 import type { Keys } from '../verifiers/keyring.ts'
 import { isPromise } from '../maybe-promise.ts'
-import type { MaybePromise } from '../stores/store.ts'
+import type { MaybePromise } from '../maybe-promise.ts'
 import { judgeOf } from '../verifiers/verifier.ts'
 import type { Judge, SignedDelivery, Verified, Verifier } from '../verifiers/verifier.ts'
 

@@ -1,5 +1,5 @@
 import { InvalidOptions, NeedsForce } from '../errors.ts'
-import type { MaybePromise } from '../stores/store.ts'
+import type { MaybePromise } from '../maybe-promise.ts'
 
 /** One verified delivery, as plain JSON, so that any queue can carry it. */
 export interface Job {

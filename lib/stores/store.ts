@@ -1,7 +1,5 @@
 import type { MaybePromise } from '../maybe-promise.ts'
 
-export type { MaybePromise }
-
 export type Claim =
   /** The caller may run the handlers that are not in `finished`. */
   | { state: 'claimed', token: string, finished: readonly string[] }

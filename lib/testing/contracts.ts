@@ -6,7 +6,8 @@ import type { Inbox, InboxQuery } from '../inbox/inbox.ts'
 import { handlersFailed } from '../runners/handler-failures.ts'
 import type { DeadDelivery, Job, Runner, RunnerHost } from '../runners/runner.ts'
 import { then } from '../maybe-promise.ts'
-import type { Claim, IdempotencyStore, MaybePromise } from '../stores/store.ts'
+import type { MaybePromise } from '../maybe-promise.ts'
+import type { Claim, IdempotencyStore } from '../stores/store.ts'
 
 /** One promise of a seam, to be run by any test framework: it rejects when the promise is broken. */
 export interface ContractCase {
