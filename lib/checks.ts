@@ -1,7 +1,16 @@
 import { InvalidOptions } from './errors.ts'
 import { nearest } from './nearest.ts'
 
-// Checks of options, for whatever takes some besides the plugin itself.
+// Checks of what users and strangers give.
+
+/** ms */
+export const LONGEST_TIMER = 2 ** 31 - 1
+
+export const isObject = (value: unknown): value is Record<string, unknown> =>
+  typeof value === 'object' && value !== null && !Array.isArray(value)
+
+/** 1 to 256 visible ASCII characters: ids and names of tenants are parts of keys, where a space separates them. */
+export const isId = (value: unknown): value is string => typeof value === 'string' && /^[\x21-\x7e]{1,256}$/.test(value)
 
 /**
  * Refuses an option that nobody reads: a misspelt one would do nothing, silently.

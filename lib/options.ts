@@ -3,7 +3,7 @@ import type {
 } from 'fastify'
 import { InvalidOptions } from './errors.ts'
 import type { Secret } from './verifiers/keyring.ts'
-import { adviceOn, show } from './checks.ts'
+import { LONGEST_TIMER, adviceOn, isObject, show } from './checks.ts'
 import type { Runner } from './runners/runner.ts'
 import { RETENTION } from './stores/store.ts'
 import type { IdempotencyStore } from './stores/store.ts'
@@ -193,11 +193,6 @@ interface Rule {
   expected: string
   accepts: (value: unknown) => boolean
 }
-
-const LONGEST_TIMER = 2 ** 31 - 1
-
-const isObject = (value: unknown): value is Record<string, unknown> =>
-  typeof value === 'object' && value !== null && !Array.isArray(value)
 
 const wholeNumber = (unit: string, min: number, max = Number.MAX_SAFE_INTEGER): Rule => ({
   expected: `a whole number of ${unit}, ${min} or more${max < Number.MAX_SAFE_INTEGER ? ` and at most ${max}` : ''}`,

@@ -5,6 +5,7 @@ import * as https from 'node:https'
 import { CommandError, count, text, usageError } from './command.ts'
 import type { Arguments, Terminal } from './command.ts'
 import { readSecret } from './secret.ts'
+import { LONGEST_TIMER } from '../checks.ts'
 import { SecretSource } from '../verifiers/keyring.ts'
 
 /** For a command that delivers. */
@@ -29,8 +30,6 @@ export interface Answer {
 
 /** Bytes of an answer that are read; far more than a receiver has to say. */
 const ANSWER_LIMIT = 1_048_576
-/** ms; the longest that a timer takes. */
-const LONGEST = 2_147_483_647
 
 /** Headers of one connection, not of the delivery: they are made anew. */
 const hopByHop = new Set(['host', 'connection', 'keep-alive', 'proxy-connection', 'te', 'trailer', 'transfer-encoding', 'upgrade', 'content-length', 'expect'])
@@ -156,7 +155,7 @@ export function sender (args: Arguments, { signal }: Terminal, fallback?: string
 /** ms. @throws CommandError */
 export function timeout (args: Arguments): number {
   const ms = count(args, 'timeout', 10_000)
-  if (ms > LONGEST) throw usageError(`--timeout: expected at most ${LONGEST} ms, got ${ms}`)
+  if (ms > LONGEST_TIMER) throw usageError(`--timeout: expected at most ${LONGEST_TIMER} ms, got ${ms}`)
   return ms
 }
 

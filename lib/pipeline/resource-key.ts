@@ -1,3 +1,4 @@
+import { isId } from '../checks.ts'
 import { officialEntries } from '../events/index.ts'
 import type { EventEntry } from '../events/schema.ts'
 import { DEFAULTS } from '../options.ts'
@@ -11,12 +12,12 @@ const ONCE = new Set(Object.entries<EventEntry>(officialEntries).filter(([, { on
  * an agent session that is idle, or where nothing is known of that.
  *
  * `resource <type> <resource id>`, followed by the endpoint unless that is the default one, since each has handlers of its own,
- * and by the tenant. No id that is claimed holds a space.
+ * and by the tenant.
  */
 export function resourceKeyOf ({ endpoint, tenant, event }: Job): string | undefined {
   if (!ONCE.has(event.type)) return undefined
   const { id } = (event as { data?: { id?: unknown } }).data ?? {}
-  if (typeof id !== 'string' || !/^[\x21-\x7e]{1,256}$/.test(id)) return undefined
+  if (!isId(id)) return undefined
   const key = `resource ${event.type} ${id}`
   if (tenant !== undefined) return `${key} ${endpoint} ${tenant}`
   return endpoint === DEFAULTS.path ? key : `${key} ${endpoint}`

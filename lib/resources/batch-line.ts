@@ -1,4 +1,5 @@
 import { isUtf8 } from 'node:buffer'
+import { isObject } from '../checks.ts'
 import { InvalidBatchLine } from '../errors.ts'
 import type { Answer } from './kinds.ts'
 
@@ -59,8 +60,6 @@ export interface BatchFailure extends Line {
 
 /** One request of a batch: `error` is `null` where it succeeded, and `endpoint` says what its body is. */
 export type BatchResult<Client> = BatchFailure | { [Endpoint in BatchEndpoint]: BatchSuccess<Client, Endpoint> }[BatchEndpoint]
-
-const isObject = (value: unknown): value is Record<string, unknown> => typeof value === 'object' && value !== null && !Array.isArray(value)
 
 /**
  * @param bytes one line, not empty

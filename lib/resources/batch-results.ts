@@ -1,4 +1,4 @@
-import { assertNames } from '../checks.ts'
+import { LONGEST_TIMER, assertNames } from '../checks.ts'
 import { BatchLineTooLong, BatchNotEnded, InvalidOptions, NoResource } from '../errors.ts'
 import { readLine } from './batch-line.ts'
 import type { BatchResult } from './batch-line.ts'
@@ -46,7 +46,6 @@ export interface BatchResultsOptions {
 
 const IDLE_TIMEOUT = 60_000
 const LINE_LIMIT = 64 * 1_048_576
-const LONGEST_TIMER = 2 ** 31 - 1
 
 /** A batch that is in none of these goes on, and has no files yet. */
 const ENDED = ['cancelled', 'completed', 'expired', 'failed']

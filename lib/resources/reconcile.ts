@@ -1,5 +1,5 @@
 import { createHash } from 'node:crypto'
-import { assertNames } from '../checks.ts'
+import { LONGEST_TIMER, assertNames } from '../checks.ts'
 import { InvalidOptions, InvalidSecret } from '../errors.ts'
 import { nearest } from '../nearest.ts'
 import { sign } from '../testing/sign.ts'
@@ -180,7 +180,7 @@ function planOf (options: ReconcileOptions): Plan {
   assertNames('reconcile()', options, ['url', 'secret', 'since', 'types', 'evals', 'dryRun', 'timeout', 'signal', 'onProgress'])
   const { url, secret = process.env['OPENAI_WEBHOOK_SECRET'], since, types, evals = [], dryRun = false, timeout = TIMEOUT } = options
   if (typeof dryRun !== 'boolean') throw invalid('dryRun', 'true or false')
-  if (!Number.isSafeInteger(timeout) || timeout < 1 || timeout > 2 ** 31 - 1) throw invalid('timeout', 'a whole number of ms, from 1 to 2147483647')
+  if (!Number.isSafeInteger(timeout) || timeout < 1 || timeout > LONGEST_TIMER) throw invalid('timeout', `a whole number of ms, from 1 to ${LONGEST_TIMER}`)
   const wanted = new Set(types === undefined ? FAMILY_NAMES.flatMap(typesOf) : types.flatMap(listable))
   const families = FAMILY_NAMES.filter(family => family !== EVALS && typesOf(family).some(type => wanted.has(type)))
   const wantsEvals = typesOf(EVALS).some(type => wanted.has(type))

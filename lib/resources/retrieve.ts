@@ -1,4 +1,4 @@
-import { assertNames } from '../checks.ts'
+import { assertNames, isId } from '../checks.ts'
 import { InvalidOptions, NoResource } from '../errors.ts'
 import { insteadOf, kindOf } from './kinds.ts'
 import type { Problem, ResourceClient, ResourceKind, ResourceOf } from './kinds.ts'
@@ -88,7 +88,7 @@ export function serviceAt (client: object, at: readonly string[]): Record<string
 
 /** It becomes part of a path. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
 export function assertId (expected: string, id: unknown): string {
-  if (typeof id !== 'string' || !/^[\x21-\x7e]{1,256}$/.test(id) || /^\.+$/.test(id)) {
+  if (!isId(id) || /^\.+$/.test(id)) {
     throw new InvalidOptions(`${expected} to be an id of 1 to 256 visible ASCII characters, got ${typeof id === 'string' ? 'other text' : `a value of type ${typeof id}`}`)
   }
   return id

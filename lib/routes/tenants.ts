@@ -1,13 +1,14 @@
 import type { KeyObject } from 'node:crypto'
 import type { FastifyRequest } from 'fastify'
 import { LRUCache } from 'lru-cache'
+import { isId } from '../checks.ts'
 import { Overloaded, Unavailable, UnknownTenant } from '../errors.ts'
 import { DEFAULTS } from '../options.ts'
 import type { TenantOptions } from '../options.ts'
 import type { Verification } from '../pipeline/verify.ts'
 import { attempt } from '../maybe-promise.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
-import { inTime, keysOf } from '../verifiers/keyring.ts'
+import { REFRESH_INTERVAL, inTime, keysOf } from '../verifiers/keyring.ts'
 import type { Keys, SecretOptions } from '../verifiers/keyring.ts'
 
 // Times are of the monotonic clock: one that is set forward or back neither asks for secrets nor stops that.
@@ -18,8 +19,6 @@ const MAX_LOOKUPS = 16
 const MAX_LOOKUPS_A_SECOND = 100
 /** Known tenants whose secrets are asked for again at once. Apart from the above, so that invented names do not hold up a rotation. */
 const MAX_REFRESHES = 16
-/** ms between two questions about a tenant because no signature matches, and before a failed one is put again. */
-const REFRESH_INTERVAL = 60_000
 /** ms for which an unknown name is remembered. */
 const UNKNOWN_FOR = 10_000
 /** As many as can be looked up in that time. */
@@ -27,8 +26,6 @@ const MAX_UNKNOWN = MAX_LOOKUPS_A_SECOND * UNKNOWN_FOR / 1_000
 
 /** Of an endpoint that has none itself. */
 export const NO_KEYS: Keys = { keys: [], refresh: () => undefined }
-
-const NAME = /^[\x21-\x7e]{1,256}$/
 
 /** A tenant whose secret is kept: one object, since what many tenants have is read from memory for each delivery. */
 class Tenant implements Verification, Keys {
@@ -101,7 +98,7 @@ export class Tenants {
     } catch (error) {
       cause = error
     }
-    if (typeof name === 'string' && NAME.test(name)) return name
+    if (isId(name)) return name
     // Unheard, its rejection would end the process.
     attempt(() => name, () => undefined)
     return new UnknownTenant('tenant.of gave no name of 1 to 256 visible ASCII characters', { cause })
@@ -149,6 +146,7 @@ export class Tenants {
     try {
       keys = await this.#ask(name)
     } catch (error) {
+      // A question that failed is put again sooner.
       tenant.holdsFor = Math.min(this.#ttl, REFRESH_INTERVAL)
       this.#options.onTrouble(error, { endpoint: this.#endpoint, tenant: name })
       return false

@@ -1,4 +1,5 @@
 import { randomUUID } from 'node:crypto'
+import { isObject } from '../checks.ts'
 import { guideEntries, officialEntries } from '../events/index.ts'
 import type { GuideEvents, OfficialEvents } from '../events/index.ts'
 
@@ -33,9 +34,6 @@ export function sampleEvent<Type extends SampleType> (type: Type, overrides: Dee
   }
   return merge(event, overrides) as SampleEvents[Type]
 }
-
-const isObject = (value: unknown): value is Record<string, unknown> =>
-  typeof value === 'object' && value !== null && !Array.isArray(value)
 
 function merge (into: Record<string, unknown>, from: object): Record<string, unknown> {
   for (const [key, value] of Object.entries(from)) {

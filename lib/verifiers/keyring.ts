@@ -6,8 +6,8 @@ import { within } from '../within.ts'
 /** One signing secret, several (a rotation), or a function that fetches them. */
 export type Secret = string | readonly string[] | (() => string | readonly string[] | Promise<string | readonly string[]>)
 
-/** A secret function is asked again at most this often, so that a flood of forgeries does not reach a secret manager. */
-const REFRESH_INTERVAL = 60_000
+/** ms between two questions because no signature matches, so that a flood of forgeries does not reach a secret manager. */
+export const REFRESH_INTERVAL = 60_000
 
 export interface SecretOptions {
   /** Called when a secret is not of the `whsec_` form. */

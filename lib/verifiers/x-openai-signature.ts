@@ -1,6 +1,7 @@
 import { createHash, createHmac, timingSafeEqual } from 'node:crypto'
 import type { KeyObject } from 'node:crypto'
 import type { IncomingHttpHeaders } from 'node:http'
+import { isId } from '../checks.ts'
 import { InvalidSignature, InvalidTimestamp, MissingHeader } from '../errors.ts'
 import { isMissing, secondsOf, verifierOf } from './verifier.ts'
 import type { Named, SignedDelivery, Verified, Verifier } from './verifier.ts'
@@ -58,12 +59,10 @@ function sign (rawBody: Buffer, { timestamp }: Named, key: KeyObject): Record<st
   }
 }
 
-const EVENT_ID = /^[\x21-\x7e]{1,256}$/
-
 function eventId (rawBody: Buffer): string | undefined {
   try {
     const { id } = JSON.parse(rawBody.toString()) as { id?: unknown }
-    return typeof id === 'string' && EVENT_ID.test(id) ? id : undefined
+    return isId(id) ? id : undefined
   } catch {
     return undefined // not JSON, or `null`: the validate step says so
   }
