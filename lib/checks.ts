@@ -12,6 +12,44 @@ export const isObject = (value: unknown): value is Record<string, unknown> =>
 /** 1 to 256 visible ASCII characters: ids and names of tenants are parts of keys, where a space separates them. */
 export const isId = (value: unknown): value is string => typeof value === 'string' && /^[\x21-\x7e]{1,256}$/.test(value)
 
+export const isFunction = (value: unknown): boolean => typeof value === 'function'
+
+/** What an option may be. */
+export interface Rule {
+  readonly expected: string
+  readonly accepts: (value: unknown) => boolean
+}
+
+export const wholeNumber = (unit: string, min: number, max = Number.MAX_SAFE_INTEGER): Rule => ({
+  expected: `a whole number of ${unit}, ${min} or more${max < Number.MAX_SAFE_INTEGER ? ` and at most ${max}` : ''}`,
+  accepts: value => Number.isSafeInteger(value) && (value as number) >= min && (value as number) <= max
+})
+
+interface Place {
+  /** Put before the message. */
+  readonly caller?: string
+  /** Put before the option's name. */
+  readonly at?: string
+  /** Options that others read. */
+  readonly foreign?: readonly string[]
+  /** What to do about an unknown name; `undefined` where nothing is known of it in particular. */
+  readonly advice?: (name: string) => string | undefined
+}
+
+/**
+ * Each option that is given must have a rule, which accepts it.
+ *
+ * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS
+ */
+export function assertRules (rules: Readonly<Record<string, Rule>>, options: object, { caller = '', at = '', foreign = [], advice }: Place): void {
+  for (const [name, value] of Object.entries(options)) {
+    if (foreign.includes(name) || value === undefined) continue
+    const rule = Object.hasOwn(rules, name) ? rules[name] : undefined
+    if (rule === undefined) throw new InvalidOptions(`${caller}unknown option "${at}${name}"${advice?.(name) ?? adviceOn(name, Object.keys(rules))}`)
+    if (!rule.accepts(value)) throw new InvalidOptions(`${caller}expected ${at}${name} to be ${rule.expected}, got ${show(value)}`)
+  }
+}
+
 /**
  * Refuses an option that nobody reads: a misspelt one would do nothing, silently.
  *

@@ -3,7 +3,8 @@ import type {
 } from 'fastify'
 import { InvalidOptions } from './errors.ts'
 import type { Secret } from './verifiers/keyring.ts'
-import { LONGEST_TIMER, adviceOn, isObject, show } from './checks.ts'
+import { LONGEST_TIMER, assertRules, isFunction, isObject, show, wholeNumber } from './checks.ts'
+import type { Rule } from './checks.ts'
 import type { Runner } from './runners/runner.ts'
 import { RETENTION } from './stores/store.ts'
 import type { IdempotencyStore } from './stores/store.ts'
@@ -189,18 +190,10 @@ export const DEFAULTS = {
   tenantMax: 10_000
 }
 
-interface Rule {
-  expected: string
-  accepts: (value: unknown) => boolean
-}
-
-const wholeNumber = (unit: string, min: number, max = Number.MAX_SAFE_INTEGER): Rule => ({
-  expected: `a whole number of ${unit}, ${min} or more${max < Number.MAX_SAFE_INTEGER ? ` and at most ${max}` : ''}`,
-  accepts: value => Number.isSafeInteger(value) && (value as number) >= min && (value as number) <= max
-})
-
 const has = (...methods: string[]) => (value: unknown): boolean =>
-  isObject(value) && methods.every(method => typeof value[method] === 'function')
+  isObject(value) && methods.every(method => isFunction(value[method]))
+
+const isPath = (value: unknown): boolean => typeof value === 'string' && value.startsWith('/')
 
 const anything: Rule = { expected: 'anything', accepts: () => true }
 
@@ -211,7 +204,7 @@ const endpointRules: Record<keyof Required<EndpointOptions>, Rule> = {
   tolerance: wholeNumber('seconds', 1),
   bodyLimit: wholeNumber('bytes', 1),
   // A scheme that was not called is a function too, and would refuse every delivery.
-  verifier: { expected: 'a function such as standardWebhooks() returns', accepts: value => typeof value === 'function' && value !== standardWebhooks && value !== xOpenAISignature }
+  verifier: { expected: 'a function such as standardWebhooks() returns', accepts: value => isFunction(value) && value !== standardWebhooks && value !== xOpenAISignature }
 }
 
 const receivingRules: Record<keyof Required<ReceivingOptions>, Rule> = {
@@ -221,7 +214,7 @@ const receivingRules: Record<keyof Required<ReceivingOptions>, Rule> = {
 
 const pluginRules: Record<keyof Required<OpenAIWebhookOptions>, Rule> = {
   ...receivingRules,
-  path: { expected: 'a path that begins with "/", or false', accepts: value => value === false || (typeof value === 'string' && value.startsWith('/')) },
+  path: { expected: 'a path that begins with "/", or false', accepts: value => value === false || isPath(value) },
   prefix: { expected: 'a string', accepts: value => typeof value === 'string' },
   rateLimit,
   events: { expected: 'an object of schemas by event type', accepts: isObject },
@@ -239,14 +232,14 @@ const overrideRules: Record<keyof Required<RouteOverrides>, Rule> = {
 
 const routeRules: Record<keyof Required<WebhookRouteOptions>, Rule> = {
   ...overrideRules,
-  url: { expected: 'a path that begins with "/"', accepts: value => typeof value === 'string' && value.startsWith('/') },
-  handler: { expected: 'a function', accepts: value => typeof value === 'function' },
+  url: { expected: 'a path that begins with "/"', accepts: isPath },
+  handler: { expected: 'a function', accepts: isFunction },
   rateLimit
 }
 
 const tenantRules: Record<keyof Required<TenantOptions>, Rule> = {
-  of: { expected: 'a function of the request', accepts: value => typeof value === 'function' },
-  secret: { expected: 'a function of the tenant', accepts: value => typeof value === 'function' },
+  of: { expected: 'a function of the request', accepts: isFunction },
+  secret: { expected: 'a function of the tenant', accepts: isFunction },
   ttl: wholeNumber('ms', 1),
   // What they take is reserved at boot.
   max: wholeNumber('tenants', 1, 10_000_000)
@@ -268,73 +261,65 @@ const JSON_SCHEMA_KEYWORDS = ['type', 'properties', 'required', '$ref', 'allOf',
  */
 const FOREIGN_OPTIONS = ['logLevel', 'logSerializers', 'skipOverride']
 
-const ofPlugin = (name: string): string => `it is an option of the plugin, as in app.register(openaiWebhook, { ${name} })`
-const ofIdempotency = (name: string): string => `it is an option of the plugin's idempotency, as in app.register(openaiWebhook, { idempotency: { ${name} } })`
-const ofRunner = (name: string): string => `it is an option of a runner that has it, as in { runner: durable(db, { ${name} }) }`
+const each = (names: string[], place: (name: string) => string): Record<string, string> => Object.fromEntries(names.map(name => [name, place(name)]))
 
 /** What to do with an option that is known, and stands in the wrong place. */
-const RIGHT_PLACES: Readonly<Record<string, (name: string) => string>> = {
-  path: () => 'a route has `url`; `path` is an option of the plugin',
-  prefix: () => 'a route has the prefix of its scope: call route() in a scope that is registered with { prefix }',
-  url: () => 'the plugin\'s own route has `path`; further ones have a `url`, as in app.openaiWebhook.route({ url })',
-  on: () => 'handlers are added by app.openaiWebhook.on(type, handler); those of one route alone by `on` of app.openaiWebhook.route() or of config.openaiWebhook',
-  handler: () => 'handlers are added by app.openaiWebhook.on(type, handler); the one that replies is `handler` of a route',
-  rateLimit: () => 'a marked route has it beside, as in config: { openaiWebhook: {}, rateLimit: {} }',
-  tenant: () => 'it is an option of a route, as in app.openaiWebhook.route({ url, tenant }); unwrap() takes the `secret` of the tenant whose delivery it is',
-  bodyTimeout: () => 'it is an option of the plugin and of its routes',
-  bodyLimit: () => 'it is an option of the plugin and of its routes',
-  ...Object.fromEntries(['webhookSecret', 'signingSecret'].map(name => [name, () => 'it is called `secret` here'])),
-  ...Object.fromEntries(['events', 'idempotency', 'runner', 'deadline', 'closeTimeout'].map(name => [name, ofPlugin])),
-  ...Object.fromEntries(['store', 'lease', 'retention', 'reconcile'].map(name => [name, ofIdempotency])),
-  ...Object.fromEntries(['concurrency', 'attempts', 'backoff'].map(name => [name, ofRunner])),
-  max: () => 'it is an option of the store, as in { idempotency: { store: memoryStore({ max }) } }'
+const RIGHT_PLACES: Readonly<Record<string, string>> = {
+  path: 'a route has `url`; `path` is an option of the plugin',
+  prefix: 'a route has the prefix of its scope: call route() in a scope that is registered with { prefix }',
+  url: 'the plugin\'s own route has `path`; further ones have a `url`, as in app.openaiWebhook.route({ url })',
+  on: 'handlers are added by app.openaiWebhook.on(type, handler); those of one route alone by `on` of app.openaiWebhook.route() or of config.openaiWebhook',
+  handler: 'handlers are added by app.openaiWebhook.on(type, handler); the one that replies is `handler` of a route',
+  rateLimit: 'a marked route has it beside, as in config: { openaiWebhook: {}, rateLimit: {} }',
+  tenant: 'it is an option of a route, as in app.openaiWebhook.route({ url, tenant }); unwrap() takes the `secret` of the tenant whose delivery it is',
+  max: 'it is an option of the store, as in { idempotency: { store: memoryStore({ max }) } }',
+  ...each(['bodyTimeout', 'bodyLimit'], () => 'it is an option of the plugin and of its routes'),
+  ...each(['webhookSecret', 'signingSecret'], () => 'it is called `secret` here'),
+  ...each(['events', 'idempotency', 'runner', 'deadline', 'closeTimeout'], name => `it is an option of the plugin, as in app.register(openaiWebhook, { ${name} })`),
+  ...each(['store', 'lease', 'retention', 'reconcile'], name => `it is an option of the plugin's idempotency, as in app.register(openaiWebhook, { idempotency: { ${name} } })`),
+  ...each(['concurrency', 'attempts', 'backoff'], name => `it is an option of a runner that has it, as in { runner: durable(db, { ${name} }) }`)
 }
 
 /** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
 export function assertOptions (options: unknown): asserts options is OpenAIWebhookOptions {
-  assertRules('', pluginRules, options, FOREIGN_OPTIONS)
-  const { idempotency } = options as OpenAIWebhookOptions
+  assertOptionsBy(pluginRules, options, '', FOREIGN_OPTIONS)
+  const { idempotency, events = {} } = options as OpenAIWebhookOptions
   if (idempotencyRules.store.accepts(idempotency)) throw new InvalidOptions('expected idempotency to be false or an object { store, lease, retention, reconcile }, got a store: say { idempotency: { store } }')
-  if (isObject(idempotency)) assertRules('idempotency.', idempotencyRules, idempotency)
-  for (const [type, schema] of Object.entries((options as OpenAIWebhookOptions).events ?? {})) assertSchema(type, schema)
+  if (isObject(idempotency)) assertOptionsBy(idempotencyRules, idempotency, 'idempotency.')
+  for (const [type, schema] of Object.entries(events)) assertSchema(type, schema)
 }
 
 /** Of `unwrap()`. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
 export function assertUnwrapOptions (options: unknown): asserts options is EndpointOptions {
   const { bodyLimit, ...rules } = endpointRules
-  assertRules('', rules, options)
+  assertOptionsBy(rules, options)
 }
 
 /** Of `config.openaiWebhook`. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
 export function assertOverrides (options: unknown): asserts options is RouteOverrides {
-  assertRules('', overrideRules, options)
-  assertTenant(options as RouteOverrides)
+  assertOptionsBy(overrideRules, options)
+  assertTenant(options)
 }
 
 /** Of `.route()`. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
 export function assertRouteOptions (options: unknown): asserts options is WebhookRouteOptions {
-  assertRules('', routeRules, options)
-  assertTenant(options as WebhookRouteOptions)
-  if (!isObject(options) || options['url'] === undefined) throw new InvalidOptions('expected url to be a path that begins with "/", got nothing')
+  assertOptionsBy(routeRules, options)
+  assertTenant(options)
+  if (options['url'] === undefined) throw new InvalidOptions('expected url to be a path that begins with "/", got nothing')
 }
 
 function assertTenant ({ tenant, secret }: RouteOverrides): void {
   if (tenant === undefined) return
   if (secret !== undefined) throw new InvalidOptions('expected `tenant` or `secret`, got both: with tenants, tenant.secret gives the secret of each')
-  assertRules('tenant.', tenantRules, tenant)
+  assertOptionsBy(tenantRules, tenant, 'tenant.')
   for (const name of ['of', 'secret'] as const) {
     if (tenant[name] === undefined) throw new InvalidOptions(`expected tenant.${name} to be ${tenantRules[name].expected}, got nothing`)
   }
 }
 
-function assertRules (at: string, rules: Record<string, Rule>, options: unknown, also: readonly string[] = []): void {
+function assertOptionsBy (rules: Record<string, Rule>, options: unknown, at = '', foreign: readonly string[] = []): asserts options is Record<string, unknown> {
   if (!isObject(options)) throw new InvalidOptions(`expected options to be an object, got ${show(options)}`)
-  for (const [name, value] of Object.entries(options)) {
-    if (also.includes(name) || value === undefined) continue
-    const rule = Object.hasOwn(rules, name) ? rules[name] : undefined
-    if (rule === undefined) throw new InvalidOptions(`unknown option "${at}${name}"${Object.hasOwn(RIGHT_PLACES, name) ? `: ${RIGHT_PLACES[name]!(name)}` : adviceOn(name, Object.keys(rules))}`)
-    if (!rule.accepts(value)) throw new InvalidOptions(`expected ${at}${name} to be ${rule.expected}, got ${show(value)}`)
-  }
+  assertRules(rules, options, { at, foreign, advice: name => Object.hasOwn(RIGHT_PLACES, name) ? `: ${RIGHT_PLACES[name]!}` : undefined })
 }
 
 function assertSchema (type: string, schema: AnySchema): void {

@@ -1,7 +1,7 @@
 import type { IncomingHttpHeaders } from 'node:http'
 import type { FastifyInstance, FastifyReply, FastifyRequest, HookHandlerDoneFunction } from 'fastify'
-import { InvalidOptions } from '../errors.ts'
-import { adviceOn, show } from '../checks.ts'
+import { assertRules, isFunction, wholeNumber } from '../checks.ts'
+import type { Rule } from '../checks.ts'
 
 /** With `done` or asynchronous. One type, since TypeScript infers no parameters from Fastify's two. */
 export type OnRequest = (this: FastifyInstance, request: FastifyRequest, reply: FastifyReply, done: HookHandlerDoneFunction) => void | Promise<unknown>
@@ -44,18 +44,11 @@ export const DEFAULTS = { path: '/openai-webhook', max: 500 }
 /** Deliveries. A page with more would be slow. */
 const MOST = 10_000
 
-interface Rule {
-  readonly expected: string
-  readonly accepts: (value: unknown) => boolean
-}
-
-const isFunction = (value: unknown): boolean => typeof value === 'function'
-
 const rules: Record<keyof Required<InspectorOptions>, Rule> = {
   path: { expected: 'a path such as "/openai-webhook", without ":", "*", "?", "#" or a "/" at its end', accepts: value => typeof value === 'string' && /^\/[^\s?#:*]*[^\s?#:*/]$/.test(value) },
   onRequest: { expected: 'a hook or a non-empty array of hooks', accepts: value => isFunction(value) || (Array.isArray(value) && value.length > 0 && value.every(isFunction)) },
   readOnly: { expected: 'a boolean or a function of the request', accepts: value => typeof value === 'boolean' || isFunction(value) },
-  max: { expected: `a whole number of deliveries, 1 or more and at most ${MOST}`, accepts: value => Number.isSafeInteger(value) && (value as number) >= 1 && (value as number) <= MOST },
+  max: wholeNumber('deliveries', 1, MOST),
   redact: { expected: 'a function of the headers', accepts: isFunction }
 }
 
@@ -64,12 +57,11 @@ const FASTIFY_OPTIONS = ['prefix', 'logLevel', 'logSerializers', 'skipOverride']
 
 /** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
 export function assertInspectorOptions (options: object): asserts options is InspectorOptions {
-  for (const [name, value] of Object.entries(options)) {
-    if (FASTIFY_OPTIONS.includes(name) || value === undefined) continue
-    const rule = Object.hasOwn(rules, name) ? rules[name as keyof InspectorOptions] : undefined
-    if (rule === undefined) throw new InvalidOptions(`inspector: unknown option "${name}"${OTHER_NAMES.test(name) ? ', did you mean "onRequest"?' : adviceOn(name, Object.keys(rules))}`)
-    if (!rule.accepts(value)) throw new InvalidOptions(`inspector: expected ${name} to be ${rule.expected}, got ${show(value)}`)
-  }
+  assertRules(rules, options, {
+    caller: 'inspector: ',
+    foreign: FASTIFY_OPTIONS,
+    advice: name => OTHER_NAMES.test(name) ? ', did you mean "onRequest"?' : undefined
+  })
 }
 
 /** Of what lets in who may look; by its letters alone, `auth` is nearest to `path`. */
