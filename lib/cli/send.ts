@@ -6,6 +6,7 @@ import { CommandError, count, text, usageError } from './command.ts'
 import type { Arguments, Terminal } from './command.ts'
 import { readSecret } from './secret.ts'
 import { LONGEST_TIMER } from '../checks.ts'
+import { meaningOf } from '../resources/post.ts'
 import { SecretSource } from '../verifiers/keyring.ts'
 
 /** For a command that delivers. */
@@ -74,7 +75,7 @@ export class Sender {
       answered = true
       const { statusCode: status, headers } = response
       const answer = await readAnswer(response)
-      return { status, ...meaning(answer), ms: performance.now() - started, headers, body: answer }
+      return { status, ...meaningOf(answer.toString()), ms: performance.now() - started, headers, body: answer }
     } catch (error) {
       const code = timedOut ? 'TIMEOUT' : String((error as NodeJS.ErrnoException).code)
       // The receiver had closed a connection that was kept open.
@@ -122,15 +123,6 @@ async function readAnswer (response: IncomingMessage): Promise<Buffer> {
     if (length > ANSWER_LIMIT) break // which ends the connection
   }
   return Buffer.concat(chunks)
-}
-
-function meaning (answer: Buffer): Pick<Answer, 'code' | 'duplicate'> {
-  try {
-    const { code, duplicate } = JSON.parse(answer.toString()) as { code?: unknown, duplicate?: unknown }
-    return { code: typeof code === 'string' ? code : undefined, duplicate: duplicate === true }
-  } catch {
-    return { code: undefined, duplicate: false } // not JSON, or `null`
-  }
 }
 
 /** @throws CommandError */

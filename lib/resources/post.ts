@@ -13,7 +13,7 @@ export async function post (url: URL, headers: Record<string, string>, body: str
   const late = AbortSignal.timeout(timeout)
   try {
     const answer = await fetch(url, { method: 'POST', headers, body, redirect: 'manual', signal: signal === undefined ? late : AbortSignal.any([late, signal]) })
-    return { status: answer.status, ...meaning(await textOf(answer)) }
+    return { status: answer.status, ...meaningOf(await textOf(answer)) }
   } catch (error) {
     signal?.throwIfAborted()
     return { status: undefined, code: late.aborted ? 'TIMEOUT' : codeOf(error), duplicate: false }
@@ -30,7 +30,8 @@ async function textOf ({ body }: Response): Promise<string> {
   return text
 }
 
-function meaning (text: string): Pick<Posted, 'code' | 'duplicate'> {
+/** What a receiver's answer says. */
+export function meaningOf (text: string): Pick<Posted, 'code' | 'duplicate'> {
   try {
     const { code, duplicate } = JSON.parse(text) as { code?: unknown, duplicate?: unknown }
     return { code: typeof code === 'string' ? code : undefined, duplicate: duplicate === true }
