@@ -24,6 +24,9 @@ export interface Handler {
   readonly run: (event: unknown, context: EventContext) => unknown
 }
 
+/** The name of a route's own handler, in errors and dead letters. */
+export const OWN_HANDLER = 'handler'
+
 /**
  * Runs for a verified event; `this` is the Fastify scope it was registered in. It may be asynchronous; what it returns counts for
  * nothing. When it throws or rejects, the sender is told to deliver again.

@@ -7,6 +7,7 @@ import { union } from '../pipeline/deduplicate.ts'
 import type { Claims, Held } from '../pipeline/deduplicate.ts'
 import { dispatch } from '../pipeline/dispatch.ts'
 import { shortestRetention } from '../inbox/inbox.ts'
+import { OWN_HANDLER } from '../handlers.ts'
 import type { Handler } from '../handlers.ts'
 import type { Observation, ObservedAttempt } from '../observation.ts'
 import type { Job } from '../runners/runner.ts'
@@ -131,9 +132,6 @@ export class Handling {
     if (!isHandled) channels.unhandled.publish(job)
   }
 }
-
-/** The name of a route's own handler in errors and dead letters. */
-const OWN_HANDLER = 'handler'
 
 function ownFailure (error: unknown): Error {
   return error === undefined ? new HandlerFailed() : handlersFailed([{ handler: OWN_HANDLER, error }], 1, [])

@@ -2,6 +2,7 @@ import type { IncomingHttpHeaders, ServerResponse } from 'node:http'
 import type { FastifyReply, FastifyRequest } from 'fastify'
 import type { DuplicateMessage } from '../channels.ts'
 import { DeadlineExceeded, HandlerFailed } from '../errors.ts'
+import { OWN_HANDLER } from '../handlers.ts'
 import type { AttemptStart, ObservedAttempt, Observer } from '../observation.ts'
 import type { Refused } from '../registry.ts'
 import type { VerifiedRequest } from '../request.ts'
@@ -328,9 +329,6 @@ class Run implements ObservedAttempt {
 
 /** In either scheme. */
 const signatureOf = ({ 'webhook-signature': standard, 'x-openai-signature': older }: IncomingHttpHeaders): string => String(standard ?? older)
-
-/** The name of a route's own handler in errors. */
-const OWN_HANDLER = 'handler'
 
 function name (entry: Entry, { webhookId, timestamp, event, tenant }: Pick<Job, 'webhookId' | 'timestamp'> & { event: { type: string, data?: unknown }, tenant?: string | undefined }): void {
   entry.webhookId = webhookId
