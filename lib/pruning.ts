@@ -1,5 +1,5 @@
-/** Inserts between two prunings, and how many expired rows each deletes at most: more than were inserted. */
-const INTERVAL = 50
+/** Inserts between two prunings, and how many expired rows each deletes at most: more than were inserted, and few enough for one request. */
+export const PRUNE_INTERVAL = 50
 export const PRUNE_LIMIT = 100
 
 /** Deletes expired rows in the background, in step with inserts, so that a table holds what is alive whatever the rate. */
@@ -18,7 +18,7 @@ export class Pruning {
   /** To be called after each insert. @param onFailure called when pruning fails; the next one tries again */
   inserted (onFailure: (error: unknown) => void): void {
     if (this.#left-- > 0 || this.#running !== undefined || this.#closed) return
-    this.#left = INTERVAL - 1
+    this.#left = PRUNE_INTERVAL - 1
     this.#running = this.#run(onFailure)
   }
 

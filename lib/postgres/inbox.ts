@@ -5,7 +5,7 @@ import { INBOX_RETENTION, keepsFor, recordOf } from '../inbox/inbox.ts'
 import type { Inbox, InboxContext, InboxQuery, InboxWork } from '../inbox/inbox.ts'
 import { lend } from '../inbox/lend.ts'
 import type { EventContext } from '../handlers.ts'
-import { PRUNE_LIMIT, Pruning } from '../pruning.ts'
+import { PRUNE_INTERVAL, PRUNE_LIMIT, Pruning } from '../pruning.ts'
 import { assertCount, assertNames } from '../checks.ts'
 import { Creation, databaseOf, isPool } from './database.ts'
 import type { Database, PgClient, PgLite, PgLiteTransaction, PgPool } from './database.ts'
@@ -171,7 +171,7 @@ class Records {
     const [before] = rowsOf(await query('SELECT pg_current_xact_id()::text AS id', []))
     const [row] = rowsOf(await query(this.#insertInside, [String(before?.['id']), ...recordOf(name, context, this.#retention)]))
     if (row?.['inside'] !== true) throw new NoTransaction(name)
-    if (prunes && this.#calls++ % (PRUNE_LIMIT / 2) === 0) await query(this.#expired, [])
+    if (prunes && this.#calls++ % PRUNE_INTERVAL === 0) await query(this.#expired, [])
     return row['first'] === true
   }
 }

@@ -14,11 +14,16 @@ export interface SqliteStatement {
 
 type Value = string | number | null
 
+export interface Changes { changes: number | bigint }
+
 /** A statement of ours: its rows are objects, their integers numbers. */
 export interface Statement {
-  run (...parameters: Value[]): { changes: number | bigint }
+  run (...parameters: Value[]): Changes
   all (...parameters: Value[]): unknown[]
 }
+
+/** Whether a statement has changed its one row. */
+export const changed = ({ changes }: Changes): boolean => Number(changes) === 1
 
 /** How a statement reads rows: node:sqlite's two, and what better-sqlite3 and libsql have. */
 interface RowModes {

@@ -3,7 +3,8 @@ import { inContext } from '../async-context.ts'
 import { Overloaded } from '../errors.ts'
 import { causeOf, deadDelivery, describeFailure, resumed } from '../runners/handler-failures.ts'
 import { RETENTION } from '../stores/store.ts'
-import type { SqliteDatabase } from './database.ts'
+import { changed } from './database.ts'
+import type { Changes, SqliteDatabase } from './database.ts'
 import { DeadJobs, openJobs, parseFailure } from './jobs.ts'
 import type { Failure } from './jobs.ts'
 import { pruning } from './pruning.ts'
@@ -437,10 +438,6 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
     }
   }
 }
-
-interface Changes { changes: number | bigint }
-
-const changed = ({ changes }: Changes): boolean => Number(changes) === 1
 
 /** A job whose attempt is this process's. */
 interface Active {

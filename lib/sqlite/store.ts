@@ -1,5 +1,5 @@
 import { randomUUID } from 'node:crypto'
-import { Database } from './database.ts'
+import { Database, changed } from './database.ts'
 import type { SqliteDatabase } from './database.ts'
 import { pruning } from './pruning.ts'
 import { RETENTION } from '../stores/store.ts'
@@ -81,5 +81,3 @@ export function sqliteStore (db: SqliteDatabase): IdempotencyStore {
 }
 
 const stateOf = ({ done }: Pick<Row, 'done'>): Claim => ({ state: done === 1 ? 'done' : 'running' })
-
-const changed = ({ changes }: { changes: number | bigint }): boolean => Number(changes) === 1
