@@ -3,10 +3,10 @@ import { codeOf } from '../coded.ts'
 import { HandlerFailed } from '../errors.ts'
 import { logError, write } from '../log.ts'
 import { acknowledge } from '../pipeline/acknowledge.ts'
-import { handling, isErrorHandler, isHeld, isRefused, isResponse, isSuccess, refused } from '../pipeline/answer.ts'
+import { isAnswerHeld, isInErrorHandler, isRefusedByFastify, isResponse, isSuccess, markHandling, markRefused } from '../pipeline/answer.ts'
 import { isPromise, later } from '../maybe-promise.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
-import { isClosed, isOut, statusOf, traceReset, watchDestroy } from './raw-response.ts'
+import { isClosed, isOut, sentStatusOf, traceReset, watchDestroy } from './raw-response.ts'
 import type { ReplyState, Standing } from './standing.ts'
 import type { RecordEnd } from './work.ts'
 
@@ -169,8 +169,7 @@ export class OwnHandler {
     try {
       this.#sendPlainly.call(reply, payload)
     } catch (error) {
-      // While an async onError hook holds somebody else's answer, Fastify refuses all others.
-      if ((at === 'open' || at === 'cut off') && isHeld(error)) return this.#sentLate(payload)
+      if ((at === 'open' || at === 'cut off') && isAnswerHeld(error)) return this.#sentLate(payload)
       // A serializer of the app has thrown: nothing is on its way.
       if (at === 'open') standing.move({ at: 'open' })
       throw error
@@ -196,20 +195,20 @@ export class OwnHandler {
     const { statusCode, unsure } = state
     const reply = this.#reply
     if (this.#isRefusing) this.#refusal ??= payload
-    if (!this.#isCalled && (this.#isPassing || payload === this.#refusal || isErrorHandler(this.#request))) {
+    if (!this.#isCalled && (this.#isPassing || payload === this.#refusal || isInErrorHandler(this.#request))) {
       // What was sent before was the own handler's.
       if (unsure !== undefined && !this.#isPassing) this.#endsWith(unsure.succeeded)
       else if (!(payload instanceof Error)) this.#standing.move({ ...state, isRefused: true })
       return this.#pass(payload)
     }
-    const isOwn = this.#isCalled || state.isRefused === true || isRefused(this.#request) || reply.sent || unsure?.isError === false
+    const isOwn = this.#isCalled || state.isRefused === true || isRefusedByFastify(this.#request) || reply.sent || unsure?.isError === false
     if (isOwn) return this.#sentLate(payload)
     const succeeded = unsure?.succeeded !== false && isSuccessful(payload, statusCode)
     this.#standing.move({ ...state, unsure: { succeeded, isError: payload instanceof Error } })
     try {
       return this.#pass(payload)
     } catch (error) {
-      if (!isHeld(error)) throw error
+      if (!isAnswerHeld(error)) throw error
       this.#standing.move(state)
       return this.#sentLate(payload)
     }
@@ -280,9 +279,9 @@ export class OwnHandler {
       this.#settle(false, error)
     } else if (at === 'open' && !this.#reply.sent) {
       this.#thrown = error
-      handling(this.#request, false)
+      markHandling(this.#request, false)
       const shown = isMeant(error) ? error : new HandlerFailed({ cause: new AggregateError([error], 'the route\'s handler failed') })
-      refused(shown, this.#request, this.#reply)
+      markRefused(shown, this.#request, this.#reply)
       this.#reply.send(shown)
     } else {
       logError(this.#request.log, error, {}, 'a webhook route\'s handler failed after the answer')
@@ -304,7 +303,7 @@ export class OwnHandler {
   #wroteItself (): void {
     const { raw } = this.#reply
     if (this.#standing.state.at !== 'open') return
-    this.#standing.move({ at: 'replying', judge: () => raw.writableEnded && isSuccess(statusOf(raw)), isOverdue: false })
+    this.#standing.move({ at: 'replying', judge: () => raw.writableEnded && isSuccess(sentStatusOf(raw)), isOverdue: false })
     this.#awaitClose()
     this.#handOver()
   }
@@ -319,7 +318,7 @@ export class OwnHandler {
       const { state } = this.#standing
       if (state.at !== 'replying') return
       const left = isOut(raw)
-      const judge = left ? () => isSuccess(statusOf(raw)) : state.judge
+      const judge = left ? () => isSuccess(sentStatusOf(raw)) : state.judge
       if (this.#call === 'runs' && !(left && judge())) this.#standing.move({ at: 'cut off', judge })
       else this.#settle((left || this.#call === 'returned') && judge())
     }
@@ -345,9 +344,9 @@ export class OwnHandler {
     const { code } = reply
     const divert = (statusCode: number): FastifyReply => {
       const { state } = this.#standing
-      if (state.at !== 'late' || this.#isRefusing || this.#isPassing || isErrorHandler(this.#request)) return reply.sent ? reply : code.call(reply, statusCode)
+      if (state.at !== 'late' || this.#isRefusing || this.#isPassing || isInErrorHandler(this.#request)) return reply.sent ? reply : code.call(reply, statusCode)
       this.#standing.move({ ...state, statusCode })
-      return reply.sent || state.isRefused === true || isRefused(this.#request) ? reply : code.call(reply, statusCode)
+      return reply.sent || state.isRefused === true || isRefusedByFastify(this.#request) ? reply : code.call(reply, statusCode)
     }
     reply.code = reply.status = divert
   }

@@ -32,7 +32,7 @@ function isFinished (raw: RawResponse): boolean {
 
 const isInjected = (raw: RawResponse): boolean => (raw as { isLightMyRequest?: boolean }).isLightMyRequest === true
 
-export function statusOf (raw: RawResponse): number {
+export function sentStatusOf (raw: RawResponse): number {
   return Number(streamOf(raw)?.sentHeaders?.[':status'] ?? raw.statusCode)
 }
 

@@ -3,7 +3,7 @@ import { DeadlineExceeded, Unavailable } from '../errors.ts'
 import type { Failures } from '../failures.ts'
 import { logError } from '../log.ts'
 import { acknowledge, closeConnection, refuse } from '../pipeline/acknowledge.ts'
-import { isHeld } from '../pipeline/answer.ts'
+import { isAnswerHeld } from '../pipeline/answer.ts'
 import type { Refused } from '../registry.ts'
 import type { VerifiedRequest } from '../request.ts'
 import { OwnHandler } from './own-handler.ts'
@@ -111,7 +111,7 @@ export class Reply implements Sender {
   }
 
   #unsent (error: unknown): void {
-    if (!isHeld(error)) {
+    if (!isAnswerHeld(error)) {
       try {
         // A serializer of the app has thrown: the error is the answer, as on any route.
         this.reply.send(error)

@@ -1,5 +1,5 @@
 import type { FastifyReply } from 'fastify'
-import { acknowledged, refused } from './answer.ts'
+import { markAcknowledged, markRefused } from './answer.ts'
 
 const RECEIVED = '{"received":true}'
 const DUPLICATE = '{"received":true,"duplicate":true}'
@@ -9,7 +9,7 @@ const RETRY_AFTER = '5'
 
 /** Answers 200: OpenAI's documents differ on whether it retries after another 2xx. */
 export function acknowledge (reply: FastifyReply, outcome: 'processed' | 'duplicate'): void {
-  acknowledged(reply.request)
+  markAcknowledged(reply.request)
   reply
     .code(200)
     .header('content-type', 'application/json; charset=utf-8')
@@ -19,7 +19,7 @@ export function acknowledge (reply: FastifyReply, outcome: 'processed' | 'duplic
 /** Answers through the app's error handler, and not 200, so that the delivery comes again. */
 export function refuse (reply: FastifyReply, error: unknown): void {
   // Before it is sent: a hook of the app may have put a function of its own in place of `send`.
-  refused(error, reply.request, reply)
+  markRefused(error, reply.request, reply)
   const { statusCode } = error as { statusCode?: number }
   if (statusCode === 409 || statusCode === 503) retryLater(reply)
   reply.send(error)

@@ -29,25 +29,25 @@ export type RouteErrorHandler = (error: unknown, request: FastifyRequest, reply:
 const errorHandlers = new AsyncLocalStorage<WeakRef<FastifyRequest>>()
 
 /**
- * The delivery has been verified: from here on the plugin answers.
+ * Notes that the delivery has been verified: from here on the plugin answers.
  *
  * @param ownHandler whether the route's own handler may answer too
  */
-export function handling (request: FastifyRequest, ownHandler: boolean): void {
+export function markHandling (request: FastifyRequest, ownHandler: boolean): void {
   (request as Answerable)[PROGRESS] = ownHandler ? 'replying' : 'handling'
 }
 
-export function acknowledged (request: FastifyRequest): void {
+export function markAcknowledged (request: FastifyRequest): void {
   (request as Answerable)[PROGRESS] = 'acknowledged'
 }
 
 /**
- * The delivery is refused, whoever gives the answer: nothing that the app does with the error makes a success of it. An onSend hook
+ * Notes that the delivery is refused, whoever gives the answer: nothing that the app does with the error makes a success of it. An onSend hook
  * that fails on an acknowledgement does not undo what the handlers have done.
  *
  * @param isByFastify whether Fastify's own error handler has the error
  */
-export function refused (error: unknown, request: Answerable, { raw }: FastifyReply, isByFastify = false): void {
+export function markRefused (error: unknown, request: Answerable, { raw }: FastifyReply, isByFastify = false): void {
   const progress = request[PROGRESS]
   if (progress === 'acknowledged') return
   const statusCode = statusOf(error)
@@ -73,7 +73,7 @@ export function refused (error: unknown, request: Answerable, { raw }: FastifyRe
  */
 export function refuseErrors (own: RouteErrorHandler | undefined): RouteErrorHandler {
   return (error, request, reply) => {
-    refused(error, request, reply, own === undefined && hasNoErrorHandler(request))
+    markRefused(error, request, reply, own === undefined && hasNoErrorHandler(request))
     const progress = (request as Answerable)[PROGRESS]
     const answer = (): unknown => own === undefined ? passOn(error, reply) : own(error, request, reply)
     return typeof progress === 'object' && progress.isReplying ? inErrorHandlers(answer, request, reply) : answer()
@@ -93,8 +93,8 @@ function inErrorHandlers (answer: () => unknown, request: FastifyRequest, reply:
   })
 }
 
-/** Whether the refusal is on its way, whatever hooks do with it. */
-export function isRefused (request: FastifyRequest): boolean {
+/** Whether Fastify's own error handler has the refusal, so that it is on its way, whatever hooks do with it. */
+export function isRefusedByFastify (request: FastifyRequest): boolean {
   const progress = (request as Answerable)[PROGRESS]
   return typeof progress === 'object' && progress.isByFastify
 }
@@ -105,7 +105,7 @@ function hasNoErrorHandler ({ server }: FastifyRequest): boolean {
 }
 
 /** Whether whoever sends now is an error handler. One that has lost the async context cannot be told. */
-export function isErrorHandler (request: FastifyRequest): boolean {
+export function isInErrorHandler (request: FastifyRequest): boolean {
   return errorHandlers.getStore()?.deref() === request
 }
 
@@ -142,8 +142,8 @@ export function keepRefusal (unprocessed: (request: FastifyRequest, statusCode: 
   }
 }
 
-/** While an async onError hook holds an answer, Fastify refuses all others. */
-export const isHeld = (error: unknown): boolean => codeOf(error) === 'FST_ERR_SEND_INSIDE_ONERR'
+/** Whether an answer could not be sent because an async onError hook holds another one: Fastify refuses all others meanwhile. */
+export const isAnswerHeld = (error: unknown): boolean => codeOf(error) === 'FST_ERR_SEND_INSIDE_ONERR'
 
 export const isSuccess = (statusCode: number): boolean => statusCode >= 200 && statusCode < 300
 

@@ -7,7 +7,7 @@ import { assertOverrides } from '../options.ts'
 import { closeConnection } from '../pipeline/acknowledge.ts'
 import { boundRefused, readPayload, replayPayload } from '../pipeline/capture.ts'
 import type { BodyBounds } from '../pipeline/capture.ts'
-import { keepRefusal, refuseErrors, refused } from '../pipeline/answer.ts'
+import { keepRefusal, markRefused, refuseErrors } from '../pipeline/answer.ts'
 import type { RouteErrorHandler } from '../pipeline/answer.ts'
 import type { Endpoint } from './endpoint.ts'
 import { PROTECTED, isProtected, unverified } from './guard.ts'
@@ -43,7 +43,7 @@ export function protectMarked (routes: Routes, scope: FastifyInstance, route: Ro
   route.onSend = [...toArray(route.onSend), keepRefusal((request, statusCode) => failures.unprocessed(endpoint.name, request, statusCode)), recordAnswer]
   route.errorHandler = refuseErrors(route.errorHandler as RouteErrorHandler | undefined)
   route.onError = [...toArray(route.onError), (request, reply, error, done) => {
-    refused(error, request, reply)
+    markRefused(error, request, reply)
     boundRefused(request, reply, error, body)
     done()
   }]

@@ -4,7 +4,7 @@ import { InvalidOptions } from '../errors.ts'
 import { boundRefused, captureBody } from '../pipeline/capture.ts'
 import type { WebhookRouteOptions } from '../options.ts'
 import type { VerifiedRequest } from '../request.ts'
-import { keepRefusal, refuseErrors, refused } from '../pipeline/answer.ts'
+import { keepRefusal, markRefused, refuseErrors } from '../pipeline/answer.ts'
 import { OWN, PROTECTED } from './guard.ts'
 import { declareRoute, shareDecorators } from './own-scope.ts'
 import { deliver } from './routes.ts'
@@ -57,7 +57,7 @@ export function ownRoute (
         })
       },
       onError: (request, reply, error, done) => {
-        refused(error, request, reply)
+        markRefused(error, request, reply)
         boundRefused(request, reply, error, body)
         // Refusals of Fastify's (over the limit, not JSON) and of other plugins. Ours have been through `refuse`.
         if (request.openaiWebhook === null && !authentication.hasTold(error)) failures.refused(error, { endpoint: endpoint.name }, request)

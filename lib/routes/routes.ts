@@ -11,7 +11,7 @@ import type { BodyBounds } from '../pipeline/capture.ts'
 import type { Registry } from '../registry.ts'
 import type { VerifiedRequest } from '../request.ts'
 import type { Verifications } from './verifications.ts'
-import { handling } from '../pipeline/answer.ts'
+import { markHandling } from '../pipeline/answer.ts'
 import type { Authentication } from './authenticate.ts'
 import type { Endpoint, Endpoints } from './endpoint.ts'
 import { unverified } from './guard.ts'
@@ -44,7 +44,7 @@ export function deliver ({ receiver, deadline, failures }: Routes, { name }: End
   const options = { receiver, deadline, failures, own }
   const handle: RouteHandlerMethod = function (request, reply) {
     if (request.openaiWebhook === null) throw unverified(name)
-    handling(request, own !== undefined)
+    markHandling(request, own !== undefined)
     const answer = new Reply(request as VerifiedRequest, reply, options, this)
     answer.run()
     // An async function around this one that was given nothing would have Fastify answer with nothing, at once.
