@@ -82,8 +82,8 @@ function isReadOnly (error: unknown): boolean {
   return (error as { code?: unknown } | null | undefined)?.code === '25006'
 }
 
-/** What has become of a transaction. */
-const statusOf = (id: string): string => `SELECT pg_xact_status(${id}::xid8) AS status`
+/** Asks what has become of a transaction. */
+const statusQuery = (id: string): string => `SELECT pg_xact_status(${id}::xid8) AS status`
 
 const isCommitted = (row: { status?: unknown } | undefined): boolean => row?.status === 'committed'
 
@@ -140,7 +140,7 @@ class Pooled implements Database {
       return true
     }
     // One message, so that PgBouncer answers both from one session.
-    const [, { rows: [row] }] = await this.#send(client, `COMMIT; ${statusOf(`'${id}'`)}`) as unknown as [unknown, { rows: any[] }]
+    const [, { rows: [row] }] = await this.#send(client, `COMMIT; ${statusQuery(`'${id}'`)}`) as unknown as [unknown, { rows: any[] }]
     return isCommitted(row)
   }
 
@@ -213,7 +213,7 @@ class Lite implements Database {
       return await work(tx, async (text, values) => (await tx.query(text, [...values])).rows)
     })
     if (id === undefined) return
-    const [row] = await this.query(statusOf('$1'), [id])
+    const [row] = await this.query(statusQuery('$1'), [id])
     if (!isCommitted(row)) throw rolledBack()
   }
 }
