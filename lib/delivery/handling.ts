@@ -96,8 +96,8 @@ export class Handling {
   #settle (work: Work, claim: Held, failure?: Error): MaybePromise<void> {
     const { claims, works } = this.#options
     return then(failure === undefined ? this.#complete(work, claim) : claims.release(claim), () => {
-      work.move({ at: 'over', failed: failure !== undefined })
-      if (work.isLeft) works.forget(works.received, work)
+      work.move({ at: 'over', succeeded: failure === undefined })
+      if (work.canBeForgotten) works.forget(works.received, work)
       if (failure !== undefined) throw failure
     })
   }

@@ -39,7 +39,7 @@ export class Queued implements RunnerHost {
       case 'handling':
         return work.end
       case 'over':
-        if (!work.state.failed) return work.end
+        if (work.state.succeeded) return work.end
     }
     return this.#processQueued(job, attempt, onSuccess)
   }

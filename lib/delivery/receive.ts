@@ -63,15 +63,16 @@ export class Receiver {
 
   /** The runner has answered. Where handlers were started, they settle the claim. Otherwise it has queued the job, or has refused it. */
   #answered (work: Work, claim: Held, verdict: Verdict): MaybePromise<void> {
-    return then(work.state.at === 'claimed' ? this.#handOn(work, claim, verdict) : undefined, () => {
+    return then(work.state.at === 'claimed' ? this.#letGo(work, claim, verdict) : undefined, () => {
       if (verdict === DUPLICATE) observeDuplicate(work.sender!, 'queued', this.observation)
       this.#tell(work, verdict)
     })
   }
 
-  #handOn (work: Work, claim: Held, verdict: Verdict): MaybePromise<void> {
+  /** Releases the claim, for whoever takes the job from the queue; or keeps it for the runner, where that has asked for it. */
+  #letGo (work: Work, claim: Held, verdict: Verdict): MaybePromise<void> {
     // Moved before the release is awaited: whoever takes the job from the queue must not use this claim.
-    work.move({ at: 'handed on' })
+    work.move({ at: 'over', succeeded: false })
     if (verdict === PROCESSED) this.observation.observer?.queued(work.job, work.sender!.request)
     if (work.isKept && verdict === PROCESSED) this.works.kept.set(work.key, claim)
     else return this.claims.release(claim)
@@ -128,14 +129,14 @@ export class Receiver {
   }
 
   #over (work: Work, verdict: Verdict): void {
-    work.move({ at: 'over', failed: false })
+    work.move({ at: 'over', succeeded: false })
     this.#tell(work, verdict)
   }
 
   #tell (work: Work, verdict: Verdict): void {
     work.verdict = verdict
     // A runner may acknowledge while the handlers run on: the work stays until they end.
-    if (work.isLeft) this.works.forget(this.works.received, work)
+    if (work.canBeForgotten) this.works.forget(this.works.received, work)
     work.tell(verdict)
   }
 }

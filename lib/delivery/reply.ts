@@ -86,7 +86,7 @@ export class Reply implements Sender {
   expired (): void {
     if (this.#own === undefined) this.#standing.move({ at: 'late', statusCode: this.reply.statusCode })
     else if (!this.#own.giveUp()) return
-    this.#work?.leave(this)
+    this.#work?.forgetSender(this)
     this.#refuse(this.#work?.state.at === 'claiming' ? new Unavailable() : new DeadlineExceeded())
   }
 

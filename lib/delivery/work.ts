@@ -13,18 +13,16 @@ export type State =
   /** The handlers run. Their end completes or releases the claim. */
   | { readonly at: 'handling', readonly claim: Held }
   /**
-   * The runner has queued the job, or has refused it. The claim is released, or kept for the runner where it has asked for that:
-   * whoever takes the job from the queue needs one.
+   * Nothing is left to do in the request: the handlers have ended, there were none to run, or the runner has queued or refused the job.
+   *
+   * `succeeded`: they have ended well. Else whoever asks for them starts them anew, by a claim of its own.
    */
-  | { readonly at: 'handed on' }
-  /** Nothing is left to do. `failed`: whoever asks for the handlers again starts them anew. */
-  | { readonly at: 'over', readonly failed: boolean }
+  | { readonly at: 'over', readonly succeeded: boolean }
 
 const NEXT: Readonly<Record<State['at'], ReadonlyArray<State['at']>>> = {
   claiming: ['claimed', 'over'],
-  claimed: ['handling', 'handed on'],
+  claimed: ['handling', 'over'],
   handling: ['over'],
-  'handed on': [],
   over: []
 }
 
@@ -78,8 +76,8 @@ export class Work {
   }
 
   /** Whether this process has nothing left to do for it: no handlers and no answer. */
-  get isLeft (): boolean {
-    return this.verdict !== undefined && (this.#state.at === 'over' || this.#state.at === 'handed on')
+  get canBeForgotten (): boolean {
+    return this.verdict !== undefined && this.#state.at === 'over'
   }
 
   /** Whether no more senders may wait for the verdict. */
@@ -97,7 +95,7 @@ export class Work {
    * The sender has been answered by the deadline. The request of one that has joined is not kept while the handlers run, which may be
    * for hours; that of the first one is, since they run in it.
    */
-  leave (sender: Sender): void {
+  forgetSender (sender: Sender): void {
     this.#joined?.delete(sender)
   }
 
