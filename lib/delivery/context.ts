@@ -1,5 +1,5 @@
 import type { FastifyBaseLogger } from 'fastify'
-import { KEEPS } from '../inbox/inbox.ts'
+import { REMEMBER } from '../inbox/inbox.ts'
 import { logFields } from '../log.ts'
 import type { EventContext } from '../handlers.ts'
 import type { VerifiedRequest } from '../request.ts'
@@ -30,8 +30,8 @@ export class Context implements EventContext {
   }
 
   /** For an inbox. */
-  [KEEPS] (handler: string, retention: number): void {
-    this.#work.keeps(handler, retention)
+  [REMEMBER] (handler: string, retention: number): void {
+    this.#work.remember(handler, retention)
   }
 
   /** Made at first use: a child logger costs more than the dispatch. */

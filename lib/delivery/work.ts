@@ -99,8 +99,8 @@ export class Work {
     this.#joined?.delete(sender)
   }
 
-  /** An inbox is to remember a handler for so many ms; in an earlier attempt it may have begun to. */
-  keeps (handler: string, retention: number): void {
+  /** An inbox remembers a handler for so many ms; in an earlier attempt it may have begun to. */
+  remember (handler: string, retention: number): void {
     const until = this.job.timestamp * 1_000 + retention
     this.remembered = { ...this.remembered, [handler]: Math.min(until, this.remembered?.[handler] ?? until) }
   }

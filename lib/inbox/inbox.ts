@@ -46,17 +46,16 @@ export const INBOX_RETENTION = 30 * 24 * 3_600_000
  * A method on a handler's context. It hears for how many ms an inbox keeps a record of the handler. The symbol is shared by
  * all copies of the package in a process.
  */
-export const KEEPS = Symbol.for('fastify-openai-webhook.inboxKeeps')
+export const REMEMBER = Symbol.for('fastify-openai-webhook.inboxKeeps')
 
-/** The retentions of this process's inboxes. */
 let shortest: number | undefined
 
 /** Called when an inbox is made. */
-export function keepsFor (retention: number): void {
+export function noteRetention (retention: number): void {
   shortest = Math.min(shortest ?? retention, retention)
 }
 
-/** The shortest retention of this process's inboxes, in ms; `undefined` where there is none */
+/** The shortest retention of this process's inboxes, in ms; `undefined` where there is none. */
 export function shortestRetention (): number | undefined {
   return shortest
 }
@@ -67,6 +66,6 @@ export function recordOf (name: string, context: InboxContext, retention: number
   if (typeof endpoint !== 'string' || typeof webhookId !== 'string') {
     throw new InvalidOptions(`inbox: expected the context of a delivery for "${name}", with its endpoint and webhookId`)
   }
-  ;(context as { [KEEPS]?: (name: string, retention: number) => void })[KEEPS]?.(name, retention)
+  ;(context as { [REMEMBER]?: (name: string, retention: number) => void })[REMEMBER]?.(name, retention)
   return [endpoint, tenant, webhookId, name]
 }

@@ -1,7 +1,7 @@
 import type { FastifyInstance } from 'fastify'
 import { InvalidOptions, NoTransaction, RolledBack } from '../errors.ts'
 import { assertHandlerName, giveName } from '../handler-name.ts'
-import { INBOX_RETENTION, keepsFor, recordOf } from '../inbox/inbox.ts'
+import { INBOX_RETENTION, noteRetention, recordOf } from '../inbox/inbox.ts'
 import type { Inbox, InboxContext, InboxQuery, InboxWork } from '../inbox/inbox.ts'
 import { lend } from '../inbox/lend.ts'
 import type { EventContext } from '../handlers.ts'
@@ -83,7 +83,7 @@ export function postgresInbox (db?: PgPool | PgLite, options: PostgresInboxOptio
   const table = tableOf('postgresInbox', tableName)
   for (const [name, value] of Object.entries({ retention, lockTimeout, idleTimeout, concurrency })) assertCount('postgresInbox', name, value, 1)
   const records = new Records(table, retention)
-  keepsFor(retention)
+  noteRetention(retention)
   if (db === undefined) return { first: async (query, name, context) => await records.first(query, name, context, true) }
 
   const max = isPool(db) ? (db as { options?: { max?: unknown } }).options?.max : undefined

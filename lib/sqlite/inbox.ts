@@ -2,7 +2,7 @@ import { types } from 'node:util'
 import type { FastifyInstance } from 'fastify'
 import { AsyncWork, InvalidOptions, NoTransaction } from '../errors.ts'
 import { assertHandlerName, giveName } from '../handler-name.ts'
-import { INBOX_RETENTION, keepsFor, recordOf } from '../inbox/inbox.ts'
+import { INBOX_RETENTION, noteRetention, recordOf } from '../inbox/inbox.ts'
 import type { Inbox, InboxContext, InboxQuery, InboxWork } from '../inbox/inbox.ts'
 import { lend } from '../inbox/lend.ts'
 import { isPromise } from '../maybe-promise.ts'
@@ -59,7 +59,7 @@ export function sqliteInbox<Db extends SqliteDatabase> (db: Db, options: SqliteI
   const { retention = INBOX_RETENTION } = options
   assertCount('sqliteInbox', 'retention', retention, 1)
   const database = new Database(db, SCHEMA)
-  keepsFor(retention)
+  noteRetention(retention)
   const insert = database.prepare(INSERT)
   const expired = database.prepareWrite(`
     DELETE FROM openai_webhook_inbox WHERE rowid IN (SELECT rowid FROM openai_webhook_inbox WHERE at < ? LIMIT ${PRUNE_LIMIT})`)
