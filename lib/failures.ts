@@ -83,7 +83,7 @@ export class Failures {
     if (channels.dead.hasSubscribers) channels.dead.publish(delivery)
     this.#observation.observer?.dead(delivery)
     this.report(error, infoOf(delivery))
-    this.#registry.bury(delivery, thrown => logError(this.#log, thrown, logFields(delivery), 'an onDead handler failed'))
+    this.#registry.tellDead(delivery, thrown => logError(this.#log, thrown, logFields(delivery), 'an onDead handler failed'))
   }
 
   /** Reports to the `onError` handlers alone. */

@@ -146,7 +146,7 @@ export class Registry {
   }
 
   /** Calls every `onDead` handler, likewise. */
-  bury (delivery: DeadDelivery, fallback: (error: unknown) => void): void {
+  tellDead (delivery: DeadDelivery, fallback: (error: unknown) => void): void {
     for (const handler of this.deadHandlers) attempt(() => handler(delivery), fallback)
   }
 }
