@@ -26,7 +26,7 @@ export function after<T, U> (work: () => MaybePromise<T>, next: (value: T) => Ma
 }
 
 /** `Promise.try(work).catch(recover)`, without a promise where there is none. */
-export function attempt<T> (work: () => MaybePromise<T>, recover: (error: unknown) => MaybePromise<T>): MaybePromise<T> {
+export function tryOr<T> (work: () => MaybePromise<T>, recover: (error: unknown) => MaybePromise<T>): MaybePromise<T> {
   return after<T, T>(work, itself, recover)
 }
 

@@ -4,7 +4,7 @@ import { AlreadyStarted, InvalidOptions } from './errors.ts'
 import { guideEvents } from './events/index.ts'
 import { assertHandlerName, givenName } from './handler-name.ts'
 import { nearestType } from './nearest.ts'
-import { attempt } from './maybe-promise.ts'
+import { tryOr } from './maybe-promise.ts'
 import type { EventContext, Handler } from './handlers.ts'
 import type { DeadDelivery } from './runners/runner.ts'
 
@@ -142,12 +142,12 @@ export class Registry {
 
   /** Calls every `onError` handler. What one throws goes to `fallback` and never fails the delivery. */
   report (error: unknown, info: FailureInfo, fallback: (error: unknown) => void): void {
-    for (const handler of this.errorHandlers) attempt(() => handler(error as Error, info), fallback)
+    for (const handler of this.errorHandlers) tryOr(() => handler(error as Error, info), fallback)
   }
 
   /** Calls every `onDead` handler, likewise. */
   tellDead (delivery: DeadDelivery, fallback: (error: unknown) => void): void {
-    for (const handler of this.deadHandlers) attempt(() => handler(delivery), fallback)
+    for (const handler of this.deadHandlers) tryOr(() => handler(delivery), fallback)
   }
 }
 

@@ -1,7 +1,7 @@
 import type { Failures } from '../failures.ts'
 import type { Claims } from '../pipeline/deduplicate.ts'
 import type { Runner } from '../runners/runner.ts'
-import { attempt } from '../maybe-promise.ts'
+import { tryOr } from '../maybe-promise.ts'
 import { within } from '../within.ts'
 import type { Works } from './work.ts'
 
@@ -28,7 +28,7 @@ export async function drain ({ works, claims, runner, failures, abort, closeTime
     }, closeTimeout)
   })
   async function drained (): Promise<void> {
-    const runnerClosed = attempt(() => runner?.close?.(abort.signal), error => failures.trouble(error))
+    const runnerClosed = tryOr(() => runner?.close?.(abort.signal), error => failures.trouble(error))
     await Promise.all([runnerClosed, works.drained()])
     // A runner of the user's may leave some.
     await Promise.all([...works.kept.keys()].map(async key => await claims.release(works.takeKept(key)!)))

@@ -12,7 +12,7 @@ import type { Handler } from '../handlers.ts'
 import type { Observation, ObservedAttempt } from '../observation.ts'
 import type { Job } from '../runners/runner.ts'
 import type { HandlerTable } from '../registry.ts'
-import { after, attempt, then } from '../maybe-promise.ts'
+import { after, then, tryOr } from '../maybe-promise.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
 import { Context } from './context.ts'
 import { Watch, isTraced, traceDelivery } from './observe.ts'
@@ -86,7 +86,7 @@ export class Handling {
     return new Promise<void>((resolve, reject) => {
       ownHandler((succeeded, error) => {
         // The answer waits for this and hears of no failure: that is for the delivery.
-        const settled = attempt(() => this.#settle(work, claim, succeeded ? undefined : ownFailure(error)), reject)
+        const settled = tryOr(() => this.#settle(work, claim, succeeded ? undefined : ownFailure(error)), reject)
         return then(settled, () => { resolve() })
       })
     })

@@ -4,7 +4,7 @@ import { union } from '../pipeline/deduplicate.ts'
 import type { Claims, Held } from '../pipeline/deduplicate.ts'
 import { keyOf } from '../runners/runner.ts'
 import type { Attempts, DeadDelivery, Job, RunnerHost } from '../runners/runner.ts'
-import { attempt as trying } from '../maybe-promise.ts'
+import { tryOr } from '../maybe-promise.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
 import type { Handling } from './handling.ts'
 import { Work } from './work.ts'
@@ -25,7 +25,7 @@ export class Queued implements RunnerHost {
 
   process (job: Job, attempt?: number, record?: () => MaybePromise<void>): MaybePromise<void> {
     // A runner of the user's may fail here, and must not have a processed delivery fail.
-    const onSuccess = record && (() => trying(record, error => this.report(error, job)))
+    const onSuccess = record && (() => tryOr(record, error => this.report(error, job)))
     const { offered, received } = this.works
     // inline() handles the job while it is being offered it.
     const work = offered?.job === job ? offered : received.get(keyOf(job))

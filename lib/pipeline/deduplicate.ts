@@ -1,7 +1,7 @@
 import { inContext } from '../async-context.ts'
 import { Unavailable } from '../errors.ts'
 import type { Job } from '../runners/runner.ts'
-import { after, attempt, then } from '../maybe-promise.ts'
+import { after, then, tryOr } from '../maybe-promise.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
 import type { Claim, IdempotencyStore } from '../stores/store.ts'
 import { resourceKeyOf } from './resource-key.ts'
@@ -87,7 +87,7 @@ export class Claims {
 
   #begin (key: string, job: Job): MaybePromise<Begun> {
     const { store, lease } = this.#options
-    return attempt<Begun>(() => then(store.begin(key, lease), claim => this.#checked(key, job, claim)), unavailable)
+    return tryOr<Begun>(() => then(store.begin(key, lease), claim => this.#checked(key, job, claim)), unavailable)
   }
 
   /** Whether it is not known to have been lost. */
@@ -114,14 +114,14 @@ export class Claims {
 
   #checkpoint ({ key, job, token }: Held, handler: string): MaybePromise<void> {
     const { store, onTrouble } = this.#options
-    return attempt(() => store.checkpoint(key, token, handler), error => onTrouble(error, job))
+    return tryOr(() => store.checkpoint(key, token, handler), error => onTrouble(error, job))
   }
 
   #complete (claim: Held): MaybePromise<void> {
     const { store, retention, onTrouble } = this.#options
     // A lost claim has been reported when its renewal failed.
     const isHeld = this.#held.delete(claim)
-    return attempt<void>(() => then(store.complete(claim.key, claim.token, retention), held => {
+    return tryOr<void>(() => then(store.complete(claim.key, claim.token, retention), held => {
       if (held === false && isHeld) onTrouble(this.#lost(claim, 'before its success was on record: what took it over may run it again'), claim.job)
     }), error => onTrouble(error, claim.job))
   }
@@ -129,7 +129,7 @@ export class Claims {
   #release (claim: Held): MaybePromise<void> {
     const { store, onTrouble } = this.#options
     this.#held.delete(claim)
-    return attempt(() => store.release(claim.key, claim.token), error => onTrouble(error, claim.job))
+    return tryOr(() => store.release(claim.key, claim.token), error => onTrouble(error, claim.job))
   }
 
   /** A user's store may answer anything, and a delivery with a claim that cannot be settled would hang. */
@@ -154,7 +154,7 @@ export class Claims {
       if (!isTold) this.#options.onTrouble(error, job)
       isTold = true
     }
-    for (const claim of [...this.#held.all]) attempt<void>(async () => await this.#renew(claim), error => onFailure(error, claim))
+    for (const claim of [...this.#held.all]) tryOr<void>(async () => await this.#renew(claim), error => onFailure(error, claim))
   }
 
   async #renew (claim: Held): Promise<void> {

@@ -6,7 +6,7 @@ import { Overloaded, Unavailable, UnknownTenant } from '../errors.ts'
 import { DEFAULTS } from '../options.ts'
 import type { TenantOptions } from '../options.ts'
 import type { Verification } from '../pipeline/verify.ts'
-import { attempt } from '../maybe-promise.ts'
+import { tryOr } from '../maybe-promise.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
 import { REFRESH_INTERVAL, inTime, keysOf } from '../verifiers/keyring.ts'
 import type { Keys, SecretOptions } from '../verifiers/keyring.ts'
@@ -100,7 +100,7 @@ export class Tenants {
     }
     if (isId(name)) return name
     // Unheard, its rejection would end the process.
-    attempt(() => name, () => undefined)
+    tryOr(() => name, () => undefined)
     return new UnknownTenant('tenant.of gave no name of 1 to 256 visible ASCII characters', { cause })
   }
 
