@@ -108,12 +108,12 @@ export class HandlerList {
       : this.#known.has(type)
     if (known) return
     // A handler for a misspelt type would never run, while its events would be acknowledged.
-    throw new InvalidOptions(`on(): ${adviceOn(type, [...this.#known])}`)
+    throw new InvalidOptions(`on(): ${adviceOnType(type, [...this.#known])}`)
   }
 }
 
 /** What to do about an event type or a pattern that is not known. */
-function adviceOn (type: string, known: readonly string[]): string {
+function adviceOnType (type: string, known: readonly string[]): string {
   if (type === '*' || type === '**') return `"${type}" is no pattern: onAny(handler) runs for every event, a pattern has a family, such as "batch.*"`
   if (Object.keys(guideEvents).some(name => matches(type, name))) {
     return `"${type}" is known from an older guide alone: register the plugin with { events: guideEvents }, which fastify-openai-webhook exports`
