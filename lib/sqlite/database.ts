@@ -14,7 +14,7 @@ export interface SqliteStatement {
 
 type Value = string | number | null
 
-export interface Changes { changes: number | bigint }
+interface Changes { changes: number | bigint }
 
 /** A statement of ours: its rows are objects, their integers numbers. */
 export interface Statement {

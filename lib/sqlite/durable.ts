@@ -1,16 +1,13 @@
 import { LRUCache } from 'lru-cache'
 import { inContext } from '../async-context.ts'
-import { Overloaded } from '../errors.ts'
-import { causeOf, deadDelivery, describeFailure, resumed } from '../runners/handler-failures.ts'
-import { RETENTION } from '../stores/store.ts'
-import { changed } from './database.ts'
-import type { Changes, SqliteDatabase } from './database.ts'
-import { DeadJobs, openJobs, parseFailure } from './jobs.ts'
-import type { Failure } from './jobs.ts'
-import { pruning } from './pruning.ts'
 import { assertCount, assertNames } from '../checks.ts'
+import { Overloaded } from '../errors.ts'
+import { deadDelivery, describeFailure, resumed } from '../runners/handler-failures.ts'
 import { assertOpen, keyOf, tellDead } from '../runners/runner.ts'
 import type { DeadDelivery, DeliveryRef, Job, RequeueOptions, Runner, RunnerHost } from '../runners/runner.ts'
+import type { SqliteDatabase } from './database.ts'
+import { DeadJobs, jobOf, openJobs, parseFailure, pendingJobs } from './jobs.ts'
+import type { Hold, PendingRow } from './jobs.ts'
 
 export interface DurableOptions {
   /**
@@ -59,18 +56,26 @@ const AHEAD = 200
 const MAX_BACKOFF = 3_600_000
 /** ms between two looks at the file: after trouble, or for deliveries that another process has queued. */
 const POLL_INTERVAL = 1_000
-const MAX_ERROR_LENGTH = 2_000
 /** Attempts */
 const MAX_UNRECORDED = 1_000
 /** The end of the lease of a job that another process has taken over. */
 const LOST = 0
 
-interface Row {
-  key: string
-  job: string
-  attempts: number
-  due: number
-  failure: string | null
+/** An attempt that this process makes, or is about to make. */
+interface Attempt extends Hold {
+  /** How often the job's handlers were started, this time included. */
+  readonly count: number
+  until: number
+  renewing: number | undefined
+  readonly ended: Promise<void>
+  readonly end: () => void
+}
+
+/** One whose handlers start as soon as there is room. */
+interface Ahead {
+  readonly attempt: Attempt
+  readonly job: Job
+  readonly letGoOfClaim: (() => unknown) | undefined
 }
 
 /**
@@ -91,34 +96,24 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
   assertCount('durable', 'backoff', backoff, 0)
   assertCount('durable', 'lease', lease, 1)
   const database = openJobs(db)
+  const jobs = pendingJobs(database)
   const deadJobs = new DeadJobs(database)
-  const prune = pruning(database, 'openai_webhook_jobs', "state = 'done' AND ended <= ?")
-  const insert = database.prepare('INSERT INTO openai_webhook_jobs (key, job, due, attempts) VALUES (?, ?, ?, ?) ON CONFLICT (key) DO NOTHING')
-  const due = database.prepare("SELECT key, job, attempts, due, failure FROM openai_webhook_jobs WHERE state = 'pending' AND due <= ? ORDER BY due LIMIT ?")
-  const next = database.prepare("SELECT min(due) AS due FROM openai_webhook_jobs WHERE state = 'pending' AND due > ?")
-  // Compares `due`, so that one of several processes takes a job. That process holds it until then. During a renewal the old end and the new one both count.
-  const held = "key = ? AND state = 'pending' AND due IN (?, ?)"
-  // Counts the attempt before it runs, so that a delivery that kills the process is dead in the end.
-  const take = database.prepare("UPDATE openai_webhook_jobs SET attempts = attempts + ?, due = ? WHERE key = ? AND state = 'pending' AND due = ?")
-  const untake = database.prepare(`UPDATE openai_webhook_jobs SET attempts = attempts - 1, due = ? WHERE ${held}`)
-  const renew = database.prepare(`UPDATE openai_webhook_jobs SET due = ? WHERE ${held}`)
-  const end = database.prepare(`UPDATE openai_webhook_jobs SET state = ?, error = ?, failure = ?, ended = ? WHERE ${held}`)
-  const postpone = database.prepare(`UPDATE openai_webhook_jobs SET due = ?, error = ?, failure = ? WHERE ${held}`)
-  const pending = database.prepare("SELECT count(*) AS count FROM openai_webhook_jobs WHERE state = 'pending'")
 
-  const active = new Map<string, Active>()
-  /** What failed attempts ended with that could not be recorded, by the job's key. */
-  const unrecorded = new LRUCache<string, { count: number, error: unknown }>({ max: MAX_UNRECORDED })
+  let host: RunnerHost
+  let isStarted = false
+  let closing = false
+  /** By the job's key. */
+  const active = new Map<string, Attempt>()
   /** Those of them that wait for room, in order of arrival. */
   const ahead = new Set<Ahead>()
-  let starting = false
+  /** What failed attempts ended with that could not be recorded, by the job's key. */
+  const unrecorded = new LRUCache<string, { count: number, error: unknown }>({ max: MAX_UNRECORDED })
   /** Deliveries whose handlers run. */
   let running = 0
-  let host: RunnerHost | undefined
-  let closing = false
+  let starting = false
+  let scheduled = false
   let timer: NodeJS.Timeout | undefined
   let renewal: NodeJS.Timeout | undefined
-  let scheduled = false
   /** Set while the file cannot be written. No job is started then, since its success could not be recorded and it would run again. */
   let isWritable = true
   /** Set when more jobs are due than there was room for. */
@@ -146,19 +141,19 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
   /** Starts due jobs while there is room, and sets the timer for the next look. */
   function pump (): void {
     scheduled = false
-    if (closing || host === undefined) return
+    if (closing || !isStarted) return
     clearTimeout(timer)
     let wait = POLL_INTERVAL
     if (!isWritable && ahead.size > 0) renewAll()
     try {
       const now = Date.now()
       const room = Math.max(concurrency - running - ahead.size, 0)
-      const rows = due.all(now, room + 1) as Row[]
+      const rows = jobs.due(now, room + 1)
       behind = rows.length > room
       // A due job may still run here: the event loop was blocked for longer than the lease, and nothing renewed it meanwhile.
-      startAll(host, rows.slice(0, room).filter(({ key }) => !active.has(key)))
-      const [soonest] = next.all(now) as [{ due: number | null }]
-      if (!behind && soonest.due !== null) wait = Math.min(wait, soonest.due - now)
+      startAll(rows.slice(0, room).filter(({ key }) => !active.has(key)))
+      const soonest = jobs.nextDue(now)
+      if (!behind && soonest !== null) wait = Math.min(wait, soonest - now)
     } catch (error) {
       host.report(error)
     }
@@ -172,55 +167,65 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
     setImmediate(pumpOutside)
   }
 
-  async function startAll (host: RunnerHost, rows: readonly Row[]): Promise<void> {
+  async function startAll (rows: readonly PendingRow[]): Promise<void> {
     if (rows.length === 0) return
-    const entries = rows.map(({ key }) => holdOutside(key))
-    // The process died during the last attempt, or its lease ran out.
-    const isOver = ({ attempts: before }: Row): boolean => before >= attempts
+    const starts = rows.map(row => {
+      // The process died during the last attempt, or its lease ran out.
+      const isOver = row.attempts >= attempts
+      return { row, isOver, attempt: holdOutside(row.key, isOver ? row.attempts : row.attempts + 1) }
+    })
     let taken: boolean[]
     try {
-      taken = await write(() => rows.map((row, index) => changed(take.run(isOver(row) ? 0 : 1, leased(entries[index]!), row.key, row.due))))
+      taken = await write(() => starts.map(({ row, isOver, attempt }) => jobs.take(row, isOver ? 0 : 1, leased(attempt))))
     } catch (error) {
-      for (const entry of entries) letGo(entry)
+      for (const { attempt } of starts) letGo(attempt)
       return host.report(error)
     }
-    for (const [index, row] of rows.entries()) {
-      const entry = entries[index]!
-      if (!taken[index]) letGo(entry)
-      else if (isOver(row)) follow(host, entry, async () => await giveUp(host, jobOf(row), row.attempts, entry))
-      else follow(host, entry, async () => await attempt(host, nextOf(host, row, unrecorded.get(row.key)), row.attempts + 1, entry))
+    for (const [index, { row, isOver, attempt }] of starts.entries()) {
+      if (!taken[index]) letGo(attempt)
+      else if (isOver) follow(attempt, async () => await giveUp(jobOf(row), attempt))
+      else follow(attempt, async () => await handle(jobFor(row), attempt))
     }
   }
 
-  /** A place among those that run at once. */
-  function hold (key: string): Active {
-    let over!: () => void
-    const done = new Promise<void>(resolve => { over = resolve })
-    const entry: Active = { key, until: 0, renewing: undefined, done, over }
-    active.set(key, entry)
+  /** The job for another attempt. */
+  function jobFor (row: PendingRow): Job {
+    const job = jobOf(row)
+    const last = unrecorded.get(row.key)
+    if (last?.count === row.attempts) return resumed(job, describeFailure(job, last.error))
+    const isInterrupted = row.attempts > (parseFailure(row.failure).attempt ?? 0)
+    return isInterrupted ? host.interrupted?.(job) ?? job : job
+  }
+
+  /** Takes a place among those that run at once. */
+  function hold (key: string, count: number): Attempt {
+    let end!: () => void
+    const ended = new Promise<void>(resolve => { end = resolve })
+    const attempt: Attempt = { key, count, until: 0, renewing: undefined, ended, end }
+    active.set(key, attempt)
     renewal ??= setInterval(renewAll, lease / 3).unref()
-    return entry
+    return attempt
   }
 
   /** Begins the lease when it is written, since the write may have waited for a lock. */
-  function leased (entry: Active): number {
-    entry.until = Date.now() + lease
-    return entry.until
+  function leased (attempt: Attempt): number {
+    attempt.until = Date.now() + lease
+    return attempt.until
   }
 
-  function letGo (entry: Active): void {
-    active.delete(entry.key)
-    entry.over()
+  function letGo (attempt: Attempt): void {
+    active.delete(attempt.key)
+    attempt.end()
   }
 
-  async function follow (host: RunnerHost, entry: Active, work: () => Promise<void>): Promise<void> {
+  async function follow (attempt: Attempt, work: () => Promise<void>): Promise<void> {
     try {
       await work()
     } catch (error) {
       // The row cannot be read. It is looked at again once its lease has run out.
       host.report(error)
     }
-    letGo(entry)
+    letGo(attempt)
     if (behind) schedule()
   }
 
@@ -229,12 +234,12 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
     if (!isWritable) return
     const late: Ahead[] = []
     for (const next of ahead) {
-      const { host, job, entry } = next
+      const { job, attempt } = next
       // The process was suspended, or the file was locked, for longer than the lease, so another process may have run the job.
-      if (entry.until <= Date.now()) late.push(next)
+      if (attempt.until <= Date.now()) late.push(next)
       else if (running < concurrency) {
         ahead.delete(next)
-        follow(host, entry, async () => await attempt(host, job, 1, entry))
+        follow(attempt, async () => await handle(job, attempt))
       }
     }
     if (late.length > 0) giveBack(late)
@@ -244,35 +249,35 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
   async function giveBack (waiting: readonly Ahead[]): Promise<void> {
     for (const each of waiting) ahead.delete(each)
     const [given] = await Promise.allSettled([
-      write(() => { for (const { entry } of waiting) untake.run(Date.now(), ...holder(entry)) }),
+      write(() => { for (const { attempt } of waiting) jobs.giveBack(attempt) }),
       ...waiting.map(async ({ letGoOfClaim }) => await letGoOfClaim?.())
     ])
-    if (given.status === 'rejected') waiting[0]!.host.report(given.reason)
-    for (const { entry } of waiting) letGo(entry)
+    if (given.status === 'rejected') host.report(given.reason)
+    for (const { attempt } of waiting) letGo(attempt)
     schedule()
   }
 
-  async function attempt (host: RunnerHost, job: Job, count: number, entry: Active): Promise<void> {
-    let recorded: Promise<void> | undefined
+  async function handle (job: Job, attempt: Attempt): Promise<void> {
+    let recorded: Promise<boolean> | undefined
     const succeeded = async (): Promise<void> => {
       if (recorded === undefined) {
-        ended()
-        recorded = done(host, job, entry)
+        makeRoom()
+        recorded = record(job, () => jobs.done(attempt))
       }
       await recorded
     }
     running++
     try {
-      await host.process(job, count, succeeded)
+      await host.process(job, attempt.count, succeeded)
     } catch (error) {
-      ended()
-      return await failed(host, job, count, entry, error)
+      makeRoom()
+      return await failed(job, attempt, error)
     }
     await succeeded()
   }
 
-  /** Room has become free. The next job starts in this turn, so that both share a commit. */
-  function ended (): void {
+  /** The next job starts in this turn, so that both share a commit. */
+  function makeRoom (): void {
     running--
     startSoon(queueMicrotask)
   }
@@ -283,28 +288,25 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
     soon(startOutside)
   }
 
-  async function done (host: RunnerHost, job: Job, entry: Active): Promise<void> {
-    await record(host, job, () => end.run('done', null, null, Date.now(), ...holder(entry)))
-  }
-
-  async function failed (host: RunnerHost, job: Job, count: number, entry: Active, error: unknown): Promise<void> {
+  async function failed (job: Job, attempt: Attempt, error: unknown): Promise<void> {
+    const { key, count } = attempt
     if (count >= attempts) {
-      if (!await die(host, job, count, entry, error)) host.report(error, job)
+      if (!await die(job, attempt, error)) host.report(error, job)
       return
     }
     const failure = { attempt: count, ...describeFailure(job, error) }
-    const recorded = await record(host, job, () => postpone.run(Date.now() + delay(count), describe(error), JSON.stringify(failure), ...holder(entry)))
-    if (!recorded) unrecorded.set(entry.key, { count, error })
+    const recorded = await record(job, () => jobs.postpone(attempt, Date.now() + delay(count), error, failure))
+    if (!recorded) unrecorded.set(key, { count, error })
     host.report(error, job, recorded ? { attempt: count, attempts } : undefined)
     // This job may be due before any other.
     schedule()
   }
 
   /** No attempt is left. Only the store may know which handlers succeeded in the last one. */
-  async function giveUp (host: RunnerHost, job: Job, count: number, entry: Active): Promise<void> {
-    const last = unrecorded.get(entry.key)
-    if (last?.count === count) {
-      await die(host, job, count, entry, last.error, false)
+  async function giveUp (job: Job, attempt: Attempt): Promise<void> {
+    const last = unrecorded.get(attempt.key)
+    if (last?.count === attempt.count) {
+      await die(job, attempt, last.error, false)
       return
     }
     let known
@@ -314,29 +316,29 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
       // It is looked at again once its lease has run out.
       return host.report(trouble, job)
     }
-    const { done: isDone = false, ...left } = known ?? {}
+    const { done = false, ...left } = known ?? {}
     // When the row is gone, another process has done the same.
-    if (isDone) await done(host, job, entry)
-    else await die(host, { ...job, ...left }, count, entry, new Error('the process ended while the handlers ran'), false)
+    if (done) await record(job, () => jobs.done(attempt))
+    else await die({ ...job, ...left }, attempt, new Error('the process ended while the handlers ran'), false)
   }
 
   /** @returns whether it is dead by now, and told */
-  async function die (host: RunnerHost, job: Job, count: number, entry: Active, error: unknown, ran = true): Promise<boolean> {
+  async function die (job: Job, attempt: Attempt, error: unknown, ran = true): Promise<boolean> {
+    const { key, count } = attempt
     const delivery = deadDelivery(job, count, error)
     const { errors, finished, remembered, diedAt } = delivery
-    const failure: Failure = { attempt: count, errors, finished, remembered }
-    const recorded = await record(host, job, () => end.run('dead', describe(error), JSON.stringify(failure), diedAt, ...holder(entry)), ran)
+    const recorded = await record(job, () => jobs.dead(attempt, diedAt, error, { attempt: count, errors, finished, remembered }), ran)
     if (recorded) {
-      unrecorded.delete(entry.key)
+      unrecorded.delete(key)
       tellDead(host, delivery, error)
-    } else unrecorded.set(entry.key, { count, error })
+    } else unrecorded.set(key, { count, error })
     return recorded
   }
 
   /** @returns whether it is recorded; if not, the job is attempted again once its lease has run out */
-  async function record (host: RunnerHost, job: Job, statement: () => Changes, ran = true): Promise<boolean> {
+  async function record (job: Job, change: () => boolean, ran = true): Promise<boolean> {
     try {
-      if (await write(() => changed(statement()))) return true
+      if (await write(change)) return true
       if (ran) host.report(new Error(`the job was taken over while it ran: its lease of ${lease} ms ran out before it could be renewed`), job)
     } catch (trouble) {
       host.report(trouble, job)
@@ -350,18 +352,18 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
       renewal = undefined
       return
     }
-    const entries = [...active.values()]
+    const held = [...active.values()]
     try {
-      const renewed = await write(() => entries.map(entry => {
+      const renewed = await write(() => held.map(attempt => {
         const until = Date.now() + lease
         // Sets `until` after the commit, because another process that took the job over in this millisecond has the same end.
-        if (!changed(renew.run(until, ...holder(entry)))) return LOST
-        entry.renewing = until
+        if (!jobs.renew(attempt, until)) return LOST
+        attempt.renewing = until
         return until
       }))
-      for (const [index, entry] of entries.entries()) entry.until = renewed[index]!
+      for (const [index, attempt] of held.entries()) attempt.until = renewed[index]!
     } catch (error) {
-      return host?.report(error)
+      return host.report(error)
     }
     startSoon(queueMicrotask)
   }
@@ -375,34 +377,30 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
     start (startedBy) {
       assertOpen('durable', closing)
       host = startedBy
+      isStarted = true
       schedule()
     },
     async run (job) {
       if (closing) throw new Overloaded()
       const key = keyOf(job)
       const text = JSON.stringify(job)
-      const insertAs = async (attempt: number, entry?: Active): Promise<boolean> => await write(() => {
-        prune(Date.now() - RETENTION)
-        return changed(insert.run(key, text, entry === undefined ? Date.now() : leased(entry), attempt))
-      })
       // Jobs in the file come first. A last attempt is not counted before it starts.
       const most = attempts === 1 ? concurrency : concurrency + AHEAD
-      if (host === undefined || behind || active.size >= most || active.has(key)) {
+      if (!isStarted || behind || active.size >= most || active.has(key)) {
         behind = true
-        const inserted = await insertAs(0)
+        const inserted = await write(() => jobs.insert(key, text, Date.now(), 0))
         schedule()
         return inserted ? undefined : 'duplicate'
       }
-      const startedBy = host
-      const entry = holdOutside(key)
+      const attempt = holdOutside(key, 1)
       let inserted = false
       try {
-        inserted = await insertAs(1, entry)
+        inserted = await write(() => jobs.insert(key, text, leased(attempt), attempt.count))
       } finally {
-        if (!inserted) letGo(entry)
+        if (!inserted) letGo(attempt)
       }
       if (!inserted) return 'duplicate'
-      const waiting: Ahead = { host: startedBy, entry, job, letGoOfClaim: startedBy.keep?.(job) }
+      const waiting: Ahead = { attempt, job, letGoOfClaim: host.keep?.(job) }
       if (closing) {
         await giveBack([waiting])
         return undefined
@@ -413,16 +411,13 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
       return undefined
     },
     async close () {
-      if (host === undefined) return // another app may start it
+      if (!isStarted) return // another app may start it
       closing = true
       clearTimeout(timer)
       if (ahead.size > 0) giveBack([...ahead])
-      await Promise.all([...active.values()].map(({ done }) => done))
+      await Promise.all([...active.values()].map(({ ended }) => ended))
     },
-    depth () {
-      const [{ count }] = pending.all() as [{ count: number }]
-      return Math.max(0, count - active.size + ahead.size)
-    },
+    depth: () => Math.max(0, jobs.count() - active.size + ahead.size),
     dead (limit = 100, type) {
       // Some libraries end the process over a value of another kind.
       assertCount('durable: dead()', 'limit', limit, 1)
@@ -437,44 +432,4 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
       return revived
     }
   }
-}
-
-/** A job whose attempt is this process's. */
-interface Active {
-  readonly key: string
-  /** ms since the epoch: the end of its lease, once that has begun. */
-  until: number
-  /** The end that is being written; whether it holds is known once the commit has been answered. */
-  renewing: number | undefined
-  readonly done: Promise<void>
-  readonly over: () => void
-}
-
-/** A job whose handlers start as soon as there is room. */
-interface Ahead {
-  readonly host: RunnerHost
-  readonly entry: Active
-  readonly job: Job
-  readonly letGoOfClaim: (() => unknown) | undefined
-}
-
-/** Which row, and whose: what `held` compares with. */
-const holder = ({ key, until, renewing = until }: Active): [string, number, number] => [key, until, renewing]
-
-/** The job for another attempt. @param last what this process knows of an attempt that it could not record */
-function nextOf (host: RunnerHost, row: Row, last: { count: number, error: unknown } | undefined): Job {
-  const job = jobOf(row)
-  if (last?.count === row.attempts) return resumed(job, describeFailure(job, last.error))
-  const isInterrupted = row.attempts > (parseFailure(row.failure).attempt ?? 0)
-  return isInterrupted ? host.interrupted?.(job) ?? job : job
-}
-
-function jobOf ({ job, failure }: Row): Job {
-  return resumed(JSON.parse(job) as Job, parseFailure(failure))
-}
-
-/** A failure in one line, for people who read the file. */
-function describe (error: unknown): string {
-  const { message = error } = (causeOf(error) ?? {}) as { message?: unknown }
-  return String(message).slice(0, MAX_ERROR_LENGTH)
 }

@@ -1,10 +1,13 @@
+import { causeOf, resumed } from '../runners/handler-failures.ts'
 import { assertRemembered, keyOf } from '../runners/runner.ts'
 import type { DeadDelivery, DeliveryError, DeliveryRef, Job } from '../runners/runner.ts'
-import { Database } from './database.ts'
+import { RETENTION } from '../stores/store.ts'
+import { Database, changed } from './database.ts'
 import type { SqliteDatabase } from './database.ts'
+import { pruning } from './pruning.ts'
 
 // `due` is when the next attempt may start; while one runs, the end of its lease. Times are ms since the
-// epoch. `error` is for people who look at the file, `failure` for `DeadJobs`.
+// epoch. `error` is for people who look at the file, `failure` for the next attempt and for `DeadJobs`.
 const SCHEMA = `
   CREATE TABLE IF NOT EXISTS openai_webhook_jobs (
     key TEXT PRIMARY KEY,
@@ -37,6 +40,78 @@ export function deadJobsOf (db: SqliteDatabase): DeadJobs {
   }
 }
 
+/** A job that waits for an attempt, or of which one runs. */
+export interface PendingRow {
+  key: string
+  job: string
+  attempts: number
+  due: number
+  failure: string | null
+}
+
+/** One process's hold on a job, by a lease. */
+export interface Hold {
+  readonly key: string
+  /** ms since the epoch: the end of the lease. */
+  readonly until: number
+  /** The end that is being written, in a renewal. Until the commit has been answered either may be on record. */
+  readonly renewing: number | undefined
+}
+
+// Compares `due`, so that one of several processes takes a job. That process holds it until then.
+const HELD = "key = ? AND state = 'pending' AND due IN (?, ?)"
+const held = ({ key, until, renewing = until }: Hold): [string, number, number] => [key, until, renewing]
+
+const MAX_ERROR_LENGTH = 2_000
+
+/**
+ * The pending rows of `openai_webhook_jobs`. What changes one is to be called in a transaction, and says whether it has: not where
+ * another process has the job.
+ */
+export function pendingJobs (database: Database) {
+  const prune = pruning(database, 'openai_webhook_jobs', "state = 'done' AND ended <= ?")
+  const insert = database.prepare('INSERT INTO openai_webhook_jobs (key, job, due, attempts) VALUES (?, ?, ?, ?) ON CONFLICT (key) DO NOTHING')
+  const due = database.prepare("SELECT key, job, attempts, due, failure FROM openai_webhook_jobs WHERE state = 'pending' AND due <= ? ORDER BY due LIMIT ?")
+  const next = database.prepare("SELECT min(due) AS due FROM openai_webhook_jobs WHERE state = 'pending' AND due > ?")
+  const count = database.prepare("SELECT count(*) AS count FROM openai_webhook_jobs WHERE state = 'pending'")
+  const take = database.prepare("UPDATE openai_webhook_jobs SET attempts = attempts + ?, due = ? WHERE key = ? AND state = 'pending' AND due = ?")
+  const giveBack = database.prepare(`UPDATE openai_webhook_jobs SET attempts = attempts - 1, due = ? WHERE ${HELD}`)
+  const renew = database.prepare(`UPDATE openai_webhook_jobs SET due = ? WHERE ${HELD}`)
+  const postpone = database.prepare(`UPDATE openai_webhook_jobs SET due = ?, error = ?, failure = ? WHERE ${HELD}`)
+  const end = database.prepare(`UPDATE openai_webhook_jobs SET state = ?, error = ?, failure = ?, ended = ? WHERE ${HELD}`)
+
+  return {
+    due: (now: number, limit: number) => due.all(now, limit) as PendingRow[],
+    /** When the next one is due that is not yet; `null` where there is none. */
+    nextDue: (now: number) => (next.all(now) as [{ due: number | null }])[0].due,
+    count: () => (count.all() as [{ count: number }])[0].count,
+    /** @returns whether it was not there before */
+    insert (key: string, job: string, due: number, attempts: number): boolean {
+      prune(Date.now() - RETENTION)
+      return changed(insert.run(key, job, due, attempts))
+    },
+    /** @param attempts to be counted: before it runs, so that a delivery that kills the process is dead in the end */
+    take: ({ key, due }: PendingRow, attempts: 0 | 1, until: number) => changed(take.run(attempts, until, key, due)),
+    /** The attempt was counted, and was not made. */
+    giveBack: (hold: Hold) => changed(giveBack.run(Date.now(), ...held(hold))),
+    renew: (hold: Hold, until: number) => changed(renew.run(until, ...held(hold))),
+    postpone: (hold: Hold, due: number, error: unknown, failure: Failure) => changed(postpone.run(due, lineOf(error), JSON.stringify(failure), ...held(hold))),
+    done: (hold: Hold) => changed(end.run('done', null, null, Date.now(), ...held(hold))),
+    dead: (hold: Hold, diedAt: number, error: unknown, failure: Failure) => changed(end.run('dead', lineOf(error), JSON.stringify(failure), diedAt, ...held(hold)))
+  }
+}
+
+/** The job, with what its attempts have left. */
+export function jobOf ({ job, failure }: PendingRow): Job {
+  return resumed(JSON.parse(job) as Job, parseFailure(failure))
+}
+
+/** A failure in one line, for people who read the file. */
+function lineOf (error: unknown): string {
+  const { message = error } = (causeOf(error) ?? {}) as { message?: unknown }
+  return String(message).slice(0, MAX_ERROR_LENGTH)
+}
+
 /** Selects dead deliveries: each field that is given has to match. */
 export interface DeadFilter {
   readonly webhookId?: string | undefined
@@ -57,7 +132,7 @@ const PATHS: Readonly<Record<keyof DeadFilter, string>> = {
   webhookId: '$.webhookId', endpoint: '$.endpoint', tenant: '$.tenant', type: '$.event.type'
 }
 
-interface Row {
+interface DeadRow {
   job: string
   attempts: number
   error: string | null
@@ -85,7 +160,7 @@ export class DeadJobs {
   list (limit: number, filter: DeadFilter = {}): DeadDelivery[] {
     const { where, values } = condition(filter)
     const rows = this.#database.prepare(`SELECT job, attempts, error, failure, ended FROM openai_webhook_jobs WHERE ${where} ORDER BY ended, key LIMIT ?`).all(...values, limit)
-    return (rows as Row[]).map(read)
+    return (rows as DeadRow[]).map(read)
   }
 
   count (filter: DeadFilter = {}): number {
@@ -96,7 +171,7 @@ export class DeadJobs {
 
   /** @returns whether there was one. @throws FST_OPENAI_WEBHOOK_NEEDS_FORCE */
   revive (delivery: DeliveryRef, force: boolean): boolean {
-    const [row] = this.#find.all(keyOf(delivery)) as Row[]
+    const [row] = this.#find.all(keyOf(delivery)) as DeadRow[]
     if (row !== undefined && !force) assertRemembered(read(row))
     return this.#revive(Date.now(), keyOf(delivery)) === 1
   }
@@ -110,7 +185,7 @@ function condition (filter: DeadFilter): { where: string, values: string[] } {
   }
 }
 
-function read ({ job, attempts, error, failure, ended }: Row): DeadDelivery {
+function read ({ job, attempts, error, failure, ended }: DeadRow): DeadDelivery {
   const { attempt, errors = [], finished = [], remembered } = parseFailure(failure)
   return {
     ...JSON.parse(job) as Job,
