@@ -73,9 +73,12 @@ export function assertCount (caller: string, name: string, value: unknown, min: 
   throw new InvalidOptions(`${caller}: expected ${name} to be a whole number, ${min} or more, got ${typeof value === 'number' ? value : kind(value)}`)
 }
 
-/** `worker` of a runner with a queue. Anything but `false` runs handlers here. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
-export function assertWorker (caller: string, worker: unknown): void {
-  if (typeof worker !== 'boolean' && (typeof worker !== 'object' || worker === null)) throw new InvalidOptions(`${caller}: expected worker to be true, false or an object, got ${kind(worker)}`)
+/** What is in `worker` of a runner with a queue: `true` and `false` have no options. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
+export function workerOptions<Options extends object> (caller: string, worker: boolean | Options, names: ReadonlyArray<keyof Options & string>): Partial<Options> {
+  if (typeof worker === 'boolean') return {}
+  if (typeof worker !== 'object' || worker === null) throw new InvalidOptions(`${caller}: expected worker to be true, false or an object, got ${kind(worker)}`)
+  assertNames(`${caller}: worker`, worker, names)
+  return worker
 }
 
 const kind = (value: unknown): string => value === null ? 'null' : `a value of type ${typeof value}`

@@ -5,7 +5,7 @@ import { InvalidOptions, Overloaded, Unavailable } from '../errors.ts'
 import { grouped } from '../grouped.ts'
 import { causeOf, deadDelivery, describeFailure, resumed } from './handler-failures.ts'
 import { RETENTION } from '../stores/store.ts'
-import { assertCount, assertNames, assertWorker } from '../checks.ts'
+import { assertCount, assertNames, workerOptions } from '../checks.ts'
 import { assertOpen, assertRemembered, keyOf, tellDead } from './runner.ts'
 import { storableError } from './storable.ts'
 import type { DeadDelivery, DeliveryError, DeliveryRef, Job, Runner, RunnerHost } from './runner.ts'
@@ -125,21 +125,21 @@ export function bullmq (options: BullMQOptions): Runner {
     removeOnComplete = { age: RETENTION / 1_000 },
     removeOnFail
   } = options
-  assertWorker('bullmq', worker)
-  if (typeof worker === 'object') assertNames('bullmq: worker', worker, ['concurrency', 'lockDuration', 'stalledInterval'])
+  const settingsOfWorker = { ...WORKER_DEFAULTS, ...workerOptions('bullmq', worker, ['concurrency', 'lockDuration', 'stalledInterval']) }
   if (typeof connection !== 'object' || connection === null) {
     throw new InvalidOptions('bullmq: expected connection to be an ioredis instance or connection options')
   }
   if (backend !== undefined && typeof backend !== 'function') throw new InvalidOptions('bullmq: expected backend to be a function, such as createPostgresBackend of BullMQ')
   const pack = (delivery: QueuedDelivery): QueuedData => backend === undefined ? delivery : { json: JSON.stringify(delivery) }
   // Typed as BullMQ 5 has them, which knows no backends.
-  const [redis, others] = [connection as ConnectionOptions, [backend] as unknown as []]
-  const workerOptions = { ...WORKER_DEFAULTS, ...(typeof worker === 'object' ? worker : undefined) }
+  const redis = connection as ConnectionOptions
+  const others = [backend] as unknown as []
   assertCount('bullmq', 'attempts', attempts, 1)
-  assertCount('bullmq', 'worker.concurrency', workerOptions.concurrency, 1)
+  assertCount('bullmq', 'worker.concurrency', settingsOfWorker.concurrency, 1)
   let queue: Queue<QueuedData> | undefined
   let processor: Worker<QueuedData> | undefined
-  let host: RunnerHost | undefined
+  let host: RunnerHost
+  let isStarted = false
   let closing = false
   /** What attempts of this process ended with, by what BullMQ was told. */
   const thrown = new WeakMap<Error, Error>()
@@ -172,7 +172,7 @@ export function bullmq (options: BullMQOptions): Runner {
   }
 
   /** Writes to the job what an attempt has ended with. */
-  async function keep (job: QueuedJob, delivery: Job, starts: number, error: unknown, isLast: boolean): Promise<void> {
+  async function writeFailure (job: QueuedJob, delivery: Job, starts: number, error: unknown, isLast: boolean): Promise<void> {
     const { attemptsStarted: attempt, stalledCounter } = job
     const { errors, finished, remembered } = describeFailure(delivery, error)
     const stalls = isLast ? stalledCounter : queuedOf(job).stalls
@@ -184,13 +184,13 @@ export function bullmq (options: BullMQOptions): Runner {
   }
 
   /** Its worker died with it, as often as it may be attempted. The store may know which handlers had succeeded. */
-  async function giveUp (host: RunnerHost, job: QueuedJob, delivery: Job, starts: number, token: string | undefined): Promise<void> {
+  async function giveUp (job: QueuedJob, delivery: Job, starts: number, token: string | undefined): Promise<void> {
     const error = new Error('the process ended while the handlers ran')
     try {
       const known = await host.recorded?.(delivery)
       if (known?.done === true) return
       const { done, ...left } = known ?? {}
-      await keep(job, { ...delivery, ...left }, starts, error, true)
+      await writeFailure(job, { ...delivery, ...left }, starts, error, true)
     } catch (trouble) {
       host.report(trouble, delivery)
       await job.moveToDelayed(Date.now() + LATER, token)
@@ -203,7 +203,7 @@ export function bullmq (options: BullMQOptions): Runner {
   async function revive (job: QueuedJob): Promise<void> {
     const { stalledCounter, attemptsStarted } = job
     const queued = queuedOf(job)
-    const { done = true, ...left } = queued.failure?.attempt === attemptsStarted ? {} : await host!.recorded?.(deliveryOf(job)) ?? {}
+    const { done = true, ...left } = queued.failure?.attempt === attemptsStarted ? {} : await host.recorded?.(deliveryOf(job)) ?? {}
     if (!done || (queued.stalls ?? 0) !== stalledCounter) await job.updateData(pack({ ...queued, ...(!done && left), stalls: stalledCounter }))
   }
 
@@ -211,9 +211,10 @@ export function bullmq (options: BullMQOptions): Runner {
     async start (startedBy) {
       assertOpen('bullmq', closing)
       host = startedBy
+      isStarted = true
       // An 'error' without a listener would end the process; trouble is told, and BullMQ connects again by itself.
       queue = new Queue<QueuedData>(queueName, { connection: redis }, ...others)
-      queue.on('error', error => startedBy.report(error))
+      queue.on('error', error => host.report(error))
       // Without its tables a worker would ask for jobs without a pause, and nothing else would run.
       if (backend !== undefined) await queue.waitUntilReady()
       if (worker === false) return
@@ -222,29 +223,29 @@ export function bullmq (options: BullMQOptions): Runner {
         const { failure, stalls = 0, ...queued } = queuedOf(job)
         // A worker died with it, or what it ended with could not be written.
         const isInterrupted = stalledCounter > stalls || attempt - 1 > (failure?.attempt ?? 0)
-        const delivery = isInterrupted ? startedBy.interrupted?.(queued) ?? queued : queued
-        if (stalledCounter - stalls >= attempts) return await giveUp(startedBy, job, delivery, attemptsMade + stalledCounter - stalls, token)
+        const delivery = isInterrupted ? host.interrupted?.(queued) ?? queued : queued
+        if (stalledCounter - stalls >= attempts) return await giveUp(job, delivery, attemptsMade + stalledCounter - stalls, token)
         try {
-          await startedBy.process(delivery, attempt)
+          await host.process(delivery, attempt)
         } catch (error) {
           const isLast = attemptsMade + 1 >= attempts
-          await keep(job, delivery, attempt, error, isLast).catch(trouble => { startedBy.report(trouble, delivery) })
+          await writeFailure(job, delivery, attempt, error, isLast).catch(trouble => { host.report(trouble, delivery) })
           // A failed job shows one message and one stack: those of the handlers' errors, not of the answer a sender would get.
           const shown = toError(causeOf(error))
           // The last one is told once BullMQ has it on record.
-          if (!isLast) startedBy.report(shown, delivery, { attempt, attempts })
+          if (!isLast) host.report(shown, delivery, { attempt, attempts })
           throw inPlaceOf(shown)
         }
       }, {
         connection: redis,
-        ...workerOptions,
+        ...settingsOfWorker,
         maxStalledCount: MAX_STALLED
       }, ...others)
-      processor.on('error', error => startedBy.report(error))
+      processor.on('error', error => host.report(error))
       processor.on('failed', (job, error) => {
-        if (job === undefined) return startedBy.report(error)
+        if (job === undefined) return host.report(error)
         if (typeof job.finishedOn !== 'number') return // to be attempted again
-        tellDead(startedBy, deadOf(job), thrown.get(error) ?? error)
+        tellDead(host, deadOf(job), thrown.get(error) ?? error)
       })
     },
     async run (job) {
@@ -280,7 +281,7 @@ export function bullmq (options: BullMQOptions): Runner {
       }
     },
     async close (signal) {
-      if (host === undefined) return // another app may start it
+      if (!isStarted) return // another app may start it
       closing = true
       // BullMQ waits for a Redis that cannot be reached, and its attempts to connect would keep the process alive.
       signal?.addEventListener('abort', () => {

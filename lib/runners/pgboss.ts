@@ -5,7 +5,7 @@ import { LRUCache } from 'lru-cache'
 import type { JobInsert, JobResult, JobWithMetadata, PgBoss } from 'pg-boss'
 import { InvalidOptions, Overloaded } from '../errors.ts'
 import { RETENTION } from '../stores/store.ts'
-import { assertCount, assertNames, assertWorker } from '../checks.ts'
+import { assertCount, assertNames, workerOptions } from '../checks.ts'
 import { grouped } from '../grouped.ts'
 import { deadDelivery, describeFailure, resumed } from './handler-failures.ts'
 import { assertOpen, assertRemembered, keyOf, tellDead } from './runner.ts'
@@ -77,7 +77,7 @@ type QueuedJob = JobWithMetadata<QueuedDelivery>
 type Failure = Pick<DeadDelivery, 'attempts' | 'errors' | 'finished' | 'remembered'> & Partial<Pick<DeadDelivery, 'diedAt'>>
 
 /** A delivery that pg-boss is about to record as dead. */
-interface Burial {
+interface Death {
   readonly job: QueuedJob
   readonly dead: DeadDelivery
   readonly error: unknown
@@ -100,7 +100,7 @@ const KEPT = 315_360_000
 const MAX_SUMMARY = 1_000
 /** Jobs that pg-boss lists. */
 const MAX_LIST = 100_000
-/** Starts after the last attempt, which bury the delivery once the store can say which handlers have succeeded. */
+/** Starts after the last attempt: one of them ends the delivery as dead, once the store can say which handlers have succeeded. */
 const LOOKS = 1_000
 /** Dead deliveries that pg-boss could not record. */
 const MAX_UNRECORDED = 1_000
@@ -128,9 +128,7 @@ export function pgboss (options: PgBossOptions): Runner {
     heartbeatSeconds = 30,
     expireInSeconds = 3_600
   } = options
-  assertWorker('pgboss', worker)
-  if (typeof worker === 'object') assertNames('pgboss: worker', worker, ['concurrency', 'batchSize', 'pollingIntervalSeconds'])
-  const { concurrency, batchSize, pollingIntervalSeconds } = { ...WORKER_DEFAULTS, ...(typeof worker === 'object' ? worker : undefined) }
+  const { concurrency, batchSize, pollingIntervalSeconds } = { ...WORKER_DEFAULTS, ...workerOptions('pgboss', worker, ['concurrency', 'batchSize', 'pollingIntervalSeconds']) }
   if (typeof boss?.previewRedrive !== 'function' || typeof boss.work !== 'function') {
     throw new InvalidOptions('pgboss: expected boss to be a PgBoss, of pg-boss 12.35 or later')
   }
@@ -146,7 +144,7 @@ export function pgboss (options: PgBossOptions): Runner {
   if (!(pollingIntervalSeconds >= 0.5)) throw new InvalidOptions('pgboss: expected worker.pollingIntervalSeconds to be a number, 0.5 or more')
   const deadName = `${queueName}-dead`
   const settings = {
-    // More than the attempts: where the last one has no result, because its process ended, a further start buries the delivery, and
+    // More than the attempts: where the last one has no result, because its process ended, a further start ends the delivery, and
     // pg-boss must not give the job up before the store has said which handlers had succeeded.
     retryLimit: attempts + LOOKS,
     retryDelay: Math.ceil(backoff / 1_000),
@@ -165,19 +163,20 @@ export function pgboss (options: PgBossOptions): Runner {
   const slots: Slot[] = []
   /** Dead deliveries that wait to be told until pg-boss has recorded them. */
   const dying = new Set<Promise<void>>()
-  /** The same by the job's id. If pg-boss cannot record one, the next start buries it again. */
-  const unrecorded = new LRUCache<string, Burial>({ max: MAX_UNRECORDED })
+  /** The same by the job's id. Where pg-boss cannot record one, the next start has it try again. */
+  const unrecorded = new LRUCache<string, Death>({ max: MAX_UNRECORDED })
   const drained = new AbortController()
   setMaxListeners(0, drained.signal)
   let nextSlot = 0
-  let host: RunnerHost | undefined
+  let host: RunnerHost
+  let isStarted = false
   let closing = false
 
   function onError (error: Error & { queue?: string }): void {
     // An 'error' event without a listener would end the process. Errors of other queues are left to the user's listeners.
     if ((error.queue ?? queueName) !== queueName && boss.listenerCount('error') > 1) return
     // pg-boss emits an object with the fields of an error.
-    host?.report(error instanceof Error ? error : Object.assign(new Error(), error))
+    host.report(error instanceof Error ? error : Object.assign(new Error(), error))
   }
 
   /** @returns whether it was not there before */
@@ -197,7 +196,7 @@ export function pgboss (options: PgBossOptions): Runner {
     boss.notifyWorker(inTurn[idle]!.id)
   }
 
-  async function handle (host: RunnerHost, job: QueuedJob, burials: Burial[]): Promise<JobResult> {
+  async function handle (job: QueuedJob): Promise<JobResult> {
     const { id, data, output, retryCount, retryLimit } = job
     // A job that a person has redriven has the queue's limit, and one that was retried by hand a higher one.
     const attempts = retryLimit > LOOKS ? retryLimit - LOOKS : retryLimit
@@ -206,11 +205,11 @@ export function pgboss (options: PgBossOptions): Runner {
     // Where the last attempt has no result of ours, its process died, or the job expired.
     const delivery = retryCount > ended ? host.interrupted?.(queued) ?? queued : queued
     const attempt = retryCount + 1
-    if (attempt > attempts) return await giveUp(host, job, delivery, attempts, burials)
+    if (attempt > attempts) return await giveUp(job, delivery, attempts)
     try {
       await host.process(delivery, attempt)
     } catch (error) {
-      if (attempt === attempts) return bury({ job, dead: deadDelivery(delivery, attempts, error), error }, burials)
+      if (attempt === attempts) return die({ job, dead: deadDelivery(delivery, attempts, error), error })
       host.report(error, delivery, { attempt, attempts })
       return { id, status: 'failed', output: outputOf({ attempts: attempt, ...describeFailure(delivery, error) }) }
     }
@@ -218,9 +217,9 @@ export function pgboss (options: PgBossOptions): Runner {
   }
 
   /** No attempt is left, and the last one has no result. The store may know which handlers had succeeded. */
-  async function giveUp (host: RunnerHost, job: QueuedJob, delivery: Job, attempts: number, burials: Burial[]): Promise<JobResult> {
+  async function giveUp (job: QueuedJob, delivery: Job, attempts: number): Promise<JobResult> {
     const before = unrecorded.get(job.id)
-    if (before !== undefined) return bury({ ...before, job }, burials)
+    if (before !== undefined) return die({ ...before, job })
     let known
     try {
       known = await host.recorded?.(delivery)
@@ -233,25 +232,24 @@ export function pgboss (options: PgBossOptions): Runner {
     const { done = false, ...left } = known ?? {}
     if (done) return { id: job.id, status: 'completed' }
     const error = new Error('the process ended, or the job expired, while the handlers ran')
-    return bury({ job, dead: deadDelivery({ ...delivery, ...left }, attempts, error), error }, burials)
+    return die({ job, dead: deadDelivery({ ...delivery, ...left }, attempts, error), error })
   }
 
-  function bury (burial: Burial, burials: Burial[]): JobResult {
-    const { job, dead } = burial
-    burials.push(burial)
-    unrecorded.set(job.id, burial)
+  function die (death: Death): JobResult {
+    const { job, dead } = death
+    unrecorded.set(job.id, death)
     const { attempts, errors, finished, remembered, diedAt } = dead
     return { id: job.id, status: 'deadletter', output: outputOf({ attempts, errors, finished, ...(remembered !== undefined && { remembered }), diedAt }) }
   }
 
   /** Polls, because pg-boss does not say when it has recorded a result. */
-  async function tellOnceRecorded (host: RunnerHost, burial: Burial): Promise<void> {
-    const { job: { id, retryCount }, dead, error } = burial
+  async function tellOnceRecorded (death: Death): Promise<void> {
+    const { job: { id, retryCount }, dead, error } = death
     for (let wait = 10; wait < PATIENCE; wait *= 2) {
       await sleep(wait, undefined, { ref: false, signal: drained.signal }).catch(() => {})
       const [job] = await boss.findJobs(queueName, { id }).catch(() => [])
       // A later start tells by itself.
-      if (unrecorded.get(id) !== burial) return
+      if (unrecorded.get(id) !== death) return
       if (job?.state === 'failed' && job.retryCount === retryCount) {
         unrecorded.delete(id)
         return tellDead(host, dead, error)
@@ -264,8 +262,8 @@ export function pgboss (options: PgBossOptions): Runner {
   /** A dead job, with what the store knows of it where pg-boss has given it up. */
   async function asLeft (job: QueuedJob): Promise<DeadDelivery> {
     const dead = deadOf(job)
-    if (failureOf(job.sourceOutput) !== undefined) return dead
-    const { done, ...left } = await host?.recorded?.(dead) ?? {}
+    if (!isStarted || failureOf(job.sourceOutput) !== undefined) return dead
+    const { done, ...left } = await host.recorded?.(dead) ?? {}
     return { ...dead, ...left }
   }
 
@@ -273,6 +271,7 @@ export function pgboss (options: PgBossOptions): Runner {
     async start (startedBy) {
       assertOpen('pgboss', closing)
       host = startedBy
+      isStarted = true
       boss.on('error', onError)
       await boss.createQueue(deadName, { retentionSeconds: KEPT })
       await boss.createQueue(queueName, { ...settings, retryLimit: attempts, notify: true })
@@ -284,10 +283,11 @@ export function pgboss (options: PgBossOptions): Runner {
         slots.push(slot)
         slot.id = await boss.work<QueuedDelivery, JobResult[], typeof options>(queueName, options, async jobs => {
           slot.busy = true
-          const burials: Burial[] = []
-          const results = await Promise.all(jobs.map(async job => await handle(startedBy, job, burials).catch(error => failed(job, error))))
-          for (const burial of burials) {
-            const telling = tellOnceRecorded(startedBy, burial).finally(() => dying.delete(telling))
+          const results = await Promise.all(jobs.map(async job => await handle(job).catch(error => failed(job, error))))
+          for (const job of jobs) {
+            const death = unrecorded.get(job.id)
+            if (death?.job !== job) continue // it has not died in this start
+            const telling = tellOnceRecorded(death).finally(() => dying.delete(telling))
             dying.add(telling)
           }
           slot.busy = false
@@ -298,7 +298,7 @@ export function pgboss (options: PgBossOptions): Runner {
       }
     },
     async run (job) {
-      if (closing || host === undefined) throw new Overloaded()
+      if (closing || !isStarted) throw new Overloaded()
       return await enqueue(idOf(job), job) ? undefined : 'duplicate'
     },
     async dead (limit = 100, type) {
@@ -308,7 +308,7 @@ export function pgboss (options: PgBossOptions): Runner {
         ...(type !== undefined && { data: { type: storable(type) } })
       })
       // Sorts and cuts, because before 12.38 pg-boss gives all of them, in any order.
-      return jobs.sort((a, b) => deathOf(a) - deathOf(b)).slice(0, limit).map(deadOf)
+      return jobs.sort((a, b) => timeOfDeath(a) - timeOfDeath(b)).slice(0, limit).map(deadOf)
     },
     async deadCount () {
       return (await boss.previewRedrive(deadName, { limit: MAX_LIST })).total
@@ -326,7 +326,7 @@ export function pgboss (options: PgBossOptions): Runner {
       return requeued
     },
     async close () {
-      if (host === undefined) return // another app may start it
+      if (!isStarted) return // another app may start it
       closing = true
       await Promise.all(slots.map(async ({ id }) => await boss.offWork(queueName, { id, wait: true })))
       drained.abort()
@@ -368,7 +368,7 @@ function failureOf (output: object | null): Failure | undefined {
   return failure === undefined ? undefined : JSON.parse(failure) as Failure
 }
 
-function deathOf ({ createdOn }: QueuedJob): number {
+function timeOfDeath ({ createdOn }: QueuedJob): number {
   return new Date(createdOn).getTime()
 }
 
@@ -376,9 +376,9 @@ function deathOf ({ createdOn }: QueuedJob): number {
 function deadOf (job: QueuedJob): DeadDelivery {
   const delivery = JSON.parse(job.data.delivery) as Job
   const failure = failureOf(job.sourceOutput)
-  if (failure !== undefined) return { ...delivery, diedAt: deathOf(job), ...failure }
+  if (failure !== undefined) return { ...delivery, diedAt: timeOfDeath(job), ...failure }
   // Given up by pg-boss or by a person, so without our result.
   const { value } = (job.sourceOutput ?? {}) as { value?: { message?: string } }
   const error = Object.assign(new Error(value?.message ?? 'pg-boss failed the job'), { stack: '' })
-  return deadDelivery(delivery, Number(job.sourceRetryCount) + 1, error, deathOf(job))
+  return deadDelivery(delivery, Number(job.sourceRetryCount) + 1, error, timeOfDeath(job))
 }
