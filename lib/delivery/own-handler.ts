@@ -45,7 +45,8 @@ export class OwnHandler {
   readonly #givenStatus: number
   /** Fastify's own `reply.send`. */
   readonly #sendPlainly: FastifyReply['send']
-  #call: 'runs' | 'returned' | 'threw' = 'runs'
+  /** `begins`: it is being called, and whatever is sent is its own. `runs`: it has returned a promise. */
+  #call: 'begins' | 'runs' | 'returned' | 'threw' = 'begins'
   /** What it threw in place of an answer. */
   #thrown: unknown
   /** The plugin or Fastify sends the error that the deadline is over. */
@@ -56,8 +57,6 @@ export class OwnHandler {
   #isPassing = false
   /** Somebody else had answered before it was called. */
   #isAnswered = false
-  /** The handler is being called: whatever is sent is its own. */
-  #isCalled = false
 
   /** @param handOver called once it has ended and answers past Fastify */
   constructor (standing: Standing, request: FastifyRequest, reply: FastifyReply, record: RecordEnd, handOver: () => void) {
@@ -81,20 +80,18 @@ export class OwnHandler {
     // A hook of the app has answered, or Fastify's `handlerTimeout`, while other handlers ran.
     else if (this.#isSent) {
       this.#isAnswered = true
-      this.#leave(200)
+      this.#becomeLate(200)
     }
     let result
-    let pending = false
+    let pending
     try {
-      this.#isCalled = true
       result = handler.call(scope, this.#request, reply)
       pending = isPromise(result) // reads its `then`, which may be a getter
     } catch (error) {
       return this.#threw(error)
-    } finally {
-      this.#isCalled = false
     }
     if (pending && result !== (reply as unknown)) {
+      this.#call = 'runs'
       later(result as Promise<unknown>, payload => this.#returned(payload), error => this.#threw(error))
       return
     }
@@ -108,7 +105,7 @@ export class OwnHandler {
     if (state.at === 'recorded') state.release?.()
     else if (state.at === 'replying') this.#standing.move({ ...state, isOverdue: true })
     else if (state.at === 'open' && !this.#isSent) {
-      this.#leave()
+      this.#becomeLate()
       return true
     }
     return false
@@ -137,13 +134,13 @@ export class OwnHandler {
       case 'cut off':
         if (succeeded && !isWhole) return watchDestroy(this.#reply.raw, () => this.#broke())
         // It may be a hook of the app that answers so. A retry must not have the handler run beside itself.
-        if (!succeeded && this.#call === 'runs' && !this.#isCalled) return this.#standing.move({ at: 'cut off', judge: failure })
-        return this.#settleFirst(succeeded, state.at === 'replying' && state.isOverdue)
+        if (!succeeded && this.#call === 'runs') return this.#standing.move({ at: 'cut off', judge: failure })
+        return this.#settleBeforeAnswer(succeeded, state.at === 'replying' && state.isOverdue)
     }
   }
 
   /** The answer waits until it is on record, but not beyond the deadline. */
-  #settleFirst (succeeded: boolean, isOverdue: boolean): MaybePromise<void> {
+  #settleBeforeAnswer (succeeded: boolean, isOverdue: boolean): MaybePromise<void> {
     const recording = this.#settle(succeeded)
     if (!isPromise<void>(recording) || isOverdue) return
     return new Promise((resolve, reject) => {
@@ -169,7 +166,7 @@ export class OwnHandler {
     try {
       this.#sendPlainly.call(reply, payload)
     } catch (error) {
-      if ((at === 'open' || at === 'cut off') && isAnswerHeld(error)) return this.#sentLate(payload)
+      if ((at === 'open' || at === 'cut off') && isAnswerHeld(error)) return this.#settleUnheard(payload)
       // A serializer of the app has thrown: nothing is on its way.
       if (at === 'open') standing.move({ at: 'open' })
       throw error
@@ -181,7 +178,7 @@ export class OwnHandler {
 
   /** Fastify's `handlerTimeout` is a deadline too: the handler runs on. */
   #timeOut (error: unknown): FastifyReply {
-    if (this.#standing.state.at === 'open') this.#leave()
+    if (this.#standing.state.at === 'open') this.#becomeLate()
     try {
       this.refuse(() => { this.#sendPlainly.call(this.#reply, error) })
     } catch {
@@ -192,25 +189,38 @@ export class OwnHandler {
 
   /** The sender gets a refusal, by whoever sends first. An own handler that sends is recorded. */
   #sendLate (state: Late, payload: unknown): FastifyReply {
-    const { statusCode, unsure } = state
-    const reply = this.#reply
     if (this.#isRefusing) this.#refusal ??= payload
-    if (!this.#isCalled && (this.#isPassing || payload === this.#refusal || isInErrorHandler(this.#request))) {
-      // What was sent before was the own handler's.
-      if (unsure !== undefined && !this.#isPassing) this.#endsWith(unsure.succeeded)
-      else if (!(payload instanceof Error)) this.#standing.move({ ...state, isRefused: true })
-      return this.#pass(payload)
-    }
-    const isOwn = this.#isCalled || state.isRefused === true || isRefusedByFastify(this.#request) || reply.sent || unsure?.isError === false
-    if (isOwn) return this.#sentLate(payload)
-    const succeeded = unsure?.succeeded !== false && isSuccessful(payload, statusCode)
+    if (this.#isOfErrorHandlers(payload)) return this.#sendRefusal(state, payload)
+    return this.#isOwn(state) ? this.#settleUnheard(payload) : this.#sendUnsure(state, payload)
+  }
+
+  /** Whether an error handler sends this, or is to be given it. */
+  #isOfErrorHandlers (payload: unknown): boolean {
+    return this.#call !== 'begins' && (this.#isPassing || payload === this.#refusal || isInErrorHandler(this.#request))
+  }
+
+  #sendRefusal (state: Late, payload: unknown): FastifyReply {
+    // What was sent before was the own handler's.
+    if (state.unsure !== undefined && !this.#isPassing) this.#settleOnce(state.unsure.succeeded)
+    else if (!(payload instanceof Error)) this.#standing.move({ ...state, isRefused: true })
+    return this.#pass(payload)
+  }
+
+  /** Whether what no error handler is known to send is the own handler's for sure: it is being called, or error handlers have done their part. */
+  #isOwn ({ isRefused, unsure }: Late): boolean {
+    return this.#call === 'begins' || isRefused === true || isRefusedByFastify(this.#request) || this.#reply.sent || unsure?.isError === false
+  }
+
+  /** By the own handler, or by an error handler that has lost the async context: what comes next tells. */
+  #sendUnsure (state: Late, payload: unknown): FastifyReply {
+    const succeeded = state.unsure?.succeeded !== false && isSuccessful(payload, state.statusCode)
     this.#standing.move({ ...state, unsure: { succeeded, isError: payload instanceof Error } })
     try {
       return this.#pass(payload)
     } catch (error) {
       if (!isAnswerHeld(error)) throw error
       this.#standing.move(state)
-      return this.#sentLate(payload)
+      return this.#settleUnheard(payload)
     }
   }
 
@@ -225,10 +235,10 @@ export class OwnHandler {
   }
 
   /** Nobody waits for this reply: it tells how the handler ended. */
-  #sentLate (payload: unknown): FastifyReply {
+  #settleUnheard (payload: unknown): FastifyReply {
     const { state } = this.#standing
     const late = state.at === 'late' ? state : undefined
-    this.#endsWith(late?.unsure?.succeeded !== false && isSuccessful(payload, late?.statusCode ?? this.#ownStatus), payload instanceof Error ? payload : undefined)
+    this.#settleOnce(late?.unsure?.succeeded !== false && isSuccessful(payload, late?.statusCode ?? this.#ownStatus), payload instanceof Error ? payload : undefined)
     return this.#reply
   }
 
@@ -236,10 +246,10 @@ export class OwnHandler {
    * What is sent first counts. A failure that is sent while the handler runs, by itself or by a hook of the app, does so once it has
    * ended: a retry must not run it beside itself.
    */
-  #endsWith (succeeded: boolean, error?: unknown): void {
+  #settleOnce (succeeded: boolean, error?: unknown): void {
     const { state } = this.#standing
     if (state.at === 'cut off' || (state.at === 'late' && state.failed !== undefined)) return
-    if (succeeded || this.#call !== 'runs' || this.#isCalled) this.#settle(succeeded, error)
+    if (succeeded || this.#call !== 'runs') this.#settle(succeeded, error)
     else this.#standing.move(state.at === 'late' ? { ...state, failed: { error } } : { at: 'cut off', judge: failure })
   }
 
@@ -250,8 +260,8 @@ export class OwnHandler {
       case 'late':
         if (state.failed !== undefined) this.#settle(false, state.failed.error)
         else if (payload === undefined) this.#settle(state.unsure?.succeeded !== false)
-        else if (payload !== this.#reply) this.#sentLate(payload)
-        // A reply that is sent tells nothing more.
+        else if (payload !== this.#reply) this.#settleUnheard(payload)
+        // It returns a reply that somebody else had sent before: nothing more will tell how it ended.
         else if (this.#isAnswered) this.#settle(false)
         return
       case 'cut off':
@@ -319,7 +329,8 @@ export class OwnHandler {
       if (state.at !== 'replying') return
       const left = isOut(raw)
       const judge = left ? () => isSuccess(sentStatusOf(raw)) : state.judge
-      if (this.#call === 'runs' && !(left && judge())) this.#standing.move({ at: 'cut off', judge })
+      const hasEnded = this.#call === 'returned' || this.#call === 'threw'
+      if (!hasEnded && !(left && judge())) this.#standing.move({ at: 'cut off', judge })
       else this.#settle((left || this.#call === 'returned') && judge())
     }
     if (isClosed(raw)) closed()
@@ -333,7 +344,7 @@ export class OwnHandler {
   }
 
   /** Somebody else answers. @param statusCode that the handler has set so far */
-  #leave (statusCode = this.#reply.statusCode): void {
+  #becomeLate (statusCode = this.#reply.statusCode): void {
     this.#standing.move({ at: 'late', statusCode })
     this.#divertStatus()
   }
