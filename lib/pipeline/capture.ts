@@ -1,10 +1,9 @@
-import type { IncomingHttpHeaders } from 'node:http'
 import type { Http2ServerRequest } from 'node:http2'
 import { Readable } from 'node:stream'
 import fastify from 'fastify'
 import type { FastifyInstance, FastifyReply, FastifyRequest, RequestPayload } from 'fastify'
 import type { Deadline } from '../deadline.ts'
-import { BodyTimeout, InvalidOptions, Overloaded } from '../errors.ts'
+import { BodyTimeout, Overloaded } from '../errors.ts'
 import { retryLater } from './acknowledge.ts'
 import { Gathered } from './gathered.ts'
 
@@ -58,7 +57,7 @@ export function readPayload (request: FastifyRequest, payload: RequestPayload, {
   }
 
   function onData (data: unknown): void {
-    const chunk = toChunk(data)
+    const chunk = toBytes(data)
     if (chunk === undefined) {
       payload.pause()
       return settle(Object.assign(new TypeError('expected a body of bytes or text, got other chunks from a preParsing hook'), { statusCode: 500 }))
@@ -100,11 +99,12 @@ export function readPayload (request: FastifyRequest, payload: RequestPayload, {
 }
 
 /**
- * Bounds the rest of a refused request's body, which Node would read and drop for as long as the sender likes. An HTTP/2 stream is
- * reset without an error once the answer is out, which asks the sender to stop. HTTP/1.1 can only close the connection, so it
- * waits: honest senders, and proxies before them, keep theirs when the body still arrives in time.
+ * onError: bounds the rest of a refused request's body, which Node would read and drop for as long as the sender likes. An HTTP/2
+ * stream is reset without an error once the answer is out, which asks the sender to stop. HTTP/1.1 can only close the connection, so
+ * it waits: honest senders, and proxies before them, keep theirs when the body still arrives in time.
  */
-function boundRest ({ raw }: FastifyRequest, reply: FastifyReply, { deadline }: BodyBounds): void {
+export function boundRefused ({ raw }: FastifyRequest, reply: FastifyReply, error: Error, { deadline }: BodyBounds): void {
+  if (error instanceof Overloaded) retryLater(reply)
   const { stream } = raw as { stream?: Http2ServerRequest['stream'] }
   // `undefined` where the request is injected.
   if (raw.complete !== false) return
@@ -134,14 +134,8 @@ function boundRest ({ raw }: FastifyRequest, reply: FastifyReply, { deadline }: 
   }
 }
 
-/** onError: bounds the rest of the body before the refusal is out. */
-export function boundRefused (request: FastifyRequest, reply: FastifyReply, error: Error, bounds: BodyBounds): void {
-  boundRest(request, reply, bounds)
-  if (error instanceof Overloaded) retryLater(reply)
-}
-
-/** An earlier preParsing hook may give text, or chunks of any kind. */
-function toChunk (data: unknown): Buffer | undefined {
+/** @returns `undefined` for what is neither bytes nor text: an earlier preParsing hook may give chunks of any kind */
+export function toBytes (data: unknown): Buffer | undefined {
   if (Buffer.isBuffer(data)) return data
   if (typeof data === 'string') return Buffer.from(data)
   return data instanceof Uint8Array ? Buffer.from(data.buffer, data.byteOffset, data.byteLength) : undefined
@@ -162,20 +156,4 @@ export function replayPayload (bytes: Buffer, receivedLength = bytes.length): Re
   payload.push(null)
   payload.receivedEncodedLength = receivedLength
   return payload
-}
-
-/** The body that `unwrap` was given. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
-export function toBuffer (rawBody: unknown): Buffer {
-  if (typeof rawBody === 'string') return Buffer.from(rawBody)
-  if (rawBody instanceof Uint8Array) return Buffer.from(rawBody.buffer, rawBody.byteOffset, rawBody.byteLength)
-  throw new InvalidOptions('unwrap(): expected the raw body as a string, a Buffer or a Uint8Array: a parsed body cannot be verified')
-}
-
-/** The headers that `unwrap` was given, names in any case. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
-export function toHeaders (headers: unknown): IncomingHttpHeaders {
-  if (typeof headers !== 'object' || headers === null) throw new InvalidOptions('unwrap(): expected the headers as an object or a Headers instance')
-  const entries: Iterable<[string, unknown]> = typeof (headers as Headers).entries === 'function'
-    ? (headers as Headers).entries()
-    : Object.entries(headers)
-  return Object.fromEntries([...entries].map(([name, value]) => [name.toLowerCase(), value])) as IncomingHttpHeaders
 }

@@ -1,6 +1,8 @@
+import type { IncomingHttpHeaders } from 'node:http'
+import { InvalidOptions } from '../errors.ts'
 import { assertUnwrapOptions } from '../options.ts'
 import type { EndpointOptions } from '../options.ts'
-import { toBuffer, toHeaders } from '../pipeline/capture.ts'
+import { toBytes } from '../pipeline/capture.ts'
 import { headerFault } from '../pipeline/verify.ts'
 import type { Routes } from './routes.ts'
 
@@ -8,7 +10,8 @@ import type { Routes } from './routes.ts'
 export async function unwrap ({ verifications, authentication }: Routes, rawBody: string | Uint8Array, headers: unknown, overrides: EndpointOptions = {}): Promise<{ type: string }> {
   assertUnwrapOptions(overrides)
   const verification = verifications.of(overrides, false)
-  const body = toBuffer(rawBody)
+  const body = toBytes(rawBody)
+  if (body === undefined) throw new InvalidOptions('unwrap(): expected the raw body as a string, a Buffer or a Uint8Array: a parsed body cannot be verified')
   const plain = toHeaders(headers)
   const fault = headerFault(verification, plain)
   if (fault !== undefined) throw fault
@@ -16,4 +19,13 @@ export async function unwrap ({ verifications, authentication }: Routes, rawBody
   if (authentic instanceof Error) throw authentic
   if (authentic.event instanceof Error) throw authentic.event
   return authentic.event
+}
+
+/** With the names in lower case. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
+function toHeaders (headers: unknown): IncomingHttpHeaders {
+  if (typeof headers !== 'object' || headers === null) throw new InvalidOptions('unwrap(): expected the headers as an object or a Headers instance')
+  const entries: Iterable<[string, unknown]> = typeof (headers as Headers).entries === 'function'
+    ? (headers as Headers).entries()
+    : Object.entries(headers)
+  return Object.fromEntries([...entries].map(([name, value]) => [name.toLowerCase(), value])) as IncomingHttpHeaders
 }
