@@ -25,6 +25,15 @@ export const wholeNumber = (unit: string, min: number, max = Number.MAX_SAFE_INT
   accepts: value => Number.isSafeInteger(value) && (value as number) >= min && (value as number) <= max
 })
 
+export const BOOLEAN: Rule = { expected: 'true or false', accepts: value => typeof value === 'boolean' }
+export const FUNCTION: Rule = { expected: 'a function', accepts: isFunction }
+export const SIGNAL: Rule = { expected: 'an AbortSignal', accepts: value => isFunction((value as Partial<AbortSignal> | null)?.addEventListener) }
+
+/** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS for an option that is given and of the wrong kind */
+export function assertOption (caller: string, name: string, value: unknown, { expected, accepts }: Rule): void {
+  if (value !== undefined && !accepts(value)) throw new InvalidOptions(`${caller}: expected ${name} to be ${expected}, got ${show(value)}`)
+}
+
 interface Place {
   /** Put before the message. */
   readonly caller?: string

@@ -283,9 +283,13 @@ const RIGHT_PLACES: Readonly<Record<string, string>> = {
 /** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
 export function assertOptions (options: unknown): asserts options is OpenAIWebhookOptions {
   assertOptionsBy(pluginRules, options, '', FOREIGN_OPTIONS)
-  const { idempotency, events = {} } = options as OpenAIWebhookOptions
+  const { idempotency, runner, events = {} } = options as OpenAIWebhookOptions
   if (idempotencyRules.store.accepts(idempotency)) throw new InvalidOptions('expected idempotency to be false or an object { store, lease, retention, reconcile }, got a store: say { idempotency: { store } }')
   if (isObject(idempotency)) assertOptionsBy(idempotencyRules, idempotency, 'idempotency.')
+  for (const method of ['start', 'close', 'depth', 'dead', 'deadCount', 'requeue'] as const) {
+    const given: unknown = runner?.[method]
+    if (given !== undefined && !isFunction(given)) throw new InvalidOptions(`expected runner.${method} to be a function, got ${show(given)}`)
+  }
   for (const [type, schema] of Object.entries(events)) assertSchema(type, schema)
 }
 

@@ -57,3 +57,60 @@ t.test('pgboss has no more attempts than it can tell from its own looks', async 
 t.test('an unknown option without a value is none', async t => {
   t.ok(memoryStore({ maximum: undefined } as never))
 })
+
+t.test('an option of the wrong kind is refused where it is given, and not when a delivery needs it', async t => {
+  const boss = { previewRedrive () {}, work () {} }
+  const pool = { connect () {}, query () {} } as never
+  const takers: Array<[name: string, take: (options: never) => unknown, wrong: Record<string, unknown[]>]> = [
+    ['bullmq', (options: object) => bullmq({ connection: {}, ...options }), {
+      queueName: ['', 'a:b', 5, null],
+      attempts: [0, 1.5, '3', null],
+      backoff: [-1, Number.NaN, 'x', null, [], {}, { type: 'nope' }, { type: 'fixed', delay: '5' }],
+      removeOnComplete: ['x', true, 5, null],
+      removeOnFail: ['x', false, 5, null],
+      worker: ['x', 0, null],
+      'worker.concurrency': [0, 'x'],
+      'worker.lockDuration': [0, 'x'],
+      'worker.stalledInterval': [0, 'x']
+    }],
+    ['pgboss', (options: object) => pgboss({ boss: boss as never, ...options }), {
+      queueName: ['', 'a b', 5, null],
+      attempts: [0, '3'],
+      backoff: [-1, 'x'],
+      worker: ['x', 0, null],
+      'worker.concurrency': [0, 'x']
+    }],
+    ['postgresStore', (options: object) => postgresStore(pool, options), { migrate: ['false', 0, 1, null], table: ['', 5, null] }],
+    ['postgresInbox', (options: object) => postgresInbox(pool, options), { migrate: ['false', 0, 1, null], table: ['', 5, null], retention: [0, 'x'], concurrency: [0, '8'] }],
+    ['reconcile()', async (options: object) => await reconcile({} as never, { url: 'http://127.0.0.1', secret: 'secret', since: '3d', ...options }), {
+      secret: [['a'], 5, null],
+      types: ['batch.*', 5, [5], null],
+      evals: ['eval_1', 5, [5], null],
+      dryRun: ['false', 1, null],
+      timeout: [0, '5', 2 ** 31],
+      signal: [5, {}, null],
+      onProgress: [5, {}, null]
+    }],
+    ['retrieve()', async (options: object) => await retrieve({} as never, { type: 'batch.failed', data: { id: 'batch_1' } } as never, options), { signal: [5, {}, null] }],
+    ['batchResults()', async (options: object) => await batchResults({} as never, {} as never, options).next(), { signal: [5, {}, null], idleTimeout: [0, '5', 2 ** 31], lineLimit: [0, '5'] }],
+    ['', async (options: { runner: object }) => await build(t, { ...options, runner: { run () {}, ...options.runner } } as never), {
+      'runner.start': [5, {}, null], 'runner.close': ['x'], 'runner.depth': [5], 'runner.dead': [5], 'runner.deadCount': [{}], 'runner.requeue': [true]
+    }]
+  ]
+  for (const [caller, take, options] of takers) {
+    for (const [name, values] of Object.entries(options)) {
+      const [outer, inner] = name.split('.')
+      for (const value of values) {
+        const given = inner === undefined ? { [outer!]: value } : { [outer!]: { [inner]: value } }
+        await t.rejects(async () => await take(given as never), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: new RegExp(`${caller.replace('()', '\\(\\)')}.*expected ${name}`) }, `${caller} ${name} ${JSON.stringify(value)}`)
+      }
+    }
+  }
+})
+
+t.test('what BullMQ and pg-boss take, they are given', async t => {
+  for (const options of [{ backoff: 0 }, { backoff: { type: 'fixed' } }, { backoff: { type: 'exponential', delay: 5, jitter: 0.5 } }, { removeOnComplete: { count: 5 }, removeOnFail: { age: 5 } }, { worker: { lockDuration: 1, stalledInterval: undefined } }]) {
+    t.ok(bullmq({ connection: {}, ...options } as never), JSON.stringify(options))
+  }
+  t.ok(pgboss({ boss: { previewRedrive () {}, work () {} } as never, queueName: 'a/b.c-d_e' }))
+})

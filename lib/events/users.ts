@@ -1,4 +1,3 @@
-import type { Static, TSchema } from '@sinclair/typebox'
 // A JSDoc comment, because no other gets into the declarations, which the app's compiler reads. Not @ts-expect-error, because
 // where the peer is installed there is no error.
 /** @ts-ignore -- because the peer is optional: an app without `typebox` cannot resolve the import, and has none of its schemas */
@@ -24,16 +23,25 @@ export type StandardResult<Output = unknown> =
   | { readonly value: Output, readonly issues?: undefined }
   | { readonly issues: ReadonlyArray<{ readonly message: string, readonly path?: ReadonlyArray<PropertyKey | { readonly key: PropertyKey }> | undefined }> }
 
+/**
+ * A schema of TypeBox 0.34, the package `@sinclair/typebox`. By its structure: the package's types for CommonJS and those for ES modules
+ * are not assignable to each other, because their symbols are not the same.
+ */
+export interface TypeBox034Schema {
+  params: unknown[]
+  static: unknown
+}
+
 /** A schema of TypeBox 1.x, the package `typebox`. */
 export type TypeBoxSchema = { readonly '~kind': string } | { readonly '~unsafe': unknown }
 
 /** What `events` takes: a schema of TypeBox 0.34, of TypeBox 1.x, or with Standard Schema. */
-export type AnySchema = TSchema | TypeBoxSchema | StandardSchema
+export type AnySchema = TypeBox034Schema | TypeBoxSchema | StandardSchema
 
 /** The type of an event as it arrives, which is as handlers get it: it is checked, and not changed. */
 export type EventOfSchema<Schema> = Schema extends { readonly '~standard': { readonly types?: infer Types } }
   ? NonNullable<Types> extends { readonly input: infer Input } ? Input : never
-  : Schema extends TSchema ? Static<Schema> : StaticOf1<Schema & {}>
+  : Schema extends TypeBox034Schema ? (Schema & { params: [] })['static'] : StaticOf1<Schema & {}>
 
 /** The TypeScript types of a set of schemas, for declaration merging into `OpenAIWebhookEvents`. */
 export type EventsOf<Schemas extends Readonly<Record<string, AnySchema>>> = { [Name in keyof Schemas]: EventOfSchema<Schemas[Name]> }

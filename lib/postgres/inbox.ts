@@ -6,7 +6,7 @@ import type { Inbox, InboxContext, InboxQuery, InboxWork } from '../inbox/inbox.
 import { lend } from '../inbox/lend.ts'
 import type { EventContext } from '../handlers.ts'
 import { PRUNE_INTERVAL, PRUNE_LIMIT, Pruning } from '../pruning.ts'
-import { assertCount, assertNames } from '../checks.ts'
+import { BOOLEAN, assertCount, assertNames, assertOption } from '../checks.ts'
 import { Creation, databaseOf, isPool } from './database.ts'
 import type { Database, PgClient, PgLite, PgLiteTransaction, PgPool } from './database.ts'
 import { Gate } from './gate.ts'
@@ -80,6 +80,7 @@ export function postgresInbox (db?: undefined, options?: Pick<PostgresInboxOptio
 export function postgresInbox (db?: PgPool | PgLite, options: PostgresInboxOptions = {}): PostgresInbox<never> | PostgresFirst {
   assertNames('postgresInbox', options, ['table', 'retention', 'lockTimeout', 'idleTimeout', 'concurrency', 'migrate'])
   const { table: tableName = INBOX_TABLE, retention = INBOX_RETENTION, lockTimeout = 5_000, idleTimeout = 60_000, concurrency = 8, migrate = true } = options
+  assertOption('postgresInbox', 'migrate', migrate, BOOLEAN)
   const table = tableOf('postgresInbox', tableName)
   for (const [name, value] of Object.entries({ retention, lockTimeout, idleTimeout, concurrency })) assertCount('postgresInbox', name, value, 1)
   const records = new Records(table, retention)

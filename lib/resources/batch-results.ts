@@ -1,4 +1,4 @@
-import { LONGEST_TIMER, assertNames } from '../checks.ts'
+import { LONGEST_TIMER, SIGNAL, assertNames, assertOption, wholeNumber } from '../checks.ts'
 import { BatchLineTooLong, BatchNotEnded, InvalidOptions, NoResource } from '../errors.ts'
 import { readLine } from './batch-line.ts'
 import type { BatchResult } from './batch-line.ts'
@@ -69,8 +69,9 @@ export async function * batchResults<Client extends BatchClient> (
 ): AsyncGenerator<BatchResult<Client>, void, undefined> {
   assertNames('batchResults()', options, ['signal', 'idleTimeout', 'lineLimit'])
   const { signal, idleTimeout = IDLE_TIMEOUT, lineLimit = LINE_LIMIT } = options
-  assertCount('idleTimeout', 'ms', idleTimeout, LONGEST_TIMER)
-  assertCount('lineLimit', 'bytes', lineLimit, Number.MAX_SAFE_INTEGER)
+  assertOption('batchResults()', 'signal', signal, SIGNAL)
+  assertOption('batchResults()', 'idleTimeout', idleTimeout, wholeNumber('ms', 1, LONGEST_TIMER))
+  assertOption('batchResults()', 'lineLimit', lineLimit, wholeNumber('bytes', 1))
   if (typeof of !== 'object' || of === null) throw new InvalidOptions(`batchResults(): expected a batch or an event of one, got a value of type ${typeof of}`)
   signal?.throwIfAborted()
   const requestOptions = signal === undefined ? {} : { signal }
@@ -101,11 +102,4 @@ async function batchOf (client: BatchClient, event: BatchEvent, options: { signa
 /** Whether it has nothing but white space, as JSON has it. */
 function isBlank (line: Buffer): boolean {
   return line.length === 0 || line.every(byte => byte === 0x20 || byte === 0x09 || byte === 0x0d)
-}
-
-/** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
-function assertCount (name: string, unit: string, value: unknown, max: number): void {
-  if (!Number.isSafeInteger(value) || (value as number) < 1 || (value as number) > max) {
-    throw new InvalidOptions(`batchResults(): expected ${name} to be a whole number of ${unit}, from 1 to ${max}, got ${typeof value === 'number' ? value : `a value of type ${typeof value}`}`)
-  }
 }

@@ -1,5 +1,6 @@
 import { createHash } from 'node:crypto'
-import { LONGEST_TIMER, assertNames } from '../checks.ts'
+import { BOOLEAN, FUNCTION, LONGEST_TIMER, SIGNAL, assertNames, assertOption, show, wholeNumber } from '../checks.ts'
+import type { Rule } from '../checks.ts'
 import { InvalidOptions, InvalidSecret } from '../errors.ts'
 import { nearest } from '../nearest.ts'
 import { sign } from '../testing/sign.ts'
@@ -82,6 +83,15 @@ export interface ReconcileReport {
   readonly skipped: ReadonlyArray<{ readonly family: string, readonly status: number }>
 }
 
+const RULES = {
+  secret: { expected: 'a signing secret', accepts: value => typeof value === 'string' },
+  types: { expected: 'an array of event types', accepts: Array.isArray },
+  evals: { expected: 'an array of ids of evals', accepts: Array.isArray },
+  dryRun: BOOLEAN,
+  timeout: wholeNumber('ms', 1, LONGEST_TIMER),
+  signal: SIGNAL,
+  onProgress: FUNCTION
+} satisfies Partial<Record<keyof ReconcileOptions, Rule>>
 const TIMEOUT = 10_000
 const AT_ONCE = 4
 const UNITS: Readonly<Record<string, number>> = { s: 1_000, m: 60_000, h: 3_600_000, d: 86_400_000 }
@@ -178,9 +188,8 @@ async function deliver (ended: Ended, { url, secret, timeout }: Plan, signal: Ab
 function planOf (options: ReconcileOptions): Plan {
   // A `dryrun` that nobody reads would deliver.
   assertNames('reconcile()', options, ['url', 'secret', 'since', 'types', 'evals', 'dryRun', 'timeout', 'signal', 'onProgress'])
+  for (const [name, rule] of Object.entries(RULES)) assertOption('reconcile()', name, options[name as keyof typeof RULES], rule)
   const { url, secret = process.env['OPENAI_WEBHOOK_SECRET'], since, types, evals = [], dryRun = false, timeout = TIMEOUT } = options
-  if (typeof dryRun !== 'boolean') throw invalid('dryRun', 'true or false')
-  if (!Number.isSafeInteger(timeout) || timeout < 1 || timeout > LONGEST_TIMER) throw invalid('timeout', `a whole number of ms, from 1 to ${LONGEST_TIMER}`)
   const wanted = new Set(types === undefined ? FAMILY_NAMES.flatMap(typesOf) : types.flatMap(listable))
   const families = FAMILY_NAMES.filter(family => family !== EVALS && typesOf(family).some(type => wanted.has(type)))
   const wantsEvals = typesOf(EVALS).some(type => wanted.has(type))
@@ -215,7 +224,8 @@ function invalid (name: string, expected: string): Error {
 }
 
 /** The types that a name stands for. */
-function listable (name: string): string[] {
+function listable (name: unknown): string[] {
+  if (typeof name !== 'string') throw invalid('types', `texts such as "batch.completed", got ${show(name)}`)
   const known = FAMILY_NAMES.flatMap(typesOf)
   const matching = known.filter(type => type === name || (name.endsWith('.*') && type.startsWith(name.slice(0, -1))))
   if (matching.length === 0) throw invalid('types', `of what the API can list, ${known.join(', ')} or families of these; it has no list for "${name.slice(0, 64)}"${nearest(name, [...known, ...FAMILY_NAMES])}`)

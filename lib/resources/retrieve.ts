@@ -1,4 +1,4 @@
-import { assertNames, isId } from '../checks.ts'
+import { SIGNAL, assertNames, assertOption, isId } from '../checks.ts'
 import { InvalidOptions, NoResource } from '../errors.ts'
 import { insteadOf, kindOf } from './kinds.ts'
 import type { Problem, ResourceClient, ResourceKind, ResourceOf } from './kinds.ts'
@@ -61,6 +61,7 @@ export async function retrieve<Client extends ResourceClient, Event extends Even
   ...[options = {}]: Options<Event['type']>
 ): Promise<ResourceOf<Client, Event['type']>> {
   assertNames<RetrieveOptions>('retrieve()', options, ['signal', 'evalId'])
+  assertOption('retrieve()', 'signal', (options as RetrieveOptions).signal, SIGNAL)
   const { type, data } = (event ?? {}) as Partial<EventLike> & { data?: { id?: unknown } }
   if (typeof type !== 'string') throw new InvalidOptions(`retrieve(): expected an event, as handlers get it, got ${typeof event === 'object' ? 'an object without a type' : `a value of type ${typeof event}`}`)
   if (typeof client !== 'object' || client === null) throw new InvalidOptions('retrieve(): expected a client of the openai package, then an event')

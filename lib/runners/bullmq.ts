@@ -5,7 +5,8 @@ import { InvalidOptions, Overloaded, Unavailable } from '../errors.ts'
 import { grouped } from '../grouped.ts'
 import { causeOf, deadDelivery, describeFailure, resumed } from './handler-failures.ts'
 import { RETENTION } from '../stores/store.ts'
-import { assertCount, assertNames, workerOptions } from '../checks.ts'
+import { assertCount, assertNames, assertOption, isObject, workerOptions } from '../checks.ts'
+import type { Rule } from '../checks.ts'
 import { assertOpen, assertRemembered, keyOf, tellDead } from './runner.ts'
 import { storableError } from './storable.ts'
 import type { DeadDelivery, DeliveryError, DeliveryRef, Job, Runner, RunnerHost } from './runner.ts'
@@ -101,6 +102,16 @@ const LATER = 5_000
 /** BullMQ's own limit: jobs are given up here, once the store has been asked. */
 const MAX_STALLED = 2 ** 31 - 1
 
+// BullMQ finds most of these wrong when a job has failed or ended, which is after it was acknowledged.
+const QUEUE_NAME: Rule = { expected: 'a text without ":"', accepts: value => typeof value === 'string' && value !== '' && !value.includes(':') }
+const BACKOFF: Rule = {
+  expected: 'a number of ms, 0 or more, or { type: "fixed" or "exponential", delay: ms }',
+  accepts: value => isDelay(value) || (isObject(value) && (value['type'] === 'fixed' || value['type'] === 'exponential') && (value['delay'] === undefined || isDelay(value['delay'])))
+}
+const KEPT: Rule = { expected: 'an object { age, count }', accepts: isObject }
+
+const isDelay = (value: unknown): boolean => Number.isFinite(value) && (value as number) >= 0
+
 const JOB_NAME = 'delivery'
 const WORKER_DEFAULTS = { concurrency: 10 }
 
@@ -135,7 +146,11 @@ export function bullmq (options: BullMQOptions): Runner {
   const redis = connection as ConnectionOptions
   const others = [backend] as unknown as []
   assertCount('bullmq', 'attempts', attempts, 1)
-  assertCount('bullmq', 'worker.concurrency', settingsOfWorker.concurrency, 1)
+  assertOption('bullmq', 'queueName', queueName, QUEUE_NAME)
+  assertOption('bullmq', 'backoff', backoff, BACKOFF)
+  assertOption('bullmq', 'removeOnComplete', removeOnComplete, KEPT)
+  assertOption('bullmq', 'removeOnFail', removeOnFail, KEPT)
+  for (const [name, value] of Object.entries(settingsOfWorker)) if (value !== undefined) assertCount('bullmq', `worker.${name}`, value, 1)
   let queue: Queue<QueuedData> | undefined
   let processor: Worker<QueuedData> | undefined
   let host: RunnerHost

@@ -5,7 +5,8 @@ import { LRUCache } from 'lru-cache'
 import type { JobInsert, JobResult, JobWithMetadata, PgBoss } from 'pg-boss'
 import { InvalidOptions, Overloaded } from '../errors.ts'
 import { RETENTION } from '../stores/store.ts'
-import { assertCount, assertNames, workerOptions } from '../checks.ts'
+import { assertCount, assertNames, assertOption, workerOptions } from '../checks.ts'
+import type { Rule } from '../checks.ts'
 import { grouped } from '../grouped.ts'
 import { deadDelivery, describeFailure, resumed } from './handler-failures.ts'
 import { assertOpen, assertRemembered, keyOf, tellDead } from './runner.ts'
@@ -106,6 +107,8 @@ const LOOKS = 1_000
 const MAX_UNRECORDED = 1_000
 /** ms for which a job is polled until pg-boss has recorded it as dead. */
 const PATIENCE = 10_000
+/** pg-boss's own rule. */
+const QUEUE_NAME: Rule = { expected: 'letters, digits and _ - . /', accepts: value => typeof value === 'string' && /^[\w.\-/]+$/.test(value) }
 const WORKER_DEFAULTS = { concurrency: 10, batchSize: 1, pollingIntervalSeconds: 2 }
 
 /**
@@ -142,6 +145,7 @@ export function pgboss (options: PgBossOptions): Runner {
   assertCount('pgboss', 'worker.batchSize', batchSize, 1)
   if (batchSize > concurrency) throw new InvalidOptions(`pgboss: expected worker.batchSize to be at most worker.concurrency, ${concurrency}, got ${batchSize}`)
   if (!(pollingIntervalSeconds >= 0.5)) throw new InvalidOptions('pgboss: expected worker.pollingIntervalSeconds to be a number, 0.5 or more')
+  assertOption('pgboss', 'queueName', queueName, QUEUE_NAME)
   const deadName = `${queueName}-dead`
   const settings = {
     // More than the attempts: where the last one has no result, because its process ended, a further start ends the delivery, and

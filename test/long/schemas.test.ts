@@ -79,6 +79,21 @@ for (const cents of [100, 'a hundred']) {
 await app.close()
 `
 
+/** As CommonJS, for which a library may have declarations of its own. */
+const commonjs = ({ imports, schema }: Library): string => `
+${imports}
+import Fastify from 'fastify'
+import openaiWebhook from 'fastify-openai-webhook'
+import type { EventsOf } from 'fastify-openai-webhook'
+
+const events = { 'acme.order.paid': ${schema} }
+type Order = EventsOf<typeof events>['acme.order.paid']
+export const centsOf = (order: Order): number => order.data.cents
+// @ts-expect-error a field that the schema does not have
+export const eurosOf = (order: Order): number => order.data.euros
+export const app = Fastify().register(openaiWebhook, { events })
+`
+
 t.test('a consumer with each schema library compiles, and its events are checked', async t => {
   const dir = t.testdir()
   const { stdout: packed } = await run('npm', ['pack', '--ignore-scripts', '--json', '--pack-destination', dir], { cwd: root, env })
@@ -91,9 +106,10 @@ t.test('a consumer with each schema library compiles, and its events are checked
       await writeFile(join(cwd, 'tsconfig.json'), JSON.stringify({
         // ArkType's own declarations want the newest library.
         compilerOptions: { module: 'NodeNext', target: 'ES2022', strict: true, skipLibCheck: name === 'ArkType', types: ['node'], typeRoots: [join(root, 'node_modules/@types')] },
-        files: ['app.ts']
+        files: ['app.ts', 'commonjs.cts']
       }))
       await writeFile(join(cwd, 'app.ts'), program(library))
+      await writeFile(join(cwd, 'commonjs.cts'), commonjs(library))
       await run('npm', ['install', '--no-audit', '--no-fund', '--prefer-offline', join(dir, filename), 'fastify@5', library.install], { cwd, env })
       await run(join(root, 'node_modules/typescript/bin/tsc'), ['-p', '.'], { cwd, env })
       const { stdout } = await run(process.execPath, ['app.js'], { cwd, env })

@@ -95,13 +95,13 @@ t.test('`max`', async t => {
   })
 
   t.test('forgets in the order in which deliveries were last seen, however that came about', async t => {
-    const clock = stoppedClock(t, 500) // between two seconds
+    const clock = stoppedClock(t, 50) // between two ticks
     const max = 20
     const store = memoryStore({ max })
     let model: Array<{ key: string, done: boolean, until: number }> = [] // the least recently seen comes first
     let now = 0
     const keep = (key: string, done: boolean, ms: number): void => {
-      model.push({ key, done, until: now + ms + 1_000 }) // to the next second of the clock
+      model.push({ key, done, until: now + ms + 100 }) // to the next tick
       if (model.length > max) model.shift()
     }
     let random = 1
@@ -154,14 +154,14 @@ t.test('what is kept of a claim is not the caller\'s to change', async t => {
   t.same(claim(store, 'a').finished, ['#0'])
 })
 
-t.test('a processed delivery is forgotten within a second of its retention', async t => {
-  const clock = stoppedClock(t)
+t.test('a processed delivery is forgotten within 100 ms of its retention', async t => {
+  const clock = stoppedClock(t, 50) // between two ticks
   const store = memoryStore()
   complete(store, 'a', 10_000)
   complete(store, 'b', 20_000)
   clock.advance(10_000)
   t.same(store.begin('a', LEASE), { state: 'done' })
-  clock.advance(1_001)
+  clock.advance(101)
   t.same(claim(store, 'a').finished, [])
   t.same(store.begin('b', LEASE), { state: 'done' })
   clock.advance(10_000)
