@@ -36,6 +36,9 @@ export interface PgLiteTransaction {
 /** ms that a missing table waits for another connection to create it. */
 const PATIENCE = 1_000
 
+/** How often a statement is sent that meets others. */
+const MAX_ATTEMPTS = 20
+
 type Value = string | number | readonly string[] | readonly number[]
 
 export type Query = (text: string, values: readonly Value[]) => Promise<any[]>
@@ -82,6 +85,14 @@ function isReadOnly (error: unknown): boolean {
   return (error as { code?: unknown } | null | undefined)?.code === '25006'
 }
 
+/**
+ * Where the default of the database or role is SERIALIZABLE or REPEATABLE READ, a statement fails that meets another one: 40001. So does one of
+ * several that wait for each other: 40P01. It has written nothing.
+ */
+function isConflict (error: unknown): boolean {
+  return ['40001', '40P01'].includes((error as { code?: unknown } | null | undefined)?.code as string)
+}
+
 /** Asks what has become of a transaction. */
 const statusQuery = (id: string): string => `SELECT pg_xact_status(${id}::xid8) AS status`
 
@@ -109,7 +120,15 @@ class Pooled implements Database {
   }
 
   async query (text: string, values: readonly Value[]): Promise<any[]> {
-    return await this.#withClient(async client => await this.#run(client, text, values))
+    return await this.#withClient(async client => {
+      for (let attempt = 1; ; attempt++) {
+        try {
+          return await this.#run(client, text, values)
+        } catch (error) {
+          if (attempt === MAX_ATTEMPTS || !isConflict(error)) throw error
+        }
+      }
+    })
   }
 
   async script (sql: string): Promise<void> {
@@ -121,7 +140,7 @@ class Pooled implements Database {
       await this.#run(client, `BEGIN; ${settings}`)
       let id
       try {
-        id = await work(client, async (text, values) => await this.#run(client, text, values))
+        id = await this.#whileConnected(client, work(client, async (text, values) => await this.#run(client, text, values)))
       } catch (error) {
         await this.#send(client, 'ROLLBACK').catch(() => { throw error })
         if (isReadOnly(error)) throw error
@@ -131,6 +150,18 @@ class Pooled implements Database {
       return await this.#commit(client, id) ? undefined : { error: rolledBack() }
     })
     if (outcome !== undefined) throw outcome.error
+  }
+
+  /** Fails with the connection: work that waits for something else would not hear of that, and keep its place for good. */
+  async #whileConnected<Result> (client: PgClient, working: Promise<Result>): Promise<Result> {
+    let onError!: (error: Error) => void
+    const lost = new Promise<never>((_resolve, reject) => { onError = reject })
+    client.on('error', onError)
+    try {
+      return await Promise.race([working, lost])
+    } finally {
+      client.removeListener('error', onError)
+    }
   }
 
   /** @returns whether what was written is committed: the work may have ended the transaction by itself, and then COMMIT succeeds too. */

@@ -1,6 +1,6 @@
 import { inContext } from '../async-context.ts'
 import { assertCount, assertNames } from '../checks.ts'
-import { Overloaded } from '../errors.ts'
+import { InProgress, Overloaded } from '../errors.ts'
 import { deadDelivery } from './handler-failures.ts'
 import { assertOpen, keyOf, tellDead } from './runner.ts'
 import type { Job, Runner, RunnerHost } from './runner.ts'
@@ -54,12 +54,23 @@ export function background (options: BackgroundOptions = {}): Runner {
     // Lets the acknowledgement leave before a handler can hold up the event loop.
     await new Promise(resolve => setImmediate(resolve))
     try {
-      await host.process(job)
+      await processed(job)
     } catch (error) {
       tellDead(host, deadDelivery(job, 1, error), error)
     }
     running.delete(key)
     startNext()
+  }
+
+  /** Waits while another process has the delivery: its handlers may fail there, and this one has acknowledged it. */
+  async function processed (job: Job): Promise<void> {
+    for (;;) {
+      try {
+        return await host.process(job)
+      } catch (error) {
+        if (!(error instanceof InProgress) || closing) throw error
+      }
+    }
   }
 
   return {

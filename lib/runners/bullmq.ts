@@ -1,4 +1,4 @@
-import { DelayedError, Queue, UnrecoverableError, Worker } from 'bullmq'
+import { DelayedError, ErrorCode, Queue, UnrecoverableError, Worker } from 'bullmq'
 import type { BackoffOptions, ConnectionOptions, JobsOptions, KeepJobs, WorkerOptions } from 'bullmq'
 import type { Job as BullMQJob } from 'bullmq'
 import { InvalidOptions, Overloaded, Unavailable } from '../errors.ts'
@@ -156,6 +156,8 @@ export function bullmq (options: BullMQOptions): Runner {
   let host: RunnerHost
   let isStarted = false
   let closing = false
+  /** `closeTimeout` is over. */
+  let isGivenUp = false
   /** What attempts of this process ended with, by what BullMQ was told. */
   const thrown = new WeakMap<Error, Error>()
 
@@ -256,7 +258,7 @@ export function bullmq (options: BullMQOptions): Runner {
         ...settingsOfWorker,
         maxStalledCount: MAX_STALLED
       }, ...others)
-      processor.on('error', error => host.report(error))
+      processor.on('error', error => { if (!isGivenUp) host.report(error) })
       processor.on('failed', (job, error) => {
         if (job === undefined) return host.report(error)
         if (typeof job.finishedOn !== 'number') return // to be attempted again
@@ -291,19 +293,26 @@ export function bullmq (options: BullMQOptions): Runner {
         await job.retry('failed', { resetAttemptsMade: true, resetAttemptsStarted: true })
         return true
       } catch (error) {
-        if (await job.isFailed()) throw error
-        return false
+        // Somebody else has requeued it, and it may have died again since.
+        if ((error as { code?: unknown }).code === ErrorCode.JobNotInState || !await job.isFailed()) return false
+        throw error
       }
     },
     async close (signal) {
       if (!isStarted) return // another app may start it
       closing = true
-      // BullMQ waits for a Redis that cannot be reached, and its attempts to connect would keep the process alive.
-      signal?.addEventListener('abort', () => {
-        processor?.disconnect().catch(() => {})
-        queue?.disconnect().catch(() => {})
-      }, { once: true })
-      await processor?.close()
+      const gaveUp = new Promise<void>(resolve => {
+        signal?.addEventListener('abort', () => {
+          isGivenUp = true
+          // BullMQ waits for a Redis that cannot be reached, and its attempts to connect would keep the process alive.
+          processor?.disconnect().catch(() => {})
+          queue?.disconnect().catch(() => {})
+          resolve()
+        }, { once: true })
+      })
+      // Not close(), which would wait for the jobs that run, and renew their locks, for as long as they run.
+      await Promise.race([processor?.pause().catch(ignore), gaveUp])
+      await processor?.close(isGivenUp)
       await queue?.close()
     },
     async depth () {
@@ -325,6 +334,8 @@ function deliveryOf (job: QueuedJob): Job {
   const { failure, stalls, ...delivery } = queuedOf(job)
   return delivery
 }
+
+function ignore (): void {}
 
 function toError (error: unknown): Error {
   return error instanceof Error ? error : new Error(String(error))

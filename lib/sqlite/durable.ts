@@ -8,6 +8,7 @@ import type { DeadDelivery, DeliveryRef, Job, RequeueOptions, Runner, RunnerHost
 import type { SqliteDatabase } from './database.ts'
 import { DeadJobs, jobOf, openJobs, parseFailure, pendingJobs } from './jobs.ts'
 import type { Hold, PendingRow } from './jobs.ts'
+import type { DeliveryError } from '../runners/runner.ts'
 
 export interface DurableOptions {
   /**
@@ -183,7 +184,7 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
     }
     for (const [index, { row, isOver, attempt }] of starts.entries()) {
       if (!taken[index]) letGo(attempt)
-      else if (isOver) follow(attempt, async () => await giveUp(jobOf(row), attempt))
+      else if (isOver) follow(attempt, async () => await giveUp(row, attempt))
       else follow(attempt, async () => await handle(jobFor(row), attempt))
     }
   }
@@ -303,10 +304,17 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
   }
 
   /** No attempt is left. Only the store may know which handlers succeeded in the last one. */
-  async function giveUp (job: Job, attempt: Attempt): Promise<void> {
+  async function giveUp (row: PendingRow, attempt: Attempt): Promise<void> {
+    const job = jobOf(row)
     const last = unrecorded.get(attempt.key)
     if (last?.count === attempt.count) {
       await die(job, attempt, last.error, false)
+      return
+    }
+    const { attempt: ended, errors: [first] = [], errors } = parseFailure(row.failure)
+    if (ended === attempt.count && first !== undefined) {
+      // The last attempt has ended, and `attempts` has been lowered since.
+      await die(job, attempt, Object.assign(new Error(first.message), { stack: first.stack }), false, errors)
       return
     }
     let known
@@ -322,10 +330,14 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
     else await die({ ...job, ...left }, attempt, new Error('the process ended while the handlers ran'), false)
   }
 
-  /** @returns whether it is dead by now, and told */
-  async function die (job: Job, attempt: Attempt, error: unknown, ran = true): Promise<boolean> {
+  /**
+   * @param onRecord the errors of its last attempt, where they are on record
+   * @returns whether it is dead by now, and told
+   */
+  async function die (job: Job, attempt: Attempt, error: unknown, ran = true, onRecord?: readonly DeliveryError[]): Promise<boolean> {
     const { key, count } = attempt
-    const delivery = deadDelivery(job, count, error)
+    const described = deadDelivery(job, count, error)
+    const delivery = onRecord === undefined ? described : { ...described, errors: onRecord }
     const { errors, finished, remembered, diedAt } = delivery
     const recorded = await record(job, () => jobs.dead(attempt, diedAt, error, { attempt: count, errors, finished, remembered }), ran)
     if (recorded) {

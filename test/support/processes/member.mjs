@@ -4,7 +4,7 @@ import Fastify from 'fastify'
 import openaiWebhook, { inline, memoryStore } from 'fastify-openai-webhook'
 import { openSqlite } from '../sqlite.mjs'
 
-const { secret, path, effects, store = 'memory', runner = 'inline', file, handle, redisPort, postgresUrl, lease = 30_000, worker, blockedUntil, fails, hangs } = JSON.parse(process.argv[2])
+const { secret, path, effects, store = 'memory', runner = 'inline', file, handle, redisPort, postgresUrl, lease = 30_000, worker, blockedUntil, fails, hangs, closeTimeout } = JSON.parse(process.argv[2])
 
 let db
 function openFile () {
@@ -48,6 +48,7 @@ await app.register(openaiWebhook, {
   secret,
   path,
   deadline: 600_000,
+  closeTimeout,
   idempotency: { store: await stores[store](), lease },
   runner: await runners[runner]()
 })
