@@ -19,26 +19,29 @@ import { Explainer } from './explain.ts'
 type Done = (error?: Error) => void
 
 type Authentic = Pick<Delivery, 'webhookId' | 'timestamp'> & {
-  /** Or why the signed bytes are no event. */
+  /** An error if the signed bytes are not a valid event. */
   readonly event: WebhookEvent | Error
-  /** Which secret matched. Only the channels have it. */
+  /** Index of the secret that matched. Published on the channels only. */
   readonly secretIndex: number | undefined
 }
 
-/** What is known of a delivery that is refused. */
+/** What is known about a refused delivery. */
 interface Known {
   readonly tenant?: string | undefined
-  /** Once the signature was right. */
+  /** Set if the signature matched. */
   readonly webhookId?: string
 }
 
-/** verify → validate: makes a trusted delivery of a request, or refuses it. */
+/** The verify and validate steps: they turn a request into a trusted delivery, or refuse it. */
 export class Authentication {
   readonly #validators: Validators
   readonly #failures: Failures
   readonly #observation: Observation
   readonly #explainer: Explainer
-  /** Errors that have been logged and reported. By identity, since a user's verifier may throw any code. */
+  /**
+   * Errors that have been logged and reported, and the errors sent in their place. Kept by identity, because a user's verifier may throw an
+   * error with any code.
+   */
   readonly #told = new WeakSet<object>()
 
   constructor (validators: Validators, failures: Failures, observation: Observation) {
@@ -48,7 +51,7 @@ export class Authentication {
     this.#explainer = new Explainer(failures)
   }
 
-  /** onRequest: refuses by the headers alone. */
+  /** Makes the onRequest hook, which refuses requests by their headers alone. */
   admit (endpoint: Endpoint) {
     return (request: FastifyRequest, reply: FastifyReply, done: Done): void => {
       this.#observation.observer?.arrived(request, reply, endpoint.name)
@@ -58,7 +61,7 @@ export class Authentication {
     }
   }
 
-  /** Sets `request.openaiWebhook`, or calls `done` with the error to refuse with. */
+  /** Sets `request.openaiWebhook` and calls `done`, or calls `done` with the error that refuses the request. */
   authenticate (endpoint: Endpoint, request: FastifyRequest, reply: FastifyReply, rawBody: Buffer, done: Done): void {
     const { observer } = this.#observation
     observer?.captured(request, rawBody)
@@ -96,8 +99,8 @@ export class Authentication {
   }
 
   /**
-   * @param onVerified called where the signature is right
-   * @returns the delivery, or the coded error of the verification to refuse with
+   * @param onVerified called when the signature matches
+   * @returns the delivery, or the coded error that refuses it
    */
   verify (verification: Verification, headers: IncomingHttpHeaders, rawBody: Buffer, onVerified?: () => void): MaybePromise<Authentic | Error> {
     return then(verify(verification, { rawBody, headers }), verified => {
@@ -108,7 +111,7 @@ export class Authentication {
     })
   }
 
-  /** Logs, publishes and reports a refusal before there is an event to name. */
+  /** Logs, publishes and reports the refusal of a request whose event is not known. */
   refuse (error: Error, { name }: Endpoint, request: FastifyRequest, { tenant, webhookId }: Known = {}): void {
     this.#told.add(error)
     this.#failures.refused(error, { endpoint: name, ...(tenant !== undefined && { tenant }), ...(webhookId !== undefined && { webhookId }) }, request)
@@ -123,7 +126,7 @@ export class Authentication {
     done(answer)
   }
 
-  /** Whether a refusal has been through `refuse`. */
+  /** Whether `refuse` has logged and reported this error, or the error that it stands for. */
   hasTold (error: Error): boolean {
     return this.#told.has(error)
   }

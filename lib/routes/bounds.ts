@@ -4,21 +4,21 @@ import { DEFAULTS } from '../options.ts'
 import type { ReceivingOptions } from '../options.ts'
 import type { BodyBounds } from '../pipeline/capture.ts'
 
-/** The bounds of bodies, before it is known who has sent them. */
+/** The limits on bodies, which apply before their sender is known. */
 export class Bounds {
   readonly #options: ReceivingOptions
   readonly #requestTimeout: number
-  /** By their ms. */
+  /** Keyed by ms. */
   readonly #deadlines = new Map<number, Deadline>()
 
   constructor (options: ReceivingOptions, { initialConfig }: FastifyInstance) {
     this.#options = options
-    // Applied here as well: Node checks it every 30 s, and not at all under HTTP/2.
+    // `requestTimeout` is applied here as well, because Node checks it only every 30 s, and not at all under HTTP/2.
     const { requestTimeout = 0 } = initialConfig as { requestTimeout?: number }
     this.#requestTimeout = requestTimeout > 0 ? requestTimeout : Infinity
   }
 
-  /** @param ofRoute a marked route's own Fastify `bodyLimit` */
+  /** @param ofRoute Fastify's `bodyLimit` option of a marked route, in bytes */
   of ({ bodyLimit, bodyTimeout }: ReceivingOptions, ofRoute?: number): BodyBounds {
     const ms = Math.min(bodyTimeout ?? this.#options.bodyTimeout ?? DEFAULTS.bodyTimeout, this.#requestTimeout)
     let deadline = this.#deadlines.get(ms)
@@ -26,7 +26,7 @@ export class Bounds {
     return { limit: bodyLimit ?? ofRoute ?? this.#options.bodyLimit ?? DEFAULTS.bodyLimit, deadline }
   }
 
-  /** The app is closing: a body that is still arriving must not hold it open, since its delivery comes again. */
+  /** To be called when the app is closing. A body that is still arriving must not keep the app open, because OpenAI sends the delivery again. */
   close (): void {
     for (const deadline of this.#deadlines.values()) deadline.close()
   }

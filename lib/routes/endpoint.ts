@@ -7,14 +7,14 @@ import type { RouteOverrides } from '../options.ts'
 import { toArray } from './hooks.ts'
 import type { Tenants } from './tenants.ts'
 
-/** A receiving route: its own verification, and the URL that names it in jobs, logs and idempotency keys. */
+/** A receiving route: how it verifies, and the URL that names it in jobs, logs and idempotency keys. */
 export type Endpoint = Verification & {
   readonly name: string
-  /** Where it serves many: each has a verification of its own, and the endpoint no keys. */
+  /** Set if the route serves many tenants. Each tenant then has its own verification, and the endpoint has no keys. */
   readonly tenants: Tenants | undefined
 }
 
-/** The receiving routes of one registration, with their handlers. */
+/** The receiving routes of one registration of the plugin, and their handlers. */
 export class Endpoints {
   readonly #registry: Registry
   readonly #all = new Map<string, Endpoint>()
@@ -28,7 +28,7 @@ export class Endpoints {
 
   /** @throws FST_OPENAI_WEBHOOK_INVALID_ROUTE */
   add (name: string, verification: Verification, lists: readonly HandlerList[], tenants?: Tenants): Endpoint {
-    // Routes that differ by a constraint alone would share jobs and idempotency keys, which go by the URL.
+    // Routes that differ only in a constraint would share jobs and idempotency keys, because those contain just the URL.
     if (this.#lists.has(name)) throw new InvalidRoute('POST', name, 'expected a URL of its own, got that of another receiving route')
     this.#lists.set(name, lists)
     const endpoint = { ...verification, name, tenants }
@@ -38,7 +38,7 @@ export class Endpoints {
 
   get all (): ReadonlyMap<string, Endpoint> { return this.#all }
 
-  /** The handlers in a route's `on`. */
+  /** Makes a list of the handlers in a route's `on`. */
   listOf (on: RouteOverrides['on'], scope: FastifyInstance): HandlerList {
     const list = new HandlerList(this.#registry.known, 'route')
     for (const [type, handlers] of Object.entries(on ?? {})) {
@@ -47,13 +47,13 @@ export class Endpoints {
     return list
   }
 
-  /** Works out the handlers of each type, once none can be added any more. */
+  /** Computes the handlers for each event type. To be called when no more handlers can be added. */
   settle (): void {
     for (const [name, lists] of this.#lists) this.#tables.set(name, new HandlerTable(lists, this.#registry.known))
   }
 
   handlersOf (name: string): HandlerTable {
-    // A worker may lack the route that received the job. It has the app's handlers.
+    // A worker process may lack the route that received the job. It then runs the app's handlers.
     return this.#tables.get(name) ?? (this.#appTable ??= new HandlerTable([this.#registry.app], this.#registry.known))
   }
 }

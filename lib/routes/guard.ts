@@ -3,16 +3,22 @@ import { InvalidRoute, UnprotectedRoute } from '../errors.ts'
 import type { Failures } from '../failures.ts'
 import { toArray } from './hooks.ts'
 
-/** In a route's config: the hook that the plugin has put on the route. */
+/** Key in a route's config whose value is the hook that the plugin has added to the route. */
 export const PROTECTED = Symbol('openai-webhook.protected')
 
-/** On the scope of an own route. It spares `request.routeOptions`, which is built anew each time, for 0.4 µs. */
+/**
+ * Decorator on the scope of a route that the plugin declares itself. It spares the guard `request.routeOptions`, which Fastify builds again on
+ * each access, for 0.4 µs.
+ */
 export const OWN = Symbol('openai-webhook.own')
 
 const DECLARED_EARLY = 'was declared before fastify-openai-webhook had loaded, so nothing verifies it: declare the route below `await app.register(openaiWebhook)`, with the `await`, or in a plugin registered after it'
 const SKIPPED = 'a hook of the app has thrown null or undefined, which Fastify takes for no error while it skips the hooks that come after: throw an Error'
 
-/** onRequest of the whole app: a route that asks for verification and cannot have it fails closed. */
+/**
+ * Makes an onRequest hook that refuses requests to a route that asks for verification but lacks the plugin's hook. It is added to the plugin's
+ * scope, or to the root if the routes of the app were not watched before the registration.
+ */
 export function guard (failures: Failures) {
   return (request: FastifyRequest, _reply: unknown, done: (error?: Error) => void): void => {
     if (OWN in request.server) return done()
@@ -24,16 +30,19 @@ export function guard (failures: Failures) {
   }
 }
 
-/** Of a delivery that has come past its verification. */
+/** The error for a request whose verification was skipped. */
 export const unverified = (url: string): Error => new UnprotectedRoute(`POST ${url}`, SKIPPED)
 
-/** Whether the route has the hook itself. One that was given the config of a protected route has only the mark. */
+/** Whether the route has the plugin's hook itself. A route that was given the config of a protected route has only the mark. */
 export function isProtected ({ config, onRequest, preParsing }: RouteOptions): boolean {
   const mark = (config as { [PROTECTED]?: unknown } | undefined)?.[PROTECTED]
   return mark !== undefined && [...toArray<unknown>(onRequest), ...toArray<unknown>(preParsing)].includes(mark)
 }
 
-/** `app.openaiWebhook.handler`: marks a route that dispatches. It runs only where it was not recognised, and then throws. */
+/**
+ * Makes `app.openaiWebhook.handler`, which marks a route that dispatches. The plugin replaces this handler on a route that it recognises. The
+ * handler runs only on a route that the plugin did not recognise, and throws.
+ */
 export const dispatching = (): RouteHandlerMethod => function ({ method, routeOptions: { config, url } }) {
   if (!(PROTECTED in config)) throw new UnprotectedRoute(`${method} ${String(url)}`, DECLARED_EARLY)
   throw new InvalidRoute(method, url, 'app.openaiWebhook.handler cannot be told where another plugin has wrapped it, as @fastify/otel, @fastify/websocket, Sentry and New Relic do: register that plugin after fastify-openai-webhook, or declare the route with app.openaiWebhook.route(), or for otel with `otel: { instrumentHandler: false }` in its config')

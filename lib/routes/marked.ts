@@ -16,7 +16,7 @@ import { deliver } from './routes.ts'
 import type { Routes } from './routes.ts'
 import { assertSpelling } from './watch.ts'
 
-/** onRoute: puts the pipeline on a route that asks for it by `config.openaiWebhook`. */
+/** onRoute hook: adds the pipeline to a route that asks for it with `config.openaiWebhook`. */
 export function protectMarked (routes: Routes, scope: FastifyInstance, route: RouteOptions): void {
   const config: unknown = route.config?.openaiWebhook
   if (isProtected(route)) return
@@ -37,7 +37,8 @@ export function protectMarked (routes: Routes, scope: FastifyInstance, route: Ro
   route.bodyLimit = body.limit
   route.onRequest = [authentication.admit(endpoint), ...toArray(route.onRequest)]
   route.preParsing = [capture, ...toArray(route.preParsing)]
-  // Only before hooks of the route's own: Fastify takes an odd `done('')` of the app's last hook for an error, and of one before it not.
+  // Added only if the route has such hooks itself. Otherwise assertVerified would follow the app's last hook, and Fastify treats an odd
+  // `done('')` as an error only in the last hook.
   if (route.preValidation !== undefined) route.preValidation = [assertVerified, ...toArray(route.preValidation)]
   if (route.preHandler !== undefined) route.preHandler = [assertVerified, ...toArray(route.preHandler)]
   route.onSend = [...toArray(route.onSend), keepRefusal((request, statusCode) => failures.unprocessed(endpoint.name, request, statusCode)), recordAnswer]
@@ -65,13 +66,13 @@ function assertMarkable ({ method, url, config, schema }: RouteOptions): void {
   }
 }
 
-/** Where verification was skipped, the route's own hooks are too. The handler would find out after them. */
+/** Keeps the route's own hooks from running if verification was skipped. The handler would notice only after they had run. */
 function assertVerified (request: FastifyRequest, _reply: FastifyReply, done: (error?: Error) => void): void {
   if (request.openaiWebhook === null) return done(unverified(String(request.routeOptions.url)))
   done()
 }
 
-/** preParsing, so that the user's parser sees verified bytes alone. */
+/** Makes the hook that verifies. It runs in preParsing, so that the user's parser gets verified bytes only. */
 function captureAndAuthenticate ({ authentication, failures }: Routes, endpoint: Endpoint, body: BodyBounds) {
   return (request: FastifyRequest, reply: FastifyReply, payload: RequestPayload, done: (error: Error | null, payload?: RequestPayload) => void): void => {
     const refuse = (error: Error): void => {
@@ -80,14 +81,14 @@ function captureAndAuthenticate ({ authentication, failures }: Routes, endpoint:
     }
     const { 'content-type': contentType, 'content-length': contentLength, 'transfer-encoding': transferEncoding } = request.headers
     const isEmpty = transferEncoding === undefined && (contentLength === undefined || contentLength === '0')
-    // Without a body Fastify asks for no content type. With one, a catch-all parser of the app must not take it.
+    // Fastify requires no content type if there is no body. If there is one, a catch-all parser of the app must not accept another type.
     if (contentType === undefined ? !isEmpty : !/^application\/json\s*(?:;|$)/i.test(contentType)) {
       return refuse(new fastify.errorCodes.FST_ERR_CTP_INVALID_MEDIA_TYPE())
     }
-    // Bound, as Fastify binds content type parsers: the socket's events have no request's async context, which tracers need.
+    // inContext, as Fastify does for content type parsers: the socket's events lack the request's async context, which tracers need.
     readPayload(request, payload, body, inContext((error: Error | null, rawBody: Buffer = Buffer.alloc(0)) => {
       if (error !== null) {
-        // The sender may go on sending a body that nobody reads.
+        // The sender may continue to send a body that nobody reads.
         closeConnection(reply)
         return refuse(error)
       }

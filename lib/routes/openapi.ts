@@ -13,7 +13,7 @@ import { xOpenAISignature } from '../verifiers/x-openai-signature.ts'
 
 type JsonSchema = Record<string, unknown>
 
-/** What @fastify/swagger gives; `openapiObject` is absent where it makes a Swagger 2 document. */
+/** What @fastify/swagger passes to a transform. `openapiObject` is absent when it makes a Swagger 2 document. */
 interface Operation {
   readonly schema?: object
   readonly url: string
@@ -23,16 +23,15 @@ interface Operation {
 export interface Documented {
   readonly events: Readonly<Record<string, AnySchema>>
   readonly verifier: Verifier
-  /** Whether a handler of the route's own replies. */
+  /** Whether the route has its own handler, which replies. */
   readonly replies: boolean
 }
 
 /**
- * The `config.swaggerTransform` of a receiving route: @fastify/swagger calls it when it makes the document, and nobody
- * does where there is none.
+ * Makes the `config.swaggerTransform` of a receiving route. @fastify/swagger calls it only when it makes the document.
  *
- * Not the route's `schema`: Fastify would check requests by it before the signature, and write answers by it. The app's
- * `transform` would be given it as well, and may know schemas of another kind only.
+ * Not the route's `schema`: Fastify would use it to check requests before the signature is verified, and to serialize answers. The app's
+ * `transform` would also get it, and may support only schemas of another kind.
  */
 export function documentation ({ events, verifier, replies }: Documented): (operation: Operation) => { schema: object, url: string } {
   return ({ schema, url, openapiObject }) => {
@@ -43,13 +42,13 @@ export function documentation ({ events, verifier, replies }: Documented): (oper
         summary: 'Receives webhooks of OpenAI',
         description: 'A delivery is verified before anything else is made of it. After any answer but 200 it comes again.',
         tags: ['OpenAI webhooks'],
-        // The signature authenticates, and not what the document may ask for on every route.
+        // The signature authenticates a delivery. The security that the document may require on every route does not apply.
         security: [],
         consumes: ['application/json'],
         ...(scheme !== undefined && { headers: { type: 'object', required: Object.keys(scheme.headers), properties: scheme.headers } }),
         body: openapiObject === undefined ? envelope(events) : union(events, openapiObject.openapi?.startsWith('3.0')),
         response: answers(scheme?.refusals ?? foreignRefusals, replies, !replies && scheme !== undefined),
-        // What an onRoute hook of the app may have put there, such as `hide` or `tags`.
+        // An onRoute hook of the app may have set fields such as `hide` or `tags`.
         ...schema
       }
     }
@@ -58,7 +57,7 @@ export function documentation ({ events, verifier, replies }: Documented): (oper
 
 const timestamp = { type: 'string', pattern: '^[0-9]+$', description: 'When the delivery was signed, in Unix seconds.' }
 
-/** Known by what checks their headers, so that a verifier which wraps one of these is documented too. */
+/** Recognised by `checkHeaders`, so that a verifier that wraps one of these is documented too. */
 const schemes = [
   {
     checkHeaders: standardWebhooks().checkHeaders,
@@ -83,10 +82,10 @@ const schemes = [
   }
 ]
 
-/** With a verifier of the user's, beside what it throws itself. */
+/** The refusals with a user's verifier, besides the errors that the verifier throws itself. */
 const foreignRefusals = [InvalidId, InvalidTimestamp, TimestampOutOfTolerance, InvalidSignature]
 
-/** One member fits an event: that of its type, or else the last. */
+/** Exactly one member matches an event: the member for its type, or else the last one. */
 function union (events: Documented['events'], isOpenAPI30 = false): JsonSchema {
   const descriptions = new Map<AnySchema, string>([...Object.values(officialEntries), ...Object.values(guideEntries)]
     .map(({ schema, description }) => [schema, description]))
@@ -106,7 +105,7 @@ function union (events: Documented['events'], isOpenAPI30 = false): JsonSchema {
   }
 }
 
-/** Swagger 2 has no unions. */
+/** The envelope alone, because Swagger 2 has no unions. */
 function envelope (events: Documented['events']): JsonSchema {
   const { required, properties, type } = ofType({ type: 'string', description: `${listed(Object.keys(events))}, or any other: OpenAI adds types.` })
   return { description: 'The event.', type, required, properties: { ...properties, data: { type: 'object' } } }
@@ -121,18 +120,18 @@ function hasType ({ properties }: { properties?: Record<string, { const?: unknow
 }
 
 /**
- * Without TypeBox's symbols; of Standard Schema, where the library can give a JSON Schema. @fastify/swagger turns `examples` into the one `example` of OpenAPI 3.0 itself, but not
- * within a union.
+ * The JSON Schema of an event schema, without TypeBox's symbols. It is empty if a library with Standard Schema cannot provide one.
+ * @fastify/swagger turns `examples` into the single `example` of OpenAPI 3.0, but not within a union.
  */
 function toPlain (schema: AnySchema, isOpenAPI30: boolean): JsonSchema {
   return JSON.parse(JSON.stringify(jsonSchemaOf(schema, ...(isOpenAPI30 ? ['openapi-3.0'] : [])), (_key, value: unknown) => {
-    // A property that is called `examples` has a schema there, not an array.
+    // The value of a property named `examples` is a schema, not an array.
     const { examples, ...rest } = (value ?? {}) as { examples?: unknown }
     return isOpenAPI30 && Array.isArray(examples) ? { ...rest, example: examples[0] as unknown } : value
   })) as JsonSchema
 }
 
-/** By status. Answers of Fastify's own have no constructor here, but a code. */
+/** The refusals by status. Fastify's own errors are given by code, because their constructors are not used here. */
 const refusals: ReadonlyArray<readonly [status: number, when: string, ...codes: Array<FastifyErrorConstructor | string>]> = [
   [400, 'Signed, but not an event or not of the shape of its type.', InvalidBody, InvalidEvent],
   [408, 'The body had not arrived whole in time.', BodyTimeout],
@@ -143,7 +142,7 @@ const refusals: ReadonlyArray<readonly [status: number, when: string, ...codes: 
   [503, 'Not done by the deadline, no room for it, or a store, a queue or a signing secret that cannot be reached.', DeadlineExceeded, Overloaded, Unavailable]
 ]
 
-/** @param exhaustive whether no verifier or handler of the user's can answer with codes of its own */
+/** @param exhaustive whether no user's verifier or handler can answer with other codes */
 function answers (unverified: FastifyErrorConstructor[], replies: boolean, exhaustive: boolean): Record<string, JsonSchema> {
   const all = [...refusals, [401, 'Not verified.', ...unverified] as const]
   return {

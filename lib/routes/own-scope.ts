@@ -1,18 +1,18 @@
 import type { FastifyInstance, RouteOptions } from 'fastify'
 
-// An own route needs content type parsers of its own, so it stands in a child scope. It has to have everything else from the scope
-// that it was asked for in, whether that was set before or after.
+// A route that the plugin declares itself needs its own content type parsers, so it is declared in a child scope. Everything else has to come
+// from the scope in which the route was requested, whether the app sets it before or after the route.
 
 /**
- * Makes a child scope use the requests and replies of its parent. Its own are copies, with the decorators that were there when it
- * was made, and would lack the values of later ones.
+ * Makes a child scope use the request and reply classes of its parent. Fastify gives the child copies that have only the decorators that
+ * existed when the child was created, and would lack the values of later ones.
  *
- * To be called before the child has routes or decorators of its own.
+ * To be called before the child has any routes or decorators.
  */
 export function shareDecorators (child: FastifyInstance): void {
   const own = child as unknown as Record<symbol, { props?: unknown } | undefined>
   for (const key of Object.getOwnPropertySymbols(child)) {
-    // Fastify has no public name for them. Should they look different one day, the copies stay.
+    // Fastify has no public API for the two classes. If a later version changes their shape, nothing matches and the copies stay.
     if (Array.isArray(own[key]?.props)) delete own[key]
   }
 }
@@ -22,8 +22,8 @@ type Settle = (error: null, done: () => void) => void
 /**
  * Declares a route as if it were the last one of its scope.
  *
- * @returns to be called when the app is ready. Fastify takes the error handler and the reply serializer of the scope as soon as the
- * plugins before the route have loaded, but the app may set them later
+ * @returns a function to be called when the app is ready. Fastify reads the error handler and the reply serializer of the scope as soon as
+ * the plugins before the route have loaded, but the app may set them later
  */
 export function declareRoute (child: FastifyInstance, scope: FastifyInstance, options: RouteOptions): () => void {
   const settles: Settle[] = []

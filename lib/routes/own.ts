@@ -10,7 +10,7 @@ import { declareRoute, shareDecorators } from './own-scope.ts'
 import { deliver } from './routes.ts'
 import type { Routes } from './routes.ts'
 
-/** Adds a receiving route in a scope of its own, so that no other route's parsing changes. */
+/** Adds a receiving route in its own scope, so that body parsing does not change on any other route. */
 export function ownRoute (
   routes: Routes,
   scope: FastifyInstance,
@@ -18,7 +18,7 @@ export function ownRoute (
   options: RegisterOptions = {}
 ): void {
   const { authentication, bounds, endpoints, events, failures, registry, settles, verifications } = routes
-  // Without the plugin it would limit nothing, silently.
+  // Without @fastify/rate-limit the option would silently limit nothing.
   if (typeof rateLimit === 'object' && !scope.hasDecorator('rateLimit')) {
     throw new InvalidOptions('rateLimit: expected @fastify/rate-limit to be registered before, got none')
   }
@@ -33,7 +33,7 @@ export function ownRoute (
     const name = child.prefix + url
     const endpoint = endpoints.add(name, verification, [registry.app, list], verifications.tenantsOf(name, overrides.tenant, verification))
     const admit = authentication.admit(endpoint)
-    // Loaded only where it can be asked for: @fastify/swagger documents the routes that are declared after it.
+    // Loaded only if it can be used: @fastify/swagger documents only the routes that are declared after it.
     const documents = scope.hasPlugin('@fastify/swagger') ? await import('./openapi.ts') : undefined
     let declared: RouteOptions | undefined
     child.addHook('onRoute', route => { declared = route })
@@ -49,7 +49,7 @@ export function ownRoute (
       } as FastifyContextConfig,
       onRequest: admit,
       preHandler: (request, reply, done) => {
-        // Fastify parses no request without a body and a content type.
+        // Fastify does not parse a request that has neither a body nor a content type.
         const rawBody = Buffer.isBuffer(request.body) ? request.body : Buffer.alloc(0)
         authentication.authenticate(endpoint, request, reply, rawBody, error => {
           if (error === undefined) request.body = (request as VerifiedRequest).openaiWebhook.event
@@ -59,7 +59,7 @@ export function ownRoute (
       onError: (request, reply, error, done) => {
         markRefused(error, request, reply)
         boundRefused(request, reply, error, body)
-        // Refusals of Fastify's (over the limit, not JSON) and of other plugins. Ours have been through `refuse`.
+        // Refusals by Fastify (body too large, not JSON) and by other plugins. `refuse` has already reported our own.
         if (request.openaiWebhook === null && !authentication.hasTold(error)) failures.refused(error, { endpoint: endpoint.name }, request)
         done()
       },

@@ -13,7 +13,7 @@ import type { Endpoint, Endpoints } from './endpoint.ts'
 import { unverified } from './guard.ts'
 import type { Verifications } from './verifications.ts'
 
-/** Shared by the receiving routes of one registration. */
+/** What the receiving routes of one registration share. */
 export interface Routes {
   readonly registry: Registry
   readonly events: Readonly<Record<string, AnySchema>>
@@ -33,9 +33,9 @@ export interface Routes {
 }
 
 /**
- * Makes the handler of a receiving route: it has the delivery received, and answered by the deadline.
+ * Makes the handler of a receiving route, which answers by the deadline.
  *
- * @param declared the handler of the route by now: an onRoute hook of the app may have put a function of its own around this one
+ * @param declared returns the current handler of the route: an onRoute hook of the app may have wrapped the one made here
  */
 export function deliver ({ receiver, deadline, failures }: Routes, { name }: Endpoint, own: RouteHandlerMethod | undefined, declared: () => unknown): RouteHandlerMethod {
   const options = { receiver, deadline, failures, own }
@@ -44,7 +44,7 @@ export function deliver ({ receiver, deadline, failures }: Routes, { name }: End
     markHandling(request, own !== undefined)
     const answer = new Reply(request as VerifiedRequest, reply, options, this)
     answer.run()
-    // An async function around this one that was given nothing would have Fastify answer with nothing, at once.
+    // If an async function wraps this handler and gets no promise from it, Fastify sends an empty answer at once.
     if (declared() !== handle) return answer.given()
   }
   return handle

@@ -11,36 +11,36 @@ import type { MaybePromise } from '../maybe-promise.ts'
 import { REFRESH_INTERVAL, inTime, keysOf } from '../verifiers/keyring.ts'
 import type { Keys, SecretOptions } from '../verifiers/keyring.ts'
 
-// Times are of the monotonic clock: one that is set forward or back neither asks for secrets nor stops that.
+// Times are taken from the monotonic clock, so that changing the system clock neither causes nor prevents calls of `tenant.secret`.
 
-/** New tenants whose secrets are asked for at once. */
+/** Maximum number of concurrent lookups of new tenants' secrets. */
 const MAX_LOOKUPS = 16
-/** New tenants whose secrets are asked for within a second. */
+/** Maximum number of lookups of new tenants' secrets that begin within one second. */
 const MAX_LOOKUPS_A_SECOND = 100
-/** Known tenants whose secrets are asked for again at once. Apart from the above, so that invented names do not hold up a rotation. */
+/** Maximum number of concurrent refreshes of known tenants' secrets. Apart from the lookups, so that invented names do not delay a rotation. */
 const MAX_REFRESHES = 16
 /** ms for which an unknown name is remembered. */
 const UNKNOWN_FOR = 10_000
-/** As many as can be looked up in that time. */
+/** As many names as can be looked up within UNKNOWN_FOR. */
 const MAX_UNKNOWN = MAX_LOOKUPS_A_SECOND * UNKNOWN_FOR / 1_000
 
-/** Of an endpoint that has none itself. */
+/** The keys of an endpoint with tenants, which has no keys itself. */
 export const NO_KEYS: Keys = { keys: [], refresh: () => undefined }
 
-/** A tenant whose secret is kept: one object, since what many tenants have is read from memory for each delivery. */
+/** A tenant and its cached secret. One flat object, because with many tenants each delivery reads its tenant from main memory. */
 class Tenant implements Verification, Keys {
   readonly verifier: Verification['verifier']
   readonly judge: Verification['judge']
   readonly judgeHeaders: Verification['judgeHeaders']
   readonly tolerance: number
-  /** Its own keyring: `verify` asks it to refresh. */
+  /** The tenant is its own keyring, which `verify` asks to refresh. */
   readonly keyring: Keys = this
   readonly #tenants: Tenants
   readonly name: string
   keys: readonly KeyObject[]
-  /** Whole ms, for the same reason. */
+  /** When the secret was last asked for, in ms on the monotonic clock. A whole number, which V8 can store in the object itself. */
   askedAt = Math.floor(performance.now())
-  /** ms from then on for which the answer holds. */
+  /** ms after `askedAt` for which the secret is used without asking for it again. */
   holdsFor: number
   asking: Promise<boolean> | undefined
 
@@ -60,7 +60,7 @@ class Tenant implements Verification, Keys {
   }
 }
 
-/** The tenants of one endpoint: their secrets are asked for by name, and kept. Strangers who invent names cost a bounded amount. */
+/** The tenants of one endpoint. Their secrets are fetched by name and cached. Senders who invent names cause a bounded cost. */
 export class Tenants {
   readonly #endpoint: string
   readonly #of: TenantOptions['of']
@@ -70,15 +70,15 @@ export class Tenants {
   readonly #verification: Verification
   readonly #options: SecretOptions
   readonly #kept: LRUCache<string, Tenant>
-  /** When each was asked for. Apart from the kept ones, so that it evicts none. */
+  /** When each unknown name was looked up. Separate from `#kept`, so that unknown names evict no known tenant. */
   readonly #unknown = new LRUCache<string, number>({ max: MAX_UNKNOWN })
   readonly #lookups = new Map<string, Promise<Verification | Error>>()
-  /** When the last lookups began, in a ring. */
+  /** Ring buffer of the start times of the last lookups. */
   readonly #began = new Float64Array(MAX_LOOKUPS_A_SECOND).fill(-Infinity)
   #next = 0
   #refreshes = 0
 
-  /** @param verification how each tenant's deliveries are verified, but for the keys */
+  /** @param verification how each tenant's deliveries are verified, apart from the keys */
   constructor (endpoint: string, { of, secret, ttl = DEFAULTS.tenantTtl, max = DEFAULTS.tenantMax }: TenantOptions, verification: Verification, options: SecretOptions) {
     this.#endpoint = endpoint
     this.#of = of
@@ -99,20 +99,20 @@ export class Tenants {
       cause = error
     }
     if (isId(name)) return name
-    // Unheard, its rejection would end the process.
+    // `name` may be the promise of an async `tenant.of`, whose unhandled rejection would end the process.
     tryOr(() => name, () => undefined)
     return new UnknownTenant('tenant.of gave no name of 1 to 256 visible ASCII characters', { cause })
   }
 
   /**
-   * @param name as `nameOf` gave it
-   * @returns how its deliveries are verified; or FST_OPENAI_WEBHOOK_UNKNOWN_TENANT, FST_OPENAI_WEBHOOK_UNAVAILABLE where its secret
-   * cannot be had, FST_OPENAI_WEBHOOK_OVERLOADED where too many are asked for
+   * @param name as `nameOf` returned it
+   * @returns how the tenant's deliveries are verified; or FST_OPENAI_WEBHOOK_UNKNOWN_TENANT, FST_OPENAI_WEBHOOK_UNAVAILABLE if its secret
+   * cannot be fetched, FST_OPENAI_WEBHOOK_OVERLOADED if too many secrets are being fetched
    */
   verificationOf (name: string): MaybePromise<Verification | Error> {
     const tenant = this.#kept.get(name)
     if (tenant !== undefined) {
-      // It serves on meanwhile.
+      // The cached secret stays in use during the refresh.
       this.refresh(tenant, tenant.holdsFor)
       return tenant
     }
@@ -122,10 +122,10 @@ export class Tenants {
   }
 
   /**
-   * Asks for a kept tenant's secret again.
+   * Fetches the secret of a cached tenant again.
    *
-   * @param interval ms since it was last asked for, before which it is not
-   * @returns whether there is a newer answer; `undefined` where it was not asked for
+   * @param interval minimum ms since the secret was last asked for
+   * @returns whether a secret was fetched; `undefined` if no fetch was started or under way
    */
   refresh (tenant: Tenant, interval: number): Promise<boolean> | undefined {
     if (tenant.asking !== undefined) return tenant.asking
@@ -146,7 +146,7 @@ export class Tenants {
     try {
       keys = await this.#ask(name)
     } catch (error) {
-      // A question that failed is put again sooner.
+      // A failed refresh is repeated sooner than a successful one.
       tenant.holdsFor = Math.min(this.#ttl, REFRESH_INTERVAL)
       this.#options.onTrouble(error, { endpoint: this.#endpoint, tenant: name })
       return false
@@ -166,7 +166,7 @@ export class Tenants {
     if (this.#lookups.size >= MAX_LOOKUPS || now - this.#began[this.#next]! < 1_000) return new Overloaded()
     this.#began[this.#next] = now
     this.#next = (this.#next + 1) % MAX_LOOKUPS_A_SECOND
-    // A copy, or what is kept may be a slice that holds the whole URL of its request.
+    // Copied, because the string may be a slice that keeps the whole URL of its request in memory.
     const name = Buffer.from(given).toString()
     const lookup = this.#find(name).finally(() => this.#lookups.delete(name))
     this.#lookups.set(name, lookup)
@@ -189,7 +189,7 @@ export class Tenants {
     return tenant
   }
 
-  /** @returns undefined for an unknown tenant. Rejects with what `secret` threw, or with FST_OPENAI_WEBHOOK_INVALID_SECRET */
+  /** @returns undefined for an unknown tenant; rejects with what `secret` threw, or with FST_OPENAI_WEBHOOK_INVALID_SECRET */
   async #ask (name: string): Promise<KeyObject[] | undefined> {
     const secrets = await inTime('tenant.secret', () => this.#secret(name), this.#options.patience)
     return secrets === undefined || secrets === null ? undefined : keysOf(secrets, this.#verification.verifier.keyBytes, this.#options.warn)

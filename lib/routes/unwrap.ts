@@ -6,7 +6,7 @@ import { toBytes } from '../pipeline/capture.ts'
 import { headerFault } from '../pipeline/verify.ts'
 import type { Routes } from './routes.ts'
 
-/** Verifies and validates a delivery that came through no route. @returns the event; rejects with the coded errors of both steps */
+/** Verifies and validates a delivery that did not come through a route. @returns the event; rejects with the coded errors of both steps */
 export async function unwrap ({ verifications, authentication }: Routes, rawBody: string | Uint8Array, headers: unknown, overrides: EndpointOptions = {}): Promise<{ type: string }> {
   assertUnwrapOptions(overrides)
   const verification = verifications.of(overrides, false)

@@ -9,13 +9,13 @@ import { standardWebhooks } from '../verifiers/standard-webhooks.ts'
 import type { Verifier } from '../verifiers/verifier.ts'
 import { NO_KEYS, Tenants } from './tenants.ts'
 
-/** How each endpoint of one registration verifies: by the plugin's options and a route's overrides. */
+/** Makes the verification of each endpoint of one registration, from the plugin's options and the route's overrides. */
 export class Verifications {
   readonly #own: EndpointOptions
   readonly #verifier: Verifier
   readonly #secretOptions: SecretOptions
   #ownSource: SecretSource | undefined
-  /** By secret function, so that each is asked once, however many endpoints have it. */
+  /** Keyed by secret function, so that a function that several endpoints share is called once for all of them. */
   readonly #sources = new WeakMap<Function, SecretSource>()
   readonly #loading = new Set<Keyring>()
   #warned = false
@@ -33,7 +33,7 @@ export class Verifications {
   }
 
   /**
-   * @param atBoot whether `load` calls a secret function. Else it is called when a delivery needs it
+   * @param atBoot whether `load` calls a secret function. Otherwise it is called when a delivery needs it
    * @throws FST_OPENAI_WEBHOOK_INVALID_SECRET
    */
   of ({ secret, tenant, verifier = this.#verifier, tolerance = this.#own.tolerance ?? DEFAULTS.tolerance }: EndpointOptions & { tenant?: TenantOptions }, atBoot: boolean): Verification {
@@ -44,7 +44,7 @@ export class Verifications {
     return verificationBy(verifier, keyring, tolerance)
   }
 
-  /** @param verification the endpoint's own, which has no keys */
+  /** @param verification the endpoint's verification, which has no keys if there are tenants */
   tenantsOf (endpoint: string, tenant: TenantOptions | undefined, verification: Verification): Tenants | undefined {
     return tenant && new Tenants(endpoint, tenant, verification, this.#secretOptions)
   }
@@ -56,7 +56,7 @@ export class Verifications {
 
   #sourceOfOwn (): SecretSource {
     if (this.#ownSource === undefined) {
-      // A default and not `??`: null must be refused, not replaced by the environment's secret.
+      // A default instead of `??`, because null must be refused and not replaced by the secret of the environment.
       const { secret = secretFromEnvironment() } = this.#own
       this.#ownSource = this.#source(secret)
     }

@@ -3,26 +3,26 @@ import type { FastifyInstance, RouteOptions } from 'fastify'
 import { InvalidRoute, UnprotectedRoute } from '../errors.ts'
 import { editDistance } from '../nearest.ts'
 
-// A registration sees the routes of its own scope and of scopes below. A route that is marked elsewhere would be served
-// unverified, so every app is watched from its root where Fastify lets us.
+// A registration of the plugin sees only the routes of its own scope and of the scopes below. A route that is marked elsewhere would be served
+// unverified, so every app is watched from its root as early as Fastify allows.
 
-/** Characters that may differ, case aside: `openai-webhook` is a slip, `openaiWebhookUrl` is not. */
+/** Edit distance, ignoring case, up to which a name counts as misspelt: `openai-webhook` does, `openaiWebhookUrl` does not. */
 const SLIPS = 2
 
 interface Marked { readonly scope: FastifyInstance, readonly route: RouteOptions }
 
-/** Servers of apps whose routes are all seen. */
+/** Servers of the apps that are watched from their root. */
 const watched = new WeakSet<object>()
 /** Servers of apps that have the plugin in some scope. */
 const registered = new WeakSet<object>()
 
-// Fastify() publishes it. An app that was made before this module was imported is watched from its registration on.
+// fastify() publishes this message. An app that was created before this module was imported is watched only from the registration on.
 subscribe('fastify.initialization', message => watch((message as { fastify: FastifyInstance }).fastify))
 
 /**
- * Notes that an app has the plugin.
+ * Records that an app has the plugin.
  *
- * @returns the root of the app if its routes have not been watched so far
+ * @returns the root of the app if its routes were not watched before this call
  */
 export function registeredIn (instance: FastifyInstance): FastifyInstance | undefined {
   registered.add(instance.server)
@@ -46,7 +46,7 @@ function watch (root: FastifyInstance): void {
   })
 }
 
-/** An app without the plugin may have a config of a similar name. */
+/** Does not check the spelling in an app without the plugin, which may use a config key with a similar name. */
 function assertReached ({ scope, route }: Marked): void {
   if (!isMarked(route)) {
     if (registered.has(scope.server)) assertSpelling(route)
@@ -57,7 +57,7 @@ function assertReached ({ scope, route }: Marked): void {
 
 const isMarked = (route: RouteOptions): boolean => route.config?.openaiWebhook !== undefined
 
-/** @throws FST_OPENAI_WEBHOOK_INVALID_ROUTE for a route whose mark is misspelt */
+/** @throws FST_OPENAI_WEBHOOK_INVALID_ROUTE if the mark of the route is misspelt */
 export function assertSpelling (route: RouteOptions): void {
   const given = misspelt(route)
   if (given !== undefined) throw new InvalidRoute(String(route.method), route.url, `${given} asks for nothing, did you mean config.openaiWebhook?`)
