@@ -4,10 +4,10 @@ import { markAcknowledged, markRefused } from './answer.ts'
 const RECEIVED = '{"received":true}'
 const DUPLICATE = '{"received":true,"duplicate":true}'
 
-/** Seconds. OpenAI has a backoff of its own; this is for proxies. */
+/** Seconds. For proxies, because OpenAI has its own backoff. */
 const RETRY_AFTER = '5'
 
-/** Answers 200: OpenAI's documents differ on whether it retries after another 2xx. */
+/** Answers exactly 200, because OpenAI's documents differ on whether another 2xx is retried. */
 export function acknowledge (reply: FastifyReply, outcome: 'processed' | 'duplicate'): void {
   markAcknowledged(reply.request)
   reply
@@ -16,16 +16,16 @@ export function acknowledge (reply: FastifyReply, outcome: 'processed' | 'duplic
     .send(outcome === 'duplicate' ? DUPLICATE : RECEIVED)
 }
 
-/** Answers through the app's error handler, and not 200, so that the delivery comes again. */
+/** Answers with an error, through the app's error handler, so that OpenAI sends the delivery again. */
 export function refuse (reply: FastifyReply, error: unknown): void {
-  // Before it is sent: a hook of the app may have put a function of its own in place of `send`.
+  // Marked before it is sent, because a hook of the app may have replaced `send`.
   markRefused(error, reply.request, reply)
   const { statusCode } = error as { statusCode?: number }
   if (statusCode === 409 || statusCode === 503) retryLater(reply)
   reply.send(error)
 }
 
-/** After this answer, where the connection is of HTTP/1: HTTP/2 has no such header, and Node warns of it. */
+/** Closes an HTTP/1 connection after this answer. HTTP/2 has no such header, and Node warns about it. */
 export function closeConnection (reply: FastifyReply): void {
   if (reply.request.raw.httpVersionMajor !== 2) reply.header('connection', 'close')
 }

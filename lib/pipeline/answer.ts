@@ -4,17 +4,17 @@ import { inContext } from '../async-context.ts'
 import { codeOf, statusOf } from '../coded.ts'
 import { isPromise } from '../maybe-promise.ts'
 
-/** On a request of a receiving route: how far its answer has come. Absent until the delivery is verified: only hooks of the app have run. */
+/** Key on a request to a receiving route whose value is the progress of the answer. Absent until the delivery is verified or refused. */
 const PROGRESS = Symbol('openai-webhook.progress')
 
-/** `handling`: the plugin answers. `replying`: so may the route's own handler. */
+/** `handling`: only the plugin answers. `replying`: the route's own handler may answer too. */
 type Progress = 'handling' | 'replying' | 'acknowledged' | Refusal
 
 interface Refusal {
   statusCode: number
-  /** Whether Fastify's own error handler has it, which answers at once. */
+  /** Whether the error went to Fastify's default error handler, which answers at once. */
   isByFastify: boolean
-  /** Whether the route's own handler may be sending too. */
+  /** Whether the route's own handler may also send an answer. */
   readonly isReplying: boolean
 }
 
@@ -23,13 +23,14 @@ type Answerable = FastifyRequest & { [PROGRESS]?: Progress }
 export type RouteErrorHandler = (error: unknown, request: FastifyRequest, reply: FastifyReply) => unknown
 
 /**
- * Whatever is sent in here, an error handler sends. Entered only where the route's own handler may send too, since it makes every
- * promise cost more. Holds the request weakly: timers keep the context that they were set in, such as node:http's for its Date header.
+ * The request whose error handler is running: whatever is sent in this context is sent by that error handler. Entered only if the route's own
+ * handler may also send an answer, because the context makes every promise cost more. Holds the request weakly, because timers keep the context
+ * in which they were set, such as the timer of node:http for its Date header.
  */
 const errorHandlers = new AsyncLocalStorage<WeakRef<FastifyRequest>>()
 
 /**
- * Notes that the delivery has been verified: from here on the plugin answers.
+ * Records that the delivery has been verified, and that the plugin answers from now on.
  *
  * @param ownHandler whether the route's own handler may answer too
  */
@@ -42,10 +43,10 @@ export function markAcknowledged (request: FastifyRequest): void {
 }
 
 /**
- * Notes that the delivery is refused, whoever gives the answer: nothing that the app does with the error makes a success of it. An onSend hook
- * that fails on an acknowledgement does not undo what the handlers have done.
+ * Records that the delivery is refused, whoever sends the answer, so that nothing the app does with the error can turn it into a success. Does
+ * nothing after an acknowledgement: an onSend hook that fails then does not undo what the handlers have done.
  *
- * @param isByFastify whether Fastify's own error handler has the error
+ * @param isByFastify whether the error went to Fastify's default error handler
  */
 export function markRefused (error: unknown, request: Answerable, { raw }: FastifyReply, isByFastify = false): void {
   const progress = request[PROGRESS]
@@ -58,7 +59,7 @@ export function markRefused (error: unknown, request: Answerable, { raw }: Fasti
   }
   const refusal: Refusal = { statusCode, isByFastify, isReplying: progress === 'replying' }
   request[PROGRESS] = refusal
-  // An onSend hook that throws undefined has Fastify skip those that come after it.
+  // `keepRefusal` alone is not enough: if an onSend hook throws undefined, Fastify skips the onSend hooks after it.
   const writeHead = raw.writeHead as (statusCode: number, ...rest: unknown[]) => typeof raw
   const refusing = (statusCode: number, ...rest: unknown[]): typeof raw =>
     writeHead.call(raw, statusCode < 400 && request[PROGRESS] === refusal ? refusal.statusCode : statusCode, ...rest)
@@ -66,10 +67,10 @@ export function markRefused (error: unknown, request: Answerable, { raw }: Fasti
 }
 
 /**
- * A route's error handler that notes that the delivery is refused, and has the answer given by whoever would give it on a plain
- * route.
+ * Makes a route's error handler. It records that the delivery is refused, and leaves the answer to the error handler that would answer without
+ * the plugin.
  *
- * @param own the route's own
+ * @param own the route's own error handler
  */
 export function refuseErrors (own: RouteErrorHandler | undefined): RouteErrorHandler {
   return (error, request, reply) => {
@@ -80,7 +81,10 @@ export function refuseErrors (own: RouteErrorHandler | undefined): RouteErrorHan
   }
 }
 
-/** Calls an error handler as Fastify does, within `errorHandlers`, so that what it sends can be told from what the own handler sends. */
+/**
+ * Calls an error handler as Fastify does, but within `errorHandlers`, so that its answer can be distinguished from an answer of the route's own
+ * handler.
+ */
 function inErrorHandlers (answer: () => unknown, request: FastifyRequest, reply: FastifyReply): unknown {
   return errorHandlers.run(new WeakRef(request), () => {
     try {
@@ -93,38 +97,38 @@ function inErrorHandlers (answer: () => unknown, request: FastifyRequest, reply:
   })
 }
 
-/** Whether Fastify's own error handler has the refusal, so that it is on its way, whatever hooks do with it. */
+/** Whether the refusal went to Fastify's default error handler. It is then being sent, whatever hooks do with it. */
 export function isRefusedByFastify (request: FastifyRequest): boolean {
   const progress = (request as Answerable)[PROGRESS]
   return typeof progress === 'object' && progress.isByFastify
 }
 
-/** Fastify does not export its own error handler. Where it has another name, the refusal counts as an app's. */
+/** Checks the name, because Fastify does not export its default error handler. If the name changes, the handler counts as one of the app's. */
 function hasNoErrorHandler ({ server }: FastifyRequest): boolean {
   return server.errorHandler.name === 'defaultErrorHandler'
 }
 
-/** Whether whoever sends now is an error handler. One that has lost the async context cannot be told. */
+/** Whether an error handler is sending now. An error handler that has lost the async context is not recognised. */
 export function isInErrorHandler (request: FastifyRequest): boolean {
   return errorHandlers.getStore()?.deref() === request
 }
 
 /** Has Fastify call the next error handler. */
 function passOn (error: unknown, reply: FastifyReply): PromiseLike<never> | undefined {
-  // Sending what is no Error would answer 200 with it. A rejection counts as an error whatever it is.
+  // Fastify would send a value that is not an Error as the body of a 200. It treats every rejection as an error.
   if (!(error instanceof Error)) return rejected(error)
   reply.send(error)
 }
 
-/** A thenable that rejects at once. A promise would reject a turn later. */
+/** A thenable that rejects synchronously, because a promise would reject a turn later. */
 function rejected (reason: unknown): PromiseLike<never> {
   return { then (_resolve, reject) { return reject!(reason) as never } }
 }
 
 /**
- * onSend, after the app's hooks: an error handler cannot make a success of a refusal.
+ * Makes an onSend hook, which runs after the app's hooks and keeps an error handler from turning a refusal into a success.
  *
- * @param unprocessed called where a hook of the app answers 2xx by itself
+ * @param unprocessed called when a hook of the app has answered 2xx itself
  */
 export function keepRefusal (unprocessed: (request: FastifyRequest, statusCode: number) => void) {
   return (request: FastifyRequest, reply: FastifyReply, payload: unknown, done: (error?: null, payload?: unknown) => void): void => {
@@ -135,19 +139,19 @@ export function keepRefusal (unprocessed: (request: FastifyRequest, statusCode: 
       if (progress === undefined && isSuccess(statusCode)) unprocessed(request, statusCode)
     } else if (statusCode < 400) {
       if (response !== undefined) return done(null, new Response(response.body, { status: progress.statusCode, headers: response.headers }))
-      // Not by reply.code(), which an own handler that runs on may be calling too.
+      // Not with reply.code(), which the route's own handler may also call if it is still running.
       reply.raw.statusCode = progress.statusCode
     }
     done()
   }
 }
 
-/** Whether an answer could not be sent because an async onError hook holds another one: Fastify refuses all others meanwhile. */
+/** Whether an answer was not sent because an async onError hook is running for another answer. Fastify refuses all others until it ends. */
 export const isAnswerHeld = (error: unknown): boolean => codeOf(error) === 'FST_ERR_SEND_INSIDE_ONERR'
 
 export const isSuccess = (statusCode: number): boolean => statusCode >= 200 && statusCode < 300
 
-/** Fastify goes by the tag: a Response of undici's is of another class. */
+/** Checks the tag as Fastify does, because a Response of the package undici is of another class. */
 export function isResponse (payload: unknown): payload is Response {
   return typeof payload === 'object' && Object.prototype.toString.call(payload) === '[object Response]'
 }

@@ -7,50 +7,51 @@ import { BodyTimeout, Overloaded } from '../errors.ts'
 import { retryLater } from './acknowledge.ts'
 import { Gathered } from './gathered.ts'
 
-/** Called once, with the bytes or with the error. */
+/** Called once, with the bytes or with an error. */
 type Captured = (error: Error | null, bytes?: Buffer) => void
 
-/** The bounds of a body, whose sender is not known yet. */
+/** The limits on a body whose sender is not known yet. */
 export interface BodyBounds {
   /** Bytes. */
   readonly limit: number
-  /** For the whole body to arrive. Closed while the app is closing. */
+  /** For the arrival of the whole body. Closed when the app is closing. */
   readonly deadline: Deadline
 }
 
-/** Makes the routes of this scope take JSON alone, as the bytes that arrived. No other scope changes. */
+/** Makes the routes of this scope accept only JSON, and get its bytes unparsed. No other scope changes. */
 export function captureBody (scope: FastifyInstance, bounds: BodyBounds): void {
   scope.removeAllContentTypeParsers() // text/plain has a default parser too
-  // Not `parseAs: 'buffer'`: Fastify would copy a body that comes in one piece, for 3 to 7 % of a delivery's time.
+  // Not `parseAs: 'buffer'`: Fastify would copy even a body that arrives in one piece, which takes 3 to 7 % of a delivery's time.
   scope.addContentTypeParser('application/json', (request, payload, done: Captured) => { readPayload(request, payload, bounds, done) })
 }
 
 /**
- * Reads a whole payload within its bounds. What has been read is dropped as soon as it is too much or too late. The stream is not
- * destroyed, or the sender would see a reset connection instead of the answer.
+ * Reads a whole payload within its limits. As soon as the payload is too large or too late, the bytes read so far are dropped. The stream is
+ * not destroyed, because the sender would then see a reset connection instead of the answer.
  *
  * Coded errors: FST_ERR_CTP_BODY_TOO_LARGE (413), FST_OPENAI_WEBHOOK_BODY_TIMEOUT (408), FST_OPENAI_WEBHOOK_OVERLOADED
- * (503, closing), FST_ERR_CTP_INVALID_CONTENT_LENGTH (400), and what the stream fails with, as 400.
+ * (503, closing), FST_ERR_CTP_INVALID_CONTENT_LENGTH (400). An error of the stream is passed on, as 400 unless it has a `statusCode` of at
+ * least 400.
  */
 export function readPayload (request: FastifyRequest, payload: RequestPayload, { limit, deadline }: BodyBounds, captured: Captured): void {
   const declared = request.headers['content-length']
   if (Number(declared) > limit) return captured(tooLarge())
-  // Something has read it before, so that no end would come. Its signature is judged over what is left.
+  // Something has already read the payload, so 'end' would never come. The signature is checked over the bytes that are left, which are none.
   if (payload.readableEnded) return captured(null, Buffer.alloc(0))
-  // A preParsing hook has put another stream in place of the request's: it may hold other bytes than were declared.
+  // If a preParsing hook has replaced the request's stream, the number of bytes may differ from Content-Length.
   const isReplaced = payload !== request.raw as RequestPayload
   let gathered: Gathered | undefined = new Gathered(isReplaced ? limit : Number(declared) || limit)
   payload.on('data', onData)
   payload.on('end', onEnd)
   payload.on('error', fail)
-  // A request that is cut off emits 'error'. Another stream may only emit 'close'.
+  // A request that is cut off emits 'error'. Another stream may emit only 'close'.
   if (isReplaced) payload.on('close', onClose)
-  payload.resume() // @fastify/compress hands on a paused one
+  payload.resume() // @fastify/compress passes on a paused stream
   let timer: NodeJS.Timeout | undefined
   if (deadline.closed) giveUp(new Overloaded())
   else process.nextTick(startTimer)
 
-  // Most bodies come with their headers and are whole in the next tick: a timer each would cost 3 % of a delivery.
+  // Most bodies arrive with their headers and are complete in the next tick. A timer for each would take 3 % of a delivery's time.
   function startTimer (): void {
     if (gathered === undefined || request.raw.complete) return
     timer = deadline.start(() => { giveUp(deadline.closed ? new Overloaded() : new BodyTimeout(deadline.ms)) })
@@ -68,7 +69,7 @@ export function readPayload (request: FastifyRequest, payload: RequestPayload, {
 
   function onEnd (): void {
     if (gathered === undefined) return
-    // A decoding stream has `receivedEncodedLength`.
+    // A decoding stream counts the bytes before decoding in `receivedEncodedLength`.
     if (declared !== undefined && (payload.receivedEncodedLength || gathered.length) !== Number(declared)) {
       settle(new fastify.errorCodes.FST_ERR_CTP_INVALID_CONTENT_LENGTH())
     } else {
@@ -85,7 +86,7 @@ export function readPayload (request: FastifyRequest, payload: RequestPayload, {
   function onClose (): void { fail(new Error('the sender went away before the body had ended')) }
 
   function giveUp (error: Error): void {
-    // A few bytes may unpack to gigabytes, which would go on with nobody reading.
+    // A few bytes may decompress to gigabytes, and a stream that is not paused would continue although nobody reads.
     if (isReplaced) payload.pause()
     settle(error)
   }
@@ -93,20 +94,20 @@ export function readPayload (request: FastifyRequest, payload: RequestPayload, {
   function settle (error: Error | null, bytes?: Buffer): void {
     gathered = undefined
     deadline.stop(timer)
-    payload.off('data', onData) // else node:http removes it, for 0.7 µs
+    payload.off('data', onData) // if left to node:http, the removal costs 0.7 µs
     captured(error, bytes)
   }
 }
 
 /**
- * onError: bounds the rest of a refused request's body, which Node would read and drop for as long as the sender likes. An HTTP/2
- * stream is reset without an error once the answer is out, which asks the sender to stop. HTTP/1.1 can only close the connection, so
- * it waits: honest senders, and proxies before them, keep theirs when the body still arrives in time.
+ * For onError hooks: limits the rest of a refused request's body, which Node would otherwise read and drop for as long as the sender likes. An
+ * HTTP/2 stream is reset without an error once the answer has been sent, which asks the sender to stop. HTTP/1.1 can only close the connection.
+ * That happens only at the deadline, so that honest senders and the proxies in front of them keep their connection if the body arrives in time.
  */
 export function boundRefused ({ raw }: FastifyRequest, reply: FastifyReply, error: Error, { deadline }: BodyBounds): void {
   if (error instanceof Overloaded) retryLater(reply)
   const { stream } = raw as { stream?: Http2ServerRequest['stream'] }
-  // `undefined` where the request is injected.
+  // `complete` is `undefined` on an injected request.
   if (raw.complete !== false) return
   if (stream !== undefined) {
     const { session } = stream
@@ -115,9 +116,9 @@ export function boundRefused ({ raw }: FastifyRequest, reply: FastifyReply, erro
       // An idle session keeps a closing server open until its own timeout, 72 s by default.
       if (deadline.closed) session?.close()
     }
-    // A reset drops what Node has not sent yet, though the response has finished: the end of the answer, and where that has no body
-    // since Node 22 its headers too. All of it is on its way in the turn after Node has asked for trailers. Where an answer has
-    // asked for none, it is in the turn after the end, or once the sender reads.
+    // A reset drops what Node has not sent yet, even after the response has finished: the end of the answer and, since Node 22, the headers of
+    // an answer without a body. All of it is on its way in the turn after Node has asked for trailers. If Node asks for none, all of it is on
+    // its way in the turn after the end, or once the sender reads.
     stream.once('wantTrailers', () => { setImmediate(reset) })
     stream.once('finish', () => {
       setImmediate(() => {
@@ -134,7 +135,7 @@ export function boundRefused ({ raw }: FastifyRequest, reply: FastifyReply, erro
   }
 }
 
-/** @returns `undefined` for what is neither bytes nor text: an earlier preParsing hook may give chunks of any kind */
+/** @returns `undefined` for a value that is neither bytes nor text, such as a chunk that the stream of a preParsing hook emits */
 export function toBytes (data: unknown): Buffer | undefined {
   if (Buffer.isBuffer(data)) return data
   if (typeof data === 'string') return Buffer.from(data)
@@ -144,13 +145,13 @@ export function toBytes (data: unknown): Buffer | undefined {
 const tooLarge = (): Error => new fastify.errorCodes.FST_ERR_CTP_BODY_TOO_LARGE()
 
 /**
- * Makes a payload of the bytes, for the user's own parser.
+ * Makes a payload from the bytes, for the user's own parser.
  *
- * @param receivedLength bytes on the wire, where an earlier preParsing hook has unpacked them: Fastify compares them with
+ * @param receivedLength number of bytes on the wire, if an earlier preParsing hook has decompressed them. Fastify compares it with
  * Content-Length
  */
 export function replayPayload (bytes: Buffer, receivedLength = bytes.length): RequestPayload {
-  // Not Readable.from: it would give an empty body as an empty chunk, and in older versions a Buffer byte by byte.
+  // Not Readable.from: it would emit an empty chunk for an empty body, and in older versions of Node a Buffer byte by byte.
   const payload = new Readable() as Readable & RequestPayload
   if (bytes.length > 0) payload.push(bytes)
   payload.push(null)

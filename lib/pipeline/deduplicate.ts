@@ -10,18 +10,18 @@ import { resourceKeyOf } from './resource-key.ts'
 export interface Held {
   readonly state: 'claimed'
   readonly key: string
-  /** The delivery that it was claimed for. */
+  /** The delivery that the claim is for. */
   readonly job: Job
   readonly token: string
-  /** Handlers that have succeeded in earlier attempts. */
+  /** Names of the handlers that have succeeded in earlier attempts. */
   readonly finished: readonly string[]
-  /** The claim on what the event is about, where that has one of its own: the two are settled together. */
+  /** The claim on the event's resource, if that is claimed separately. The two claims are settled together. */
   readonly resource: Held | undefined
-  /** Its index among the claims that are held; -1 once it is not. */
+  /** The index of the claim among the held claims; -1 when it is not held. */
   place: number
 }
 
-/** The answer to `begin`. */
+/** The result of `begin`. */
 export type Begun = Held | Exclude<Claim, { state: 'claimed' }>
 
 export interface ClaimsOptions {
@@ -30,23 +30,23 @@ export interface ClaimsOptions {
   lease: number
   /** ms */
   retention: number
-  /** Whether what an event is about is claimed beside the delivery. */
+  /** Whether the resource that an event is about is claimed as well as the delivery. */
   reconcile?: boolean
-  /** Called with what the store failed with, and when a claim is lost. */
+  /** Called with the store's error when the store has failed, and when a claim is lost. */
   onTrouble: (error: unknown, job: Job) => void
 }
 
 /**
- * The store, and the claims that this process holds, which it renews while their handlers run.
+ * The idempotency store, and the claims that this process holds. The claims are renewed while their handlers run.
  *
- * Only `begin` can fail a delivery. The rest happens when handlers have run, and a sender must not be told that a processed
- * delivery failed: it is trouble, and at worst a later duplicate finds the delivery unfinished.
+ * Only `begin` can fail a delivery. The other methods are called after handlers have run, and a sender must not be told that a processed
+ * delivery has failed. Their errors are reported as trouble, and at worst a later duplicate finds the delivery unfinished.
  */
 export class Claims {
   readonly #options: ClaimsOptions
   readonly #held = new HeldClaims()
   #timer: NodeJS.Timeout | undefined
-  // Bound here: the claims are of many requests, and the timer must not keep the async context of one, nor run in it.
+  // Bound here, because the timer serves the claims of many requests. It must neither run in the async context of one nor keep it in memory.
   readonly #startTimer = inContext(() => setInterval(() => this.#renewAll(), this.#options.lease / 3).unref())
 
   constructor (options: ClaimsOptions) {
@@ -54,8 +54,8 @@ export class Claims {
   }
 
   /**
-   * Claims a delivery, and beside it what its event is about, so that the handlers run once though two deliveries tell of it:
-   * `done` and `running` are the answer of whichever is. `finished` has the handlers that succeeded for either.
+   * Claims a delivery and, with `reconcile`, the resource that its event is about, so that the handlers run once even if two deliveries report
+   * the same event. The result is `done` or `running` if either of the two is. `finished` holds the handlers that succeeded for either.
    *
    * @throws FST_OPENAI_WEBHOOK_UNAVAILABLE
    */
@@ -64,7 +64,7 @@ export class Claims {
     return resource === undefined ? this.#begin(key, job) : this.#beginBoth(key, resource, job)
   }
 
-  /** The delivery first: whoever has it waits for nobody. */
+  /** Claims the delivery first. If the resource is not free, that claim is settled at once, so that no delivery waits for another. */
   #beginBoth (key: string, resourceKey: string, job: Job): MaybePromise<Begun> {
     return then(this.#begin(key, job), claim => claim.state !== 'claimed'
       ? claim
@@ -81,7 +81,7 @@ export class Claims {
       this.#held.delete(claim)
       return this.#held.add(held)
     }
-    // Another delivery has told of it, or is about to.
+    // Another delivery has reported the same event, and was processed or is being processed.
     return then(resource.state === 'done' ? this.complete(claim) : this.release(claim), () => resource)
   }
 
@@ -90,7 +90,7 @@ export class Claims {
     return tryOr<Begun>(() => then(store.begin(key, lease), claim => this.#checked(key, job, claim)), unavailable)
   }
 
-  /** Whether it is not known to have been lost. */
+  /** Whether the claim is held, as far as this process knows. */
   holds (claim: Held): boolean { return this.#held.has(claim) && (claim.resource === undefined || this.#held.has(claim.resource)) }
 
   checkpoint (claim: Held, handler: string): MaybePromise<void> {
@@ -99,8 +99,8 @@ export class Claims {
   }
 
   /**
-   * The resource first: where a crash comes between, the delivery that comes again finds that it has been processed. Both in one
-   * turn, so that a store which groups what arrives makes one commit of them.
+   * Completes the resource first: if the process crashes in between, the repeated delivery finds that the resource has been processed. Both calls
+   * are made in one turn, so that a store that groups its writes makes one commit of them.
    */
   complete (claim: Held): MaybePromise<void> {
     if (claim.resource === undefined) return this.#complete(claim)
@@ -119,7 +119,7 @@ export class Claims {
 
   #complete (claim: Held): MaybePromise<void> {
     const { store, retention, onTrouble } = this.#options
-    // A lost claim has been reported when its renewal failed.
+    // A claim that is no longer held was reported as lost when its renewal failed.
     const isHeld = this.#held.delete(claim)
     return tryOr<void>(() => then(store.complete(claim.key, claim.token, retention), held => {
       if (held === false && isHeld) onTrouble(this.#lost(claim, 'before its success was on record: what took it over may run it again'), claim.job)
@@ -132,13 +132,13 @@ export class Claims {
     return tryOr(() => store.release(claim.key, claim.token), error => onTrouble(error, claim.job))
   }
 
-  /** A user's store may answer anything, and a delivery with a claim that cannot be settled would hang. */
+  /** Checks the answer, because a user's store may return anything, and a delivery whose claim cannot be settled would hang. */
   #checked (key: string, job: Job, claim: Claim): Begun {
     if (claim.state === 'done' || claim.state === 'running') return claim
     if (claim.state !== 'claimed' || !Array.isArray(claim.finished)) {
       throw new TypeError('expected the store\'s begin() to answer { state: "claimed", token, finished }, { state: "running" } or { state: "done" }')
     }
-    // One timer for all claims, which stops when there are none. A quick delivery is over before it fires.
+    // One timer renews all claims, and stops when there are none. A quick delivery is over before the timer fires.
     this.#timer ??= this.#startTimer()
     return this.#held.add({ state: 'claimed', key, job, token: claim.token, finished: claim.finished, resource: undefined, place: -1 })
   }
@@ -148,7 +148,7 @@ export class Claims {
       clearInterval(this.#timer)
       this.#timer = undefined
     }
-    // Told once: a store that cannot be reached fails all of them, which may be hundreds.
+    // Reported once per round, because a store that cannot be reached fails all renewals, which may be hundreds.
     let isTold = false
     const onFailure = (error: unknown, { job }: Held): void => {
       if (!isTold) this.#options.onTrouble(error, job)
@@ -168,7 +168,7 @@ export class Claims {
   }
 }
 
-/** Claims in no order. A Set would have V8 make a hash for each claim, which takes 3 % of a delivery. */
+/** The held claims, in no order. Not a Set, because V8 would compute a hash for each claim, which takes 3 % of a delivery's time. */
 class HeldClaims {
   readonly all: Held[] = []
 
@@ -179,7 +179,7 @@ class HeldClaims {
     return claim
   }
 
-  /** @returns whether it was held */
+  /** @returns whether the claim was held */
   delete (claim: Held): boolean {
     if (!this.has(claim)) return false
     const last = this.all.pop()!
@@ -200,7 +200,7 @@ function both (first: MaybePromise<void>, second: MaybePromise<void>): MaybeProm
   return then(first, () => second)
 }
 
-/** All names, each once. */
+/** The names of both lists, without duplicates. */
 export function union (names: readonly string[], others: readonly string[] = []): readonly string[] {
   return others.length === 0 ? names : [...new Set([...names, ...others])]
 }

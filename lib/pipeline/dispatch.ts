@@ -4,10 +4,10 @@ import type { HandlerFailure } from '../runners/handler-failures.ts'
 import { after, isPromise, then } from '../maybe-promise.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
 
-/** Called when a handler has succeeded. @param isLast whether all have, this one last */
+/** Called when a handler has succeeded. @param isLast whether it was the last one to end, and all others have succeeded */
 type Succeeded = (handler: Handler, isLast: boolean) => MaybePromise<void>
 
-/** How far the handlers of one delivery have come. */
+/** The progress of the handlers of one delivery. */
 interface Progress {
   readonly event: unknown
   readonly context: EventContext
@@ -17,11 +17,11 @@ interface Progress {
   remaining: number
 }
 
-/** Starts every handler in order and waits for all of them. @returns those that failed, with what they threw */
+/** Starts all handlers in order and waits for all of them. @returns the handlers that failed, with what they threw */
 export function dispatch (handlers: readonly Handler[], event: unknown, context: EventContext, succeeded: Succeeded, observed?: ObservedAttempt): MaybePromise<readonly HandlerFailure[]> {
   const failures: HandlerFailure[] = []
   const progress: Progress = { event, context, succeeded, observed, failures, remaining: handlers.length }
-  // The usual case, without promises of its own.
+  // The usual case, which needs no list and no Promise.all().
   if (handlers.length === 1) return run(handlers[0]!, 0, progress)
   const waiting: Promise<unknown>[] = []
   for (const [index, handler] of handlers.entries()) {

@@ -1,16 +1,16 @@
 /**
- * Copies pieces of bytes together, in at most twice their memory. Kept as they come, they would cost 400 bytes for each byte of a
- * sender that dribbles, and under HTTP/2 each would keep the whole read buffer that it came in.
+ * Copies pieces of bytes into one buffer of at most twice their size. If the pieces were kept as they arrive, a sender that sends single bytes
+ * would cost 400 bytes for each, and under HTTP/2 each piece would keep the whole read buffer in memory that it is a part of.
  */
 export class Gathered {
   length = 0
   #bytes: Buffer | undefined
   #isCopy = false
 
-  /** @param expected bytes in all, at most */
+  /** @param expected maximum number of bytes in total */
   constructor (readonly expected: number) {}
 
-  /** @param piece must not be changed afterwards: where little else is in its memory, it is kept and not copied */
+  /** @param piece must not be changed afterwards, because it is kept without copying if it fills at least half of its ArrayBuffer */
   add (piece: Buffer): void {
     const length = this.length + piece.length
     if (this.#bytes === undefined && isAlone(piece)) {
@@ -28,7 +28,7 @@ export class Gathered {
   }
 
   #grow (needed: number): void {
-    // Not allocUnsafe: a small buffer would share a slab with others and keep all of it.
+    // Not allocUnsafe: a small buffer would share a slab with others and keep the whole slab in memory.
     const bytes = Buffer.allocUnsafeSlow(Math.max(needed, Math.min(this.expected, 2 * this.length)))
     if (this.#bytes !== undefined) bytes.set(this.#bytes.subarray(0, this.length))
     this.#bytes = bytes
@@ -36,5 +36,5 @@ export class Gathered {
   }
 }
 
-/** Whether little else is in the memory that the piece keeps. */
+/** Whether the piece fills at least half of the ArrayBuffer that it keeps in memory. */
 const isAlone = (piece: Buffer): boolean => piece.buffer.byteLength <= 2 * piece.length

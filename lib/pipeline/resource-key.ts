@@ -4,15 +4,15 @@ import type { EventEntry } from '../events/schema.ts'
 import { DEFAULTS } from '../options.ts'
 import type { Job } from '../runners/runner.ts'
 
-/** Event types of which a resource has one at most: a second delivery can tell nothing new. */
+/** Event types that occur at most once for a resource, so that a second delivery contains nothing new. */
 const ONCE = new Set(Object.entries<EventEntry>(officialEntries).filter(([, { once }]) => once).map(([type]) => type))
 
 /**
- * The key of what an event is about, in the store; `undefined` where the same resource may have such an event again, such as
- * an agent session that is idle, or where nothing is known of that.
+ * The store's key for the resource that an event is about. `undefined` if the same resource may have such an event again, such as an agent
+ * session that becomes idle, or if that is not known.
  *
- * `resource <type> <resource id>`, followed by the endpoint unless that is the default one, since each has handlers of its own,
- * and by the tenant.
+ * The key is `resource <type> <resource id>`, followed by `<endpoint> <tenant>` if there is a tenant, or else by `<endpoint>` unless that is the
+ * default one. The endpoint is part of the key because each endpoint has its own handlers.
  */
 export function resourceKeyOf ({ endpoint, tenant, event }: Job): string | undefined {
   if (!ONCE.has(event.type)) return undefined

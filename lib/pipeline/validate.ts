@@ -3,7 +3,7 @@ import { InvalidBody, InvalidEvent } from '../errors.ts'
 import type { Validators } from './validators.ts'
 
 /**
- * Makes an event of the signed bytes. An unknown type passes unchecked, since OpenAI adds types.
+ * Turns the signed bytes into an event. An event of an unknown type passes unchecked, because OpenAI adds types.
  *
  * @returns the event, or FST_OPENAI_WEBHOOK_INVALID_BODY or FST_OPENAI_WEBHOOK_INVALID_EVENT
  */
@@ -14,7 +14,7 @@ export function validate (rawBody: Buffer, validators: Validators): { type: stri
   try {
     faults = validators.for(event.type)?.(event)
   } catch (thrown) {
-    // The user's own, so it is for the log alone.
+    // The user's schema threw the error, so it goes to the log only.
     return new InvalidEvent(event.type, 'its schema failed', { cause: thrown instanceof Error ? thrown : new Error('a schema threw what is no Error') })
   }
   return faults === undefined ? event : new InvalidEvent(event.type, faults)
@@ -26,7 +26,7 @@ function toEvent (rawBody: Buffer): { type: string } | Error {
   try {
     body = JSON.parse(rawBody.toString())
   } catch {
-    // The parser's own message may quote the body.
+    // Without the parser's message, which may quote the body.
     return new InvalidBody(CLEAN_JSON)
   }
   if (typeof body !== 'object' || body === null || typeof (body as { type?: unknown }).type !== 'string') {
@@ -36,23 +36,24 @@ function toEvent (rawBody: Buffer): { type: string } | Error {
   return fault === undefined ? body as { type: string } : new InvalidBody(fault)
 }
 
-// A byte order mark is not JSON (RFC 8259, section 8.1). A `constructor` with a `prototype` in it is refused by the same text.
+// A sender must not add a byte order mark to JSON (RFC 8259, section 8.1). A `constructor` that contains a `prototype` is refused with the same
+// text.
 const CLEAN_JSON = 'JSON, and no byte order mark or __proto__ key in it'
 
 /**
- * Levels of objects and lists. OpenAI's events have three. Writers of JSON give up at different depths: JSON.stringify at a few
+ * Maximum nesting of objects and lists. OpenAI's events have at most four levels. JSON writers fail at different depths: JSON.stringify at a few
  * thousand, databases at 1,000, loggers and other languages at 100.
  */
 const MAX_DEPTH = 100
 
 /**
- * Finds what no handler should meet, such as keys that poison prototypes where they are copied (as Fastify's own parser does), and
- * what a queue could not hand on as it is. Refused whatever the runner, so that all answer alike.
+ * Finds what no handler should get, such as keys that poison a prototype when they are copied (Fastify's own parser refuses them too), and
+ * what a queue could not pass on unchanged. The check is the same for every runner, so that all of them give the same answer.
  *
- * @returns what was expected; `undefined` where there is no fault
+ * @returns what was expected; `undefined` if there is no fault
  */
 function faultIn (value: unknown, levels: number): string | undefined {
-  // 1e999 in JSON text is Infinity once parsed, and null when written again.
+  // JSON.parse() turns 1e999 into Infinity, and JSON.stringify() turns that into null.
   if (typeof value === 'number') return Number.isFinite(value) ? undefined : 'numbers below 1.8e308'
   if (typeof value !== 'object' || value === null) return undefined
   if (levels === 0) return `at most ${MAX_DEPTH} levels of objects and lists`
@@ -63,7 +64,7 @@ function faultIn (value: unknown, levels: number): string | undefined {
     }
     return undefined
   }
-  // Takes half the time of Object.values.
+  // for...in takes half the time of Object.values().
   for (const key in value) {
     const held: unknown = (value as Record<string, unknown>)[key]
     if (key === '__proto__' || (key === 'constructor' && isPrototyped(held))) return CLEAN_JSON

@@ -7,27 +7,27 @@ import { isPromise } from '../maybe-promise.ts'
 import { TypeCompiler } from '../typebox.ts'
 
 /**
- * Says what does not fit the schema of an event: paths, and what was expected there, never a value. `undefined` where all fits. Throws
- * where the schema itself fails.
+ * Describes what in an event does not match its schema: paths and what was expected there, but never a value. Returns `undefined` if the event
+ * matches, and throws if the schema itself fails.
  */
 export type Check = (event: unknown) => string | undefined
 
-/** The compiler of one copy of TypeBox 0.34. It knows the formats and kinds that were registered with that copy. */
+/** The compiler of one copy of TypeBox 0.34. It knows the formats and kinds that are registered with that copy. */
 export type Compiler = Pick<typeof TypeCompiler, 'Compile'>
 
-/** Of TypeBox 1.x. */
+/** A compiled schema of TypeBox 1.x. */
 interface Compiled1 {
   Check (value: unknown): boolean
   Errors (value: unknown): Iterable<{ readonly keyword: string, readonly instancePath: string, readonly message: string }>
 }
 
-/** The compilers of the user's copies, where there are schemas for them. */
+/** The compilers of the user's copies of TypeBox. Each is set only if there are schemas for it. */
 export interface Compilers {
   readonly 'TypeBox 0.34'?: Compiler
   readonly 'TypeBox 1.x'?: { Compile (schema: object): Compiled1 }
 }
 
-/** The user's own copies of TypeBox compile the user's schemas. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
+/** Loads the compilers for the user's schemas, from the user's own copies of TypeBox. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
 export async function compilersFor (schemas: Readonly<Record<string, AnySchema>>): Promise<Compilers> {
   const kinds = new Set(Object.values(schemas).map(kindOf))
   return {
@@ -36,7 +36,7 @@ export async function compilersFor (schemas: Readonly<Record<string, AnySchema>>
   }
 }
 
-/** @param name one that the bundler cannot see, or it would bundle our copy @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
+/** @param name not a literal in `import()`, because the bundler would then bundle our copy @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
 export async function copyOf (name: string): Promise<any> {
   try {
     return await import(name)
@@ -46,8 +46,8 @@ export async function copyOf (name: string): Promise<any> {
 }
 
 /**
- * Checks events by type. The user's schemas are compiled at boot, since they may be faulty; ours when the first event of the type
- * comes, since all of them would take 7 ms of an app's start.
+ * Checks events by type. The user's schemas are compiled at boot, because they may be faulty. Each of our schemas is compiled when the first
+ * event of its type arrives, because compiling all of them would add 7 ms to the start of an app.
  */
 export class Validators {
   readonly #checks = new Map<string, Check>()
@@ -60,7 +60,7 @@ export class Validators {
       try {
         this.#checks.set(type, checkOf(schema, type, compilers))
       } catch (cause) {
-        // A kind or a reference that this copy of TypeBox does not know.
+        // Such as a kind or a reference that this copy of TypeBox does not know.
         throw new InvalidOptions(`expected events["${type}"] to be a synchronous schema that can be compiled, got: ${(cause as Error).message}`, { cause })
       }
     }
@@ -82,26 +82,26 @@ function checkOf (schema: AnySchema, type: string, compilers: Compilers): Check 
   return kindOf(schema) === 'TypeBox 1.x' ? compiled1(typebox1!.Compile(schema)) : compiled(typebox!.Compile(schema as TSchema))
 }
 
-/** TypeBox 0.34. Its messages hold nothing of the value. */
+/** For TypeBox 0.34, whose messages contain nothing of the value. */
 function compiled (validator: TypeCheck<TSchema>): Check {
   return event => validator.Check(event) ? undefined : listed(validator.Errors(event), ({ path, message }) => [path, message])
 }
 
-/** TypeBox 1.x. So do its messages, but for those of the user's own refinements. */
+/** For TypeBox 1.x. Omits the messages of the user's own refinements. All other messages contain nothing of the value. */
 function compiled1 (validator: Compiled1): Check {
   return event => validator.Check(event)
     ? undefined
     : listed(validator.Errors(event), ({ keyword, instancePath, message }) => [instancePath, keyword === '~refine' ? undefined : message])
 }
 
-/** Standard Schema. Messages of libraries quote values (`Expected string but received "…"`), so there are paths alone. */
+/** For Standard Schema. Gives paths only, because the messages of some libraries quote values (`Expected string but received "…"`). */
 function standard (schema: StandardSchema, type: string): Check {
   const { '~standard': props } = schema
   let probed: unknown
   try {
     probed = props.validate({ type })
-  } catch {} // may be due to this event, which is none
-  // One that is asynchronous somewhere within may answer this one at once: then a delivery fails.
+  } catch {} // the cause may be this event, which is incomplete
+  // A schema that is asynchronous only in a part may answer this probe synchronously. Deliveries that reach the part then fail.
   if (isLater(probed)) throw new TypeError(LATER)
   return event => {
     const result: unknown = props.validate(event)
@@ -114,7 +114,7 @@ function standard (schema: StandardSchema, type: string): Check {
 
 const LATER = 'a validator that answers with a promise: expected a synchronous one'
 
-/** Nobody waits for a promise. Unheard, its rejection would end the process. */
+/** Whether the result is a promise. Its rejection is ignored, because an unhandled rejection would end the process. */
 function isLater (result: unknown): boolean {
   if (!isPromise(result)) return false
   result.then(undefined, () => {})
@@ -128,7 +128,7 @@ function pointerOf (path: Iterable<PropertyKey | { readonly key: PropertyKey }>)
 const MAX_FAULTS = 5
 const MAX_LENGTH = 400
 
-/** Each path once, with what was first found there. */
+/** Lists each path once, with the first fault that was found there. */
 function listed<Fault> (faults: Iterable<Fault>, read: (fault: Fault) => [path: string, expected: string | undefined]): string {
   const found = new Map<string, string>()
   for (const fault of faults) {

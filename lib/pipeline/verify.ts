@@ -10,10 +10,10 @@ import type { Judge, SignedDelivery, Verified, Verifier } from '../verifiers/ver
 export interface Verification {
   readonly verifier: Verifier
   readonly judge: Judge['judge']
-  /** Absent where a user's verifier has no `checkHeaders`. */
+  /** `undefined` if a user's verifier has no `checkHeaders`. */
   readonly judgeHeaders: Judge['judgeHeaders'] | undefined
   readonly keyring: Keys
-  /** Seconds, past and future. */
+  /** Seconds by which the timestamp may differ from this server's clock, past and future. */
   readonly tolerance: number
 }
 
@@ -31,9 +31,9 @@ function usersJudge (verifier: Verifier): Pick<Verification, 'judge' | 'judgeHea
 }
 
 /**
- * Judges by the headers alone, before the body is read, so that anonymous and stale floods cost no hashing.
+ * Checks the headers alone, before the body is read, so that a flood of requests without headers or with old ones costs no hashing.
  *
- * @returns the coded error to refuse with
+ * @returns the coded error that refuses the request; `undefined` if there is no fault
  */
 export function headerFault ({ judgeHeaders, tolerance }: Verification, headers: IncomingHttpHeaders): Error | undefined {
   if (judgeHeaders === undefined) return undefined
@@ -41,11 +41,14 @@ export function headerFault ({ judgeHeaders, tolerance }: Verification, headers:
   return timestamp instanceof Error ? timestamp : staleness(timestamp, tolerance)
 }
 
-/** @returns the webhook-id and when it was signed, or FST_OPENAI_WEBHOOK_INVALID_SIGNATURE or another coded error of the verifier */
+/**
+ * @returns the webhook-id and when the delivery was signed; or FST_OPENAI_WEBHOOK_INVALID_SIGNATURE,
+ * FST_OPENAI_WEBHOOK_TIMESTAMP_OUT_OF_TOLERANCE or another coded error of the verifier
+ */
 export function verify (verification: Verification, delivery: SignedDelivery): MaybePromise<Verified | Error> {
   const verified = verifyNow(verification, delivery)
   if (!(verified instanceof InvalidSignature)) return verified
-  // The secret may have been rotated: a secret function is asked again.
+  // The secret may have been rotated, so a secret function is called again.
   const refreshed = verification.keyring.refresh()
   return refreshed === undefined ? verified : refreshed.then(changed => changed ? verifyNow(verification, delivery) : verified)
 }
@@ -55,12 +58,12 @@ function verifyNow ({ judge, keyring, tolerance }: Verification, delivery: Signe
   return verified instanceof Error ? verified : staleness(verified.timestamp, tolerance) ?? verified
 }
 
-/** Calls a user's verifier. It may return its error as well as throw it. */
+/** Calls a user's verifier, which may either throw or return its error. */
 function answerOf<T> (ask: () => T | Error, checked: (answer: T) => T | Error): T | Error {
   try {
     const answer = ask()
     if (!isPromise(answer)) return answer instanceof Error ? toRefusal(answer) : checked(answer)
-    // A promise has verified nothing yet. Unheard, its rejection would end the process.
+    // A promise has verified nothing yet. Its rejection is ignored, because an unhandled rejection would end the process.
     answer.then(undefined, () => {})
     return faulty('a promise: a verifier answers at once')
   } catch (error) {
@@ -68,12 +71,12 @@ function answerOf<T> (ask: () => T | Error, checked: (answer: T) => T | Error): 
   }
 }
 
-/** A user's verifier may throw anything: what is no 4xx of its own is an invalid signature. */
+/** A user's verifier may throw anything. Unless it is a coded error with a 4xx status, the sender gets INVALID_SIGNATURE. */
 function toRefusal (error: unknown): Error {
   return isRefusal(error) ? error : new InvalidSignature({ cause: error })
 }
 
-/** The sender is told what a forger is told; the log gets the cause, as of what a verifier throws by mistake. */
+/** The sender gets the same answer as a forger. The log gets the cause, as it does when a verifier throws by mistake. */
 function faulty (got: string): Error {
   return new InvalidSignature({ cause: new TypeError(`expected the verifier to return { webhookId, timestamp }, got ${got}`) })
 }
@@ -82,7 +85,7 @@ function toSeconds (timestamp: unknown): number | Error {
   return typeof timestamp === 'number' && !Number.isNaN(timestamp) ? timestamp : new InvalidTimestamp('the timestamp')
 }
 
-/** A user's verifier that forgets to throw must not let anything through. */
+/** Checks the result, because a user's verifier that forgets to throw must not let a delivery through. */
 function toVerified (verified: Verified): Verified | Error {
   if (typeof verified !== 'object' || verified === null) return faulty(verified === null ? 'null' : typeof verified)
   const { webhookId, timestamp, keyIndex } = verified as Partial<Verified>
@@ -93,7 +96,7 @@ function toVerified (verified: Verified): Verified | Error {
 
 function staleness (timestamp: number, tolerance: number): Error | undefined {
   const ahead = timestamp - Date.now() / 1000
-  // `<=`, and not `>` the other way round: NaN fails closed.
+  // Tests `<=` instead of `>`, so that NaN is refused.
   if (Math.abs(ahead) <= tolerance) return undefined
   return new TimestampOutOfTolerance('the timestamp', tolerance, `${Math.round(Math.abs(ahead))} s ${ahead < 0 ? 'behind' : 'ahead'}`)
 }
