@@ -3,18 +3,18 @@ import type { KeyObject } from 'node:crypto'
 import { InvalidSecret } from '../errors.ts'
 import { within } from '../within.ts'
 
-/** One signing secret, several (a rotation), or a function that fetches them. */
+/** One signing secret, several during a rotation, or a function that fetches them. */
 export type Secret = string | readonly string[] | (() => string | readonly string[] | Promise<string | readonly string[]>)
 
-/** ms between two questions because no signature matches, so that a flood of forgeries does not reach a secret manager. */
+/** Minimum ms between two calls of a secret function after unmatched signatures. Keeps a flood of forgeries from reaching a secret manager. */
 export const REFRESH_INTERVAL = 60_000
 
 export interface SecretOptions {
-  /** Called when a secret is not of the `whsec_` form. */
+  /** Called when a secret does not have the `whsec_` form. */
   warn: (message: string) => void
   /** Called when a secret function fails after boot. The keys known so far stay in use. */
   onTrouble: (error: unknown, of?: { readonly endpoint: string, readonly tenant: string }) => void
-  /** ms for which a refresh may hold up a delivery. */
+  /** ms for which a refresh may delay a delivery. */
   patience: number
 }
 
@@ -24,22 +24,22 @@ export type KeyBytes = ((secret: string) => Uint8Array) | undefined
 export interface Keys {
   readonly keys: readonly KeyObject[]
   /**
-   * To be called when no signature matches: there may be newer keys.
+   * To be called when no signature matches, because there may be newer keys.
    *
-   * @returns whether there are; `undefined` where nobody was asked
+   * @returns whether the secret was fetched again; `undefined` if no secret function was called
    */
   refresh (): Promise<boolean> | undefined
 }
 
-/** The key of WeakMaps for the usual way to make a key of a secret's text. */
+/** Key in a WeakMap that stands for the default way to convert a secret into key bytes. */
 const WHSEC = {}
 
-/** A source of secrets. There is one for each secret function, however many endpoints have it. */
+/** A source of secrets. There is one for each secret function, even if several endpoints use the function. */
 export class SecretSource {
   readonly #secret: Secret
   readonly #options: SecretOptions
   readonly #keyrings = new WeakMap<object, Keyring>()
-  /** The last answer of a secret function. */
+  /** The last answer of the secret function, or the secrets that were given without a function. */
   answer: { readonly secrets: string | readonly string[] } | undefined
   #askedAt = 0
   #loading: Promise<void> | undefined
@@ -51,12 +51,12 @@ export class SecretSource {
     if (typeof secret !== 'function') this.answer = { secrets: secret }
   }
 
-  /** The keys that one verifier makes of the secrets. @throws FST_OPENAI_WEBHOOK_INVALID_SECRET */
+  /** The keys that verifiers with this `keyBytes` make from the secrets. @throws FST_OPENAI_WEBHOOK_INVALID_SECRET */
   keyring (keyBytes: KeyBytes): Keyring {
     let keyring = this.#keyrings.get(keyBytes ?? WHSEC)
     if (keyring === undefined) {
       keyring = new Keyring(this, keyBytes, this.#options)
-      // An unusable secret throws here; that of a function throws in load().
+      // An unusable secret throws here. The secret of a function throws in load().
       if (typeof this.#secret !== 'function') keyring.adopt()
       this.#keyrings.set(keyBytes ?? WHSEC, keyring)
     }
@@ -81,9 +81,9 @@ export class SecretSource {
   }
 
   /**
-   * Asks the secret function again, at most once a minute. Whoever calls meanwhile gets the same promise.
+   * Calls the secret function again, at most once a minute. Callers get the same promise while a call is running.
    *
-   * @returns whether it answered; `undefined` where there is no function, or it is too early
+   * @returns whether the function answered; `undefined` if there is no function, or the last call was less than a minute ago
    */
   refresh (): Promise<boolean> | undefined {
     if (typeof this.#secret !== 'function') return undefined
@@ -107,15 +107,15 @@ export class SecretSource {
 }
 
 /**
- * Calls a secret function. It rejects as that does, or when that takes more than `patience` ms.
+ * Calls a secret function. Rejects with the error of the function, or with FST_OPENAI_WEBHOOK_INVALID_SECRET after `patience` ms.
  *
- * @param option where the function was given
+ * @param option name of the option that the function was given as
  */
 export async function inTime<T> (option: string, secret: () => T | Promise<T>, patience: number): Promise<T> {
   return await within((async () => await secret())(), patience, () => { throw new InvalidSecret(`the \`${option}\` function took more than ${patience} ms`) })
 }
 
-/** The keys that a verifier uses: made at boot, and anew when their source has answered again. */
+/** The keys that a verifier uses. They are made at boot, and again when their source has a new answer. */
 export class Keyring implements Keys {
   readonly #source: SecretSource
   readonly #keyBytes: KeyBytes
@@ -150,14 +150,14 @@ export class Keyring implements Keys {
     return this.#source.refresh()
   }
 
-  /** Makes keys of the source's last answer. Where that is unusable, the keys stay as they are. @throws FST_OPENAI_WEBHOOK_INVALID_SECRET */
+  /** Makes keys from the source's last answer. If the answer is unusable, the keys do not change. @throws FST_OPENAI_WEBHOOK_INVALID_SECRET */
   adopt (): void {
     this.#madeOf = this.#source.answer
     this.#keys = keysOf(this.#madeOf?.secrets, this.#keyBytes, this.#options.warn)
   }
 }
 
-/** Makes keys of one secret's text or of several. @throws FST_OPENAI_WEBHOOK_INVALID_SECRET */
+/** Makes keys from the text of one secret or several. @throws FST_OPENAI_WEBHOOK_INVALID_SECRET */
 export function keysOf (secrets: unknown, keyBytes: KeyBytes, warn: (message: string) => void): KeyObject[] {
   const list: unknown = typeof secrets === 'string' ? [secrets] : secrets
   if (!Array.isArray(list) || list.length === 0) {
@@ -198,13 +198,13 @@ function assertSecret (secret: unknown): asserts secret is string {
   }
 }
 
-/** @throws FST_OPENAI_WEBHOOK_INVALID_SECRET */
+/** The HMAC key bytes of a secret, by the default rule. @throws FST_OPENAI_WEBHOOK_INVALID_SECRET */
 export function keyBytes (secret: unknown, warn: (message: string) => void): Uint8Array {
   assertSecret(secret)
   return secretBytes(secret, warn)
 }
 
-/** OpenAI's SDKs take what follows `whsec_` as base64 and any other text as its UTF-8 bytes. */
+/** As in OpenAI's SDKs, the text after `whsec_` is base64, and any other text stands for its UTF-8 bytes. */
 function secretBytes (secret: string, warn: (message: string) => void): Uint8Array {
   if (!secret.startsWith(PREFIX)) {
     warn('a signing secret does not begin with "whsec_": its UTF-8 bytes are used as the key, as OpenAI\'s SDKs do; if it is OpenAI\'s, copy it again whole')
@@ -212,7 +212,7 @@ function secretBytes (secret: string, warn: (message: string) => void): Uint8Arr
   }
   const text = secret.slice(PREFIX.length)
   const bytes = Buffer.from(text, 'base64')
-  // A cut text that leaves bits over is base64 to a lenient decoder, and would match nothing.
+  // A lenient decoder accepts truncated base64 with bits left over, and the resulting key would match no signature.
   if (text === '' || !BASE64.test(text) || bytes.toString('base64').replace(/=+$/, '') !== text.replace(/=+$/, '')) {
     throw new InvalidSecret('expected base64 after "whsec_" in the signing secret, got other characters, a cut or nothing: copy it again whole')
   }

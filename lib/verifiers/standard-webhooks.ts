@@ -6,9 +6,9 @@ import { isMissing, secondsOf, verifierOf } from './verifier.ts'
 import type { Named, SignedDelivery, Verified, Verifier } from './verifier.ts'
 
 /**
- * The scheme OpenAI signs with, https://github.com/standard-webhooks/standard-webhooks (spec, "Signature scheme"):
- * HMAC-SHA256 over `webhook-id.webhook-timestamp.body`, base64, each signature with a `v1,` prefix, several
- * separated by spaces. The body is hashed as the bytes that arrived.
+ * The scheme that OpenAI signs with, https://github.com/standard-webhooks/standard-webhooks (spec, "Signature scheme"):
+ * HMAC-SHA256 over `webhook-id.webhook-timestamp.body` in base64. Each signature has the prefix `v1,`, and several are separated by spaces.
+ * The body is hashed as the bytes that arrived.
  *
  * Coded errors: MISSING_HEADER, INVALID_ID, INVALID_TIMESTAMP, INVALID_SIGNATURE (all 401).
  */
@@ -18,8 +18,8 @@ export function standardWebhooks (): Verifier {
 
 const verifier = verifierOf({ judge, judgeHeaders }, { sign, namedByEvent: false })
 
-// Visible ASCII without "," and ".". A "." would let the signed text `id.timestamp.body` be split at another place, so
-// that an old delivery passes as a fresh one; a "," is how node:http joins a doubled header.
+// Visible ASCII without "." and ",". With a "." in the id, the signed text `id.timestamp.body` could be split at another place, so that an old
+// delivery would pass as a fresh one. A "," may come from node:http, which joins repeated headers with it.
 const WEBHOOK_ID = /^[\x21-\x2b\x2d\x2f-\x7e]{1,256}$/
 
 function judgeHeaders ({ 'webhook-id': id, 'webhook-timestamp': timestamp, 'webhook-signature': signature }: IncomingHttpHeaders): number | Error {
@@ -35,7 +35,7 @@ function judge ({ rawBody, headers }: SignedDelivery, keys: readonly KeyObject[]
   if (typeof timestamp !== 'number') return timestamp
   const { 'webhook-id': webhookId } = headers as { 'webhook-id': string }
   const signatures = headers['webhook-signature']
-  // node:http joins two headers by ", ", which a list of signatures never holds.
+  // node:http joins repeated headers with ", ", which never occurs in a list of signatures.
   if (typeof signatures !== 'string' || signatures.includes(', ')) return new InvalidSignature()
 
   const signedHead = `${webhookId}.${headers['webhook-timestamp'] as string}.`
@@ -60,14 +60,14 @@ function sign (rawBody: Buffer, { webhookId, timestamp }: Named, key: KeyObject)
 }
 
 /**
- * Compares base64 texts and not decoded bytes, so that only the canonical form passes. The list costs no further HMAC, and node:http
- * bounds its length.
+ * Compares base64 text instead of decoded bytes, so that only the canonical form passes. A long list needs no further HMAC, and node:http
+ * limits its length.
  */
 function listHolds (list: string, expected: Buffer): boolean {
   for (const entry of list.split(' ')) {
     if (entry.length !== PREFIX.length + expected.length || !entry.startsWith(PREFIX)) continue
     const candidate = Buffer.from(entry.slice(PREFIX.length))
-    // Text that is not ASCII takes more bytes than it has characters.
+    // Text that is not ASCII has more bytes than characters, and timingSafeEqual() throws if the lengths differ.
     if (candidate.length === expected.length && timingSafeEqual(candidate, expected)) return true
   }
   return false

@@ -2,9 +2,9 @@ import type { KeyObject } from 'node:crypto'
 import type { IncomingHttpHeaders } from 'node:http'
 
 export interface SignedDelivery {
-  /** The bytes that arrived. */
+  /** The body, as the bytes that arrived. */
   readonly rawBody: Buffer
-  /** Lower-case names, as node:http gives them. */
+  /** The headers, with lower-case names as node:http gives them. */
   readonly headers: IncomingHttpHeaders
 }
 
@@ -20,51 +20,51 @@ export interface Verified {
 /**
  * Decides whether a delivery was signed with one of the keys.
  *
- * @throws a coded error (`code` and a 4xx `statusCode`), which is what the sender is answered; anything else that
- * is thrown is answered 401 `FST_OPENAI_WEBHOOK_INVALID_SIGNATURE` and kept as its `cause`.
+ * @throws a coded error (`code` and a 4xx `statusCode`), which is the answer to the sender. Anything else that is thrown is answered
+ * 401 `FST_OPENAI_WEBHOOK_INVALID_SIGNATURE`, and becomes the `cause` of that error.
  */
 export interface Verifier {
   (delivery: SignedDelivery, keys: readonly KeyObject[]): Verified
   /**
-   * Judges by the headers alone, before the body is read. Throws coded errors as the verifier does.
+   * Checks the headers alone, before the body is read. Throws coded errors as the verifier does.
    *
    * @returns the timestamp in Unix seconds
    */
   readonly checkHeaders?: (headers: IncomingHttpHeaders) => number
   /**
-   * The HMAC key bytes of a secret's text.
+   * Converts the text of a secret into the bytes of the HMAC key.
    *
-   * @default `whsec_` + base64, else the UTF-8 bytes, as OpenAI's SDKs do
+   * @default base64 after `whsec_`, or else the UTF-8 bytes, as in OpenAI's SDKs
    */
   readonly keyBytes?: (secret: string) => Uint8Array
 }
 
-/** A verifier that returns its coded errors. To throw them would cost a third more for a forged delivery, a quarter for a stale one. */
+/** A verifier that returns its coded errors. Throwing them would make a forged delivery cost a third more, and a stale one a quarter more. */
 export interface Judge {
   readonly judge: (delivery: SignedDelivery, keys: readonly KeyObject[]) => Verified | Error
   readonly judgeHeaders: (headers: IncomingHttpHeaders) => number | Error
 }
 
-/** What a delivery is signed over, beside its body. */
+/** What is signed in addition to the body. */
 export interface Named {
   readonly webhookId: string
   /** Unix seconds. */
   readonly timestamp: number
 }
 
-/** Makes deliveries that a verifier takes, for the inspector. */
+/** Signs deliveries for a verifier. The inspector uses it. */
 export interface Signer {
-  /** The headers of a delivery, lower-case names. */
+  /** Returns the headers of a delivery, with lower-case names. */
   readonly sign: (rawBody: Buffer, named: Named, key: KeyObject) => Record<string, string>
-  /** Whether the webhook-id is the event's own `id`, so that only another event is a new delivery. */
+  /** Whether the webhook-id is the event's own `id`, so that only another event makes a new delivery. */
   readonly namedByEvent: boolean
 }
 
-// Not a property of the verifier: whoever wraps one may copy its properties.
+// Not properties of the verifier, because a verifier that wraps another one may copy its properties.
 const judges = new WeakMap<Verifier, Judge>()
 const signers = new WeakMap<Verifier, Signer>()
 
-/** Makes a verifier that throws what the judge returns. */
+/** Makes a verifier that throws the errors that the judge returns. */
 export function verifierOf (judge: Judge, signer: Signer, properties: Pick<Verifier, 'keyBytes'> = {}): Verifier {
   const verifier = Object.assign(
     (delivery: SignedDelivery, keys: readonly KeyObject[]) => orThrow(judge.judge(delivery, keys)),
@@ -75,12 +75,12 @@ export function verifierOf (judge: Judge, signer: Signer, properties: Pick<Verif
   return verifier
 }
 
-/** The judge that a verifier of ours was made of. */
+/** The judge that one of our verifiers was made from; `undefined` for a user's verifier. */
 export function judgeOf (verifier: Verifier): Judge | undefined {
   return judges.get(verifier)
 }
 
-/** What signs for a verifier of ours; a user's cannot. */
+/** The signer for one of our verifiers; `undefined` for a user's verifier. */
 export function signerOf (verifier: Verifier): Signer | undefined {
   return signers.get(verifier)
 }
@@ -90,14 +90,14 @@ function orThrow<T> (answer: T | Error): T {
   return answer
 }
 
-/** Doubled headers come as an array or joined by a comma, and are not missing: the caller refuses them. */
+/** A repeated header arrives as an array or joined by a comma. It does not count as missing, and the caller refuses it. */
 export function isMissing (value: string | string[] | undefined): value is undefined | '' {
   return value === undefined || value === ''
 }
 
 const WHOLE_SECONDS = /^[0-9]+$/
 
-/** Unix seconds. Digits only: a laxer rule lets the signed text be split at another place (`1750861210.{"id"…`). */
+/** Reads Unix seconds. Accepts only digits, because a laxer rule would let the signed text be split at another place (`1750861210.{"id"…`). */
 export function secondsOf (value: string | string[]): number | undefined {
   return typeof value === 'string' && WHOLE_SECONDS.test(value) ? Number(value) : undefined
 }

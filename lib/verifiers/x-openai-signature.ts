@@ -10,10 +10,11 @@ const SIGNATURE = 'x-openai-signature'
 const TIMESTAMP = 'x-openai-timestamp'
 
 /**
- * The scheme of a community guide that many handlers were copied from; OpenAI itself signs with
- * `standardWebhooks()`. `X-OpenAI-Signature` is the hex HMAC-SHA256 of `timestamp.body` under the secret's bytes as
- * written (`whsec_` included), `X-OpenAI-Timestamp` Unix seconds. The guide has no delivery id: the event's own `id`
- * stands in, or where it has none the SHA-256 of what was signed (which a retry with a new timestamp changes).
+ * The scheme of a community guide that many handlers were copied from. OpenAI itself signs with `standardWebhooks()`.
+ *
+ * `X-OpenAI-Signature` is the hex HMAC-SHA256 of `timestamp.body`. The key is the UTF-8 bytes of the secret as it is written, including `whsec_`.
+ * `X-OpenAI-Timestamp` is in Unix seconds. The guide has no delivery id, so the webhook-id is the event's own `id` or, if it has none, the
+ * SHA-256 of the signed text, which differs for a retry with a new timestamp.
  *
  * Coded errors: MISSING_HEADER, INVALID_TIMESTAMP, INVALID_SIGNATURE (all 401).
  */
@@ -64,7 +65,7 @@ function eventId (rawBody: Buffer): string | undefined {
     const { id } = JSON.parse(rawBody.toString()) as { id?: unknown }
     return isId(id) ? id : undefined
   } catch {
-    return undefined // not JSON, or `null`: the validate step says so
+    return undefined // not JSON, or `null`, which the validate step refuses
   }
 }
 
