@@ -16,7 +16,7 @@ const sample = {
   sip_media_security: 'srtp'
 }
 
-/** Incoming calls carry no `data.id`: the call or session id is what accepts them. */
+/** Incoming calls have no `data.id`. They are accepted by their call id or session id. */
 export const call = family({
   'realtime.call.incoming': {
     description: 'Sent when an incoming SIP call is available for Realtime acceptance. No data.id.',
@@ -35,7 +35,7 @@ export const call = family({
   }
 })
 
-/** Nothing to accept: the session runs already. */
+/** These events need no acceptance, because the session is already running. */
 export const connection = markedFamily({
   'live.transport.connected': {
     description: 'Sent when a direct Live WebRTC session is created or an Instant Connect session activates. data.session_id attaches a sideband observer. No data.id.',

@@ -8,8 +8,8 @@ const counts = Type.Optional(Type.Object({ total: Type.Integer(), completed: Typ
 const failure = Type.Optional(Type.Object({ message: Type.String(), code: Type.String() }))
 
 /**
- * Events that a community guide describes and OpenAI does not send today, and the guide's fuller shapes of
- * `batch.completed` and `batch.failed`.
+ * Events that a community guide describes and OpenAI does not send today, and the shapes of `batch.completed` and `batch.failed` in that guide,
+ * which have more fields.
  */
 export const guideEntries = guideFamily({
   'batch.created': {

@@ -12,8 +12,8 @@ import { video } from './video.ts'
 
 /**
  * Every event type that OpenAI documents or accepts (openai-node 7.57 `UnwrapWebhookEvent` and
- * `WebhookCreateParams.event_types`, openai-python `types/webhooks`). The one list: schemas, TypeScript types,
- * names, docs/events.md and samples derive from it.
+ * `WebhookCreateParams.event_types`, openai-python `types/webhooks`). The schemas, TypeScript types, names, samples and docs/events.md are all
+ * derived from this list.
  */
 export const officialEntries = {
   ...agent,
@@ -37,8 +37,8 @@ export type OfficialEvents = EventsOf<SchemasOf<typeof officialEntries>>
 export const officialEvents = schemasOf(officialEntries)
 
 /**
- * Schemas for the `events` option: the 5 event types that only a community guide describes, and its fuller
- * `batch.completed` and `batch.failed`. In all of them `id`, `created_at` and `object` may be absent.
+ * Schemas for the `events` option: the 5 event types that only a community guide describes, and `batch.completed` and `batch.failed` with the
+ * additional fields of that guide. In all of them `id`, `created_at` and `object` may be absent.
  */
 export const guideEvents = schemasOf(guideEntries)
 

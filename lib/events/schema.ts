@@ -8,12 +8,12 @@ export type EventSchema<Name extends string, Data extends TSchema, Head extends 
   TObject<Head & { type: TLiteral<Name>, data: Data }>
 
 export interface EventEntry<Schema extends TSchema = TSchema> {
-  /** One sentence: when it is sent. */
+  /** One sentence that says when the event is sent. */
   readonly description: string
   readonly schema: Schema
-  /** A realistic `data` object; the envelope is added where a whole event is needed. */
+  /** A realistic `data` object, without the envelope of the event. */
   readonly sample: object
-  /** Set where a resource has no more than one event of this type, ever: it has ended. */
+  /** Set if a resource can have only one event of this type, because the event means that the resource has ended. */
   readonly once?: true
 }
 
@@ -35,7 +35,7 @@ export function markedFamily<Data extends Record<string, TSchema>> (entries: Ent
   return build(entries, marked) as never
 }
 
-/** Events of the community guide: `type` and `data`; the rest of the envelope may be absent. */
+/** A family of events of the community guide. They have `type` and `data`; the rest of the envelope may be absent. */
 export function guideFamily<Data extends Record<string, TSchema>> (entries: Entries<Data>): Family<Data, typeof sparse> {
   return build(entries, sparse) as never
 }
@@ -54,10 +54,10 @@ function build (entries: Entries<Record<string, TSchema>>, envelope: Envelope): 
   }]))
 }
 
-/** The thin payload most events have: the id of the resource to fetch. */
+/** The thin payload of most events, which is the id of the resource to fetch. */
 export const Thin = Type.Object({ id: Type.String() })
 
-/** An enum of which only some values are known: any string is accepted, editors suggest the known ones. */
+/** An enum of which only some values are known. Any string is accepted, and editors suggest the known values. */
 export function known<const Values extends readonly string[]> (...values: Values): TUnsafe<Values[number] | (string & {})> {
   return Type.Unsafe<Values[number] | (string & {})>(Type.String({ examples: values }))
 }

@@ -1,4 +1,4 @@
-// No type of the SDK spells these two out yet; `WebhookCreateParams.event_types` lists them.
+// The SDK has no types for these two events yet, but lists them in `WebhookCreateParams.event_types`.
 import { family, Thin } from './schema.ts'
 
 const sample = { id: 'video_685c059ae5748190bd12a86f40c7e935048d1b6ea9f2c073' }
