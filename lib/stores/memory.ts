@@ -8,38 +8,39 @@ interface HeldClaim {
   leaseEnds: number
 }
 
-/** What is known of a delivery. */
+/** What is known about a delivery. */
 interface Entry {
   readonly key: string
   /** Absent once the delivery has been processed or released. */
   claim: HeldClaim | undefined
-  /** The handlers that have succeeded; `undefined` once it has been processed. */
+  /** Names of the handlers that have succeeded; `undefined` once the delivery has been processed. */
   finished: readonly string[] | undefined
-  /** When it is forgotten, in ticks of the monotonic clock: a whole number of up to 31 bits, which V8 keeps without an allocation. */
+  /** When the entry is forgotten, in ticks of the monotonic clock. A whole number of up to 31 bits, which V8 stores without an allocation. */
   forgottenAt: number
-  /** Its neighbours among those without a claim, in the order in which they were last seen. */
+  /** The neighbours in the list of entries without a claim, which are in the order in which they were last seen. */
   earlier: Entry | undefined
   later: Entry | undefined
 }
 
 const NONE: readonly string[] = []
 
-/** ms. 31 bits of these are 6.8 years. */
+/** ms in a tick. 31 bits of ticks are 6.8 years. */
 const TICK = 100
 
 /**
- * Remembers deliveries in this process alone: at most `max` that have been processed or released, and those being processed
- * besides. Forgets the least recently seen first, and everything when the process ends. Never fails.
+ * Remembers deliveries in this process only: at most `max` that have been processed or released, and in addition those that are being processed.
+ * Forgets the least recently seen delivery first, and all of them when the process ends. The methods of the store never fail.
  *
- * @param options.max deliveries; default 100,000, about 23 MB
+ * @param options.max number of deliveries; default 100,000, about 23 MB
+ * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS
  */
 export function memoryStore (options: { max?: number } = {}): IdempotencyStore {
   assertNames('memoryStore', options, ['max'])
   const { max = 100_000 } = options
   assertCount('memoryStore', 'max', max, 1)
   const entries = new Map<string, Entry>()
-  // The order of sight is a linked list and not that of the Map: to delete and set a key each time it is seen leaves a chain of
-  // holes in V8's table, and a duplicate soon takes 40 µs or more.
+  // A linked list keeps the order in which entries were last seen. The order of the Map is not used, because deleting and setting a key each time
+  // leaves a chain of holes in V8's table, and a duplicate would soon take 40 µs or more.
   let first: Entry | undefined
   let last: Entry | undefined
   let listed = 0
@@ -73,7 +74,7 @@ export function memoryStore (options: { max?: number } = {}): IdempotencyStore {
     return entry?.claim?.token === token ? entry : undefined
   }
 
-  /** @param ms for which it is remembered */
+  /** @param ms for which the entry is remembered */
   function settle (entry: Entry, finished: readonly string[] | undefined, ms: number): void {
     entry.claim = undefined
     entry.finished = finished
@@ -82,7 +83,7 @@ export function memoryStore (options: { max?: number } = {}): IdempotencyStore {
     if (listed > max) forget(first!)
   }
 
-  /** What is remembered of a delivery. Seen now, unless it has a claim. */
+  /** Returns what is remembered of a delivery. An entry without a claim becomes the most recently seen one. */
   function recall (key: string, now: number): Entry | undefined {
     const entry = entries.get(key)
     if (entry === undefined || entry.claim !== undefined) return entry

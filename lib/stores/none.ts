@@ -1,6 +1,6 @@
 import type { IdempotencyStore } from './store.ts'
 
-/** Remembers nothing: `idempotency: false`. */
+/** The store for `idempotency: false`, which remembers nothing. */
 export const noStore: IdempotencyStore = {
   begin: () => ({ state: 'claimed', token: '', finished: [] }),
   checkpoint () {},

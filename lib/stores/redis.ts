@@ -4,21 +4,22 @@ import { InvalidOptions } from '../errors.ts'
 import { RETENTION } from './store.ts'
 import type { Claim, IdempotencyStore } from './store.ts'
 
-/** What is used of an ioredis client (`Redis` or `Cluster`). */
+/** The part of an ioredis client (`Redis` or `Cluster`) that is used. */
 export interface RedisClient {
   evalsha (sha: string, keys: number, ...args: Array<string | number>): Promise<unknown>
   eval (script: string, keys: number, ...args: Array<string | number>): Promise<unknown>
 }
 
-// A hash a delivery: `done`, the token that completed it; or `token` and `ends` (ms, by the server's clock, which all processes share), and one field
-// `f:<handler>` for each that finished. Each script touches one key, as a cluster asks.
+// Each delivery is a hash. A processed delivery has the field `done`, with the token that completed it. Any other has `token` and `ends` while it
+// is claimed, and one field `f:<handler>` for each finished handler. `ends` is in ms on the server's clock, which all processes share. Each
+// script touches only one key, as a cluster requires.
 
 const NOW = `
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 `
 
-// The claimant's own token: the connection broke before the answer came, and the client has asked again.
+// If the hash has the claimant's own token, the connection broke before the answer arrived, and the client has sent the command again.
 const BEGIN = script(`${NOW}
 local known = redis.call('HMGET', KEYS[1], 'done', 'token', 'ends')
 if known[1] then return {'done'} end
@@ -34,8 +35,8 @@ return answer
 
 const HELD = 'if redis.call(\'HGET\', KEYS[1], \'token\') ~= ARGV[1] then return 0 end\n'
 
-// A Redis that is out of memory refuses what takes more of it, but not to a script that has already written: what is
-// under way is still recorded there.
+// If Redis is out of memory, it refuses commands that need more of it, except in a script that has already written. The scripts of deliveries
+// that are under way write this first, so that they still succeed.
 const WRITING = `redis.call('PEXPIRE', KEYS[1], ${RETENTION})\n`
 
 const CHECKPOINT = script(`${HELD}${WRITING}
@@ -43,7 +44,7 @@ redis.call('HSET', KEYS[1], 'f:' .. ARGV[2], 1)
 return 1
 `)
 
-// `done` is the token of whoever completed it: that one may ask again, as for BEGIN.
+// `done` is the token that completed the delivery, because the client may send the command again, as for BEGIN.
 const COMPLETE = script(`
 if redis.call('HGET', KEYS[1], 'done') == ARGV[1] then return 1 end
 ${HELD}
@@ -74,11 +75,10 @@ function script (text: string): Script {
 }
 
 /**
- * Remembers deliveries in Redis (5 or later, or a cluster), for any number of processes. One round trip each for `begin`
- * and `complete`. The client is the user's: its retry and timeout settings decide how soon trouble is told, and it is
- * never closed here.
+ * Remembers deliveries in Redis (5 or later, or a cluster), for any number of processes. `begin` and `complete` take one round trip each. The
+ * client belongs to the user and is never closed here. Its retry and timeout settings decide how soon a failure is reported.
  *
- * @param options.prefix put before every key; default `openai-webhook:`
+ * @param options.prefix text before every key; default `openai-webhook:`
  * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS
  */
 export function redisStore (redis: RedisClient, options: { prefix?: string } = {}): IdempotencyStore {
@@ -93,7 +93,7 @@ export function redisStore (redis: RedisClient, options: { prefix?: string } = {
     try {
       return await redis.evalsha(sha, 1, prefix + key, ...args)
     } catch (error) {
-      // Redis has not seen the script since it started.
+      // Redis does not know the script, for example after a restart.
       if (!String((error as Error | null)?.message).startsWith('NOSCRIPT')) throw error
       return await redis.eval(text, 1, prefix + key, ...args)
     }
