@@ -3,64 +3,64 @@ import { InvalidOptions } from '../errors.ts'
 import type { EventContext, EventHandler } from '../handlers.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
 
-/** Names the delivery: an event handler's context, or `request.openaiWebhook` on a marked route. */
+/** Identifies the delivery: the context of an event handler, or `request.openaiWebhook` on a marked route. */
 export interface InboxContext {
   readonly webhookId: string
   readonly endpoint: string
   readonly tenant?: string | undefined
-  /** Gets a line when old records could not be deleted. */
+  /** Gets a warning when old records could not be deleted. */
   readonly log?: { warn (fields: object, message: string): void } | undefined
 }
 
 /**
- * Runs a statement in the caller's own transaction. Its parameters, `$1` to `$n` in PostgreSQL and `?` in SQLite, come once
- * each and in order; `values` are strings. Answers the rows, as objects, or an object that has them as `rows`.
+ * Runs a statement in the caller's own transaction. The parameters are `$1` to `$n` in PostgreSQL and `?` in SQLite. Each occurs once and in
+ * order, and `values` are strings. The answer is the rows as objects, or an object with the rows as `rows`.
  */
 export type InboxQuery<Answer = unknown> = (text: string, values: string[]) => Answer
 
-/** @param tx works until this returns, or what it returns settles; `event` is what `on` says. */
+/** @param tx works until this function returns, or until its promise settles. @param event of the type that `on` infers. */
 export type InboxWork<Tx, Event> = (this: FastifyInstance, tx: Tx, event: Event, context: EventContext) => unknown
 
 /**
- * Makes effects in a database happen once: the effect and the record that its handler has run commit together. A record is
- * (endpoint, tenant, webhook-id, handler name).
+ * Makes effects in a database happen once: the effect and the record that its handler has run are committed together. A record consists of
+ * endpoint, tenant, webhook-id and handler name.
  *
- * - Of any number of callers with the same record, in any number of processes, one commits; the others do nothing.
- * - Work that fails rolls back its writes and its record, so that the next attempt runs it anew.
- * - It needs neither the idempotency store nor the runner, and holds over a crash at any instant.
+ * - Of any number of callers with the same record, in any number of processes, one commits and the others do nothing.
+ * - If the work fails, its writes and its record are rolled back, so that the next attempt runs it again.
+ * - The inbox depends neither on the idempotency store nor on the runner, and a crash at any moment does not break it.
  * - A rollback does not undo effects outside the transaction, such as a call to another service.
  */
 export interface Inbox<Tx> {
-  /** Makes an event handler that has `name` wherever it is registered; `work` writes by `tx`. */
+  /** Makes an event handler that has `name` wherever it is registered. `work` writes with `tx`. */
   once<Event> (name: string, work: InboxWork<Tx, Event>): EventHandler<Event>
-  /** In a transaction of the caller's own. @returns whether the caller is the one to make the effect */
+  /** Writes the record in a transaction of the caller. @returns whether the caller is to make the effect */
   first (query: InboxQuery, name: string, context: InboxContext): MaybePromise<boolean>
-  /** Ends what runs in the background, which is deleting old records. */
+  /** Ends the deletion of old records, which runs in the background. */
   close? (): Promise<void>
 }
 
-/** ms for which a record is kept, unless told otherwise: 30 days. */
+/** The default of `retention`: ms for which a record is kept (30 days). */
 export const INBOX_RETENTION = 30 * 24 * 3_600_000
 
 /**
- * A method on a handler's context. It hears for how many ms an inbox keeps a record of the handler. The symbol is shared by
- * all copies of the package in a process.
+ * Key of a method on a handler's context. An inbox calls it with the handler's name and the ms for which the record is kept. All copies of the
+ * package in a process share the symbol.
  */
 export const REMEMBER = Symbol.for('fastify-openai-webhook.inboxKeeps')
 
 let shortest: number | undefined
 
-/** Called when an inbox is made. */
+/** To be called when an inbox is created. @param retention ms */
 export function noteRetention (retention: number): void {
   shortest = Math.min(shortest ?? retention, retention)
 }
 
-/** The shortest retention of this process's inboxes, in ms; `undefined` where there is none. */
+/** The shortest retention of this process's inboxes, in ms; `undefined` if there are none. */
 export function shortestRetention (): number | undefined {
   return shortest
 }
 
-/** In the order of the columns. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
+/** The values of a record, in the order of the columns. Calls REMEMBER of the context. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
 export function recordOf (name: string, context: InboxContext, retention: number): [string, string, string, string] {
   const { endpoint, tenant = '', webhookId } = context
   if (typeof endpoint !== 'string' || typeof webhookId !== 'string') {

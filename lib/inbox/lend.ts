@@ -2,26 +2,27 @@ import { TransactionOver } from '../errors.ts'
 import { isPromise } from '../maybe-promise.ts'
 
 /**
- * Lends a database's client for the length of a transaction, and with it the statements and iterators that it makes.
+ * Lends the client of a database for the duration of a transaction, together with the statements and iterators that the client makes.
  *
  * @param name of the handler
- * @param holds asked when a statement has failed: whether the transaction is still there
- * @returns `tx`, whose methods and whose statements' throw FST_OPENAI_WEBHOOK_TRANSACTION_OVER once it is over, by `end` or by itself
+ * @param holds called when a statement has failed, returns whether the transaction still exists
+ * @returns `tx`. Its methods and those of its statements throw FST_OPENAI_WEBHOOK_TRANSACTION_OVER once the transaction has ended, by `end` or by
+ * itself
  */
 export function lend<Tx extends object> (client: Tx, name: string, holds = (): boolean => true): { tx: Tx, end: () => void } {
   let over = false
   const iterators: Iterator<unknown>[] = []
 
   function lent<T extends object> (owned: T): T {
-    // A function of ours in place of one of the client's, whose own properties a proxy may not have give another value.
+    // The target is our own function and not the client's, because a proxy must not change the value of a fixed property of its target.
     const target = typeof owned === 'function' ? (...args: unknown[]) => call(owned, undefined, args) : owned
     return new Proxy(target as T, {
       get (target, property) {
-        // Native methods and private fields work on the owned itself, not on a proxy.
+        // Native methods and private fields work on the owned object itself, not on a proxy.
         const value: unknown = Reflect.get(owned, property, owned)
         if (typeof value !== 'function' || isFixed(target, property)) return value
         return (...args: unknown[]): unknown => {
-          // release() would make the pool lend the client out in the midst of the transaction.
+          // release() does nothing, because the pool would lend the client to others in the middle of the transaction.
           return property === 'release' ? assertLent() : call(value, owned, args)
         }
       }
@@ -34,7 +35,7 @@ export function lend<Tx extends object> (client: Tx, name: string, holds = (): b
     try {
       result = Reflect.apply(method, self, args)
     } catch (error) {
-      // SQLite rolls back by itself where the disk is full. Whatever is written then, by work that goes on, would commit by itself.
+      // SQLite rolls back by itself if the disk is full. If the work continues, each of its further writes would be a commit of its own.
       over ||= !holds()
       throw error
     }
@@ -51,19 +52,19 @@ export function lend<Tx extends object> (client: Tx, name: string, holds = (): b
     tx: lent(client),
     end () {
       over = true
-      // better-sqlite3 neither commits nor rolls back while one is open.
+      // better-sqlite3 neither commits nor rolls back while an iterator is open.
       for (const iterator of iterators) iterator.return?.()
     }
   }
 }
 
-/** A proxy may give no other value for it. */
+/** Whether the property is fixed: a proxy must return the value that the target has. */
 function isFixed (target: object, property: string | symbol): boolean {
   const own = Reflect.getOwnPropertyDescriptor(target, property)
   return own?.configurable === false && own.writable === false
 }
 
-/** Whether it is something of the client's, such as a statement, and not rows or a value of one. */
+/** Whether the client made the result itself, such as a statement, and the result is not rows or a value of a row. */
 function isMade (result: unknown): result is object {
   if (typeof result === 'function') return true
   if (typeof result !== 'object' || result === null || Array.isArray(result) || ArrayBuffer.isView(result) || isPromise(result)) return false
