@@ -12,7 +12,7 @@ export interface PgClient {
   removeListener (event: 'error', listener: (error: Error) => void): unknown
 }
 
-/** The part of a `pg` `Pool` that is used. It has both ways to connect, so that TypeScript infers the client's own type. */
+/** The part of a `pg` `Pool` that is used. It has both overloads of `connect`, so that TypeScript infers the client's own type. */
 export interface PgPool<Client extends PgClient = PgClient> {
   readonly totalCount: number
   connect (): Promise<Client>
@@ -33,28 +33,28 @@ export interface PgLiteTransaction {
   exec (sql: string): Promise<unknown>
 }
 
-/** ms that a missing table waits for another connection to create it. */
+/** ms to wait for another connection to create a missing table. */
 const PATIENCE = 1_000
 
-/** How often a statement is sent that meets others. */
+/** How often a statement is sent that conflicts with others. */
 const MAX_ATTEMPTS = 20
 
 type Value = string | number | readonly string[] | readonly number[]
 
 export type Query = (text: string, values: readonly Value[]) => Promise<any[]>
 
-/** A step took longer than its timeout. */
+/** Thrown when a step takes longer than its timeout. */
 export class NoAnswer extends Error {}
 
-/** A database, by whichever library. No session state outlives a transaction, as PgBouncer in transaction mode requires. */
+/** A database, for every supported library. No session state outlives a transaction, as PgBouncer in transaction mode requires. */
 export interface Database {
   /** A statement that commits by itself. */
   query: Query
   /** Several statements without parameters, in one transaction. */
   script: (sql: string) => Promise<void>
   /**
-   * @param settings of the transaction, as statements
-   * @param work gives the id of its transaction, where it has written something; its failure rolls back
+   * @param settings statements that set up the transaction
+   * @param work returns the id of its transaction if it has written something. If it fails, the transaction is rolled back
    * @param rolledBack makes the error for a transaction that was rolled back although `work` had not thrown
    */
   transaction: (settings: string, work: (tx: object, query: Query) => Promise<string | undefined>, rolledBack: () => Error) => Promise<void>
@@ -80,20 +80,20 @@ function isLite (db: unknown): db is PgLite {
   return [query, exec, transaction].every(method => typeof method === 'function')
 }
 
-/** A session that began while its server was read-only stays read-only, where that is the default of its database or role. */
+/** Whether the session is read-only. If that was the default of its database or role when the session began, the session stays read-only. */
 function isReadOnly (error: unknown): boolean {
   return (error as { code?: unknown } | null | undefined)?.code === '25006'
 }
 
 /**
- * Where the default of the database or role is SERIALIZABLE or REPEATABLE READ, a statement fails that meets another one: 40001. So does one of
- * several that wait for each other: 40P01. It has written nothing.
+ * 40001: the default isolation level of the database or role is stricter than READ COMMITTED, and another transaction wrote the same rows. 40P01:
+ * a deadlock. The statement has written nothing, so it can be sent again.
  */
 function isConflict (error: unknown): boolean {
   return ['40001', '40P01'].includes((error as { code?: unknown } | null | undefined)?.code as string)
 }
 
-/** Asks what has become of a transaction. */
+/** The query for the outcome of a transaction. */
 const statusQuery = (id: string): string => `SELECT pg_xact_status(${id}::xid8) AS status`
 
 const isCommitted = (row: { status?: unknown } | undefined): boolean => row?.status === 'committed'
@@ -114,7 +114,8 @@ class Pooled implements Database {
   constructor (pool: PgPool, timeout: number) {
     this.#pool = pool
     this.#timeout = timeout
-    // An idle connection that breaks would otherwise end the process. The pool drops it; the next query tells what is wrong.
+    // Without a listener, an idle connection that breaks would end the process. The pool drops the connection, and the next query reports what is
+    // wrong.
     if (!heard.has(pool)) pool.on('error', ignore)
     heard.add(pool)
   }
@@ -146,13 +147,13 @@ class Pooled implements Database {
         if (isReadOnly(error)) throw error
         return { error }
       }
-      // If this fails, nobody knows whether it has committed. The next attempt finds out.
+      // If the commit fails, nobody knows whether it took effect. The next attempt finds out.
       return await this.#commit(client, id) ? undefined : { error: rolledBack() }
     })
     if (outcome !== undefined) throw outcome.error
   }
 
-  /** Fails with the connection: work that waits for something else would not hear of that, and keep its place for good. */
+  /** Rejects when the connection is lost. Work that waits for something else would not notice, and would keep its connection and its place for ever. */
   async #whileConnected<Result> (client: PgClient, working: Promise<Result>): Promise<Result> {
     let onError!: (error: Error) => void
     const lost = new Promise<never>((_resolve, reject) => { onError = reject })
@@ -164,18 +165,18 @@ class Pooled implements Database {
     }
   }
 
-  /** @returns whether what was written is committed: the work may have ended the transaction by itself, and then COMMIT succeeds too. */
+  /** @returns whether the writes are committed. The work may have ended the transaction itself, and COMMIT succeeds in that case too. */
   async #commit (client: PgClient, id: string | undefined): Promise<boolean> {
     if (id === undefined) {
       await this.#send(client, 'COMMIT')
       return true
     }
-    // One message, so that PgBouncer answers both from one session.
+    // One message, so that PgBouncer runs both statements in one session.
     const [, { rows: [row] }] = await this.#send(client, `COMMIT; ${statusQuery(`'${id}'`)}`) as unknown as [unknown, { rows: any[] }]
     return isCommitted(row)
   }
 
-  /** A connection that has failed is not used again: after a failover it may lead to a server that cannot write. */
+  /** Does not return a connection to the pool that has failed, because after a failover it may lead to a server that cannot write. */
   async #withClient<Result> (use: (client: PgClient) => Promise<Result>): Promise<Result> {
     const client = await this.#connect()
     let result
@@ -193,7 +194,8 @@ class Pooled implements Database {
     const connecting = new Promise<PgClient>((resolve, reject) => {
       this.#pool.connect((error: Error | undefined, client: PgClient) => {
         if (error !== undefined) return reject(error)
-        // The pool does not listen while the client is lent out, so a server that goes away would end the process. A listener in a promise would come too late.
+        // The pool does not listen while the client is checked out, so a server that goes away would end the process. If the listener were added
+        // after a promise, it would come too late.
         client.on('error', ignore)
         resolve(client)
       })
@@ -207,12 +209,12 @@ class Pooled implements Database {
     return (await this.#send(client, text, values)).rows
   }
 
-  /** The statement has no name, so that nothing is left on the connection. */
+  /** Sends a statement without a name, so that no prepared statement is left on the connection. */
   async #send (client: PgClient, text: string, values?: readonly Value[]): ReturnType<PgClient['query']> {
     return await this.#within(client.query(text, values as any[]), 'no answer of PostgreSQL', ignore)
   }
 
-  /** By default a pool and a client wait for ever, and not all versions of pg take a timeout for one query. */
+  /** Limits the time of a step. By default a pool and a client wait for ever, and not all versions of pg accept a timeout for a single query. */
   async #within<Result> (step: Promise<Result>, what: string, givenUp: () => void): Promise<Result> {
     return await within(step, this.#timeout, () => {
       givenUp()
@@ -221,7 +223,7 @@ class Pooled implements Database {
   }
 }
 
-/** One session, in the process itself: nothing to wait for. */
+/** PGlite has one session, which is in this process, so its steps need no timeout. */
 class Lite implements Database {
   readonly #db: PgLite
 
@@ -238,7 +240,7 @@ class Lite implements Database {
   }
 
   async transaction (settings: string, work: (tx: object, query: Query) => Promise<string | undefined>, rolledBack: () => Error): Promise<void> {
-    // PGlite itself throws when COMMIT rolls back.
+    // transaction() of PGlite throws if COMMIT rolls back.
     const id = await this.#db.transaction(async tx => {
       await tx.exec(settings)
       return await work(tx, async (text, values) => (await tx.query(text, [...values])).rows)
@@ -249,7 +251,7 @@ class Lite implements Database {
   }
 }
 
-/** Makes a table be there before it is used. A creation that fails, or is rolled back, is tried again by the next use. */
+/** Creates a table before its first use. If the creation fails or is rolled back, the next use tries again. */
 export class Creation {
   readonly #database: Database
   readonly #table: Table
@@ -269,8 +271,9 @@ export class Creation {
   }
 
   /**
-   * The same in a transaction of the caller's. There may be no other connection to wait for: each may be in such a transaction.
-   * But what is made in this one may be rolled back, or be in another schema, so another one is given a moment to come first.
+   * To be awaited before each use in a transaction of the caller. `ready()` alone could wait for ever for a connection, because each of them may
+   * be in such a transaction. But a table that is created in this transaction may be rolled back, or be in another schema, so another connection
+   * gets PATIENCE ms to create the table first.
    */
   async readyIn (query: Query): Promise<void> {
     if (this.#isThere) return
@@ -288,7 +291,7 @@ export class Creation {
     this.#isThere = true
   }
 
-  /** Looks first, so that an existing table needs no right to create one. */
+  /** Whether the table exists. Checked before creating it, so that an existing table requires no right to create tables. */
   async #isIn (query: Query): Promise<boolean> {
     const [row] = await query('SELECT to_regclass($1::text) IS NOT NULL AS there', [this.#table.sql]) as Array<{ there?: unknown }>
     return row?.there === true

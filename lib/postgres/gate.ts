@@ -1,4 +1,4 @@
-/** Lets a fixed number through at once, in order of arrival. */
+/** Limits the number of calls that run at the same time. The others wait in the order of their arrival. */
 export class Gate {
   #free: number
   readonly #waiting: Array<() => void> = []

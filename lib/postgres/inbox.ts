@@ -16,7 +16,7 @@ import type { Table } from './table.ts'
 
 export interface PostgresInboxOptions {
   /**
-   * A name, or `schema.name`. Services that share a database have one each.
+   * The name of the table, or `schema.name`. Services that share a database need a table each.
    *
    * @default 'openai_webhook_inbox'
    */
@@ -28,19 +28,19 @@ export interface PostgresInboxOptions {
    */
   retention?: number
   /**
-   * `false`: the table is there, or is created by other tools, by what `migration()` prints.
+   * `false` if the table already exists, or is created by other tools with the SQL that `migration()` returns.
    *
    * @default true
    */
   migrate?: boolean
   /**
-   * Transactions of `once()` at once. The pool's other clients are left to the store and the app.
+   * Maximum number of concurrent transactions of `once()`. The pool's other clients are left to the store and the app.
    *
    * @default 8
    */
   concurrency?: number
   /**
-   * ms that a statement of `once()` waits for a lock, such as that of another holder of the same delivery.
+   * ms that a statement of `once()` waits for a lock, such as the lock of another process that handles the same delivery.
    *
    * @default 5_000
    */
@@ -53,7 +53,7 @@ export interface PostgresInboxOptions {
   idleTimeout?: number
 }
 
-/** Has `first()` alone, because `once()` needs connections. */
+/** An inbox that has only `first()`, because `once()` needs connections. */
 export type PostgresFirst = Pick<PostgresInbox<never>, 'first'>
 
 export interface PostgresInbox<Tx> extends Inbox<Tx> {
@@ -61,18 +61,18 @@ export interface PostgresInbox<Tx> extends Inbox<Tx> {
   close (): Promise<void>
 }
 
-/** ms more than a statement of ours may wait for a lock. */
+/** ms that a step may take in addition to `lockTimeout`. */
 const PATIENCE = 5_000
 
 /**
- * Makes effects in PostgreSQL (13 or later) happen once: a handler's writes and the record that it has run commit together.
- * Creates its table with the first delivery, unless `migrate` is false. The pool is the user's, who closes it; it may lead
- * through PgBouncer in transaction mode. Without a pool it has `first()` alone, and creates nothing.
+ * Makes effects in PostgreSQL (13 or later) happen once: a handler's writes and the record that it has run are committed together. Creates its
+ * table with the first delivery, unless `migrate` is false. The pool belongs to the user, who closes it, and may connect through PgBouncer in
+ * transaction mode. Without a pool the inbox has only `first()`, and creates nothing.
  *
- * `tx` of `once()` is the client of the pool, or the transaction of the PGlite. Its handlers fail with
- * FST_OPENAI_WEBHOOK_TRANSACTION_OVER and FST_OPENAI_WEBHOOK_ROLLED_BACK, `first()` with FST_OPENAI_WEBHOOK_NO_TRANSACTION.
+ * `tx` of `once()` is the client of the pool, or the transaction of PGlite. Handlers made by `once()` fail with
+ * FST_OPENAI_WEBHOOK_TRANSACTION_OVER and FST_OPENAI_WEBHOOK_ROLLED_BACK, and `first()` with FST_OPENAI_WEBHOOK_NO_TRANSACTION.
  *
- * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS, for a pool with fewer clients than `concurrency` too
+ * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS, also if the pool has fewer clients than `concurrency`
  */
 export function postgresInbox<Client extends PgClient> (pool: PgPool<Client>, options?: PostgresInboxOptions): PostgresInbox<Client>
 export function postgresInbox<Tx extends PgLiteTransaction> (db: PgLite<Tx>, options?: PostgresInboxOptions): PostgresInbox<Tx>
@@ -95,7 +95,7 @@ export function postgresInbox (db?: PgPool | PgLite, options: PostgresInboxOptio
   const creation = migrate ? new Creation(database, table, inboxSchema(table)) : undefined
   const gate = new Gate(concurrency)
   const pruning = new Pruning(async () => await records.prune(database))
-  // Sets the level, because at a stricter default one of two holders would fail instead of waiting.
+  // Sets the isolation level, because with a stricter default one of two processes with the same delivery would fail instead of waiting.
   const settings = `SET TRANSACTION ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = ${lockTimeout}; SET LOCAL idle_in_transaction_session_timeout = ${idleTimeout}`
 
   function recorded ({ log }: InboxContext): void {
@@ -138,7 +138,7 @@ export function postgresInbox (db?: PgPool | PgLite, options: PostgresInboxOptio
   }
 }
 
-/** The rows of the table. */
+/** Reads and writes the rows of the table. */
 class Records {
   readonly insert: string
   readonly #insertInside: string
@@ -150,8 +150,8 @@ class Records {
     this.#retention = retention
     const columns = `${sql} (endpoint, tenant, webhook_id, handler)`
     this.insert = `INSERT INTO ${columns} VALUES ($1, $2, $3, $4) ON CONFLICT DO NOTHING RETURNING pg_current_xact_id()::text AS id`
-    // Each parameter comes once and in order, for libraries that only know `?`. Outside the caller's transaction the statement
-    // writes nothing, because its record would commit before the effect.
+    // Each parameter occurs once and in order, for libraries that only support `?`. If the statement runs outside the caller's transaction, it
+    // writes nothing, because its record would be committed before the effect.
     this.#insertInside = `
       WITH here AS (SELECT pg_current_xact_id()::text = $1::text AS inside), record AS (
         INSERT INTO ${columns} SELECT $2::text, $3::text, $4::text, $5::text FROM here WHERE inside ON CONFLICT DO NOTHING RETURNING 1
@@ -166,7 +166,7 @@ class Records {
     return (await database.query(this.#expired, [])).length
   }
 
-  /** @param prunes in this transaction, where there is no other connection */
+  /** @param prunes whether old records are deleted in this transaction, which is needed if there is no other connection */
   async first (query: InboxQuery<PromiseLike<unknown>>, name: string, context: InboxContext, prunes = false): Promise<boolean> {
     assertHandlerName('first', name)
     const [before] = rowsOf(await query('SELECT pg_current_xact_id()::text AS id', []))

@@ -5,11 +5,14 @@ import type { Table } from './table.ts'
 export const STORE_TABLE = 'openai_webhook_deliveries'
 export const INBOX_TABLE = 'openai_webhook_inbox'
 
-/** The key of an advisory lock is any number. Selects a number, since not every library can read the void that the function returns. Without the lock, processes that create tables at the same instant would fail on PostgreSQL's catalogue. */
+/**
+ * Takes an advisory lock, because processes that create tables at the same moment would fail on PostgreSQL's catalogue. The key of the lock is an
+ * arbitrary number. The statement selects a number, because not every library can read the void that the function returns.
+ */
 export const ALONE = 'SELECT 1 FROM pg_advisory_xact_lock(1868658536)'
 
 export interface MigrationOptions {
-  /** Names, or `schema.name`; `false`: not this one. */
+  /** The name of each table, or `schema.name`; `false` to omit the table. */
   tables?: {
     /** @default 'openai_webhook_deliveries' */
     store?: string | false
@@ -18,7 +21,10 @@ export interface MigrationOptions {
   }
 }
 
-/** `ends` is the end of the lease while there is a token, `forget` when the row may go; `finished` has a name, as JSON, a line. */
+/**
+ * `ends` is the end of the lease while there is a token. `forget` is when the row may be deleted. `finished` has one handler name per line, as
+ * JSON.
+ */
 export function storeSchema ({ sql, name }: Table): string[] {
   return [`CREATE TABLE IF NOT EXISTS ${sql} (
   key text PRIMARY KEY,
@@ -46,10 +52,10 @@ export function scriptOf (statements: readonly string[]): string {
 }
 
 /**
- * What `postgresStore` and `postgresInbox` create by themselves, for those who say `migrate: false` and run it by tools of
- * their own. It may be run again, and by several processes at once if each runs it in one transaction, or as one query.
+ * The SQL that `postgresStore` and `postgresInbox` run themselves, for users who set `migrate: false` and run it with their own tools. It may be
+ * run again, and by several processes at the same time if each runs it in one transaction or as one query.
  *
- * @returns SQL: several statements
+ * @returns several SQL statements
  * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS
  */
 export function migration (options: MigrationOptions = {}): string {

@@ -11,26 +11,26 @@ import { tableOf } from './table.ts'
 
 export interface PostgresStoreOptions {
   /**
-   * A name, or `schema.name`.
+   * The name of the table, or `schema.name`.
    *
    * @default 'openai_webhook_deliveries'
    */
   table?: string
   /**
-   * `false`: the table is there, or is created by other tools, by what `migration()` prints.
+   * `false` if the table already exists, or is created by other tools with the SQL that `migration()` returns.
    *
    * @default true
    */
   migrate?: boolean
 }
 
-/** ms for each step: the sender is told 503 before the default deadline of 4,500 ms. */
+/** ms that each step may take. Less than the default deadline of 4,500 ms, so that the sender is answered 503 before the deadline. */
 const TIMEOUT = 4_000
 
-/** Deliveries of one statement. */
+/** Maximum number of deliveries in one statement. */
 const GROUP = 100
 
-/** ms that a statement waits for a lock: less than TIMEOUT, because the server goes on with a statement that was given up here. */
+/** ms that a statement waits for a lock. Less than TIMEOUT, because the server continues with a statement that was given up here. */
 const LOCK_TIMEOUT = 3_500
 /** Shorter in a group, so that one locked row leaves time for the others. */
 const LOCK_TIMEOUT_OF_GROUP = 1_500
@@ -38,32 +38,32 @@ const LOCK_TIMEOUT_OF_GROUP = 1_500
 interface Asked {
   readonly key: string
   readonly token: string
-  /** Of the lease, or of the retention. */
+  /** The length of the lease or of the retention. */
   readonly ms: number
 }
 
-/** A row of an answer. One of `complete` has only its key. */
+/** A row of an answer. A row from `complete` has only the key. */
 interface Row {
   readonly key: string
   readonly state: Claim['state']
   readonly finished: string
 }
 
-/** The parameters of a statement of many rows. The statement sets its own lock_timeout, for itself alone, because there may be no session. */
+/** The parameters of a statement for many rows. The statement sets lock_timeout for itself only, because there may be no session. */
 const ASKED = `asked AS (
       SELECT asked.*, set_config('lock_timeout', $4, true) FROM unnest($1::text[], $2::text[], $3::float8[]) AS asked (key, token, ms)
     )`
 
-/** Bytes; an index entry has room for about 2,700. */
+/** Maximum length of a key in bytes. An index entry has room for about 2,700. */
 const MAX_KEY = 1_000
 
 /**
- * Remembers deliveries in PostgreSQL (13 or later), for any number of processes, with one round trip each for `begin` and
- * `complete`, which deliveries that come at once share. Leases run by the server's clock. The pool is the user's, who closes
- * it; it may lead through PgBouncer in transaction mode. Creates its table with the first delivery, unless `migrate` is false.
+ * Remembers deliveries in PostgreSQL (13 or later), for any number of processes. `begin` and `complete` take one round trip each, which
+ * deliveries that arrive at the same time share. Leases are timed by the server's clock. The pool belongs to the user, who closes it, and may
+ * connect through PgBouncer in transaction mode. Creates its table with the first delivery, unless `migrate` is false.
  *
- * While no connection can be had, the server is down or read-only, or has not answered within 4 s, each call fails, and the
- * sender is told 503.
+ * If no connection is available, or the server is down, read-only or does not answer within 4 s, each call fails. If that call is `begin`, the
+ * sender is answered 503.
  *
  * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS
  */
@@ -75,10 +75,9 @@ export function postgresStore (db: PgPool | PgLite, options: PostgresStoreOption
   const database = databaseOf('postgresStore', db, TIMEOUT)
   const creation = migrate ? new Creation(database, table, storeSchema(table)) : undefined
 
-  // Claims new rows, released ones and run-out leases. The last SELECT sees an older state than a concurrent INSERT has
-  // written, so a row that it does not find, or finds expired, is somebody else's claim. Rows are locked in the order of their
-  // keys, so that processes with the same deliveries do not wait for each other in a circle. A row with the call's own token
-  // was claimed by the same call, whose answer was lost.
+  // Claims new rows, released rows and rows whose lease has expired. The last SELECT sees a state from before a concurrent INSERT, so a row that
+  // it does not find, or finds expired, has been claimed by another call. Rows are locked in the order of their keys, so that processes with the
+  // same deliveries do not deadlock. A row with the call's own token was claimed by the same call, whose answer was lost.
   const begin = `
     WITH ${ASKED},
     claim AS (
@@ -105,7 +104,7 @@ export function postgresStore (db: PgPool | PgLite, options: PostgresStoreOption
     return rows.length
   })
 
-  /** Makes one statement of a turn's claims of different deliveries. Several claims of one delivery take several statements. */
+  /** Combines the calls of one turn of the event loop into one statement. Several calls for the same delivery take several statements. */
   const forMany = (sql: string) => grouped<Asked, Row | undefined>(GROUP, async asked => {
     const rows = new Map<Asked, Row>()
     const lockTimeout = asked.length > 1 ? LOCK_TIMEOUT_OF_GROUP : LOCK_TIMEOUT
@@ -127,7 +126,7 @@ export function postgresStore (db: PgPool | PgLite, options: PostgresStoreOption
       const token = randomUUID()
       const { state, finished } = await beginOne({ key: short(key), token, ms: lease }) as Row
       if (state !== 'claimed') return { state }
-      // The next begin() tells what is wrong with the database.
+      // The failure is ignored, because the next begin() reports what is wrong with the database.
       pruning.inserted(() => {})
       return { state, token, finished: finished.split('\n').filter(Boolean).map(name => JSON.parse(name) as string) }
     },
@@ -146,7 +145,7 @@ export function postgresStore (db: PgPool | PgLite, options: PostgresStoreOption
   }
 }
 
-/** Shortens a key to what an index takes. */
+/** Replaces a key that is too long for an index by its hash. */
 function short (key: string): string {
   if (Buffer.byteLength(key) <= MAX_KEY) return key
   return `sha256 ${createHash('sha256').update(key).digest('hex')}`

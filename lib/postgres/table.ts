@@ -1,12 +1,12 @@
 import { InvalidOptions } from '../errors.ts'
 
-/** PostgreSQL cuts names at 63 bytes; an index has the table's name and 7 more. */
+/** At most 56 characters, because PostgreSQL cuts names at 63 bytes, and the name of an index is that of its table with up to 7 more. */
 const NAME = /^[A-Za-z_][\w$]{0,55}$/
 
 export interface Table {
-  /** Quoted, so that no name is read as anything else. */
+  /** The quoted name, so that no name is read as anything else. */
   readonly sql: string
-  /** Without its schema, for the names of indexes. */
+  /** The name without its schema, for the names of indexes. */
   readonly name: string
 }
 
