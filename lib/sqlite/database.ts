@@ -3,8 +3,8 @@ import { InvalidOptions } from '../errors.ts'
 import { Group } from './group.ts'
 
 /**
- * A statement of node:sqlite, better-sqlite3 or libsql. Its parameters are `any`, since each library takes other values, and
- * TypeScript before 6 refuses a type whose parameters are narrower than another's.
+ * A statement of node:sqlite, better-sqlite3 or libsql. Its parameters are `any`, because each library accepts other values, and TypeScript
+ * before 6 refuses a type whose parameters are narrower than those of another.
  */
 export interface SqliteStatement {
   run (...parameters: any[]): { changes: number | bigint }
@@ -16,16 +16,16 @@ type Value = string | number | null
 
 interface Changes { changes: number | bigint }
 
-/** A statement of ours: its rows are objects, their integers numbers. */
+/** A statement whose rows are objects, with integers as numbers. */
 export interface Statement {
   run (...parameters: Value[]): Changes
   all (...parameters: Value[]): unknown[]
 }
 
-/** Whether a statement has changed its one row. */
+/** Whether a statement has changed one row. */
 export const changed = ({ changes }: Changes): boolean => Number(changes) === 1
 
-/** How a statement reads rows: node:sqlite's two, and what better-sqlite3 and libsql have. */
+/** How a statement reads rows. The first two methods are those of node:sqlite, the last is that of better-sqlite3 and libsql. */
 interface RowModes {
   setReadBigInts? (enabled: boolean): unknown
   setReturnArrays? (enabled: boolean): unknown
@@ -38,7 +38,7 @@ export interface SqliteDatabase {
   prepare (sql: string): SqliteStatement
 }
 
-/** ms that a write waits for another process's write, where the user's handle has no busy_timeout. The wait blocks the event loop. */
+/** ms that a write waits for a write of another process if the user's handle has no busy_timeout. The wait blocks the event loop. */
 const BUSY_TIMEOUT = 1_000
 
 /** ms between two attempts at a lock for which SQLite itself does not wait. */
@@ -47,10 +47,10 @@ const LOCK_RETRY = 10
 /** After a write has waited in vain, no write waits for ten times as long, so that a locked file blocks the event loop a tenth of the time. */
 const PATIENCE = 10
 
-/** The time (performance.now()) until which writes do not wait. Kept by handle, so that a store and a runner on one handle wait once. */
+/** The time (performance.now()) until which writes do not wait. Keyed by handle, so that a store and a runner on one handle wait only once. */
 const impatientUntil = new WeakMap<SqliteDatabase, number>()
 
-/** Kept by handle, so that a store and a runner on one handle share commits. */
+/** Keyed by handle, so that a store and a runner on one handle share commits. */
 const groups = new WeakMap<SqliteDatabase, Group>()
 
 /** Matches the message, because the drivers have no error code in common for SQLITE_BUSY. */
@@ -59,24 +59,25 @@ const isLocked = (error: unknown): boolean => /database is locked/.test((error a
 /** Blocks the thread, as SQLite's own wait does. */
 const sleep = (ms: number): unknown => Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, ms)
 
-/** Prepares the user's handle: write-ahead log, and one fsync a commit, so that a commit survives a power failure. */
+/** Sets the user's handle to a write-ahead log and one fsync per commit, so that a commit survives a power failure. */
 export class Database {
   readonly #db: SqliteDatabase
   readonly #file: string
   readonly #inode: number | undefined
 
   /**
-   * @param schema `undefined`: the file is taken as it is, and can be read while another process has its lock
-   * @param added a column that a table of an older version lacks
+   * @param schema statements that create the tables. With `undefined` the file is used as it is, and can be read while another process has it
+   * locked
+   * @param added a column that the table of an older version lacks
    */
   constructor (db: SqliteDatabase, schema?: string, added?: { table: string, column: string }) {
     if (typeof db?.exec !== 'function' || typeof db.prepare !== 'function') {
       throw new InvalidOptions('expected an open SQLite handle (node:sqlite, better-sqlite3 or libsql), which has exec() and prepare()')
     }
     this.#db = db
-    // This comes first, because another process may be recovering the log that a crash has left.
+    // The timeout comes first, because another process may be recovering the log that a crash has left.
     const [busy] = this.prepare('PRAGMA busy_timeout').all() as [{ timeout: number }]
-    // Reads a number, because a wrapper may hide that the handle reads BigInt: every comparison with a number would be false.
+    // Checks a value that was read, because a wrapper may hide that the handle reads BigInt, which is never === to a number.
     if (typeof busy.timeout !== 'number') {
       const got = Array.isArray(busy) ? 'arrays' : `objects with ${typeof busy.timeout}`
       throw new InvalidOptions(`expected a SQLite handle whose rows are objects with numbers, got ${got}: open it without returnArrays, readBigInts, safeIntegers or what else changes how rows are read`)
@@ -84,7 +85,7 @@ export class Database {
     if (busy.timeout === 0) db.exec(`PRAGMA busy_timeout = ${BUSY_TIMEOUT}`)
     if (schema !== undefined) this.#useWriteAheadLog(busy.timeout || BUSY_TIMEOUT)
     db.exec('PRAGMA synchronous = FULL')
-    // Takes the write lock first, because SQLite refuses a reader that becomes a writer without waiting.
+    // Takes the write lock first, because SQLite refuses at once, without waiting, when a reader becomes a writer.
     if (schema !== undefined) {
       this.transaction(() => {
         db.exec(schema)
@@ -103,8 +104,8 @@ export class Database {
   }
 
   /**
-   * SQLite does not wait by itself for the lock that this takes, so processes that make a new file ready at the same
-   * instant refuse each other.
+   * Retries, because SQLite does not wait for the lock that this pragma takes, and processes that set up a new file at the same moment would
+   * fail.
    *
    * @param timeout ms
    */
@@ -121,10 +122,9 @@ export class Database {
     }
   }
 
-  /** A query. */
   prepare (sql: string): Statement {
     const statement: SqliteStatement & RowModes = this.#db.prepare(sql)
-    // A new statement has the handle's settings, so ours are set on each.
+    // A new statement has the settings of the handle, so ours are set on each statement.
     statement.setReadBigInts?.(false)
     statement.setReturnArrays?.(false)
     statement.safeIntegers?.(false)
@@ -132,7 +132,7 @@ export class Database {
   }
 
   /**
-   * A statement that writes: each run of it is a commit.
+   * Prepares a statement that writes. Each run of the statement is a commit.
    *
    * @returns how many rows the statement changed
    */
@@ -142,11 +142,11 @@ export class Database {
   }
 
   /**
-   * Commits what `work` writes, or none of it.
+   * Commits everything that `work` writes, or nothing.
    *
-   * The lock is taken by exec(): a prepared statement of libsql's that finds the file locked stays open, and whatever
-   * another statement writes next then succeeds without ever being committed. It also fails inside a transaction that
-   * the user has open on the handle, which could yet be rolled back.
+   * The lock is taken by exec(), because a prepared statement of libsql that finds the file locked stays open, and whatever another statement
+   * writes next then succeeds without ever being committed. BEGIN also fails inside a transaction that the user has open on the handle, which
+   * could still be rolled back.
    */
   transaction<T> (work: () => T): T {
     this.#begin()
@@ -165,11 +165,11 @@ export class Database {
   }
 
   /**
-   * Commits what `work` writes, in one commit with everything else that this turn of the event loop writes on the handle.
+   * Commits what `work` writes, together with everything else that is written on the handle in this turn of the event loop.
    *
-   * @param work synchronous; may run twice
-   * @param unwritten gives the answer when the file cannot be written, where there is one
-   * @returns what it returned, once that is committed
+   * @param work a synchronous function, which may run twice
+   * @param unwritten returns the answer if the file cannot be written, or `undefined` if there is none
+   * @returns the result of `work`, once the commit has succeeded
    */
   write<T> (work: () => T, unwritten?: () => T | undefined): Promise<T> {
     let group = groups.get(this.#db)
@@ -177,12 +177,12 @@ export class Database {
     return group.write(work, unwritten)
   }
 
-  /** Whether the handle is in a transaction, whoever began it. */
+  /** Whether the handle is in a transaction, whoever has begun it. */
   isInTransaction (): boolean {
     try {
       this.#db.exec('BEGIN')
     } catch (error) {
-      // Asks by a statement, because the drivers have no common property for it.
+      // Tries a statement, because the drivers have no property in common that tells.
       if (/within a transaction/.test((error as Error).message)) return true
       throw error
     }
@@ -190,7 +190,7 @@ export class Database {
     return false
   }
 
-  /** SQLite's wait for a lock blocks the event loop. So after a wait in vain nobody waits for a while, or until a lock is taken. */
+  /** SQLite blocks the event loop while it waits for a lock. So after a wait in vain no write waits for a while, or until one gets the lock. */
   #begin (): void {
     const startedAt = performance.now()
     if (startedAt < (impatientUntil.get(this.#db) ?? 0)) return this.#beginAtOnce()
@@ -215,7 +215,8 @@ export class Database {
   }
 
   /**
-   * Fails when the file was deleted, replaced or emptied. SQLite goes on writing to the old file, whose commits are lost when the process ends.
+   * Fails if the file was deleted, replaced or emptied, because SQLite continues to write to the old file, whose commits are lost when the
+   * process ends.
    *
    * @throws when the file is not the one that was opened
    */

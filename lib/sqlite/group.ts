@@ -1,6 +1,6 @@
-/** What a group needs of a handle. */
+/** The methods of a database that a group needs. */
 export interface Transactions {
-  /** Commits what `work` writes, or none of it. */
+  /** Commits everything that `work` writes, or nothing. */
   transaction<T> (work: () => T): T
   /** @throws when the file is not the one that was opened */
   assertFile (): void
@@ -14,9 +14,9 @@ interface Member {
 }
 
 /**
- * Puts the writes of one turn of the event loop into one transaction, because the fsync is what a commit costs.
+ * Puts the writes of one turn of the event loop into one transaction, because the fsync is what makes a commit expensive.
  *
- * Nothing is awaited between BEGIN and COMMIT, so that no other statement on the handle gets in between.
+ * Nothing is awaited between BEGIN and COMMIT, so that no other statement on the handle runs in between.
  */
 export class Group {
   readonly #database: Transactions
@@ -27,13 +27,13 @@ export class Group {
   }
 
   /**
-   * @param work runs in a transaction, with others before and after it; if one of them throws, each runs again by itself
-   * @param unwritten gives the answer when nothing can be written, where there is one
-   * @returns what it returned, once that is committed; rejects when it threw, or when the commit failed
+   * @param work runs in a transaction together with the work of other calls. If one of them throws, each runs again in its own transaction
+   * @param unwritten returns the answer if nothing can be written, or `undefined` if there is none
+   * @returns the result of `work`, once the commit has succeeded; rejects if `work` threw or the commit failed
    */
   write<T> (work: () => T, unwritten?: () => T | undefined): Promise<T> {
     return new Promise((resolve, reject) => {
-      // Runs after the sockets' events of this turn, whose writes then share the commit.
+      // setImmediate runs after the socket events of this turn, so that their writes share the commit.
       if (this.#members.push({ work, unwritten, resolve, reject }) === 1) setImmediate(() => this.#commit())
     })
   }
@@ -58,7 +58,7 @@ export class Group {
 
   #otherwise (at: 'begin' | 'work' | 'commit', size: number, error: unknown): (member: Member) => void {
     if (at === 'begin') return member => answerUnwritten(member, error)
-    // One member may be at fault, so each is run by itself.
+    // One member may be at fault, so each runs in its own transaction.
     if (at === 'work' && size > 1) return member => this.#commitAlone(member)
     return ({ reject }) => reject(error)
   }
@@ -77,7 +77,7 @@ function answerUnwritten ({ unwritten, resolve, reject }: Member, error: unknown
     const answer = unwritten?.()
     if (answer !== undefined) return resolve(answer)
   } catch {
-    // If reading fails too, the first failure tells more.
+    // If reading fails too, the first error says more.
   }
   reject(error)
 }

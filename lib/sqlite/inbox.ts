@@ -45,14 +45,13 @@ export interface SqliteInbox<Tx> extends Inbox<Tx> {
 }
 
 /**
- * Makes effects in the user's SQLite file happen once: a handler's writes and the record that it has run commit together, in
- * a synchronous transaction on the handle. Creates the table `openai_webhook_inbox`, sets the handle to WAL with one fsync a
- * commit, and never closes it.
+ * Makes effects in the user's SQLite file happen once: a handler's writes and the record that it has run are committed together, in a synchronous
+ * transaction on the handle. Creates the table `openai_webhook_inbox`, sets the handle to WAL with one fsync per commit, and never closes it.
  *
- * `tx` of `once()` is the handle. Its handlers fail with FST_OPENAI_WEBHOOK_TRANSACTION_OVER and
- * FST_OPENAI_WEBHOOK_ASYNC_WORK, `first()` with FST_OPENAI_WEBHOOK_NO_TRANSACTION; its `query` runs on the same handle.
+ * `tx` of `once()` is the handle. Handlers made by `once()` fail with FST_OPENAI_WEBHOOK_TRANSACTION_OVER and FST_OPENAI_WEBHOOK_ASYNC_WORK, and
+ * `first()` fails with FST_OPENAI_WEBHOOK_NO_TRANSACTION. The `query` of `first()` has to run on the same handle.
  *
- * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS, and SQLite's own error when the table cannot be made
+ * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS, and SQLite's own error if the table cannot be created
  */
 export function sqliteInbox<Db extends SqliteDatabase> (db: Db, options: SqliteInboxOptions = {}): SqliteInbox<Db> {
   assertNames('sqliteInbox', options, ['retention'])
@@ -84,7 +83,7 @@ export function sqliteInbox<Db extends SqliteDatabase> (db: Db, options: SqliteI
           try {
             const result = work.call(this, tx, event, context)
             if (!isPromise(result)) return
-            // The work goes on without its `tx` and fails. The error below tells that.
+            // The work continues without its `tx` and fails. Its error is ignored, because the error below says what is wrong.
             result.then(undefined, () => {})
           } finally {
             end()

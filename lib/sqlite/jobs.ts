@@ -6,8 +6,8 @@ import { Database, changed } from './database.ts'
 import type { SqliteDatabase } from './database.ts'
 import { pruning } from './pruning.ts'
 
-// `due` is when the next attempt may start; while one runs, the end of its lease. Times are ms since the
-// epoch. `error` is for people who look at the file, `failure` for the next attempt and for `DeadJobs`.
+// `due` is when the next attempt may start or, while an attempt runs, the end of its lease. Times are in ms since the epoch. `error` is for
+// people who look at the file, `failure` for the next attempt and for `DeadJobs`.
 const SCHEMA = `
   CREATE TABLE IF NOT EXISTS openai_webhook_jobs (
     key TEXT PRIMARY KEY,
@@ -25,22 +25,22 @@ const SCHEMA = `
   CREATE INDEX IF NOT EXISTS openai_webhook_jobs_over ON openai_webhook_jobs (state, ended) WHERE ended IS NOT NULL;
 `
 
-/** Opens the table of `durable()` on the user's handle. A file of a version before 0.2 gets the column that it lacks. */
+/** Opens the table of `durable()` on the user's handle. The table of a version before 0.2 gets the column that it lacks. */
 export function openJobs (db: SqliteDatabase): Database {
   return new Database(db, SCHEMA, { table: 'openai_webhook_jobs', column: 'failure' })
 }
 
-/** The dead deliveries of a file that durable() has made. They can be read while a process has the file locked. */
+/** The dead deliveries in a file of durable(). They can be read while a process has the file locked. */
 export function deadJobsOf (db: SqliteDatabase): DeadJobs {
   try {
     return new DeadJobs(new Database(db))
   } catch {
-    // Of a version before 0.2.
+    // The table is of a version before 0.2.
     return new DeadJobs(openJobs(db))
   }
 }
 
-/** A job that waits for an attempt, or of which one runs. */
+/** A job that waits for an attempt, or whose attempt is running. */
 export interface PendingRow {
   key: string
   job: string
@@ -49,24 +49,24 @@ export interface PendingRow {
   failure: string | null
 }
 
-/** One process's hold on a job, by a lease. */
+/** The lease by which one process holds a job. */
 export interface Hold {
   readonly key: string
-  /** ms since the epoch: the end of the lease. */
+  /** The end of the lease, in ms since the epoch. */
   readonly until: number
-  /** The end that is being written, in a renewal. Until the commit has been answered either may be on record. */
+  /** The new end of the lease while a renewal is being written. Until the commit is answered, the row may have either end. */
   readonly renewing: number | undefined
 }
 
-// Compares `due`, so that one of several processes takes a job. That process holds it until then.
+// Compares `due`, which changes when another process takes the job, so that only the process that holds the job changes its row.
 const HELD = "key = ? AND state = 'pending' AND due IN (?, ?)"
 const held = ({ key, until, renewing = until }: Hold): [string, number, number] => [key, until, renewing]
 
 const MAX_ERROR_LENGTH = 2_000
 
 /**
- * The pending rows of `openai_webhook_jobs`. What changes one is to be called in a transaction, and says whether it has: not where
- * another process has the job.
+ * Reads and writes the pending rows of `openai_webhook_jobs`. A method that changes a row has to be called in a transaction, and returns whether
+ * it has changed the row. It does not if another process has the job.
  */
 export function pendingJobs (database: Database) {
   const prune = pruning(database, 'openai_webhook_jobs', "state = 'done' AND ended <= ?")
@@ -82,17 +82,17 @@ export function pendingJobs (database: Database) {
 
   return {
     due: (now: number, limit: number) => due.all(now, limit) as PendingRow[],
-    /** When the next one is due that is not yet; `null` where there is none. */
+    /** When the first job after `now` is due, in ms since the epoch; `null` if there is none. */
     nextDue: (now: number) => (next.all(now) as [{ due: number | null }])[0].due,
     count: () => (count.all() as [{ count: number }])[0].count,
-    /** @returns whether it was not there before */
+    /** @returns whether the job was new */
     insert (key: string, job: string, due: number, attempts: number): boolean {
       prune(Date.now() - RETENTION)
       return changed(insert.run(key, job, due, attempts))
     },
-    /** @param attempts to be counted: before it runs, so that a delivery that kills the process is dead in the end */
+    /** @param attempts 1 to count the attempt, which happens before it runs, so that a delivery that kills the process is dead in the end */
     take: ({ key, due }: PendingRow, attempts: 0 | 1, until: number) => changed(take.run(attempts, until, key, due)),
-    /** The attempt was counted, and was not made. */
+    /** Gives back a job whose attempt was counted but not made. */
     giveBack: (hold: Hold) => changed(giveBack.run(Date.now(), ...held(hold))),
     renew: (hold: Hold, until: number) => changed(renew.run(until, ...held(hold))),
     postpone: (hold: Hold, due: number, error: unknown, failure: Failure) => changed(postpone.run(due, lineOf(error), JSON.stringify(failure), ...held(hold))),
@@ -101,7 +101,7 @@ export function pendingJobs (database: Database) {
   }
 }
 
-/** The job, with what its attempts have left. */
+/** The job of a row, with the finished handlers and inbox records of its earlier attempts. */
 export function jobOf ({ job, failure }: PendingRow): Job {
   return resumed(JSON.parse(job) as Job, parseFailure(failure))
 }
@@ -112,7 +112,7 @@ function lineOf (error: unknown): string {
   return String(message).slice(0, MAX_ERROR_LENGTH)
 }
 
-/** Selects dead deliveries: each field that is given has to match. */
+/** Selects dead deliveries. Each field that is given has to match. */
 export interface DeadFilter {
   readonly webhookId?: string | undefined
   readonly endpoint?: string | undefined
@@ -120,7 +120,7 @@ export interface DeadFilter {
   readonly type?: string | undefined
 }
 
-/** What the row of a job has of its last failed attempt, as JSON in `failure`. */
+/** The last failed attempt of a job, as JSON in the column `failure`. */
 export interface Failure {
   readonly attempt: number
   readonly errors: readonly DeliveryError[]
@@ -149,7 +149,7 @@ export class DeadJobs {
   constructor (database: Database) {
     this.#database = database
     this.#find = database.prepare("SELECT job, attempts, error, failure, ended FROM openai_webhook_jobs WHERE key = ? AND state = 'dead'")
-    // Finished handlers stay recorded. The errors go, since they belong to the last life.
+    // The finished handlers are kept. The errors are deleted, because they belong to the attempts before the requeue.
     this.#revive = database.prepareWrite(`
       UPDATE openai_webhook_jobs
       SET state = 'pending', attempts = 0, due = ?, error = NULL, ended = NULL, failure = json_set(failure, '$.attempt', 0, '$.errors', json_array())
@@ -169,7 +169,7 @@ export class DeadJobs {
     return count
   }
 
-  /** @returns whether there was one. @throws FST_OPENAI_WEBHOOK_NEEDS_FORCE */
+  /** Makes a dead job pending again. @returns whether there was one @throws FST_OPENAI_WEBHOOK_NEEDS_FORCE */
   revive (delivery: DeliveryRef, force: boolean): boolean {
     const [row] = this.#find.all(keyOf(delivery)) as DeadRow[]
     if (row !== undefined && !force) assertRemembered(read(row))
@@ -190,7 +190,7 @@ function read ({ job, attempts, error, failure, ended }: DeadRow): DeadDelivery 
   return {
     ...JSON.parse(job) as Job,
     attempts,
-    // Before 0.2 the error was one text. A process of that version may have written the row last.
+    // Before 0.2 the error was a single text, and a process of that version may have been the last to write the row.
     errors: attempt === attempts ? errors : [{ handler: null, message: error ?? '', stack: '' }],
     finished,
     ...(remembered !== undefined && { remembered }),

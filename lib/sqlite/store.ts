@@ -5,8 +5,8 @@ import { pruning } from './pruning.ts'
 import { RETENTION } from '../stores/store.ts'
 import type { Claim, IdempotencyStore } from '../stores/store.ts'
 
-// Rows are stored in the order of arrival, so that a delivery's second write touches the page of its first one and of its neighbours.
-// `ends` is the end of the lease while there is a token, `forget` when the row may go. All times are ms since the epoch.
+// Rows are stored in the order of arrival, so that the second write for a delivery touches the same page as the first one and as its neighbours.
+// `ends` is the end of the lease while there is a token. `forget` is when the row may be deleted. Times are in ms since the epoch.
 const SCHEMA = `
   CREATE TABLE IF NOT EXISTS openai_webhook_deliveries (
     key TEXT PRIMARY KEY,
@@ -25,23 +25,22 @@ interface Row {
 }
 
 /**
- * Remembers deliveries in the user's SQLite file, so that one machine keeps its memory over restarts; several processes
- * may share the file. Creates the table `openai_webhook_deliveries`, sets the handle to WAL with one fsync a commit, and
- * never closes it. A file that is locked, full or read-only answers 503 until it is usable again, one that was deleted or
- * replaced until the process is started anew.
+ * Remembers deliveries in the user's SQLite file, so that they are remembered after a restart. Several processes on one machine may share the
+ * file. Creates the table `openai_webhook_deliveries`, sets the handle to WAL with one fsync per commit, and never closes it. While the file is
+ * locked, full or read-only, new deliveries are answered 503. If the file was deleted or replaced, that lasts until the process is restarted.
  *
- * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS for anything but a handle, and SQLite's own error when the table cannot be made
+ * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS for anything but a handle, and SQLite's own error if the table cannot be created
  */
 export function sqliteStore (db: SqliteDatabase): IdempotencyStore {
   const database = new Database(db, SCHEMA)
-  // Has no RETURNING: to read its row costs about as much as to insert it.
+  // Without RETURNING, because reading the row costs about as much as inserting it.
   const insert = database.prepare('INSERT INTO openai_webhook_deliveries (key, token, ends, forget) VALUES (?, ?, ?, ?) ON CONFLICT (key) DO NOTHING')
-  // A released row, a run-out lease or one that may be forgotten.
+  // Claims a released row, a row whose lease has expired, or a row that may be forgotten.
   const claim = database.prepare(`
     UPDATE openai_webhook_deliveries SET token = ?, done = 0, ends = ?, forget = ?
     WHERE key = ? AND ((done = 1 AND forget <= ?) OR (done = 0 AND (token IS NULL OR ends <= ?)))
     RETURNING finished`)
-  // Reads what stands against the claim, so that a duplicate gets its answer while the file cannot be written.
+  // Reads a row that prevents a claim, so that a duplicate gets its answer even while the file cannot be written.
   const settled = database.prepare(`
     SELECT done FROM openai_webhook_deliveries
     WHERE key = ? AND ((done = 1 AND forget > ?) OR (done = 0 AND token IS NOT NULL AND ends > ?))`)
@@ -61,8 +60,8 @@ export function sqliteStore (db: SqliteDatabase): IdempotencyStore {
         const now = Date.now()
         prune(now)
         if (changed(insert.run(key, token, now + lease, now + RETENTION))) return { state: 'claimed', token, finished: [] }
-        // all() and not get(), here and below: libsql leaves the statement of get() open, and with it a snapshot, for which
-        // SQLite would refuse the next write.
+        // all() instead of get(), here and below: libsql leaves the statement of get() open, and with it a snapshot, because of which SQLite
+        // would refuse the next write.
         const [claimed] = claim.all(token, now + lease, now + RETENTION, key, now, now) as [Pick<Row, 'finished'>] | []
         if (claimed !== undefined) return { state: 'claimed', token, finished: JSON.parse(claimed.finished) as string[] }
         const [row] = read.all(key) as [Pick<Row, 'done'>]
