@@ -6,11 +6,11 @@ import type { MaybePromise } from './maybe-promise.ts'
 import type { DeadDelivery } from './runners/runner.ts'
 import type { VerifiedRequest } from './request.ts'
 
-/** Published for every verified delivery. */
+/** Identifies a verified delivery in the messages of the channels. */
 export interface DeliveryInfo {
   /** The receiving route's URL. */
   readonly endpoint: string
-  /** Only where the route serves many tenants. */
+  /** Set only if the route serves many tenants. */
   readonly tenant?: string | undefined
   readonly webhookId: string
   /** When the delivery was signed, in Unix seconds. */
@@ -18,93 +18,93 @@ export interface DeliveryInfo {
   readonly event: { readonly type: string, readonly id?: unknown, readonly created_at?: unknown }
 }
 
-/** A delivery whose signature and shape are right. */
+/** A delivery whose signature and shape are valid. */
 export interface VerifiedMessage extends DeliveryInfo {
-  /** Which of the endpoint's secrets matched, in the order of the `secret` option; never its text. */
+  /** Index of the endpoint's secret that matched, in the order of the `secret` option. The secret itself is never published. */
   readonly secretIndex: number | undefined
-  /** Bytes. */
+  /** Size of the body in bytes. */
   readonly bodySize: number
   readonly request: VerifiedRequest
 }
 
-/** A delivery that was not answered 200: a stranger's, or one that OpenAI has to send again. */
+/** A delivery that was not answered 200: it is not from OpenAI, or OpenAI has to send it again. */
 export interface RefusedMessage {
-  /** The code of the answer: one of ours, or Fastify's own. */
+  /** The code of the error: one of ours, Fastify's, or that of a hook or a verifier of the app. `UNKNOWN` if the error has none. */
   readonly code: string
   readonly statusCode: number
   readonly error: unknown
   readonly endpoint: string
-  /** Whatever the sender has named, where the route serves many tenants. */
+  /** Set only if the route serves many tenants. The name is what the sender gave, and may be that of no tenant. */
   readonly tenant?: string | undefined
-  /** Known once the signature was right. */
+  /** Set if the signature matched. */
   readonly webhookId?: string | undefined
-  /** Known once it was of the right shape too: not with INVALID_BODY and INVALID_EVENT. */
+  /** Set if the shape was valid too, so it is absent with INVALID_BODY and INVALID_EVENT. */
   readonly event?: DeliveryInfo['event'] | undefined
   readonly request: FastifyRequest
 }
 
-/** A delivery whose webhook-id has been seen. */
+/** A delivery whose webhook-id has been seen before. */
 export interface DuplicateMessage extends DeliveryInfo {
   /**
-   * `processed` before; `joined` one that is running in this process; `elsewhere`: running in another process; `queued`: the
-   * runner has it already, whatever its state there.
+   * `processed`: processed before. `joined`: being processed in this process. `elsewhere`: being processed in another process. `queued`: the
+   * runner has the delivery already, in whatever state.
    */
   readonly state: 'processed' | 'joined' | 'elsewhere' | 'queued'
   readonly request: VerifiedRequest
 }
 
-/** The messages of all tracing channels have these. */
+/** What the messages of all tracing channels have in common. */
 export interface TracedMessage {
   /**
-   * A subscriber of `start` may set this to run the work within something of its own, such as the context of a tracer. Where it
-   * is set already, the new one has to call the old one within. It has to call `work` once, at once.
+   * A subscriber of `start` may set this function, to run the work within something of its own, such as the context of a tracer. The function has
+   * to call `work` once and synchronously. If the message already has a function, the new one has to call the old one.
    *
-   * Not `start.bindStore`: it takes nothing but an AsyncLocalStorage, and since Node 26 enters it without calling its `run`.
+   * `start.bindStore` is not enough: it accepts only an AsyncLocalStorage, and since Node 26 enters the store without calling its `run`.
    */
   around?: <T>(work: () => T) => T
-  /** Set from the `error` message on: what the work threw. */
+  /** What the work threw. Set from the `error` message on. */
   error?: unknown
 }
 
-/** A runner with a queue is given a delivery. */
+/** A delivery is given to a runner with a queue. */
 export interface EnqueueMessage extends DeliveryInfo, TracedMessage {
   readonly request: VerifiedRequest
   /**
-   * A subscriber of `start` may put strings here, such as W3C's `traceparent`. They travel with the job to the
-   * `DeliveryMessage` of the process that runs it.
+   * A subscriber of `start` may add strings, such as W3C's `traceparent`. The queue carries them with the job to the `DeliveryMessage` of the
+   * process that runs the job.
    */
   readonly carrier: Record<string, string>
-  /** Set once the runner has answered: whether it had the delivery already. `undefined` where it cannot tell. */
+  /** Whether the runner already had the delivery; false if the runner cannot tell. Set once the runner has accepted the delivery. */
   duplicate?: boolean
-  /** Set from the `error` message on: why the runner did not take it. */
+  /** Why the runner did not accept the delivery. Set from the `error` message on. */
   error?: unknown
 }
 
-/** The handlers of one delivery run, in a request or out of a queue, until their end is recorded. */
+/** The handlers of one delivery run, in a request or for a job of a queue, until their end is recorded. */
 export interface DeliveryMessage extends DeliveryInfo, TracedMessage {
-  /** How often its handlers have been started, this time included. `undefined` where the runner does not know. */
+  /** How often the handlers have been started, including this time. `undefined` if the runner does not know. */
   readonly attempt: number | undefined
-  /** The number of handlers that run. Those that have succeeded before do not. */
+  /** The number of handlers that run. Handlers that have succeeded before do not run again. */
   readonly handlers: number
-  /** Whether it comes out of a queue, so that it has been acknowledged. */
+  /** Whether the delivery comes from a queue, so that it has already been acknowledged. */
   readonly queued: boolean
   readonly carrier: Readonly<Record<string, string>> | undefined
-  /** Only where the handlers run in the request. */
+  /** Set only if the handlers run in the request. */
   readonly request: VerifiedRequest | undefined
-  /** Set from the `error` message on: FST_OPENAI_WEBHOOK_HANDLER_FAILED, its `cause` the handlers' errors. */
+  /** FST_OPENAI_WEBHOOK_HANDLER_FAILED, with the handlers' errors as its `cause`. Set from the `error` message on. */
   error?: unknown
 }
 
 /** One handler of one delivery runs. */
 export interface HandlerMessage extends TracedMessage {
-  /** Its name, or else its place in the order of registration. */
+  /** The name of the handler, or else its place in the order of registration. */
   readonly handler: string
   readonly delivery: DeliveryInfo & Pick<DeliveryMessage, 'attempt' | 'queued' | 'carrier'>
-  /** Set from the `error` message on: what the handler threw. */
+  /** What the handler threw. Set from the `error` message on. */
   error?: unknown
 }
 
-/** A store, a runner or a `secret` function has failed, and no sender hears of it. */
+/** A store, a runner or a `secret` function has failed, and no sender is told. */
 export interface TroubleMessage {
   readonly error: unknown
   readonly endpoint?: string | undefined
@@ -122,7 +122,7 @@ export interface MessageChannel<Message> {
   publish (message: Message): void
 }
 
-/** A part of a tracing channel. The work runs in the stores that are bound to it. */
+/** A part of a tracing channel, to which stores can be bound. The work runs in the stores that are bound to `start`. */
 export interface TracePart<Message> extends MessageChannel<Message> {
   bindStore<Store> (store: AsyncLocalStorage<Store>, transform: (message: Message) => Store): void
   unbindStore (store: AsyncLocalStorage<any>): boolean
@@ -138,7 +138,7 @@ export interface TraceSubscribers<Message> {
 }
 
 /**
- * A tracing channel whose messages are typed. Not Node's own type, whose parameters change places between versions of
+ * A tracing channel whose messages are typed. Node's own type is not used, because the order of its type parameters differs between versions of
  * @types/node.
  */
 export interface TraceChannel<Message> extends Record<keyof TraceSubscribers<Message>, TracePart<Message>> {
@@ -151,11 +151,11 @@ const named = <Message>(name: string): MessageChannel<Message> => channel(`fasti
 const traced = <Message>(name: string): TraceChannel<Message> => tracingChannel(`fastify-openai-webhook.${name}`) as unknown as TraceChannel<Message>
 
 /**
- * Everything that happens to deliveries in this process, over all registrations of the plugin. Without a subscriber no message
- * is built.
+ * Everything that happens to deliveries in this process, in all registrations of the plugin. No message is built for a channel without
+ * subscribers.
  *
- * `enqueue`, `delivery` and `handler` are tracing channels: `start` and `end` around the synchronous part, then
- * `asyncStart` and `asyncEnd`, once, even where nothing was asynchronous; `error` before them.
+ * `enqueue`, `delivery` and `handler` are tracing channels. They publish `start` and `end` around the synchronous part, and then `asyncStart` and
+ * `asyncEnd` once, even if nothing was asynchronous. `error` comes before `asyncStart`.
  */
 export const channels = {
   verified: named<VerifiedMessage>('verified'),
@@ -211,7 +211,7 @@ export function trace<Message extends TracedMessage, T> (
   })
 }
 
-/** Runs `work` once, whatever the subscriber does: else a delivery would be acknowledged whose handlers never ran. */
+/** Runs `work` exactly once, whatever the subscriber does. Otherwise a delivery could be acknowledged although its handlers never ran. */
 function within<T> (around: NonNullable<TracedMessage['around']>, work: () => T): T {
   let outcome: (() => T) | undefined
   const once = (): T => {
@@ -227,6 +227,6 @@ function within<T> (around: NonNullable<TracedMessage['around']>, work: () => T)
   }
   try {
     around(once)
-  } catch {} // what `work` threw is thrown again below
+  } catch {} // an error of `work` is thrown again below
   return once()
 }

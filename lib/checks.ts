@@ -1,20 +1,20 @@
 import { InvalidOptions } from './errors.ts'
 import { nearest } from './nearest.ts'
 
-// Checks of what users and strangers give.
+// Checks of values from users and from senders.
 
-/** ms */
+/** The longest delay of a timer, in ms. */
 export const LONGEST_TIMER = 2 ** 31 - 1
 
 export const isObject = (value: unknown): value is Record<string, unknown> =>
   typeof value === 'object' && value !== null && !Array.isArray(value)
 
-/** 1 to 256 visible ASCII characters: ids and names of tenants are parts of keys, where a space separates them. */
+/** 1 to 256 visible ASCII characters. Ids and names of tenants are parts of keys, in which a space separates them. */
 export const isId = (value: unknown): value is string => typeof value === 'string' && /^[\x21-\x7e]{1,256}$/.test(value)
 
 export const isFunction = (value: unknown): boolean => typeof value === 'function'
 
-/** What an option may be. */
+/** The values that an option accepts. */
 export interface Rule {
   readonly expected: string
   readonly accepts: (value: unknown) => boolean
@@ -29,24 +29,24 @@ export const BOOLEAN: Rule = { expected: 'true or false', accepts: value => type
 export const FUNCTION: Rule = { expected: 'a function', accepts: isFunction }
 export const SIGNAL: Rule = { expected: 'an AbortSignal', accepts: value => isFunction((value as Partial<AbortSignal> | null)?.addEventListener) }
 
-/** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS for an option that is given and of the wrong kind */
+/** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS for an option that is given and has a wrong value */
 export function assertOption (caller: string, name: string, value: unknown, { expected, accepts }: Rule): void {
   if (value !== undefined && !accepts(value)) throw new InvalidOptions(`${caller}: expected ${name} to be ${expected}, got ${show(value)}`)
 }
 
 interface Place {
-  /** Put before the message. */
+  /** Text before the message. */
   readonly caller?: string
-  /** Put before the option's name. */
+  /** Text before the name of the option. */
   readonly at?: string
-  /** Options that others read. */
+  /** Options that other code reads. */
   readonly foreign?: readonly string[]
-  /** What to do about an unknown name; `undefined` where nothing is known of it in particular. */
+  /** Returns what to do about an unknown name; `undefined` if there is no special advice. */
   readonly advice?: (name: string) => string | undefined
 }
 
 /**
- * Each option that is given must have a rule, which accepts it.
+ * Refuses an option that has no rule, or whose rule does not accept its value.
  *
  * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS
  */
@@ -60,7 +60,7 @@ export function assertRules (rules: Readonly<Record<string, Rule>>, options: obj
 }
 
 /**
- * Refuses an option that nobody reads: a misspelt one would do nothing, silently.
+ * Refuses an option that nobody reads, because a misspelt option would silently do nothing.
  *
  * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS
  */
@@ -71,7 +71,7 @@ export function assertNames<Options extends object> (caller: string, options: Op
   }
 }
 
-/** What was meant by an unknown name, or all names that there are. */
+/** Suggests the name that was probably meant, or lists all names. */
 export function adviceOn (name: string, names: readonly string[]): string {
   return nearest(name, names) || `: expected ${[names.slice(0, -1).join(', '), names.at(-1)].filter(Boolean).join(' or ')}`
 }
@@ -82,7 +82,7 @@ export function assertCount (caller: string, name: string, value: unknown, min: 
   throw new InvalidOptions(`${caller}: expected ${name} to be a whole number, ${min} or more, got ${typeof value === 'number' ? value : kind(value)}`)
 }
 
-/** What is in `worker` of a runner with a queue: `true` and `false` have no options. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
+/** @returns the options in `worker` of a runner with a queue: `true` and `false` have none. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
 export function workerOptions<Options extends object> (caller: string, worker: boolean | Options, names: ReadonlyArray<keyof Options & string>): Partial<Options> {
   if (typeof worker === 'boolean') return {}
   if (typeof worker !== 'object' || worker === null) throw new InvalidOptions(`${caller}: expected worker to be true, false or an object, got ${kind(worker)}`)
@@ -92,10 +92,10 @@ export function workerOptions<Options extends object> (caller: string, worker: b
 
 const kind = (value: unknown): string => value === null ? 'null' : `a value of type ${typeof value}`
 
-/** What makes a verifier, a store or a runner. Their names stand here because not all are loaded in an app. */
+/** The functions that make a verifier, a store or a runner. Listed by name, because an app does not load all of them. */
 const MAKERS = ['standardWebhooks', 'xOpenAISignature', 'memoryStore', 'sqliteStore', 'redisStore', 'postgresStore', 'inline', 'background', 'durable', 'bullmq', 'pgboss']
 
-/** Shows short values and the kind of others: what stands in the wrong place may be a secret. */
+/** Shows short values, and only the kind of all others, because a value in the wrong place may be a secret. */
 export function show (value: unknown): string {
   if (typeof value === 'string') return value.length <= 16 && !/^(?:whsec_|sk-)/.test(value) ? `"${value}"` : 'a string'
   if (typeof value === 'number' || typeof value === 'boolean' || value === null || value === undefined) return String(value)

@@ -1,6 +1,6 @@
 import { isPromise } from './maybe-promise.ts'
 
-/** The status that Fastify's own error handler answers an error with. */
+/** The status with which Fastify's own error handler answers an error. */
 export function statusOf (error: unknown): number {
   const { statusCode, status } = Object(error) as { statusCode?: unknown, status?: unknown }
   return isErrorStatus(statusCode) ? statusCode : isErrorStatus(status) ? status : 500
@@ -10,7 +10,7 @@ const isErrorStatus = (status: unknown): status is number => typeof status === '
 
 export const codeOf = (error: unknown): unknown => (error as { code?: unknown } | null | undefined)?.code
 
-/** Whether an error is one of our catalogue, to be sent as it is. */
+/** Whether an error is one of our coded errors, which are sent as they are. */
 export function isCoded (error: unknown): error is Error {
   try {
     const { code } = error as { code?: unknown }
@@ -21,11 +21,11 @@ export function isCoded (error: unknown): error is Error {
   }
 }
 
-/** Whether what a user's verifier throws may be sent as it is. */
+/** Whether an error that a user's verifier has thrown may be sent as it is. */
 export function isRefusal (error: unknown): error is Error {
   try {
     const { code, statusCode } = error as { code?: unknown, statusCode?: unknown }
-    // Fastify would await an error with a `then`.
+    // Fastify would await an error that has a `then`.
     return error instanceof Error && !isPromise(error) && typeof code === 'string' && typeof statusCode === 'number' && statusCode >= 400 && statusCode < 500
   } catch {
     return false // null, or a getter that throws

@@ -4,30 +4,31 @@ import type { DeadDelivery, DeliveryRef, RequeueOptions, Runner } from './runner
 
 export interface DeadLettersOptions {
   /**
-   * Deliveries, the oldest first.
+   * Maximum number of deliveries.
    *
    * @default 100
    */
   limit?: number
-  /** One event type, such as `batch.completed`. */
+  /** Lists only deliveries of one event type, such as `batch.completed`. */
   type?: string
 }
 
 /**
  * The deliveries whose attempts are used up, for a person to look at.
  *
- * Each method rejects with FST_OPENAI_WEBHOOK_NO_DEAD_LETTERS where the runner keeps none, with
- * FST_OPENAI_WEBHOOK_INVALID_OPTIONS, and with the queue's own error when it cannot be reached.
+ * Each method rejects with FST_OPENAI_WEBHOOK_NO_DEAD_LETTERS if the runner keeps none, with FST_OPENAI_WEBHOOK_INVALID_OPTIONS for invalid
+ * arguments, and with the queue's own error if the queue cannot be reached.
  */
 export interface DeadLetters {
-  /** The dead deliveries, oldest first. */
+  /** Lists the dead deliveries, the oldest first. */
   list (options?: DeadLettersOptions): Promise<DeadDelivery[]>
   /** The number of dead deliveries. */
   count (): Promise<number>
   /**
-   * Gives a dead delivery its attempts anew. Handlers that had succeeded do not run again.
+   * Queues a dead delivery again, with as many attempts as a new one. Handlers that have succeeded do not run again. Unless `force` is set,
+   * rejects with FST_OPENAI_WEBHOOK_NEEDS_FORCE if an effect could happen twice.
    *
-   * @returns false when it is not among the dead: never was, was requeued already, or removed
+   * @returns false if the delivery is not among the dead: it never was, it was requeued already, or it was removed
    */
   requeue (delivery: DeliveryRef, options?: RequeueOptions): Promise<boolean>
 }
@@ -61,7 +62,7 @@ export class RunnerDeadLetters implements DeadLetters {
     if (requeue === undefined) throw new NoDeadLetters()
     assertNames('deadLetters.requeue()', options, ['force'])
     const { force = false } = options
-    // Text such as 'false' would force.
+    // A string such as 'false' would count as true.
     if (typeof force !== 'boolean') throw new InvalidOptions(`deadLetters.requeue(): expected force to be true or false, got a value of type ${typeof force}`)
     const { endpoint, webhookId, tenant } = (delivery ?? {}) as Partial<DeliveryRef>
     if (typeof endpoint !== 'string' || typeof webhookId !== 'string') {

@@ -1,14 +1,14 @@
-/** How long each of many waits may last, and whether there is any time left. */
+/** The time limit of many waits. Once it is closed, no time is left for any of them. */
 export class Deadline {
   closed = false
   readonly #waiting = new Map<NodeJS.Timeout, () => void>()
 
-  /** @param ms how long each waits */
+  /** @param ms that each wait may last */
   constructor (readonly ms: number) {}
 
-  /** Calls `expired` after `ms`, unless it is stopped before; at once where there is no time left. */
+  /** Calls `expired` after `ms`, unless the wait is stopped before. If the deadline is closed, calls it in the next turn. */
   start (expired: () => void): NodeJS.Timeout {
-    // Unref'd: whoever waits holds a socket open, and the timer alone must not keep the process alive.
+    // unref(): the socket of the request keeps the process alive, and the timer alone must not.
     const timer = setTimeout(() => this.#end(timer, expired), this.closed ? 0 : this.ms).unref()
     this.#waiting.set(timer, expired)
     return timer
@@ -18,7 +18,7 @@ export class Deadline {
     if (timer !== undefined && this.#waiting.delete(timer)) clearTimeout(timer)
   }
 
-  /** There is no time left: all waits expire now. */
+  /** Leaves no more time, so that all waits expire now. */
   close (): void {
     this.closed = true
     for (const [timer, expired] of this.#waiting) this.#end(timer, expired)

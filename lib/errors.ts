@@ -1,14 +1,14 @@
 import createError from '@fastify/error'
 import type { FastifyErrorConstructor } from '@fastify/error'
 
-// All coded errors, by pipeline step. A message says what was expected, what came and what to do. It never carries a secret, an
-// expected signature or a value out of a payload.
+// All coded errors, by pipeline step. A message says what was expected, what was given and what to do. It never contains a secret, an expected
+// signature or a value from a payload.
 
 function coded (name: string, message: string, statusCode: number, Base: ErrorConstructor | TypeErrorConstructor = Error, stack = true): FastifyErrorConstructor {
   return createError(`FST_OPENAI_WEBHOOK_${name}`, message, statusCode, Base as ErrorConstructor, stack)
 }
 
-/** Without a stack: that says nothing about a stranger's request and costs several µs under a flood. */
+/** Errors without a stack, because a stack says nothing about the sender's request, and costs several µs for each request of a flood. */
 const refusal = (name: string, message: string, statusCode: number) => coded(name, message, statusCode, Error, false)
 
 // At boot
@@ -36,7 +36,7 @@ export const InvalidTimestamp = refusal('INVALID_TIMESTAMP',
 export const TimestampOutOfTolerance = refusal('TIMESTAMP_OUT_OF_TOLERANCE',
   '%s is more than %d s away from this server\'s clock: %s', 401)
 export const InvalidSignature = refusal('INVALID_SIGNATURE', 'no signature matches the body and the signing secret', 401)
-/** For log, channels and onError: the sender is answered INVALID_SIGNATURE, so that nobody learns who is a tenant. */
+/** For the log, the channels and onError. The sender is answered INVALID_SIGNATURE, so that it cannot find out which tenants exist. */
 export const UnknownTenant = refusal('UNKNOWN_TENANT', '%s', 401)
 
 // Validate

@@ -8,10 +8,10 @@ import type { Observation } from './observation.ts'
 import type { FailureInfo, Refused, Registry } from './registry.ts'
 import type { Attempts, DeadDelivery, Job } from './runners/runner.ts'
 
-/** Characters of a code: a user's verifier may throw any. */
+/** Maximum number of characters in a code, because a user's verifier may throw an error with any code. */
 const MAX_CODE = 256
 
-/** The one place where a failure is logged, published and reported to the `onError` handlers. */
+/** The only place where a failure is logged, published and reported to the `onError` handlers. */
 export class Failures {
   readonly #log: FastifyBaseLogger
   readonly #registry: Registry
@@ -27,18 +27,18 @@ export class Failures {
   }
 
   /**
-   * A delivery is not answered 200. The log gets the cause of a 5xx, and of a refusal where code of the user's has failed; else the
-   * code alone.
+   * Handles a delivery that is not answered 200. The log gets the cause of a 5xx, and of a refusal because a user's verifier, schema or
+   * `tenant.of` has failed. All other refusals are logged without a cause.
    */
   refused (error: unknown, delivery: Refused, request: FastifyRequest): void {
     const { code: given, cause, message } = error as { code?: unknown, cause?: unknown, message: string }
     const statusCode = statusOf(error)
-    // A database or gRPC client in a hook of the app may give a number as code.
+    // The error of a database or gRPC client in a hook of the app may have a number as its code.
     const code = typeof given === 'string' || typeof given === 'number' ? String(given).slice(0, MAX_CODE) : 'UNKNOWN'
     const { endpoint, tenant, webhookId, event } = delivery
     const culprit = culpritOf(error, cause)
     if (cause !== undefined && statusCode >= 500) {
-      // That of a verified delivery is always written: no stranger brings it about.
+      // The line about a verified delivery is always written, because strangers cannot cause it.
       if (webhookId !== undefined) logError(request.log, cause, { code, ...logFields(delivery) }, message)
       else this.#refusals.failed(request.log, code, cause, delivery, message)
     } else if (culprit !== undefined) {
@@ -54,18 +54,18 @@ export class Failures {
     this.report(error, delivery, request.log)
   }
 
-  /** A delivery fails after its sender has been answered. */
+  /** Handles a delivery that fails after its sender has been answered. */
   late (error: Error, delivery: Refused, { log }: FastifyRequest): void {
     logError(log, error.cause ?? error, logFields(delivery), error.message)
     this.report(error, delivery, log)
   }
 
-  /** A hook of the app has answered 2xx, so the handlers did not run. */
+  /** Logs that a hook of the app has answered 2xx, so that the handlers did not run. */
   unprocessed (endpoint: string, { log }: FastifyRequest, statusCode: number): void {
     this.#refusals.unprocessed(log, statusCode, endpoint)
   }
 
-  /** Something fails that no sender hears of, such as a store after the handlers have run. */
+  /** Handles a failure that no sender is told about, such as that of a store after the handlers have run. */
   trouble (error: unknown, delivery: FailureInfo = {}, attempt?: number): void {
     logError(this.#log, error, logFields(delivery, attempt), 'webhook trouble')
     const { endpoint, tenant, webhookId, event } = delivery
@@ -73,7 +73,7 @@ export class Failures {
     this.report(error, infoOf(delivery))
   }
 
-  /** A runner reports trouble, or a job whose handlers failed after it was acknowledged. */
+  /** Handles trouble that a runner reports, or a job whose handlers failed after the delivery was acknowledged. */
   ofRunner (error: unknown, job?: Job, attempts?: Attempts): void {
     if (job === undefined || !isHandlersFailure(error)) return this.trouble(error, job, attempts?.attempt)
     const fate = attempts === undefined ? '' : ' and will be attempted again'
@@ -81,7 +81,7 @@ export class Failures {
     this.report(error, infoOf(job))
   }
 
-  /** The attempts of a delivery are used up. */
+  /** Handles a delivery whose attempts are used up. */
   dead (delivery: DeadDelivery, error: unknown): void {
     logError(this.#log, causeOf(error), logFields(delivery, delivery.attempts), 'webhook delivery is dead')
     if (channels.dead.hasSubscribers) channels.dead.publish(delivery)
@@ -90,12 +90,12 @@ export class Failures {
     this.#registry.tellDead(delivery, thrown => logError(this.#log, thrown, logFields(delivery), 'an onDead handler failed'))
   }
 
-  /** Reports to the `onError` handlers alone. */
+  /** Reports to the `onError` handlers only. */
   report (error: unknown, info: FailureInfo, log = this.#log): void {
     this.#registry.report(error, info, thrown => logError(log, thrown, {}, 'an onError handler failed'))
   }
 
-  /** Logs the refusals that were counted and not logged, now. */
+  /** Logs now how many refusals were counted but not logged. */
   flush (): void {
     this.#refusals.flush()
   }

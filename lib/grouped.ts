@@ -7,12 +7,12 @@ interface Waiting<Item, Result> {
 }
 
 /**
- * Makes one call of those that come in one turn of the event loop. Where it fails they are made one by one, so that none
- * fails by another's fault, unless that cannot help.
+ * Combines all calls of one turn of the event loop into one. If that call fails, a call is made for each item, so that no item fails because of
+ * another one.
  *
- * @param most items of a call
- * @param all gives a result for each item, in their order
- * @param isShared whether each of them would fail likewise
+ * @param most maximum number of items in a call
+ * @param all returns a result for each item, in the order of the items
+ * @param isShared whether the call for each item would fail with the same error, so that none is made
  */
 export function grouped<Item, Result> (most: number, all: (items: Item[]) => Promise<Result[]>, isShared: (error: unknown) => boolean = () => false): (item: Item) => Promise<Result> {
   let waiting: Array<Waiting<Item, Result>> = []
@@ -27,7 +27,7 @@ export function grouped<Item, Result> (most: number, all: (items: Item[]) => Pro
     }
   }
 
-  // What is waiting is of many requests: the call is made in the async context of none.
+  // The items come from many requests, so the call must not run in the async context of one of them.
   const callAll = inContext(() => {
     const every = waiting
     waiting = []

@@ -1,6 +1,6 @@
 import { InvalidOptions } from './errors.ts'
 
-/** A property of a handler: the name that it has wherever it is registered. All copies of the package in a process share it. */
+/** Key of a handler's property for its name, which is the same wherever it is registered. All copies of the package in a process share it. */
 const NAME = Symbol.for('fastify-openai-webhook.handlerName')
 
 /** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */

@@ -9,13 +9,13 @@ export interface EventContext {
   readonly timestamp: number
   /** The receiving route's URL. */
   readonly endpoint: string
-  /** The tenant whose secret it was signed with; only where the route serves many. */
+  /** The tenant whose secret the delivery was signed with. Set only if the route serves many tenants. */
   readonly tenant?: string
-  /** Logs with the delivery's `webhookId`, `eventId`, `eventType`, `endpoint` and `tenant`, and with `attempt` where a runner counts them. */
+  /** Logs with the delivery's `webhookId`, `eventId`, `eventType`, `endpoint` and `tenant`, and with `attempt` if the runner counts attempts. */
   readonly log: FastifyBaseLogger
-  /** Aborts when the app is closing and `closeTimeout` is over; not at the deadline. */
+  /** Aborts when the app is closing and `closeTimeout` has passed, but not at the deadline. */
   readonly signal: AbortSignal
-  /** Present only where the handler runs in the request: by the `inline()` runner, and on a route with a handler of its own, whatever the runner. */
+  /** Set only if the handler runs in the request: with the `inline()` runner, or on a route with its own handler, whatever the runner. */
   readonly request?: VerifiedRequest
 }
 
@@ -28,8 +28,9 @@ export interface Handler {
 export const OWN_HANDLER = 'handler'
 
 /**
- * Runs for a verified event; `this` is the Fastify scope it was registered in. It may be asynchronous; what it returns counts for
- * nothing. When it throws or rejects, the sender is told to deliver again.
+ * Runs for a verified event. `this` is the Fastify scope that the handler was registered in. The handler may be asynchronous, and its result is
+ * ignored. If it throws or rejects in a request, the sender is answered 500, and OpenAI sends the delivery again. If the delivery was
+ * acknowledged before, the runner decides whether the handler runs again.
  */
 export type EventHandler<Event> = (this: FastifyInstance, event: Event, context: EventContext) => void | PromiseLike<unknown>
 

@@ -13,7 +13,7 @@ export { default } from './plugin.ts'
 export { guideEvents } from './events/index.ts'
 export type { GuideEvents, OfficialEvents } from './events/index.ts'
 export type { AnySchema, EventOfSchema, EventsOf, StandardResult, StandardSchema, TypeBoxSchema } from './events/users.ts'
-// A star, so that `declare module 'fastify-openai-webhook'` merges into what is declared there.
+// `export *`, so that `declare module 'fastify-openai-webhook'` merges into the interfaces that are declared there.
 export type * from './events/map.ts'
 export type { EventContext, EventHandler, RouteHandlers } from './handlers.ts'
 
@@ -69,11 +69,11 @@ declare module 'fastify' {
     ContextConfig = ContextConfigDefault,
     Logger extends FastifyBaseLogger = FastifyBaseLogger
   > {
-    /** The verified delivery on a receiving or marked route, from verification on; `null` before it and elsewhere. */
+    /** The verified delivery on a receiving or marked route. `null` before the verification, and on all other routes. */
     openaiWebhook: RequestDelivery<ContextConfig>
   }
   interface FastifyContextConfig {
-    /** Asks for this route's deliveries to be verified, validated and deduplicated. */
+    /** Marks the route: its deliveries are verified, validated and deduplicated. */
     openaiWebhook?: RouteOverrides
   }
 }

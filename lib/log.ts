@@ -1,16 +1,16 @@
 import { inContext } from './async-context.ts'
 import type { FastifyBaseLogger } from 'fastify'
 
-/** Characters of an error's message and of its stack. */
+/** Maximum number of characters in the message of an error, and in its stack. */
 const MAX_TEXT = 10_000
-/** Levels of causes. */
+/** Maximum number of nested causes. */
 const MAX_CAUSES = 5
-/** Errors of an AggregateError. */
+/** Maximum number of errors in an AggregateError. */
 const MAX_ERRORS = 100
 
 /**
- * Logs what a user's code threw. A huge error is clipped. One that cannot be read, since a getter throws, is replaced by a line
- * that says so: a logger reads the error when it is called, and must not fail the delivery.
+ * Logs what a user's code threw. A huge error is clipped. An error that cannot be read, because a getter throws, is replaced by one that says so:
+ * a logger reads the error when it is called, and must not fail the delivery.
  */
 export function logError (log: FastifyBaseLogger, error: unknown, fields: object, message: string): void {
   try {
@@ -20,7 +20,7 @@ export function logError (log: FastifyBaseLogger, error: unknown, fields: object
   }
 }
 
-/** Logs a line. A full disk, or a `mixin` of the user's that throws, must not fail the delivery. */
+/** Logs a line. Ignores errors, because a full disk, or a `mixin` of the user that throws, must not fail the delivery. */
 export function write (log: FastifyBaseLogger, level: 'info' | 'warn' | 'error', fields: object, message: string): void {
   try {
     log[level](fields, message)
@@ -42,9 +42,9 @@ function clipped (error: unknown, causes = MAX_CAUSES): unknown {
   return copy
 }
 
-/** Characters of an event's id and type: a schema need not bound them. */
+/** Maximum number of characters in the id and in the type of an event, which a schema need not limit. */
 const MAX_NAME = 256
-/** Characters of a reason: a type and its paths may be long. */
+/** Maximum number of characters in a reason, because a type and the paths in it may be long. */
 const MAX_REASON = 1_000
 
 const nameOf = (value: unknown): string | undefined => typeof value === 'string' ? value.slice(0, MAX_NAME) : undefined
@@ -56,7 +56,7 @@ interface Described {
   readonly event?: { readonly type: string, readonly id?: unknown } | undefined
 }
 
-/** The fields of every line about a delivery. More may be set: to spread them into another object costs a delivery 4 µs. */
+/** The fields of every line about a delivery. A caller may set more of them, because spreading them into another object costs a delivery 4 µs. */
 export function logFields ({ endpoint, tenant, webhookId, event }: Described, attempt?: number): Record<string, unknown> {
   const fields: Record<string, unknown> = { webhookId: nameOf(webhookId), eventId: nameOf(event?.id), eventType: nameOf(event?.type), endpoint }
   if (tenant !== undefined) fields['tenant'] = tenant
@@ -64,14 +64,14 @@ export function logFields ({ endpoint, tenant, webhookId, event }: Described, at
   return fields
 }
 
-/** Whether a line of this level is written. To be asked first: the fields of a line cost more than the dispatch. */
+/** Whether a line of this level is written. To be called first, because the fields of a line cost more than the dispatch. */
 export function logs (log: FastifyBaseLogger, level: 'info' | 'warn'): boolean {
   const { isLevelEnabled } = log as { isLevelEnabled?: (level: string) => boolean }
-  // Fastify's `logger: false` has one function for all levels.
+  // The logger for Fastify's `logger: false` has the same function for all levels.
   return isLevelEnabled === undefined ? log[level] !== log.fatal : isLevelEnabled.call(log, level)
 }
 
-/** What to do, by the code of a refusal that a wrong setting can be behind. */
+/** What to do, by the code of a refusal that a wrong setting may have caused. */
 const FIXES: Readonly<Record<string, string>> = {
   FST_OPENAI_WEBHOOK_INVALID_SIGNATURE: 'where the sender is OpenAI: compare OPENAI_WEBHOOK_SECRET, or the secret option, with the signing secret ' +
     '(whsec_…) of the endpoint that has this URL at OpenAI, and give both while one replaces another; if it is the same, something in ' +
@@ -80,13 +80,13 @@ const FIXES: Readonly<Record<string, string>> = {
     'that tenant.secret finds a secret for that name'
 }
 
-/** The same of a route with tenants. */
+/** What to do on a route with tenants, if that differs from FIXES. */
 const TENANT_FIXES: typeof FIXES = {
   FST_OPENAI_WEBHOOK_INVALID_SIGNATURE: 'where the sender is OpenAI: compare what tenant.secret gives for this tenant, and gave when it was last asked (once a minute at most), ' +
     'with the signing secret (whsec_…) of the endpoint that has this URL at OpenAI, and give both while one replaces another'
 }
 
-/** What whoever runs the receiver can do about a refusal with this code. */
+/** What the operator of the app can do about a refusal with this code. */
 export function fixOf (code: string, isTenants: boolean): string | undefined {
   return isTenants ? TENANT_FIXES[code] ?? FIXES[code] : FIXES[code]
 }
@@ -94,31 +94,31 @@ export function fixOf (code: string, isTenants: boolean): string | undefined {
 /** Codes whose message says more than the code. */
 const REASONED: readonly string[] = ['TIMESTAMP_OUT_OF_TOLERANCE', 'UNKNOWN_TENANT', 'INVALID_BODY', 'INVALID_EVENT'].map(name => `FST_OPENAI_WEBHOOK_${name}`)
 
-/** Lines in a window about refusals with one code at one endpoint. Further ones are counted. */
+/** Maximum number of lines in a window about refusals with one code at one endpoint. Further refusals are only counted. */
 const MAX_LINES = 5
-/** ms */
+/** Length of a window in ms. */
 const WINDOW = 10_000
-/** Tenants that the line at the end of a window names. */
+/** Maximum number of tenants that the line at the end of a window names. */
 const MAX_TENANTS = 20
-/** Bounded, since a user's verifier may throw any code. */
+/** Maximum number of windows, because a user's verifier may throw errors with any code. */
 const MAX_WINDOWS = 200
 const OTHERS = 'others'
 
 interface Window {
   written: number
   suppressed: number
-  /** Those of the suppressed lines. */
+  /** The tenants of the suppressed lines. */
   tenants: Set<string> | undefined
   readonly timer: NodeJS.Timeout
   readonly code: string
   readonly endpoint: string | undefined
 }
 
-/** Logs refused deliveries at `warn`, without the payload. Bounded, so that a flood of forgeries cannot fill a disk. */
+/** Logs refused deliveries at `warn`, without the payload. The number of lines is limited, so that a flood of forgeries cannot fill a disk. */
 export class RefusalLog {
   readonly #log: FastifyBaseLogger
   readonly #windows = new Map<string, Window>()
-  // Bound here: the line at the end of a window is about many requests, and a logger may read the async context of one.
+  // Bound here, because the line at the end of a window is about many requests, and must not be logged in the async context of one of them.
   readonly #endOutside = inContext((key: string) => this.#end(key))
 
   /** @param log for the lines at the end of windows */
@@ -133,7 +133,7 @@ export class RefusalLog {
   }
 
   /**
-   * At `error`, with the cause: something of the app's has failed, which strangers may bring about.
+   * Logs a failure of the app at `error`, with the cause. The number of lines is limited, because any sender may cause the failure.
    *
    * @param counted names the window
    */

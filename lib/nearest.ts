@@ -1,4 +1,4 @@
-/** `, did you mean "…"?` when a known name is close to what was given, else nothing. The name is told with `prefix` before it. */
+/** Returns `, did you mean "…"?` if a known name is close to the given one, or else an empty string. `prefix` is put before the known name. */
 export function nearest (given: string, names: readonly string[], prefix = ''): string {
   let best = ''
   let bestDistance = Math.max(2, Math.floor(given.length / 4)) + 1
@@ -13,10 +13,10 @@ export function nearest (given: string, names: readonly string[], prefix = ''): 
 }
 
 /**
- * The same for an event type or a pattern. Within a family only the rest counts, and where nothing is near, all of the family is
- * told: "fine_tuning.job.completed" is as a whole close to "fine_tuning.job.cancelled".
+ * Like `nearest()`, for an event type or a pattern. Within a family only the rest of the name is compared, because "fine_tuning.job.completed"
+ * as a whole is close to "fine_tuning.job.cancelled". If no name is close, all types of the family are listed.
  *
- * @param others further words that are known
+ * @param others further known words
  */
 export function nearestType (given: string, types: readonly string[], others: readonly string[] = []): string {
   const family = given.slice(0, given.lastIndexOf('.') + 1)

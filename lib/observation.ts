@@ -6,11 +6,11 @@ import type { VerifiedRequest } from './request.ts'
 import type { DeadDelivery, Job } from './runners/runner.ts'
 
 /**
- * Follows the deliveries of one registration through the six steps. Called as they happen, so it has to be quick, and must not
- * throw.
+ * Follows the deliveries of one registration through the six steps. The methods are called as the steps happen, so they have to be fast and must
+ * not throw.
  */
 export interface Observer {
-  /** A request has come to a receiving route. */
+  /** A request has arrived at a receiving route. */
   arrived (request: FastifyRequest, reply: FastifyReply, endpoint: string): void
   captured (request: FastifyRequest, rawBody: Buffer): void
   verified (request: FastifyRequest): void
@@ -18,25 +18,25 @@ export interface Observer {
   /** The store has answered. */
   deduplicated (request: VerifiedRequest): void
   duplicate (request: VerifiedRequest, state: DuplicateMessage['state']): void
-  /** A runner has taken it: the handlers run later. */
+  /** A runner has accepted the delivery, and runs the handlers later. */
   queued (job: Job, request: VerifiedRequest): void
-  /** The handlers start, in the request or out of a queue. */
+  /** The handlers start, in the request or for a job of a queue. */
   started (start: AttemptStart): ObservedAttempt
-  /** It is not answered 200. */
+  /** The delivery is not answered 200. */
   refused (refusal: { readonly code: string, readonly statusCode: number, readonly error: unknown }, delivery: Refused, request: FastifyRequest): void
   dead (delivery: DeadDelivery): void
 }
 
 export interface AttemptStart {
   readonly job: Job
-  /** Absent where the job came out of a queue. */
+  /** `undefined` if the job comes from a queue. */
   readonly request: VerifiedRequest | undefined
-  /** How often a runner has started the handlers; `undefined` where it does not know. */
+  /** How often the runner has started the handlers, including this time; `undefined` if the runner does not know. */
   readonly attempt: number | undefined
   readonly handlers: readonly Handler[]
-  /** Those that had succeeded before and do not run. */
+  /** Names of the handlers that have succeeded before and do not run again. */
   readonly finished: readonly string[]
-  /** Whether the route's own handler runs after them. */
+  /** Whether the route's own handler runs after the event handlers. */
   readonly replies: boolean
 }
 
@@ -44,14 +44,14 @@ export interface ObservedAttempt {
   /** @param index of the handler in `handlers` */
   succeeded (index: number): void
   failed (index: number): void
-  /** @param error as the handlers' run rejects */
+  /** @param error with which the run of the handlers rejects */
   ended (error?: unknown): void
 }
 
-/** Whoever follows one registration. Nothing is kept or computed while nobody does. */
+/** Holds the observer of one registration. Without an observer nothing is kept or computed for it. */
 export class Observation {
   observer: Observer | undefined = undefined
 }
 
-/** On `app.openaiWebhook`: the parts of its registration, for the inspector. */
+/** Key on `app.openaiWebhook` for the parts of its registration, which the inspector uses. */
 export const INSIDE = Symbol('openai-webhook.inside')

@@ -8,21 +8,21 @@ import { InvalidOptions } from './errors.ts'
 import type { VerifiedRequest } from './request.ts'
 
 export interface WebhookTracingOptions {
-  /** @default the global one, which may be registered later */
+  /** @default the global tracer provider, which may be registered later */
   tracerProvider?: TracerProvider
 }
 
 export interface WebhookTracing {
-  /** Makes no more spans, and ends those that are open. */
+  /** Stops making spans, and ends the open ones. */
   close (): void
 }
 
 const NAME = 'fastify-openai-webhook'
 
 /**
- * Makes OpenTelemetry spans of all deliveries in this process. Below the request's span there is `process <endpoint>`, with a span
- * for each handler. Where the runner has a queue there is `send <endpoint>` instead, and the `process` span of the process that
- * runs the handlers links to it. To be called once.
+ * Makes OpenTelemetry spans for all deliveries in this process. Without a queue, the request's span gets the child `process <endpoint>`, with a
+ * child for each handler. If the runner has a queue, the request's span gets the child `send <endpoint>` instead, to which the `process` span in
+ * the process that runs the handlers links. To be called once.
  *
  * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS
  */
@@ -38,7 +38,7 @@ export function webhookTracing (options: WebhookTracingOptions = {}): WebhookTra
 
 class Spans {
   readonly #tracer: Tracer
-  /** The span of each message whose work has not ended, within the context that it runs in. */
+  /** For each message whose work has not ended, the context that the work runs in, with the span. */
   readonly #open = new Map<object, Context>()
   readonly #unsubscribe: Array<() => void>
 
@@ -56,7 +56,7 @@ class Spans {
     for (const message of this.#open.keys()) this.#end(message)
   }
 
-  /** @param begin starts the span, and returns the context that has it */
+  /** @param begin starts the span, and returns the context with the span */
   #observe<Message extends TracedMessage> (channel: TraceChannel<Message>, begin: (message: Message) => Context): () => void {
     const subscribers = {
       start: (message: Message) => {
@@ -100,7 +100,7 @@ class Spans {
 
   #process (message: DeliveryMessage): Context {
     const { request, carrier, queued, attempt } = message
-    // Found by the carrier: a worker of this process may take a job while its request still waits for the queue.
+    // The carrier counts too, because a worker of this process may take a job while the request still waits for the queue.
     const fromQueue = queued || carrier !== undefined
     // A queue starts a job in the context of another delivery, or of none.
     const parent = fromQueue ? propagation.extract(ROOT_CONTEXT, carrier ?? {}) : contextOf(request!)
@@ -119,7 +119,7 @@ class Spans {
   }
 
   #handle ({ handler, delivery }: HandlerMessage): Context {
-    // Not the active context: where no context manager is registered, there is none.
+    // Not the active context, because without a registered context manager there is none.
     const parent = this.#open.get(delivery) ?? context.active()
     return trace.setSpan(parent, this.#tracer.startSpan(`handler ${handler}`, {
       attributes: { ...operation('process'), ...describe(delivery), 'openai.webhook.handler': handler }
@@ -127,14 +127,14 @@ class Spans {
   }
 }
 
-/** The conventions renamed `messaging.system`, which backends still look for. */
+/** Has both names, because the conventions have renamed `messaging.system` but backends still look for it. */
 const SYSTEM = { 'messaging.system': 'openai_webhook', 'messaging.system.name': 'openai_webhook' }
 
 function operation (name: 'send' | 'process'): Attributes {
   return { ...SYSTEM, 'messaging.operation.name': name, 'messaging.operation.type': name }
 }
 
-/** The conventions have attributes for messages and for CloudEvents, which OpenAI's events are not; none for webhooks. */
+/** Uses the attributes for messages. The conventions have none for webhooks, and their attributes for CloudEvents do not fit OpenAI's events. */
 function describe ({ endpoint, webhookId, event: { type, id } }: DeliveryInfo): Attributes {
   return {
     'messaging.destination.name': endpoint,
@@ -148,7 +148,7 @@ function bodySize (request: VerifiedRequest | undefined): Attributes | undefined
   return request && { 'messaging.message.body.size': request.openaiWebhook.rawBody.length }
 }
 
-/** The active context; or the one that @fastify/otel keeps, where a hook that waited for an event has lost it. */
+/** The active context. If a hook that waited for an event has lost it, the context that @fastify/otel keeps for the request. */
 function contextOf (request: FastifyRequest): Context {
   const active = context.active()
   if (trace.getSpan(active) !== undefined) return active
@@ -156,7 +156,7 @@ function contextOf (request: FastifyRequest): Context {
   return opentelemetry?.call(request)?.context ?? active
 }
 
-/** Whatever a tracer does, `work` runs, and once. */
+/** Runs `work` exactly once, whatever the tracer does. */
 function within<T> (active: Context, work: () => T): T {
   let outcome: (() => T) | undefined
   const run = (): () => T => {
@@ -174,7 +174,7 @@ function within<T> (active: Context, work: () => T): T {
 function recordFailure (span: Span | undefined, error: unknown): void {
   if (span === undefined) return
   const { name } = readable(error)
-  // A coded error says what the sender is answered. Its cause is what happened.
+  // A coded error describes the answer to the sender. Its cause describes what happened.
   const cause = name.startsWith('FST_OPENAI_WEBHOOK_') ? (error as Error).cause ?? error : error
   const thrown: readonly unknown[] = cause !== error && cause instanceof AggregateError ? cause.errors : [cause]
   span.setAttribute('error.type', name)
@@ -182,7 +182,7 @@ function recordFailure (span: Span | undefined, error: unknown): void {
   for (const each of thrown) span.recordException(readable(each))
 }
 
-/** Makes an exception of whatever was thrown, as a span takes it. The SDK takes `name` for its type. */
+/** Turns any thrown value into an exception that a span accepts. The SDK uses `name` as the type of the exception. */
 function readable (thrown: unknown): { name: string, message: string, stack?: string } {
   try {
     if (thrown instanceof Error) {
@@ -195,12 +195,12 @@ function readable (thrown: unknown): { name: string, message: string, stack?: st
   return { name: OTHER, message: typeof thrown === 'string' ? thrown : `threw ${thrown === null ? 'null' : typeof thrown}` }
 }
 
-/** The conventions' `error.type` where there is no better one. */
+/** The value of `error.type` that the conventions have for errors without a better one. */
 const OTHER = '_OTHER'
 
 const log = diag.createComponentLogger({ namespace: NAME })
 
-/** A subscriber that throws would end the process, and a tracer is no reason to lose a delivery. */
+/** Logs errors instead of throwing them. A subscriber that throws would end the process, and a tracer must not cause the loss of a delivery. */
 function harmless (work: () => void): void {
   try {
     work()

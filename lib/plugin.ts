@@ -34,7 +34,7 @@ import { noStore } from './stores/none.ts'
 import type { OpenAIWebhook } from './api.ts'
 import { Verifications } from './routes/verifications.ts'
 
-// `options` has no default: Fastify always gives an object, and could not infer the type of an optional parameter.
+// `options` has no default, because Fastify always passes an object, and its types cannot infer the options from an optional parameter.
 async function openaiWebhook (instance: FastifyInstance, options: OpenAIWebhookOptions): Promise<void> {
   if (typeof (instance as Partial<FastifyInstance> | undefined)?.decorateRequest !== 'function') {
     throw new InvalidOptions('openaiWebhook is a Fastify plugin, and no function to call, handler or middleware: expected await app.register(openaiWebhook, { … })')
@@ -53,22 +53,22 @@ async function openaiWebhook (instance: FastifyInstance, options: OpenAIWebhookO
     }
   })
   instance.decorateRequest('openaiWebhook', null)
-  // Instance hooks bind late, so this one reaches routes that were declared before the plugin had loaded.
+  // Fastify binds the hooks of an instance late, so this hook also runs on routes that were declared before the plugin had loaded.
   const guarded = registeredIn(instance) ?? instance
   guarded.addHook('onRequest', guard(routes.failures))
   instance.addHook('onRoute', function (route) { protectMarked(routes, this, route) })
   instance.addHook('onReady', start)
-  // preClose comes before every onClose hook: the app's databases are still open while handlers are drained.
+  // preClose runs before every onClose hook, so that the app's databases are still open while the handlers are drained.
   const { pluginTimeout = 0 } = instance.initialConfig
   instance.addHook('preClose', async () => await withinPluginTimeout(close(), pluginTimeout))
   instance.addHook('onClose', close)
 
   const path = options.path ?? DEFAULTS.path
-  // Throws where the secret is missing or unusable.
+  // Throws if the secret is missing or unusable.
   if (path !== false || options.secret !== undefined) routes.verifications.of({}, true)
   if (path !== false) {
     const { rateLimit, prefix = '', logLevel, logSerializers } = options as OpenAIWebhookOptions & RegisterOptions
-    // Fastify applies these to a scope of its own, which a plugin wrapped by fastify-plugin does not have.
+    // Fastify applies these options to the scope of a plugin, but a plugin wrapped by fastify-plugin has none.
     const scope = { prefix, ...(logLevel !== undefined && { logLevel }), ...(logSerializers !== undefined && { logSerializers }) }
     ownRoute(routes, instance, { url: path, ...(rateLimit !== undefined && { rateLimit }) }, scope)
   }
@@ -81,7 +81,6 @@ interface Registration {
   readonly close: () => Promise<void>
 }
 
-/** The parts of one registration. */
 function assemble (instance: FastifyInstance, options: OpenAIWebhookOptions, compilers: Compilers): Registration {
   const { store, lease = DEFAULTS.lease, retention = DEFAULTS.retention, reconcile = DEFAULTS.reconcile } = options.idempotency || {}
   const events = { ...officialEvents, ...options.events }
@@ -123,14 +122,14 @@ function assemble (instance: FastifyInstance, options: OpenAIWebhookOptions, com
       await verifications.load()
       registry.closed = true
       endpoints.settle()
-      // A runner has one host: with two, what one registration acknowledged would run the handlers of the other.
+      // A runner has one host. With two, a delivery that one registration acknowledged would run the handlers of the other.
       if (runnersInUse.has(runner)) throw new InvalidOptions('expected a runner of its own, got one that another registration of the plugin uses')
       runnersInUse.add(runner)
       isStarted = true
       await runner.start?.(new Queued(works, claims, handling, failures))
     },
     async close () {
-      // Where the runner is another registration's, this one has failed to start.
+      // If another registration uses the runner, this one has failed to start and must not close it.
       const isOurs = isStarted || !runnersInUse.has(runner)
       closed ??= drain({ works, claims, runner: isOurs ? runner : undefined, failures, abort, closeTimeout: options.closeTimeout ?? DEFAULTS.closeTimeout }).then(() => {
         if (isOurs) runnersInUse.delete(runner)

@@ -1,21 +1,24 @@
-/** Inserts between two prunings, and how many expired rows each deletes at most: more than were inserted, and few enough for one request. */
+/**
+ * The number of inserts from one pruning to the next, and the maximum number of expired rows that one deletes. These are more than were inserted,
+ * and few enough for one request to wait for.
+ */
 export const PRUNE_INTERVAL = 50
 export const PRUNE_LIMIT = 100
 
-/** Deletes expired rows in the background, in step with inserts, so that a table holds what is alive whatever the rate. */
+/** Deletes expired rows in the background and in step with inserts, so that a table holds only live rows, whatever the rate of inserts. */
 export class Pruning {
   readonly #prune: () => Promise<number>
-  // 0, so that a process that ends before it has inserted many prunes too.
+  // Starts at 0, so that a process that inserts only a few rows prunes too.
   #left = 0
   #running: Promise<void> | undefined
   #closed = false
 
-  /** @param prune deletes up to PRUNE_LIMIT expired rows, and says how many it did */
+  /** @param prune deletes up to PRUNE_LIMIT expired rows, and returns how many */
   constructor (prune: () => Promise<number>) {
     this.#prune = prune
   }
 
-  /** To be called after each insert. @param onFailure called when pruning fails; the next one tries again */
+  /** To be called after each insert. @param onFailure called when a pruning fails. The next pruning tries again */
   inserted (onFailure: (error: unknown) => void): void {
     if (this.#left-- > 0 || this.#running !== undefined || this.#closed) return
     this.#left = PRUNE_INTERVAL - 1

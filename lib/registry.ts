@@ -8,13 +8,13 @@ import { tryOr } from './maybe-promise.ts'
 import type { EventContext, Handler } from './handlers.ts'
 import type { DeadDelivery } from './runners/runner.ts'
 
-/** A handler of any event. Its event's type is checked where it is registered. */
+/** A handler of any event. The type of the event is checked where the handler is registered. */
 export type AnyHandler = (this: FastifyInstance, event: never, context: EventContext) => unknown
 
 export interface HandlerOptions {
   /**
-   * Names the handler in the idempotency store, so that a retry knows it across deployments that change the order of
-   * registration. A handler of `inbox.once()` has its name already.
+   * The name of the handler in the idempotency store (1 to 128 characters). With a name, a retry recognises the handler after a deployment that
+   * changes the order of registration. A handler of `inbox.once()` already has a name.
    *
    * @default its place in the order of registration
    */
@@ -25,16 +25,16 @@ export type ErrorHandler = (error: Error, info: FailureInfo) => unknown
 
 export type DeadHandler = (delivery: DeadDelivery) => unknown
 
-/** What is known of the delivery that failed. For a refusal by header that is the endpoint alone; for other trouble it may be nothing. */
+/** What is known about the delivery that failed. For a refusal by the headers, that is only the endpoint. For other trouble it may be nothing. */
 export interface FailureInfo {
   endpoint?: string
-  /** Where the route serves many. Of a refusal it is whatever the sender has named. */
+  /** Set only if the route serves many tenants. For a refusal, the name is what the sender gave, and may be that of no tenant. */
   tenant?: string
   webhookId?: string
   event?: { readonly type: string }
 }
 
-/** What is known of a delivery that is not answered 200. */
+/** What is known about a delivery that is not answered 200. */
 export interface Refused extends FailureInfo {
   readonly endpoint: string
 }
@@ -48,7 +48,7 @@ interface Registration {
 export class HandlerList {
   readonly #known: ReadonlySet<string>
   readonly #label: string
-  /** Whether it is a route's list and not the app's. */
+  /** Whether this is the list of a route, and not the app's. */
   readonly isRoutes: boolean
   readonly names = new Set<string>()
   readonly #matching: Registration[] = []
@@ -68,7 +68,7 @@ export class HandlerList {
       throw new InvalidOptions(`on(): expected an event type, a pattern such as "batch.*" or a non-empty array of them, got ${Array.isArray(list) ? 'an empty array' : types === null ? 'null' : typeof types}`)
     }
     for (const type of list) this.#assertKnown(type)
-    // One name for all its types: a delivery has one type and runs the handler once.
+    // All types share one handler and one name, because a delivery has one type and runs the handler once.
     const handler = this.#handler('on', fn, scope, options)
     for (const pattern of new Set(list)) this.#matching.push({ pattern, handler })
   }
@@ -81,7 +81,7 @@ export class HandlerList {
     this.unhandled.push(this.#handler('onUnhandled', fn, scope, options))
   }
 
-  /** Each handler once, in the order of registration. */
+  /** The handlers that match a type, each once, in the order of registration. */
   matching (type: string): Handler[] {
     const handlers = new Set<Handler>()
     for (const { pattern, handler } of this.#matching) if (matches(pattern, type)) handlers.add(handler)
@@ -94,7 +94,7 @@ export class HandlerList {
     const given = givenName(fn)
     const name = options.name ?? given ?? `${this.#label}#${this.names.size}`
     assertHandlerName(method, name)
-    // The inbox has recorded it under the name of once().
+    // The inbox records the handler under the name that once() got.
     if (given !== undefined && name !== given) throw new InvalidOptions(`${method}(): expected the name that once() gave the handler, "${given}", or none, got "${name}"`)
     if (this.names.has(name)) throw new InvalidOptions(`${method}(): the handler name "${name}" is taken: names tell finished handlers apart, so each is used once`)
     this.names.add(name)
@@ -112,7 +112,7 @@ export class HandlerList {
   }
 }
 
-/** What to do about an event type or a pattern that is not known. */
+/** Says what to do about an event type or a pattern that is not known. */
 function adviceOnType (type: string, known: readonly string[]): string {
   if (type === '*' || type === '**') return `"${type}" is no pattern: onAny(handler) runs for every event, a pattern has a family, such as "batch.*"`
   if (Object.keys(guideEvents).some(name => matches(type, name))) {
@@ -140,31 +140,31 @@ export class Registry {
     if (this.closed) throw new AlreadyStarted(method)
   }
 
-  /** Calls every `onError` handler. What one throws goes to `fallback` and never fails the delivery. */
+  /** Calls every `onError` handler. What a handler throws goes to `fallback` and never fails the delivery. */
   report (error: unknown, info: FailureInfo, fallback: (error: unknown) => void): void {
     for (const handler of this.errorHandlers) tryOr(() => handler(error as Error, info), fallback)
   }
 
-  /** Calls every `onDead` handler, likewise. */
+  /** Calls every `onDead` handler. What a handler throws goes to `fallback`. */
   tellDead (delivery: DeadDelivery, fallback: (error: unknown) => void): void {
     for (const handler of this.deadHandlers) tryOr(() => handler(delivery), fallback)
   }
 }
 
-/** The handlers of one endpoint by event type, worked out when the app is ready so that a request only looks them up. */
+/** The handlers of one endpoint by event type. They are computed when the app is ready, so that a request only looks them up. */
 export class HandlerTable {
   readonly #byType = new Map<string, readonly Handler[]>()
   /** Known types that an `on` handler matches. */
   readonly #handled = new Set<string>()
   /**
-   * The handlers of unknown types. A family such as `batch.*` does not match those: its handlers are typed by the known types,
-   * and nothing has checked the shape.
+   * The handlers of unknown types. A family such as `batch.*` does not match unknown types, because its handlers are typed by the known types,
+   * and the shape of an unknown type has not been checked.
    */
   readonly #unknown: readonly Handler[]
-  /** Whether the route has handlers of its own, beside the app's. */
+  /** Whether the route has its own event handlers in addition to the app's. */
   readonly hasRouteHandlers: boolean
 
-  /** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS when two lists have a name in common */
+  /** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS if two lists have a name in common */
   constructor (lists: readonly HandlerList[], known: ReadonlySet<string>) {
     const names = new Set<string>()
     for (const name of lists.flatMap(list => [...list.names])) {
@@ -186,7 +186,7 @@ export class HandlerTable {
     return this.#byType.get(type) ?? this.#unknown
   }
 
-  /** Whether an `on` handler matches. */
+  /** Whether an `on` handler matches the type. */
   matches (type: string): boolean {
     return this.#handled.has(type)
   }

@@ -1,19 +1,19 @@
 import type { FastifyRequest } from 'fastify'
 import type { WebhookEvent } from './events/map.ts'
 
-/** A verified and valid delivery: what a request carries once it has passed. `inbox.first()` takes it as its context. */
+/** A verified and valid delivery, which is the value of `request.openaiWebhook`. `inbox.first()` accepts it as its context. */
 export interface Delivery {
-  /** Verified, and of its type's shape. */
+  /** The verified event. It has the shape of its type, unless the type is unknown. */
   readonly event: WebhookEvent
-  /** The bytes that arrived. */
+  /** The body, as the bytes that arrived. */
   readonly rawBody: Buffer
-  /** The same for every retry of the delivery. */
+  /** The idempotency key: the same for every retry of the delivery. */
   readonly webhookId: string
-  /** When it was signed, in Unix seconds. */
+  /** When the delivery was signed, in Unix seconds. */
   readonly timestamp: number
   /** The receiving route's URL. */
   readonly endpoint: string
-  /** The tenant whose secret it was signed with; only where the route serves many. */
+  /** The tenant whose secret the delivery was signed with. Set only if the route serves many tenants. */
   readonly tenant?: string
 }
 
@@ -22,5 +22,5 @@ export type WebhookHeaders = Headers | Readonly<Record<string, string | readonly
 /** A request that has passed verification. */
 export type VerifiedRequest = FastifyRequest & { openaiWebhook: Delivery }
 
-/** The type of `request.openaiWebhook`: a delivery where the route's config asks for one, else a delivery or `null`. */
+/** The type of `request.openaiWebhook`: a delivery if the route's config has `openaiWebhook`, or else a delivery or `null`. */
 export type RequestDelivery<ContextConfig> = ContextConfig extends { openaiWebhook: object } ? Delivery : Delivery | null

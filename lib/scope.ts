@@ -9,7 +9,7 @@ import type { Routes } from './routes/routes.ts'
 import { unwrap } from './routes/unwrap.ts'
 import type { OpenAIWebhook } from './api.ts'
 
-/** `app.openaiWebhook` as one scope sees it: handlers get that scope as `this`, routes are added to it. */
+/** `app.openaiWebhook` for one scope. Handlers get that scope as `this`, and routes are added to it. */
 export class OpenAIWebhookScope implements OpenAIWebhook {
   readonly deadLetters: DeadLetters
   readonly #routes: Routes
