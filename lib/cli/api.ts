@@ -2,32 +2,37 @@ import { CommandError, EXIT, text, usageError } from './command.ts'
 import type { Arguments, Terminal } from './command.ts'
 import { printable } from './table.ts'
 
-// For commands that ask OpenAI's API, through the official package.
+// Shared by the commands that call OpenAI's API through the official `openai` package.
 
 export type SDK = typeof import('openai')
 
-/** @throws CommandError */
+/** Reads the API key from OPENAI_API_KEY. @throws CommandError when it is missing or malformed */
 export function readApiKey ({ env }: Terminal): string {
   const apiKey = env['OPENAI_API_KEY']?.trim() ?? ''
   if (apiKey === '') throw new CommandError('no API key: set OPENAI_API_KEY to a key of the project', EXIT.usage)
   if (apiKey.startsWith('whsec_')) throw new CommandError('OPENAI_API_KEY holds a signing secret (whsec_…), expected an API key (sk-…)', EXIT.usage)
-  // Checked here, because fetch's error would quote the key.
+  // The key is checked here because the error of fetch() would quote it.
   if (!/^[\x21-\x7e]+$/.test(apiKey)) throw new CommandError('OPENAI_API_KEY holds white space or a character that no API key has', EXIT.usage)
   return apiKey
 }
 
-/** @throws CommandError */
+/**
+ * Reads `--base-url`, else OPENAI_BASE_URL.
+ *
+ * @returns `null` when neither is set: the SDK then uses its default
+ * @throws CommandError
+ */
 export function readBaseURL (args: Arguments, { env }: Terminal): string | null {
   const given = text(args, 'base-url') ?? env['OPENAI_BASE_URL']?.trim() ?? ''
   if (given === '') return null
   const url = URL.canParse(given) ? new URL(given) : undefined
   if (url === undefined || !/^https?:$/.test(url.protocol)) throw usageError(`expected an http(s) URL as the base URL, got "${oneLine(given)}"`)
-  // Checked here, because fetch's error would quote the password.
+  // The URL is checked here because the error of fetch() would quote the password.
   if (url.username !== '' || url.password !== '') throw usageError('expected a base URL without a user name and password')
   return given
 }
 
-/** @throws CommandError */
+/** @throws CommandError when the package is missing or cannot be loaded */
 export async function importSDK (load: () => Promise<SDK>): Promise<SDK> {
   try {
     return await load()
@@ -38,7 +43,7 @@ export async function importSDK (load: () => Promise<SDK>): Promise<SDK> {
   }
 }
 
-/** In a line, without the key, which refusals may quote. */
+/** Explains an error in one line. The API key is removed, since OpenAI's error message may quote it. */
 export function explained (error: unknown, sdk: SDK, baseURL: string, apiKey: string): string {
   const conceal = (shown: string): string => oneLine(shown.replaceAll(apiKey, '[API key]'))
   return conceal(explain(error, sdk, baseURL, conceal))
@@ -55,19 +60,19 @@ function explain (error: unknown, { APIConnectionError, APIError, APIUserAbortEr
   if (!(error instanceof APIError) || error.status === undefined) return `unexpected answer from ${baseURL}: ${(error as Error).message}`
   const { status, code, type } = error as { status: number, code?: string | null, type?: string | null }
   const name = code ?? type ?? ''
-  // The body may be a proxy's page.
+  // The message may be the HTML page of a proxy, so only its start is shown.
   const said = conceal(error.message.replace(/^\d+ /, '')).slice(0, 300)
   return `${baseURL} answered ${status}${name === '' ? '' : ` ${name}`}: ${said}${ADVICE[status] ?? ''}`
 }
 
-/** What fetch wraps twice: ECONNREFUSED, ENOTFOUND, a certificate's fault, a timeout. */
+/** fetch() and the SDK each wrap the error that matters: ECONNREFUSED, ENOTFOUND, a certificate error, a timeout. */
 function rootCause (error: Error): string {
   let root: NodeJS.ErrnoException = error
   while (root.cause instanceof Error) root = root.cause
   return root.code ?? root.message
 }
 
-/** A stranger's text, in one line. */
+/** Makes untrusted text safe to print on one line. */
 export function oneLine (shown: string): string {
   return printable(shown.replaceAll(/\s+/g, ' ').trim(), Infinity)
 }

@@ -3,7 +3,7 @@ import { main } from './main.ts'
 
 const interrupted = new AbortController()
 for (const name of ['SIGINT', 'SIGTERM'] as const) process.once(name, () => interrupted.abort())
-// The reader has closed the pipe, as `| head` does, which is no failure.
+// Writing fails once the reader has closed the pipe, as `| head` does. That is not a failure of the command.
 process.stdout.on('error', () => process.exit())
 
 process.exitCode = await main(process.argv.slice(2), {

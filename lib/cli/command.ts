@@ -2,23 +2,22 @@ import { parseArgs } from 'node:util'
 import type { ParseArgsConfig } from 'node:util'
 import { nearest } from '../nearest.ts'
 
-/** What a command reads and writes; a test gives its own. */
+/** The input and output of a command. Tests pass their own. */
 export interface Terminal {
   out: (text: string) => void
   err: (text: string) => void
-  /** Whether `out` is a terminal: colour and progress are for people. */
+  /** Whether `out` is a terminal. Colour and progress bars are printed only to a terminal. */
   readonly isTTY: boolean
   readonly env: Readonly<Record<string, string | undefined>>
-  /** Aborts on Ctrl-C. */
+  /** Aborts on SIGINT (Ctrl-C) and on SIGTERM. */
   readonly signal: AbortSignal
 }
 
 type Options = NonNullable<ParseArgsConfig['options']>
 
 export interface Command {
-  /** One line, for the list of commands. */
+  /** One line, shown in the list of commands. */
   readonly summary: string
-  /** What `--help` prints. */
   readonly help: string
   readonly options: Options
   /** @returns the exit code */
@@ -32,19 +31,19 @@ export interface Arguments {
 
 export const EXIT = { ok: 0, failed: 1, usage: 2 } as const
 
-/** Printed as one line on stderr, without a stack; the process ends with this exit code. */
+/** An error that is printed as one line on stderr, without a stack. The process then exits with `exitCode`. */
 export class CommandError extends Error {
   constructor (message: string, readonly exitCode: number = EXIT.failed) {
     super(message)
   }
 }
 
-/** The command line is wrong: exit code 2. */
+/** An error in the command line: exit code 2. */
 export function usageError (message: string): CommandError {
   return new CommandError(`${message} (see --help)`, EXIT.usage)
 }
 
-/** @throws CommandError */
+/** @throws CommandError with exit code 2 */
 export function parse (argv: readonly string[], options: Options): Arguments {
   try {
     const { positionals, values } = parseArgs({ args: [...argv], options, allowPositionals: true, strict: true })
@@ -56,13 +55,13 @@ export function parse (argv: readonly string[], options: Options): Arguments {
   }
 }
 
-/** An option's text, where it was given. */
+/** The value of a string option, or `undefined` when the option was not given. */
 export function text ({ values }: Arguments, name: string): string | undefined {
   const value = values[name]
   return typeof value === 'string' ? value : undefined
 }
 
-/** A whole number of at least `min`. @throws CommandError */
+/** The value of an option that takes a whole number of at least `min`. @throws CommandError with exit code 2 */
 export function count (args: Arguments, name: string, fallback: number, min = 1): number {
   const given = text(args, name)
   if (given === undefined) return fallback

@@ -11,12 +11,12 @@ import type { SqliteDatabase } from '../sqlite/database.ts'
 import { deadJobsOf } from '../sqlite/jobs.ts'
 import type { DeadFilter, DeadJobs } from '../sqlite/jobs.ts'
 
-/** Opens an existing file with one library; `undefined` where the library is not installed. */
+/** Opens an existing file with one SQLite library. Returns `undefined` when that library is not available. */
 export type OpenSqlite = (file: string) => ClosableDatabase | undefined
 
 type ClosableDatabase = SqliteDatabase & { close: () => unknown }
 
-/** Deliveries that are listed, unless it is said otherwise. */
+/** The number of deliveries that `list` prints by default. */
 const LIMIT = 100
 
 const help = `Usage: openai-webhook dead list --sqlite FILE [options]
@@ -51,7 +51,7 @@ Examples:
   openai-webhook dead requeue wh_685c059ae39c8190af8c71ed1022a24d --sqlite webhooks.db
 `
 
-/** @param libraries asked in turn */
+/** @param libraries tried in turn */
 export function deadCommand (libraries: readonly OpenSqlite[]): Command {
   return {
     summary: 'lists, shows and requeues the deliveries of an SQLite file whose attempts are used up',
@@ -90,7 +90,7 @@ const nodeSqlite: OpenSqlite = file => {
   return sqlite === undefined ? undefined : new sqlite.DatabaseSync(file)
 }
 
-/** Loads a package from the working directory, because it belongs to whoever runs the command. */
+/** Loads the package from the working directory, because the user installs it in the app and not beside this command. */
 const installed = (name: string): OpenSqlite => file => {
   let Handle: new (file: string) => ClosableDatabase
   try {
@@ -105,14 +105,14 @@ export const dead = deadCommand([nodeSqlite, installed('libsql'), installed('bet
 
 type Act = (jobs: DeadJobs) => number
 
-/** Tells an empty list from a filter that is misspelt. */
+/** Distinguishes "there are no dead deliveries" from "the filter matches none", which may be a misspelt filter. */
 const noneOf = (count: number): string => count === 0 ? 'no dead deliveries\n' : `none of the ${count} dead deliveries matches\n`
 
 const actions: Readonly<Record<string, (args: Arguments, terminal: Terminal, ids: readonly string[]) => Act>> = {
   list (args, terminal, ids) {
     if (ids.length > 0) throw usageError(`list: expected nothing more, got "${printable(ids.join(' '))}"`)
     const filter = filterOf(args)
-    const limit = args.values['all'] === true ? -1 : count(args, 'limit', LIMIT) // -1 is SQLite's for all
+    const limit = args.values['all'] === true ? -1 : count(args, 'limit', LIMIT) // -1 means no limit in SQLite
     return jobs => {
       const listed = jobs.list(limit, filter)
       for (const delivery of listed) print(terminal, args, delivery, line(delivery, terminal))
@@ -138,7 +138,7 @@ const actions: Readonly<Record<string, (args: Arguments, terminal: Terminal, ids
     if (all === (ids.length > 0)) throw usageError('requeue: expected webhook-ids, or --all')
     return jobs => {
       const filter = filterOf(args)
-      // Checks all before the first is requeued: all or none.
+      // Every id is checked before the first delivery is requeued, so that a wrong id requeues nothing.
       const chosen = all ? jobs.list(-1, filter) : [...new Set(ids)].map(id => find(jobs, id, filter))
       if (!force) chosen.forEach(assertSafe)
       let missed = 0
@@ -153,7 +153,7 @@ const actions: Readonly<Record<string, (args: Arguments, terminal: Terminal, ids
   }
 }
 
-/** @throws CommandError */
+/** @throws CommandError with exit code 2 */
 function plan (args: Arguments, terminal: Terminal): Act {
   const [name, ...ids] = args.positionals
   const names = Object.keys(actions)
@@ -163,7 +163,7 @@ function plan (args: Arguments, terminal: Terminal): Act {
   return action(args, terminal, ids)
 }
 
-/** @throws CommandError */
+/** @throws CommandError with exit code 2 */
 function filterOf (args: Arguments): DeadFilter {
   const type = text(args, 'type')
   if (type?.endsWith('*') === true) throw usageError(`--type: expected one event type, such as batch.failed, got the pattern "${printable(type)}"`)
@@ -172,7 +172,7 @@ function filterOf (args: Arguments): DeadFilter {
 
 /** @throws CommandError */
 function open (file: string, libraries: readonly OpenSqlite[]): ClosableDatabase {
-  // Checks first, because a library would create a missing file.
+  // The file is checked first because the library would create a missing one.
   if (statSync(file, { throwIfNoEntry: false })?.isFile() !== true) throw new CommandError(`${file}: there is no such file`)
   for (const library of libraries) {
     try {
@@ -185,13 +185,13 @@ function open (file: string, libraries: readonly OpenSqlite[]): ClosableDatabase
   throw new CommandError('this command needs Node 22.13 or later, or one of these packages here: npm i libsql, npm i better-sqlite3')
 }
 
-/** @throws CommandError for a file of something else: durable() would make its table in it */
+/** @throws CommandError when the file has no table of durable(), which the code that follows would otherwise create */
 function assertJobs (db: SqliteDatabase, file: string): void {
   const tables = db.prepare("SELECT name FROM sqlite_master WHERE type = 'table' AND name = 'openai_webhook_jobs'").all()
   if (tables.length === 0) throw new CommandError(`${file}: it has no deliveries of durable()`)
 }
 
-/** @throws CommandError */
+/** @throws CommandError when no delivery matches, or more than one */
 function find (jobs: DeadJobs, webhookId: string, filter: DeadFilter): DeadDelivery {
   const [found, ...others] = jobs.list(2, { ...filter, webhookId })
   if (found === undefined) throw new CommandError(`${printable(webhookId, 256)}: there is no such dead delivery`)
@@ -199,7 +199,7 @@ function find (jobs: DeadJobs, webhookId: string, filter: DeadFilter): DeadDeliv
   return found
 }
 
-/** @throws CommandError */
+/** @throws CommandError when the inbox may have forgotten the delivery */
 function assertSafe (delivery: DeadDelivery): void {
   try {
     assertRemembered(delivery)

@@ -58,12 +58,12 @@ export const diagnose: Command = {
 }
 
 interface Source {
-  /** The clock to judge the timestamp by. */
+  /** The file whose name or modification time says when the delivery arrived. */
   readonly file: string
   readonly read: () => Promise<Saved>
 }
 
-/** @throws CommandError */
+/** @throws CommandError with exit code 2 */
 function sourceOf (args: Arguments): Source {
   const { positionals: [file, surplus] } = args
   const headersFile = text(args, 'headers')
@@ -77,10 +77,10 @@ function sourceOf (args: Arguments): Source {
   return { file: headersFile, read: () => readApart(headersFile, bodyFile) }
 }
 
-/** Anything above is ms: as seconds it would be after the year 5138. */
+/** A larger number must be milliseconds: as seconds it would be after the year 5138. */
 const MAX_SECONDS = 99_999_999_999
 
-/** @throws CommandError */
+/** @throws CommandError with exit code 2 */
 function givenTime (args: Arguments): { ms: number, from: string } | undefined {
   if (text(args, 'now') === undefined) return undefined
   const seconds = count(args, 'now', 0, 0)
@@ -91,14 +91,14 @@ function givenTime (args: Arguments): { ms: number, from: string } | undefined {
 async function readApart (headersFile: string, bodyFile: string): Promise<Saved> {
   const [headers, body] = await Promise.all([readBytes(headersFile), readBytes(bodyFile)])
   try {
-    // A header file may end without an empty line, or without a newline.
+    // parseSaved() needs an empty line after the headers, which a file of headers alone may not have.
     return { headers: parseSaved(Buffer.concat([headers, Buffer.from('\n\n')])).headers, body }
   } catch (error) {
     throw new CommandError(`${headersFile}: ${(error as Error).message}`)
   }
 }
 
-/** One secret a line, where each line is one: during a rotation. */
+/** During a rotation the text holds several secrets, one per line. It is split only when every line is a secret. */
 function several (secret: string): string | string[] {
   const lines = secret.split(/\r?\n/)
   return lines.every(line => line.startsWith('whsec_')) ? lines : secret

@@ -12,7 +12,7 @@ type Endpoint = Awaited<ReturnType<Webhooks['retrieve']>>
 type EventTypes = Parameters<Webhooks['create']>[0]['event_types']
 type RequestOptions = NonNullable<Parameters<Webhooks['retrieve']>[1]>
 
-/** The input of an action, once its arguments have been read. */
+/** What an action works with, once its arguments have been read. */
 interface Api {
   readonly webhooks: Webhooks
   readonly read: RequestOptions
@@ -22,11 +22,11 @@ interface Api {
 }
 
 interface Action {
-  /** What follows the action's name. */
+  /** The names of the arguments after the action's name. */
   readonly takes: readonly string[]
-  /** Beside those that every action has. */
+  /** The options of this action, in addition to `--base-url` and `--json`. */
   readonly options: readonly string[]
-  /** Reads the arguments, so that a wrong one is told before anything is asked of OpenAI. @throws CommandError */
+  /** Reads the arguments, so that a wrong one is reported before any request to OpenAI. @throws CommandError with exit code 2 */
   readonly plan: (args: Arguments, first: string, second: string) => (api: Api) => Promise<number>
 }
 
@@ -67,7 +67,7 @@ Examples:
   openai-webhook endpoints rotate-secret whe_123 --json | jq -r .signing_secret
 `
 
-/** @param load imports the openai package, which may not be there */
+/** @param load imports the openai package, which may not be installed */
 export function endpointsCommand (load: () => Promise<SDK>): Command {
   return {
     summary: 'lists, creates, updates, deletes and tests endpoints at OpenAI, rotates their secrets',
@@ -86,7 +86,7 @@ export function endpointsCommand (load: () => Promise<SDK>): Command {
       const apiKey = readApiKey(terminal)
       const baseURL = readBaseURL(args, terminal)
       const sdk = await importSDK(load)
-      // Off, because OPENAI_LOG could make the SDK log what it receives, secrets included.
+      // Logging is off because OPENAI_LOG could make the SDK log what it receives, including signing secrets.
       const client = new sdk.OpenAI({ apiKey, baseURL, logLevel: 'off', timeout: 30_000 })
       if (!('create' in client.webhooks)) {
         throw new CommandError('this command needs a newer openai package, one that has webhook endpoints: npm i openai@latest')
@@ -95,7 +95,7 @@ export function endpointsCommand (load: () => Promise<SDK>): Command {
         return await act({
           webhooks: client.webhooks,
           read: { signal: terminal.signal },
-          // Never retried: if an answer got lost, a second rotation would end the secret that is in use.
+          // Writes are never retried: if the answer to a rotation were lost, a second rotation would revoke the secret that is in use.
           write: { signal: terminal.signal, maxRetries: 0 },
           print: (document, readable) => { terminal.out(args.values['json'] === true ? `${JSON.stringify(document)}\n` : readable) },
           terminal
@@ -116,7 +116,7 @@ const actions: Readonly<Record<string, Action>> = {
     options: [],
     plan: () => async api => {
       const { data: page, response } = await api.webhooks.list({}, api.read).withResponse()
-      // The SDK takes a page that is not the API's for an empty list.
+      // The SDK parses a page that is not the API's as an empty list.
       if (!/\bjson\b/.test(String(response.headers.get('content-type')))) throw new Error('expected a list of webhook endpoints')
       let count = 0
       for await (const endpoint of page) {
@@ -227,7 +227,7 @@ OPENAI_WEBHOOK_SECRET=${endpoint.signing_secret}
   }
 }
 
-/** @throws CommandError */
+/** @throws CommandError with exit code 2 */
 function plan (args: Arguments): (api: Api) => Promise<number> {
   const [name, ...given] = args.positionals
   const names = Object.keys(actions)
@@ -245,14 +245,14 @@ function plan (args: Arguments): (api: Api) => Promise<number> {
   return action.plan(args, first, second)
 }
 
-/** @throws CommandError */
+/** @throws CommandError with exit code 2 */
 function required (args: Arguments, name: string): string {
   const value = text(args, name)
   if (value === undefined || value === '') throw usageError(`create: expected --${name} ${name.toUpperCase()}`)
   return value
 }
 
-/** The event types and families that were asked for, where any were. @throws CommandError */
+/** The event types and families of `--event-types`, or `undefined` when the option was not given. @throws CommandError with exit code 2 */
 function eventTypes ({ values }: Arguments): string[] | undefined {
   const given = values['event-types'] as string[] | undefined
   const names = given?.flatMap(list => list.split(',')).map(name => name.trim()).filter(name => name !== '')
@@ -261,10 +261,10 @@ function eventTypes ({ values }: Arguments): string[] | undefined {
 }
 
 /**
- * Puts event types in place of families, once each. What is not a type of this package's is looked up in what the project
- * can receive, so that a newer type passes and a misspelt one is told.
+ * Replaces families by their event types, without repetition. A name that this package does not know is looked up among the types that the
+ * project can receive, so that a newer type is accepted and a misspelt one is reported.
  *
- * @throws CommandError
+ * @throws CommandError with exit code 2
  */
 async function expand (names: readonly string[], api: Api): Promise<EventTypes> {
   const isKnown = (name: string): boolean => Object.hasOwn(officialEntries, name)
@@ -275,11 +275,11 @@ async function expand (names: readonly string[], api: Api): Promise<EventTypes> 
     if (matching.length > 0) return matching
     throw usageError(`unknown event type "${oneLine(name)}"${nearest(name, available)}: openai-webhook endpoints event-types lists them`)
   })
-  // The package's own list of names may be older than OpenAI's.
+  // The SDK's type for event names may be older than OpenAI's list.
   return [...new Set(types)] as EventTypes
 }
 
-/** The answer, when it is one of the API's: an address that is not the API's may answer 200 as well. */
+/** Checks that the answer is one of the API's, because a server that is not the API may answer 200 as well. @throws Error */
 function expected<Answer extends { object: string }> (object: Answer['object'], answer: Answer): Answer {
   if ((answer as Partial<Answer> | undefined)?.object !== object) throw new Error(`expected a ${object}`)
   return answer

@@ -19,7 +19,7 @@ import { DEFAULTS } from '../inspector/options.ts'
 import openaiWebhook from '../plugin.ts'
 
 const PATH = '/webhooks/openai'
-/** Bytes that are read of a delivery, far beyond what the plugin takes. */
+/** The most bytes that are read of one delivery, far above the plugin's own limit. */
 const CAPTURE_LIMIT = 1_048_576
 const CAPTURE_BOUNDS = { limit: CAPTURE_LIMIT, deadline: new Deadline(10_000) }
 
@@ -86,18 +86,18 @@ interface Settings {
   forwardTo: URL | undefined
   save: string | undefined
   json: boolean
-  /** Whether its page is served. It shows what the plugin's own route receives, to this machine alone. */
+  /** Whether the inspector is served. With `--forward-to` the plugin has no route of its own, so there would be nothing to show. */
   inspects: boolean
 }
 
-/** @throws CommandError */
+/** @throws CommandError with exit code 2 */
 function readSettings (args: Arguments): Settings {
   const { positionals, values } = args
   if (positionals.length > 0) throw usageError(`unexpected argument "${positionals[0]!}"`)
   const port = count(args, 'port', 3000, 0)
   if (port > 65_535) throw usageError(`--port: expected at most 65535, got ${port}`)
   const path = text(args, 'path') ?? PATH
-  // Fastify takes ":" and "*" for patterns.
+  // Fastify reads ":" and "*" as parts of a pattern.
   if (!/^\/[^\s?#:*]*$/.test(path)) throw usageError(`--path: expected a path such as ${PATH}, got "${path}"`)
   return {
     port,
@@ -123,12 +123,12 @@ async function makeDirectory (directory: string): Promise<void> {
   }
 }
 
-/** A request while it is answered. */
+/** A request that is being answered. */
 interface Arrival {
   bytes: Buffer
   file: string | undefined
   answer: string
-  /** Of a receiver that it was forwarded to. */
+  /** Why the receiver of `--forward-to` did not answer. */
   trouble: string | undefined
 }
 
@@ -144,11 +144,11 @@ function readAll (request: FastifyRequest): Promise<Buffer> {
 async function receiver (secret: string, settings: Settings, to: Sender | undefined, terminal: Terminal): Promise<FastifyInstance> {
   const arrivals = new WeakMap<FastifyRequest, Arrival>()
   const save = saver(settings.save, terminal)
-  // Ctrl-C ends it at once, since OpenAI sends unanswered deliveries again.
+  // Ctrl-C may drop open connections, because OpenAI sends unanswered deliveries again.
   const app = fastify({ forceCloseConnections: true }) as FastifyInstance
 
   const isOfPage = ({ routeOptions: { url } }: FastifyRequest): boolean => url !== undefined && url !== settings.path
-  // Reads and saves the body first, because the body of a refused delivery is not read any more.
+  // The body is read and saved first, because nothing reads it once a delivery is refused.
   app.addHook('onRequest', async (request, reply) => {
     if (isOfPage(request)) return
     const arrival: Arrival = { bytes: Buffer.alloc(0), file: undefined, answer: '', trouble: undefined }
@@ -175,7 +175,7 @@ async function receiver (secret: string, settings: Settings, to: Sender | undefi
   await app.register(openaiWebhook, { secret, events: guideEvents, path: to === undefined ? settings.path : false })
   if (settings.inspects) await app.register(inspector)
   if (to !== undefined) {
-    // The receiver decides what it takes, and whether it has seen it.
+    // The receiver decides which content types it accepts, and whether a delivery is a duplicate.
     app.removeAllContentTypeParsers()
     app.addContentTypeParser('*', (_request, _payload, done) => { done(null) })
     app.post(settings.path, { bodyLimit: CAPTURE_LIMIT }, async (request, reply) => {
@@ -204,12 +204,15 @@ function headerLines ({ raw: { rawHeaders } }: FastifyRequest): Array<[string, s
   return Array.from({ length: rawHeaders.length / 2 }, (_, i) => [rawHeaders[2 * i]!, rawHeaders[2 * i + 1]!])
 }
 
-/** Saves a delivery, and resolves to its file. One that cannot be written is told, and received all the same. */
+/**
+ * Returns a function that saves a delivery and resolves to the name of its file. A failure to write is reported, and the delivery is still
+ * processed.
+ */
 function saver (directory: string | undefined, { err }: Terminal): (request: FastifyRequest, body: Buffer) => Promise<string | undefined> {
   if (directory === undefined) return async () => undefined
   let latest = 0
   return async (request, body) => {
-    // Each file has a time of its own, so that names sort by arrival and never collide.
+    // Each file gets a time of its own, so that file names sort by arrival and never collide.
     latest = Math.max(Date.now(), latest + 1)
     const time = new Date(latest).toISOString().replace(/[-:]/g, '')
     const webhookId = String(request.headers['webhook-id'] ?? 'none').replace(/[^\w-]/g, '_').slice(0, 100)
@@ -224,7 +227,7 @@ function saver (directory: string | undefined, { err }: Terminal): (request: Fas
   }
 }
 
-/** @throws CommandError when it cannot */
+/** @throws CommandError when the port or host cannot be used */
 async function bind (app: FastifyInstance, { port, host, path, inspects }: Settings): Promise<{ address: string, page: string | undefined }> {
   try {
     await app.listen({ port, host })
@@ -239,7 +242,7 @@ async function bind (app: FastifyInstance, { port, host, path, inspects }: Setti
   return { address: `http://${named}:${bound}${path}`, page: inspects && loopback !== undefined ? `http://${loopback}:${bound}${DEFAULTS.path}` : undefined }
 }
 
-/** How this machine reaches what listens on an address of its own, or on all of them. */
+/** The address by which this machine reaches a server that listens on the loopback interface or on all interfaces. */
 const LOOPBACK: Readonly<Record<string, string>> = { '127.0.0.1': '127.0.0.1', '0.0.0.0': '127.0.0.1', '[::1]': '[::1]', '[::]': '[::1]' }
 
 function announce (address: string, page: string | undefined, made: string | undefined, { forwardTo, save, json }: Settings, terminal: Terminal): void {
@@ -257,7 +260,7 @@ function announce (address: string, page: string | undefined, made: string | und
 function print (request: FastifyRequest, reply: FastifyReply, arrival: Arrival, settings: Settings, terminal: Terminal): void {
   const { code, message, duplicate } = parseObject(arrival.answer)
   const answer = { status: reply.statusCode, code: textOf(code), duplicate: duplicate === true }
-  // For a refused delivery these are unverified.
+  // These fields are unverified when the delivery was refused.
   const { type, data } = parseObject(arrival.bytes.toString())
   const webhookId = request.headers['webhook-id']
   const hint = answer.status === 200 ? undefined : hintFor(request, arrival, answer.code, textOf(message), settings)
@@ -287,7 +290,7 @@ function print (request: FastifyRequest, reply: FastifyReply, arrival: Arrival, 
   if (hint !== undefined) terminal.out(`          ${paint(terminal, 'yellow', printable(hint, 500))}\n`)
 }
 
-/** What is wrong, and where to look. */
+/** What went wrong, and where to look. */
 function hintFor ({ is404, headers }: FastifyRequest, { file, trouble }: Arrival, code: string | undefined, message: string | undefined, { path }: Settings): string | undefined {
   if (is404) return `this receiver takes POST ${path} alone`
   if (trouble !== undefined) return trouble

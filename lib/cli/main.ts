@@ -3,7 +3,7 @@ import { CommandError, EXIT, parse, usageError } from './command.ts'
 import type { Command, Terminal } from './command.ts'
 import { nearest } from '../nearest.ts'
 
-/** Loaded when it is asked for, so that `--help` needs none of them. */
+/** Each command is loaded on use, so that one command does not load the modules of the others. Only the overview loads them all. */
 const commands: Readonly<Record<string, () => Promise<Command>>> = {
   trigger: async () => (await import('./trigger.ts')).trigger,
   listen: async () => (await import('./listen.ts')).listen,

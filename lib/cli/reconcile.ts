@@ -41,7 +41,7 @@ Examples:
   openai-webhook reconcile --since 12h --types 'batch.*' --url https://example.com/webhooks/openai --yes
 `
 
-/** @param load imports the openai package, which may not be there */
+/** @param load imports the openai package, which may not be installed */
 export function reconcileCommand (load: () => Promise<SDK>): Command {
   return {
     summary: 'delivers the events of what has ended at OpenAI while the receiver was down',
@@ -61,7 +61,7 @@ export function reconcileCommand (load: () => Promise<SDK>): Command {
       const apiKey = readApiKey(terminal)
       const baseURL = readBaseURL(args, terminal)
       const sdk = await importSDK(load)
-      // Off, as OPENAI_LOG could have the SDK write what it is sent.
+      // Logging is off because OPENAI_LOG could make the SDK log what it sends and receives.
       const client = new sdk.OpenAI({ apiKey, baseURL, logLevel: 'off', timeout: 30_000 })
       const output = new Output(args, terminal, options.dryRun!)
       try {
@@ -101,7 +101,11 @@ async function plan (args: Arguments, terminal: Terminal): Promise<ReconcileOpti
   }
 }
 
-/** What has been forgotten would be processed again. @throws CommandError */
+/**
+ * Refuses a `--since` before the receiver's retention: the receiver would process again what it has forgotten.
+ *
+ * @throws CommandError with exit code 2
+ */
 function checkRetention (args: Arguments, since: string): void {
   const given = text(args, 'retention')
   const retention = given === undefined ? RETENTION : durationOf(given)
@@ -117,7 +121,7 @@ function checkRetention (args: Arguments, since: string): void {
   }
 }
 
-/** Says what is done: a bar on a terminal, else a line for each event; then a summary. */
+/** Prints the progress (a bar on a terminal, else a line for each event), then a summary. */
 class Output {
   readonly #terminal: Terminal
   readonly #json: boolean
@@ -143,7 +147,7 @@ class Output {
     }
   }
 
-  /** Ends the bar, so that what follows has a line of its own. */
+  /** Clears the bar, so that the next text starts on an empty line. */
   clear (): void {
     if (this.#bar) this.#terminal.out('\r\x1b[K')
   }

@@ -34,7 +34,7 @@ export const replay: Command = {
     if (files.length === 0) throw usageError('missing a FILE to send')
     const to = sender(args, terminal)
     const secret = values['resign'] === true ? await readSigningSecret(args, terminal) : undefined
-    // Reads all before the first is sent: all or none.
+    // Every file is read before the first is sent, so that an unreadable file sends nothing.
     const deliveries: Array<Saved & { file: string }> = []
     for (const file of files) {
       const saved = await readSaved(file)
@@ -62,7 +62,7 @@ export const replay: Command = {
   }
 }
 
-/** @returns `undefined` for what a stranger sent, which has no webhook-id */
+/** @returns `undefined` when the delivery has no webhook-id, as an unsigned request has none */
 function resign (saved: Saved, secret: string): Saved | undefined {
   const webhookId = header(saved, 'webhook-id')
   if (webhookId === undefined) return undefined

@@ -1,24 +1,24 @@
 import { CommandError } from './command.ts'
 import { readBytes } from './secret.ts'
 
-/** A delivery as it arrived: `Name: value` lines, an empty line, then the body's bytes to the end of the file. */
+/** A delivery as it arrived. In a file: `Name: value` lines, an empty line, then the bytes of the body to the end of the file. */
 export interface Saved {
-  /** In the order they arrived. */
+  /** In the order of their arrival. */
   readonly headers: ReadonlyArray<[name: string, value: string]>
   readonly body: Buffer
 }
 
 const LF = 0x0a
 
-/** Headers are latin1, as on the wire: every byte is kept. */
+/** Headers are written as latin1, as they are sent, so that every byte is preserved. */
 export function formatSaved ({ headers, body }: Saved): Buffer {
   return Buffer.concat([Buffer.from(`${headers.map(([name, value]) => `${name}: ${value}\n`).join('')}\n`, 'latin1'), body])
 }
 
 /**
- * Lines may end with CRLF, and a request line may come first, as in a request copied off the wire.
+ * Parses a saved delivery. To accept a request copied off the wire, lines may end with CRLF, and a request line may come first.
  *
- * @throws CommandError when it is no saved delivery
+ * @throws CommandError when the bytes are not a saved delivery
  */
 export function parseSaved (bytes: Buffer): { headers: Array<[name: string, value: string]>, body: Buffer } {
   const headers: Array<[string, string]> = []
@@ -35,7 +35,7 @@ export function parseSaved (bytes: Buffer): { headers: Array<[name: string, valu
   throw notSaved('no empty line ends its headers')
 }
 
-/** @throws CommandError naming the file */
+/** @throws CommandError with the name of the file */
 export async function readSaved (file: string): Promise<Saved> {
   const bytes = await readBytes(file)
   try {
@@ -45,7 +45,11 @@ export async function readSaved (file: string): Promise<Saved> {
   }
 }
 
-/** Names are matched in any case; of several of one name, the first. */
+/**
+ * The first header of this name, in any case.
+ *
+ * @param name in lower case
+ */
 export function header ({ headers }: Saved, name: string): string | undefined {
   return headers.find(([each]) => each.toLowerCase() === name)?.[1]
 }

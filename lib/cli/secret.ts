@@ -2,7 +2,7 @@ import { readFile } from 'node:fs/promises'
 import { CommandError, text } from './command.ts'
 import type { Arguments, Terminal } from './command.ts'
 
-/** For a command that needs the signing secret. */
+/** The options of a command that needs the signing secret. */
 export const secretOptions = {
   'secret-file': { type: 'string' },
   secret: { type: 'string' }
@@ -12,7 +12,7 @@ export const secretHelp = `  --secret-file FILE   read the signing secret from a
   --secret SECRET      the signing secret itself; others on this machine can see it: prefer
                        OPENAI_WEBHOOK_SECRET or --secret-file`
 
-/** The signing secret as it was given, to the letter. @throws CommandError when none was */
+/** Reads the signing secret exactly as it was given. @throws CommandError when none was given, or its file cannot be read */
 export async function readSecret (args: Arguments, { env }: Terminal): Promise<string> {
   const given = text(args, 'secret')
   if (given !== undefined) return given
@@ -25,12 +25,12 @@ export async function readSecret (args: Arguments, { env }: Terminal): Promise<s
   return secret
 }
 
-/** A text file ends with a newline that is not part of the secret. */
+/** Removes the newline at the end of a text file, which is not part of the secret. */
 async function readText (file: string): Promise<string> {
   return (await readBytes(file)).toString().replace(/\r?\n$/, '')
 }
 
-/** @throws CommandError naming the file */
+/** @throws CommandError with the name of the file */
 export async function readBytes (file: string): Promise<Buffer> {
   try {
     return await readFile(file)

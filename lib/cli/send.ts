@@ -9,7 +9,7 @@ import { LONGEST_TIMER } from '../checks.ts'
 import { meaningOf } from '../resources/post.ts'
 import { SecretSource } from '../verifiers/keyring.ts'
 
-/** For a command that delivers. */
+/** The options of a command that delivers. */
 export const sendOptions = {
   url: { type: 'string' },
   timeout: { type: 'string' },
@@ -19,9 +19,9 @@ export const sendOptions = {
 export type HeaderLines = ReadonlyArray<readonly [name: string, value: string]>
 
 export interface Answer {
-  /** `undefined` when none came. */
+  /** `undefined` when no answer came. */
   readonly status: number | undefined
-  /** The receiver's word for it, such as FST_OPENAI_WEBHOOK_INVALID_SIGNATURE, or why no answer came. */
+  /** The `code` of the receiver's answer, such as FST_OPENAI_WEBHOOK_INVALID_SIGNATURE, or why no answer came. */
   readonly code: string | undefined
   readonly duplicate: boolean
   readonly ms: number
@@ -29,17 +29,20 @@ export interface Answer {
   readonly body: Buffer
 }
 
-/** Bytes of an answer that are read; far more than a receiver has to say. */
+/** The most bytes of an answer that are read, far more than a receiver sends. */
 const ANSWER_LIMIT = 1_048_576
 
-/** Headers of one connection, not of the delivery: they are made anew. */
+/** Headers of one connection and not of the delivery. node:http adds its own. */
 const hopByHop = new Set(['host', 'connection', 'keep-alive', 'proxy-connection', 'te', 'trailer', 'transfer-encoding', 'upgrade', 'content-length', 'expect'])
 
 export function endToEnd<Line extends readonly [name: string, value: unknown]> (lines: readonly Line[]): Line[] {
   return lines.filter(([name]) => !hopByHop.has(name.toLowerCase()))
 }
 
-/** Posts deliveries to one URL, header names and order kept. Redirects are answers, as they are to OpenAI. */
+/**
+ * Posts deliveries to one URL and keeps the names and the order of their headers. A redirect is not followed, as OpenAI does not follow one
+ * either.
+ */
 export class Sender {
   readonly #url: URL
   readonly #timeout: number
@@ -54,16 +57,20 @@ export class Sender {
     this.#signal = signal
     this.#request = request
     this.#agent = new Agent({ keepAlive: true })
-    setMaxListeners(0, signal) // one for each delivery on its way
+    setMaxListeners(0, signal) // one listener for each delivery in flight
   }
 
-  /** @throws CommandError when the receiver cannot be reached; one that breaks off or is silent is an answer without status */
+  /**
+   * Sends one delivery. A receiver that does not answer in time or closes the connection gives an answer without a status.
+   *
+   * @throws CommandError when the receiver cannot be reached
+   */
   async send (headers: HeaderLines, body: Buffer): Promise<Answer> {
     const started = performance.now()
     let timedOut = false
     let answered = false
     const request = this.#open(headers, body.length)
-    // An error after the answer has begun belongs to the answer too.
+    // An error after the start of the answer is also thrown where the answer is read; without a listener it would end the process.
     request.on('error', () => {})
     const timer = setTimeout(() => {
       timedOut = true
@@ -78,14 +85,14 @@ export class Sender {
       return { status, ...meaningOf(answer.toString()), ms: performance.now() - started, headers, body: answer }
     } catch (error) {
       const code = timedOut ? 'TIMEOUT' : String((error as NodeJS.ErrnoException).code)
-      // The receiver had closed a connection that was kept open.
+      // The receiver had closed a connection that was kept alive.
       if (code === 'ECONNRESET' && request.reusedSocket && !answered) return await this.send(headers, body)
       if (!/^(?:TIMEOUT|ECONNRESET|EPIPE|HPE_\w+)$/.test(code)) throw this.#unreachable(error as Error, code)
       return { status: undefined, code, duplicate: false, ms: performance.now() - started, headers: {}, body: Buffer.alloc(0) }
     }
   }
 
-  /** Ends the connections that were kept open, and what is on them. */
+  /** Closes the idle connections and those in use. */
   close (): void {
     this.#agent.destroy()
   }
@@ -95,7 +102,7 @@ export class Sender {
     try {
       return this.#request(this.#url, { method: 'POST', agent: this.#agent, signal: this.#signal, headers: lines.flat() })
     } catch (error) {
-      // HTTP does not allow such a header.
+      // A header has a name or value that HTTP does not allow.
       throw this.#unreachable(error as Error, '')
     }
   }
@@ -120,12 +127,12 @@ async function readAnswer (response: IncomingMessage): Promise<Buffer> {
   for await (const chunk of response as AsyncIterable<Buffer>) {
     chunks.push(chunk)
     length += chunk.length
-    if (length > ANSWER_LIMIT) break // which ends the connection
+    if (length > ANSWER_LIMIT) break // leaving the loop closes the connection
   }
   return Buffer.concat(chunks)
 }
 
-/** @throws CommandError */
+/** The URL that an option holds, or `undefined` when the option was not given. @throws CommandError with exit code 2 */
 export function url (args: Arguments, name: string): URL | undefined {
   const given = text(args, name)
   if (given === undefined) return undefined
@@ -137,28 +144,28 @@ export function url (args: Arguments, name: string): URL | undefined {
   return parsed
 }
 
-/** @throws CommandError */
+/** @throws CommandError with exit code 2 */
 export function sender (args: Arguments, { signal }: Terminal, fallback?: string): Sender {
   const target = url(args, 'url') ?? (fallback === undefined ? undefined : new URL(fallback))
   if (target === undefined) throw usageError('missing --url, the address to deliver to')
   return new Sender(target, timeout(args), signal)
 }
 
-/** ms. @throws CommandError */
+/** The value of `--timeout` in ms. @throws CommandError with exit code 2 */
 export function timeout (args: Arguments): number {
   const ms = count(args, 'timeout', 10_000)
   if (ms > LONGEST_TIMER) throw usageError(`--timeout: expected at most ${LONGEST_TIMER} ms, got ${ms}`)
   return ms
 }
 
-/** The secret to sign with. @throws CommandError */
+/** Reads the secret to sign with. @throws CommandError */
 export async function readSigningSecret (args: Arguments, terminal: Terminal): Promise<string> {
   const secret = await readSecret(args, terminal)
   checkSecret(secret, terminal)
   return secret
 }
 
-/** Refused as the plugin refuses it. @throws CommandError */
+/** Refuses a secret that the plugin would refuse. @throws CommandError */
 export function checkSecret (secret: string, { err }: Terminal): void {
   const warn = (message: unknown): void => { err(`openai-webhook: ${String(message)}\n`) }
   try {

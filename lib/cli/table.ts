@@ -3,23 +3,23 @@ import { styleText } from 'node:util'
 import type { Terminal } from './command.ts'
 import type { Answer } from './send.ts'
 
-/** Colour is for people: nothing is added where `out` is no terminal. */
+/** Adds colour only when `out` is a terminal. */
 export function paint ({ isTTY }: Terminal, style: Parameters<typeof styleText>[0], text: string): string {
-  // The terminal given here decides, not what stdout is.
+  // `isTTY` decides, so styleText must not check the process's own stdout.
   return isTTY ? styleText(style, text, { validateStream: false }) : text
 }
 
-/** A stranger's text must not steer the terminal: what is not printable becomes "?". */
+/** Replaces unprintable characters by "?", so that untrusted text cannot control the terminal. */
 export function printable (text: string, max = 200): string {
   return text.slice(0, max).replace(/[^\x20-\x7e\p{L}\p{N}\p{P}\p{S}]/gu, '?')
 }
 
-/** 200 is what OpenAI takes for received: everything else it sends again. */
+/** OpenAI takes only 200 for received and retries after any other status. */
 export function paintStatus (terminal: Terminal, status: number | undefined): string {
   return paint(terminal, status === 200 ? 'green' : 'red', status === undefined ? '---' : String(status))
 }
 
-/** What the receiver said, in a word or two. */
+/** The answer in a word or two. */
 export function told ({ status, code, duplicate }: Pick<Answer, 'status' | 'code' | 'duplicate'>): string {
   if (code !== undefined) return printable(code)
   if (status === 200) return duplicate ? 'duplicate' : 'received'
@@ -32,7 +32,7 @@ export function milliseconds (ms: number): string {
 
 const BAR = 30
 
-/** A bar in place of a line each, written over the one before. Only for a terminal. */
+/** A progress bar that overwrites the one before. For a terminal only. */
 export function progress (done: number, total: number, text: string): string {
   const filled = Math.floor(BAR * done / total)
   return `\r${'█'.repeat(filled)}${'░'.repeat(BAR - filled)} ${done}/${total}  ${text}\x1b[K`

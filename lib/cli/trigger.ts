@@ -10,12 +10,12 @@ import { sampleEvent, sampleTypes } from '../testing/sample.ts'
 import type { SampleType } from '../testing/sample.ts'
 import { newWebhookId, sign } from '../testing/sign.ts'
 
-/** From this count on, a terminal shows a bar instead of a line for each. */
+/** Above this number of deliveries a terminal shows a bar instead of a line for each. */
 const MANY = 20
-/** Deliveries in flight at once. When the receiver is slower than the rate, the next one waits. */
+/** The most deliveries in flight at once. When the receiver is slower than the rate, the next delivery waits. */
 const MAX_RUNNING = 256
 
-/** Where README's example and `listen --port 3000` receive. */
+/** Where the example in README and `listen --port 3000` receive. */
 const DEFAULT_URL = 'http://127.0.0.1:3000/webhooks/openai'
 
 const help = `Usage: openai-webhook trigger <type…|all> [options]
@@ -62,7 +62,7 @@ export const trigger: Command = {
     const rate = text(args, 'rate') === undefined ? undefined : count(args, 'rate', 1)
     const duplicate = args.values['duplicate'] === true
     if (args.values['queued'] === true && !duplicate) throw usageError('--queued says what is right for the second delivery of --duplicate')
-    // Checks the paths before anything is sent.
+    // Checks the paths of `--data` before anything is sent.
     for (const type of types) makeEvent(type, fields)
     const to = sender(args, terminal, DEFAULT_URL)
     const secret = await readSigningSecret(args, terminal)
@@ -95,7 +95,7 @@ async function inTurn (work: Iterable<() => Promise<void>>): Promise<void> {
   for (const run of work) await run()
 }
 
-/** Starts on time, whatever the answers take: a slow receiver does not lower the rate. */
+/** Starts deliveries on schedule and does not wait for the answers, so a slow receiver does not lower the rate below MAX_RUNNING in flight. */
 async function atRate (work: Iterable<() => Promise<void>>, rate: number, interrupted: AbortSignal): Promise<void> {
   const failed = new AbortController()
   const stop = AbortSignal.any([interrupted, failed.signal])
@@ -133,7 +133,7 @@ interface Field {
   value: unknown
 }
 
-/** @throws CommandError */
+/** @throws CommandError with exit code 2 */
 function parseField (given: string): Field {
   const [, path, value] = /^([^=]+)=(.*)$/s.exec(given) ?? []
   const keys = path?.split('.') ?? []
@@ -145,7 +145,7 @@ function parseField (given: string): Field {
   }
 }
 
-/** @throws CommandError for a path through something that has no fields */
+/** @throws CommandError when a path leads through a value that is not an object */
 function makeEvent (type: SampleType, fields: readonly Field[]): object {
   const event = sampleEvent(type)
   for (const { path, value } of fields) {
@@ -162,13 +162,13 @@ function makeEvent (type: SampleType, fields: readonly Field[]): object {
   return event
 }
 
-/** Defines the property, because assigning `__proto__` would set the prototype. */
+/** Defines the property, because assigning to `__proto__` would set the prototype. */
 function setField (target: object, key: string, value: unknown): unknown {
   Object.defineProperty(target, key, { value, writable: true, enumerable: true, configurable: true })
   return value
 }
 
-/** What to do about an answer, by its code. */
+/** What to do about a refusal, by its code. */
 const ADVICE: Readonly<Record<string, string>> = {
   FST_OPENAI_WEBHOOK_INVALID_SIGNATURE: 'the receiver has another signing secret than this command: start both with the same OPENAI_WEBHOOK_SECRET, or give the receiver\'s by --secret-file FILE'
 }
@@ -176,7 +176,7 @@ const NOT_FOUND = 'the app has no POST route at that path: the plugin\'s own is 
 const NOT_A_DUPLICATE = 'the receiver took the second for a new delivery: it has `idempotency: false`, or another process with a store of its own answered, ' +
   'or its runner cannot tell what it has queued already (then give --queued)'
 
-/** Says what was answered: a line each or a bar, then a summary. */
+/** Prints the answers (a line each, or a bar), then a summary. */
 class Report {
   readonly #terminal: Terminal
   readonly #json: boolean
@@ -200,7 +200,7 @@ class Report {
     this.#expected = expected
   }
 
-  /** @param again whether it had been delivered before */
+  /** @param again whether the same delivery was sent before */
   add (type: string, webhookId: string, answer: Answer, again = false): void {
     const { status, code, duplicate, ms } = answer
     const right = status === 200 && (duplicate || !again || this.#queued)
