@@ -9,23 +9,24 @@ import { then } from '../maybe-promise.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
 import type { Claim, IdempotencyStore } from '../stores/store.ts'
 
-/** One promise of a seam, to be run by any test framework: it rejects when the promise is broken. */
+/** One case of a contract, for any test framework. `run` rejects when the contract is broken. */
 export interface ContractCase {
   readonly name: string
   readonly run: () => Promise<void>
 }
 
-/** ms. Far longer than a case, so that nothing expires by itself. */
+/** ms. Far longer than a case takes, so that nothing expires during it. */
 const LONG = 600_000
-/** ms. Short enough to wait for its end. */
+/** ms. Short enough for a case to wait until it has passed. */
 const SHORT = 40
-/** ms after which a case gives up waiting. */
+/** ms to wait for a condition before the case fails. */
 const PATIENCE = 10_000
 
 /**
- * What every `IdempotencyStore` promises.
+ * The contract of an `IdempotencyStore`: cases that every store has to pass.
  *
- * @param create gives a store; called once a case. Cases use keys of their own, so it may always be the same one.
+ * @param create returns a store, and is called once for each case. It may always return the same store, because each case uses keys of its
+ * own
  */
 export function storeContract (create: () => MaybePromise<IdempotencyStore>): ContractCase[] {
   let cases = 0
@@ -142,11 +143,11 @@ export function storeContract (create: () => MaybePromise<IdempotencyStore>): Co
 }
 
 /**
- * What every `Runner` promises, whenever it acknowledges.
+ * The contract of a `Runner`: cases that every runner has to pass, whenever it acknowledges a delivery.
  *
- * @param create gives a runner that has not been started, with nothing queued; it is closed when the case is over
- * @param options.attempts how often it starts a job that fails before it keeps it as dead: few, with short waits between them.
- * Where it is given, there are cases about dead deliveries too.
+ * @param create returns a runner that has not been started and has nothing queued. It is called once for each case, which closes the runner
+ * @param options.attempts how often the runner starts a failing job before it keeps the job as dead. Choose a small number and short waits
+ * between attempts. When it is given, cases about dead deliveries are added
  */
 export function runnerContract (create: () => MaybePromise<Runner>, { attempts: most }: { attempts?: number } = {}): ContractCase[] {
   let jobs = 0
@@ -254,7 +255,7 @@ export function runnerContract (create: () => MaybePromise<Runner>, { attempts: 
       for (const [i, each] of given.entries()) {
         await runner.run(each)
         await until('the job to be kept', async () => await runner.deadCount() === i + 1)
-        await sleep(2) // which one died first is told by the clock
+        await sleep(2) // the jobs need distinct times of death, since they are listed in that order
       }
       const ids = given.map(({ webhookId }) => webhookId)
       const listed = async (limit?: number, type?: string): Promise<string[]> => (await runner.dead(limit, type)).map(({ webhookId }) => webhookId)
@@ -312,28 +313,29 @@ function keepsTheDead (runner: Runner): runner is KeepingRunner {
   return [runner.dead, runner.deadCount, runner.requeue].every(method => typeof method === 'function')
 }
 
-/** One handler has succeeded, another one fails, as the plugin tells it. */
+/** One handler has succeeded and another one fails, reported as the plugin reports it. */
 function failing (remembered?: Job['remembered']): TestHost['work'] {
   return async () => { throw handlersFailed([{ handler: 'bill', error: new Error('no such customer') }], 2, ['import'], remembered) }
 }
 
-/** An inbox, with a table of the test's own that its transactions write to. */
+/** An inbox, and the table of the test that its transactions write to. */
 export interface InboxUnderTest<Tx> {
   readonly inbox: Inbox<Tx>
-  /** Adds a row, in the transaction that `once()` gives. At once, where the inbox is synchronous. */
+  /** Adds a row in the transaction that `once()` gives. Synchronous when the inbox is synchronous. */
   write (tx: Tx, row: string): MaybePromise<void>
-  /** The rows that have been committed. */
+  /** The committed rows. */
   rows (): MaybePromise<string[]>
-  /** Runs `work` in a transaction of the test's own, which is rolled back when it fails; `add` adds a row in it. */
+  /** Runs `work` in a transaction of the test's own, which is rolled back when `work` fails. `add` adds a row in that transaction. */
   transaction (work: (query: InboxQuery, add: (row: string) => MaybePromise<void>) => MaybePromise<void>): MaybePromise<void>
-  /** A query on a connection that is in no transaction, for `first()` to refuse. */
+  /** A query on a connection without a transaction, which `first()` has to refuse. */
   readonly outside: InboxQuery
 }
 
 /**
- * What every `Inbox` promises, with no store and no runner beside it.
+ * The contract of an `Inbox`: cases that every inbox has to pass. They use no store and no runner.
  *
- * @param create gives an inbox; called once a case. Cases use deliveries and rows of their own, so it may always be the same one.
+ * @param create returns an inbox, and is called once for each case. It may always return the same inbox, because each case uses deliveries
+ * and rows of its own
  */
 export function inboxContract<Tx> (create: () => MaybePromise<InboxUnderTest<Tx>>): ContractCase[] {
   let cases = 0

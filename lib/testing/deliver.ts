@@ -7,7 +7,7 @@ import type { SignedHeaders, SignOptions } from './sign.ts'
 export interface DeliverOptions extends SignOptions {
   /** @default '/webhooks/openai' */
   url?: string
-  /** Added to the signed ones, or in their place. */
+  /** Added to the signed headers. A header of the same name replaces the signed one. */
   headers?: Record<string, string>
 }
 
@@ -16,13 +16,13 @@ interface Sent {
   options: DeliverOptions
 }
 
-/** The delivery of each response, for `redeliver`. */
+/** The delivery that each response answered, for `redeliver`. */
 const sent = new WeakMap<LightMyRequestResponse, Sent>()
 
 type Injectable = Pick<FastifyInstance, 'inject'>
 
 /**
- * Delivers an event to the app, signed, without a network.
+ * Signs an event and delivers it to the app by `app.inject()`, without a network.
  *
  * @param event an object, or the exact text of the body
  * @returns light-my-request's response
@@ -36,9 +36,10 @@ export async function deliver (app: Injectable, event: object | string, options:
 }
 
 /**
- * Delivers again what was delivered, as OpenAI retries: the same webhook-id and body, timestamp and signature renewed.
+ * Delivers a delivery again, as OpenAI retries: with the same webhook-id and body, and with a new timestamp and signature.
  *
  * @param previous what `deliver` or `redeliver` resolved to
+ * @returns light-my-request's response
  * @throws TypeError for any other response
  */
 export async function redeliver (app: Injectable, previous: LightMyRequestResponse): Promise<LightMyRequestResponse> {
@@ -51,7 +52,7 @@ export async function redeliver (app: Injectable, previous: LightMyRequestRespon
 const MINUTES = 60
 const OTHER_SECRET = `whsec_${randomBytes(32).toString('base64')}`
 
-/** How a delivery can be bad, with what the plugin answers. */
+/** The faults that a delivery can have, each with the plugin's answer. */
 const faults = {
   /** 401 INVALID_SIGNATURE: signed with another secret */
   'bad signature': signed => ({ ...signed, headers: { ...signed.headers, 'webhook-signature': sign(signed.body, { webhookId: signed.headers['webhook-id'], secret: OTHER_SECRET })['webhook-signature'] } }),
@@ -63,13 +64,13 @@ const faults = {
   'changed body': signed => ({ ...signed, body: `${signed.body} ` }),
   /** 401 MISSING_HEADER: no webhook-signature */
   'missing header': ({ headers: { 'webhook-signature': _removed, ...headers }, body }) => ({ headers: headers as SignedHeaders, body }),
-  /** 401 INVALID_ID: a webhook-id that could be split at another place */
+  /** 401 INVALID_ID: a webhook-id with a ".", which separates the parts of the signed text */
   'bad id': signed => ({ ...signed, headers: { ...signed.headers, 'webhook-id': 'wh_1.2' } }),
-  /** 200, to `onUnhandled`: a type that nobody knows */
+  /** 200, and `onUnhandled` is called: an event type that the plugin does not know */
   'unknown type': (signed, options) => rewrite(signed, options, event => ({ ...event, type: 'unknown.type' })),
   /** 400 INVALID_EVENT: `data` is missing */
   'wrong shape': (signed, options) => rewrite(signed, options, ({ data, ...event }) => event),
-  /** 400 INVALID_BODY: signed, and cut short */
+  /** 400 INVALID_BODY: JSON that was cut short before it was signed */
   'not json': (signed, options) => resign({ ...signed, body: signed.body.slice(0, -1) }, options, 0)
 } satisfies Record<string, (signed: Signed, options: DeliverOptions) => Signed>
 
@@ -80,13 +81,13 @@ interface Signed {
 
 export type Fault = keyof typeof faults
 
-/** Every fault that `forge` knows. */
+/** The names of all faults that `forge` can make. */
 export const faultNames = Object.keys(faults) as Fault[]
 
 /**
- * Delivers an event that is bad in one way, and right in every other.
+ * Delivers an event that has one fault and is correct in every other respect.
  *
- * @param event default a sample of `batch.failed`
+ * @param event the event that gets the fault, by default a sample of `batch.failed`
  * @returns light-my-request's response
  * @throws TypeError for an unknown fault
  */

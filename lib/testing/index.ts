@@ -1,4 +1,4 @@
-// No test framework is imposed: everything here is a plain function.
+// Everything here is a plain function, so that it works with any test framework.
 
 // Events and deliveries
 export { sampleEvent, sampleTypes } from './sample.ts'
@@ -8,6 +8,6 @@ export type { SignedHeaders, SignOptions } from './sign.ts'
 export { deliver, faultNames, forge, redeliver } from './deliver.ts'
 export type { DeliverOptions, Fault } from './deliver.ts'
 
-// For those who write a store, a runner or an inbox of their own
+// For implementers of a store, a runner or an inbox
 export { inboxContract, runnerContract, storeContract } from './contracts.ts'
 export type { ContractCase, InboxUnderTest } from './contracts.ts'

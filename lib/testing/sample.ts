@@ -3,23 +3,23 @@ import { isObject } from '../checks.ts'
 import { guideEntries, officialEntries } from '../events/index.ts'
 import type { GuideEvents, OfficialEvents } from '../events/index.ts'
 
-/** OpenAI's events, and those that only the community guide has. */
+/** OpenAI's events, and the events that only the community guide documents. */
 type SampleEvents = OfficialEvents & Omit<GuideEvents, keyof OfficialEvents>
 
 export type SampleType = keyof SampleEvents & string
 
 type DeepPartial<T> = T extends readonly unknown[] ? T : T extends object ? { [Key in keyof T]?: DeepPartial<T[Key]> } : T
 
-/** OpenAI's own shapes before the guide's fuller ones of the same name. */
+/** OpenAI's own samples replace the guide's samples of the same type, although the guide's have more fields. */
 const entries: Readonly<Record<string, { sample: object }>> = { ...guideEntries, ...officialEntries }
 
-/** Every type that `sampleEvent` knows. */
+/** Every event type that `sampleEvent` knows. */
 export const sampleTypes = Object.keys(entries) as SampleType[]
 
 /**
- * A realistic event of a type, with an id of its own and the present time.
+ * Returns a realistic event of a type, with a new id and the present time.
  *
- * @param overrides fields in place of the sample's; objects are merged, arrays replaced
+ * @param overrides values for fields of the sample; objects are merged, arrays are replaced
  * @throws TypeError for an unknown type
  */
 export function sampleEvent<Type extends SampleType> (type: Type, overrides: DeepPartial<SampleEvents[Type]> = {} as never): SampleEvents[Type] {

@@ -1,13 +1,13 @@
 import { createHmac, randomBytes, randomUUID } from 'node:crypto'
 import { Webhook } from 'standardwebhooks'
 
-/** Used wherever no secret is given. Random, so another one in every process. */
+/** The secret that is used when none is given. It is random, so every process has another one. */
 export const testSecret = `whsec_${randomBytes(32).toString('base64')}`
 
 export interface SignOptions {
   /** @default testSecret */
   secret?: string
-  /** @default a new one */
+  /** @default a new id */
   webhookId?: string
   /**
    * Unix seconds.
@@ -25,16 +25,16 @@ export interface SignedHeaders {
   [name: string]: string
 }
 
-/** As OpenAI makes them: `wh_` and 32 hexadecimal digits. */
+/** A new webhook-id in OpenAI's format: `wh_` and 32 hexadecimal digits. */
 export function newWebhookId (): string {
   return `wh_${randomUUID().replaceAll('-', '')}`
 }
 
 /**
- * The headers of a delivery of this body, signed as OpenAI does. Text is signed by `standardwebhooks`, an implementation
- * independent of the one that verifies; bytes that are no text, which it does not take, by node:crypto.
+ * Returns the headers of a delivery, signed as OpenAI signs it. Text is signed by the `standardwebhooks` package, which is independent of
+ * the verifier under test. Bytes are signed by node:crypto, because that package signs only text.
  *
- * @param body what will be sent, to the byte
+ * @param body exactly what will be sent
  */
 export function sign (body: string | Uint8Array, { secret = testSecret, webhookId = newWebhookId(), timestamp = Math.floor(Date.now() / 1000) }: SignOptions = {}): SignedHeaders {
   return {
@@ -47,7 +47,7 @@ export function sign (body: string | Uint8Array, { secret = testSecret, webhookI
   }
 }
 
-/** `standardwebhooks` takes every secret as base64, OpenAI's SDKs one without the prefix as its UTF-8 bytes. */
+/** `standardwebhooks` reads every secret as base64. OpenAI's SDKs use a secret without the prefix as its UTF-8 bytes. */
 function toBase64 (secret: string): string {
   return toBytes(secret).toString('base64')
 }
