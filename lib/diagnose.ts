@@ -12,20 +12,23 @@ export type { Cause } from './diagnose/causes.ts'
 export type { DiagnoseHeaders } from './diagnose/headers.ts'
 
 export interface DiagnoseOptions {
-  /** Node's headers, a `Headers`, or pairs of name and value. */
+  /** The headers as node:http has them, as a `Headers` object, or as pairs of name and value. */
   readonly headers: DiagnoseHeaders
   /** The bytes that arrived, or their UTF-8 text. */
   readonly rawBody: Uint8Array | string
-  /** The signing secret as it is set, to the letter, or its key's bytes; several in a rotation. Bad ones are findings. */
+  /**
+   * The signing secret exactly as it is configured, or the bytes of its key; several during a rotation. A malformed secret is reported as
+   * the finding.
+   */
   readonly secret: string | Uint8Array | ReadonlyArray<string | Uint8Array>
   /**
-   * When the delivery arrived, in ms.
+   * When the delivery arrived, in ms since the epoch.
    *
    * @default Date.now()
    */
   readonly now?: number
   /**
-   * Seconds, past and future.
+   * How far the timestamp may be from `now`, in seconds, in the past and in the future.
    *
    * @default 300
    */
@@ -33,56 +36,60 @@ export interface DiagnoseOptions {
 }
 
 export interface Finding {
-  /** A stable identifier, for programs. */
+  /** A stable identifier that programs may compare. */
   readonly cause: Cause
   /** What is wrong. */
   readonly message: string
   /** What to change. */
   readonly fix: string
-  /** Further causes, where it takes more than one. */
+  /** The other causes, when there is more than one. */
   readonly also?: readonly Cause[]
 }
 
 export interface Diagnosis {
-  /** Whether the plugin would verify the delivery. */
+  /** Whether the plugin would accept the signature and the timestamp. */
   readonly verified: boolean
-  /** Which of the secrets signed it, where that was found. */
+  /** The index of the secret whose key signed the delivery, when a key was found. */
   readonly keyIndex?: number
-  /** Why it does not verify: only what is proved, by a signature that matches or by the form of what was given. */
+  /**
+   * Why the delivery does not verify. Only a proved cause is named: a signature that matches once the cause is undone, or the form of the
+   * input proves it.
+   */
   readonly finding?: Finding
-  /** What is not the cause, where none was found. */
+  /** Causes that were excluded, when no cause was found. */
   readonly ruledOut: readonly string[]
-  /** What is left, where no cause was found. It is not proved. */
+  /** The likeliest cause, not proved, when no cause was found. */
   readonly likely?: string
 }
 
-/** The bounds of a diagnosis's work, whatever the delivery. */
+/** Limits to the work of one diagnosis, whatever the delivery holds. */
 interface Bounds {
   readonly hmacs: number
-  /** Bytes that they run over. */
+  /** The most bytes that are hashed. */
   readonly hashed: number
-  /** Bytes of a body that is read and rewritten. */
+  /** The largest body, in bytes, that is parsed and rewritten. */
   readonly body: number
-  /** Whether what arrived is tried with every secret in any case. */
+  /** Whether the unchanged delivery is tried with every secret, even beyond the limits. */
   readonly everySecret: boolean
-  /** What is said where not all could be tried. */
+  /** What the diagnosis says when not every change could be tried. */
   readonly untried: string
 }
 
-/** For a person who waits: up to some seconds for a large body. */
+/** For the command line, where a person waits: up to some seconds for a large body. */
 const THOROUGH: Bounds = { hmacs: 500, hashed: 64 * 1_048_576, body: 1_048_576, everySecret: true, untried: 'the body is too large to try every change to it' }
-/** For a server, where nothing else runs meanwhile: some ms. OpenAI's events are smaller than this. */
+/** For a server, whose event loop is blocked meanwhile: some ms. OpenAI's events are smaller than this limit. */
 const QUICK: Bounds = { hmacs: 300, hashed: 262_144, body: 4_096, everySecret: false, untried: 'not every change was tried here: save the delivery and have `openai-webhook diagnose` look at it' }
 
 /**
- * Says why a delivery does not verify, by trying what usually goes wrong. Holds no secret, no expected signature and
- * nothing of the payload. It is work: for a few deliveries, not for each request.
+ * Finds out why a delivery does not verify, by undoing the usual mistakes until the signature matches. The result contains no secret, no
+ * expected signature and nothing of the payload. A diagnosis may take seconds of CPU time: call it for a few deliveries and not for each
+ * request.
  */
 export function diagnose (options: DiagnoseOptions): Diagnosis {
   return diagnoseWithin(THOROUGH, options)
 }
 
-/** Diagnoses in some ms, for a server. Rare causes and large bodies are left untried. */
+/** Diagnoses within some ms, for a server. Rare causes and large bodies are not tried. */
 export function diagnoseQuickly (options: DiagnoseOptions): Diagnosis {
   return diagnoseWithin(QUICK, options)
 }
@@ -117,7 +124,7 @@ function diagnoseWithin (bounds: Bounds, { headers, rawBody, secret, now = Date.
 
 const isOfSecret = ({ cause }: Found): boolean => cause.startsWith('secret-')
 
-/** The signature matches once these are undone. */
+/** The finding when the signature matches once `causes` are undone. */
 function proved (causes: readonly Found[], late: Found | undefined, which: string): Finding {
   const undone = causes.map(messageOf).join(', and ')
   if (late === undefined) return toFinding(causes, `${undone}${which}: with that undone the signature matches`)
@@ -143,7 +150,7 @@ function clockCause (seconds: number, now: number, tolerance: number): Found | u
 
 const UNITS = [['d', 86_400], ['h', 3_600], ['min', 60], ['s', 1]] as const
 
-/** The two largest units of it: `2 h 5 min`. */
+/** A duration in its two largest units: `2 h 5 min`. */
 function duration (seconds: number): string {
   let rest = Math.round(seconds)
   const parts: string[] = []
@@ -155,7 +162,7 @@ function duration (seconds: number): string {
   return parts.slice(0, 2).join(' ')
 }
 
-/** The scheme of `xOpenAISignature()`, with one of the secrets. */
+/** Whether the delivery is signed in the scheme of `xOpenAISignature()` with one of the secrets. */
 function guideCause (headers: HeaderMap, secrets: ReadonlyArray<string | Uint8Array>, body: Buffer): Found | undefined {
   if (headers.has('webhook-signature')) return undefined
   try {
@@ -186,7 +193,7 @@ const notItsBody: readonly string[] = [
   'JSON parsed and serialised again: compact, Python\'s, indented by 2, with sorted keys, with escapes as PHP or Go write them'
 ]
 
-/** OpenAI's signing secrets stand for this many bytes. */
+/** The length of the key in OpenAI's signing secrets, in bytes. */
 const SECRET_BYTES = 32
 
 function likely (body: Buffer, secrets: ReadonlyArray<string | Uint8Array>, untried: string | undefined): string {
@@ -206,7 +213,7 @@ interface Match {
 
 type Attempt = readonly [key: KeyCandidate, head: HeadCandidate, bytes: Buffer, causes: readonly Found[]]
 
-/** @returns a match, or whether every single change was tried */
+/** @returns the match, if there is one, and whether every single change was tried */
 function search ({ heads, signatures }: HeaderReading, keys: readonly KeyCandidate[], body: Buffer, bounds: Bounds): { match?: Match, isComplete: boolean } {
   let hmacs = 0
   let hashed = 0
@@ -227,12 +234,12 @@ function search ({ heads, signatures }: HeaderReading, keys: readonly KeyCandida
   return { isComplete: body.length <= bounds.body }
 }
 
-/** Nothing is wrong with it: the plugin would take it so. */
+/** Whether nothing is wrong with a candidate, so that the plugin would use it. */
 function isOwn ({ causes }: { causes: readonly Found[] }): boolean {
   return causes.length === 0
 }
 
-/** The candidates with nothing wrong, or else those with the least. */
+/** The candidates with nothing wrong, or else those with the fewest causes. */
 function nearest (keys: readonly KeyCandidate[], heads: readonly HeadCandidate[]): { nearKeys: KeyCandidate[], nearHeads: HeadCandidate[] } {
   return {
     nearKeys: keys.some(isOwn) ? keys.filter(isOwn) : keys.filter(({ guess }) => !guess).slice(0, 4),
@@ -240,7 +247,7 @@ function nearest (keys: readonly KeyCandidate[], heads: readonly HeadCandidate[]
   }
 }
 
-/** What arrived, then one change to it. */
+/** The delivery as it arrived, then with one change to it. */
 function * oneChange (keys: readonly KeyCandidate[], heads: readonly HeadCandidate[], body: Buffer, maxBody: number): Generator<Attempt> {
   const { nearKeys, nearHeads } = nearest(keys, heads)
   const arrived = { bytes: body, causes: [] }

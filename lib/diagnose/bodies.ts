@@ -5,16 +5,16 @@ import type { Found } from './causes.ts'
 import { parseJson, serialize, sorted } from './json.ts'
 import type { Escaping, Json, Layout } from './json.ts'
 
-/** Bytes that may have been signed in place of those that arrived. */
+/** Bytes that may have been signed instead of those that arrived. */
 export interface BodyCandidate {
   readonly bytes: Buffer
   readonly causes: readonly Found[]
 }
 
 /**
- * Every body that the arrived bytes may have been made of, the likelier first.
+ * The bodies from which the arrived bytes may have been made, the likelier first.
  *
- * @param max bytes of a body that is rewritten, or decompressed to
+ * @param max the largest body, in bytes, that is rewritten, or that is decompressed to
  */
 export function * bodyCandidates (body: Buffer, max: number): Generator<BodyCandidate> {
   if (body.length === 0 || body.length > max) return
@@ -36,7 +36,7 @@ function * changes (body: Buffer, text: string, max: number): Generator<Change> 
   else yield * serializations(json)
 }
 
-/** Latin-1 keeps each byte: these work on bodies of any charset. */
+/** Works on the Latin-1 text, which has one character for each byte, so that bodies in any charset are preserved. */
 function * newlines (body: Buffer): Generator<Change> {
   const text = body.toString('latin1')
   const bytes = (changed: string): Buffer => Buffer.from(changed, 'latin1')
@@ -56,7 +56,7 @@ function * charsets (body: Buffer, text: string): Generator<Change> {
   }
 }
 
-/** The text within another text. */
+/** The signed text may be contained in the text that arrived. */
 function * wrapped (text: string): Generator<Change> {
   const trimmed = text.trim()
   if (trimmed.length > 0 && /^[\w+/-]+=*$/.test(trimmed)) yield [Buffer.from(trimmed, 'base64'), found('body-base64')]
@@ -65,7 +65,7 @@ function * wrapped (text: string): Generator<Change> {
     yield [value, found('body-form-encoded')]
     yield [name, found('body-form-encoded')]
     yield [trimmed.replace(/=$/, ''), found('body-form-encoded')]
-    // A "+" that was not encoded is itself.
+    // URLSearchParams reads "+" as a space. decodeURIComponent() keeps a "+" that was not encoded.
     yield [attempt(() => decodeURIComponent(trimmed.replace(/^[\w.]*=/, ''))) ?? value, found('body-form-encoded')]
   }
 
@@ -87,14 +87,14 @@ function attempt<T> (work: () => T): T | undefined {
   }
 }
 
-/** Brotli's window alone takes some ms, which are too many where bodies are bounded below this. */
+/** Allocating the window of Brotli takes some ms, which is too long for diagnoseQuickly(), whose limit is below this size. */
 const MIN_BROTLI = 16_384
 
-/** The sender signed the plain bytes. */
+/** The sender signed the uncompressed bytes. */
 function * compressed (body: Buffer, max: number): Generator<Change> {
   for (const [name, decompress] of [['gzip', zlib.gunzipSync], ['deflate', zlib.inflateSync], ['br', zlib.brotliDecompressSync]] as const) {
     if (name === 'br' && max < MIN_BROTLI) return
-    const plain = attempt(() => decompress(body, { maxOutputLength: max })) // not compressed in this way, or a bomb
+    const plain = attempt(() => decompress(body, { maxOutputLength: max })) // not compressed in this format, or larger than `max`
     if (plain !== undefined) yield [plain, found('body-compressed', name)]
   }
 }
@@ -135,18 +135,26 @@ function * serializations (json: Json): Generator<Change> {
   }
 }
 
-/** What is wrong with the body in any case. @param max bytes of a body that is read */
+/**
+ * Faults of the body that need no signature to be proved.
+ *
+ * @param max bytes of the body that are read
+ */
 export function bodyFacts (body: Buffer, headers: ReadonlyMap<string, string>, max: number): Found[] {
   if (body.length === 0) return [found('body-empty')]
   const coerced = /^(?:\[object \w+\]|undefined)$/.exec(body.toString('utf8', 0, max).trim())?.[0]
   if (coerced !== undefined) return [found('body-not-captured', coerced)]
   const announced = headers.get('content-length')
-  // A decoded body has another length than the encoded one that was announced.
+  // The announced length is that of the encoded body, so it cannot be compared once the body has been decoded.
   const isTold = announced !== undefined && /^\d+$/.test(announced) && !headers.has('content-encoding')
   return isTold && Number(announced) !== body.length ? [found('body-length-differs', `${announced} bytes, ${body.length} arrived`)] : []
 }
 
-/** Whether this is one of OpenAI's events, as far as that can be told of a body that nobody has verified. @param max bytes of a body that is read */
+/**
+ * Whether an unverified body looks like one of OpenAI's events.
+ *
+ * @param max the largest body, in bytes, that is parsed
+ */
 export function isEvent (body: Buffer, max: number): boolean {
   const value = body.length > max ? undefined : attempt(() => JSON.parse(body.toString()) as { object?: unknown, type?: unknown } | null)
   return value?.object === 'event' && typeof value.type === 'string'

@@ -1,8 +1,8 @@
 /**
- * Every cause that `diagnose` can name: what is wrong, and what to change. `%s` is the detail of the case.
+ * Every cause that `diagnose` can name: what is wrong, and what to change. `%s` stands for a detail of the case.
  *
- * People have had each of them, with OpenAI's webhooks or with others that are signed likewise: the issue where it was seen
- * stands before it. Those without one are what the verifier itself refuses, and the headers of other schemes.
+ * Each cause has been seen with OpenAI's webhooks or with others that are signed in a similar way: the comment above it names the issues.
+ * The causes without an issue are what the verifier itself refuses, and the headers of other schemes.
  */
 export const causes = {
   // The signing secret
@@ -205,10 +205,10 @@ export const causes = {
   ]
 } as const satisfies Record<string, readonly [message: string, fix: string]>
 
-/** Stable: programs may compare it. */
+/** A stable identifier that programs may compare. */
 export type Cause = keyof typeof causes
 
-/** A cause in this case. */
+/** A cause together with its details in this case. */
 export interface Found {
   readonly cause: Cause
   readonly detail?: string
@@ -222,7 +222,7 @@ export function messageOf ({ cause, detail = '' }: Found): string {
   return causes[cause][0].replace('%s', () => detail)
 }
 
-/** One of each cause, its details joined. */
+/** Combines repeated causes into one each, and joins their details. */
 export function merged (causes: readonly Found[]): Found[] {
   const details = new Map<Cause, Set<string>>()
   for (const { cause, detail } of causes) {

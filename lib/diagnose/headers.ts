@@ -1,7 +1,7 @@
 import { found, merged } from './causes.ts'
 import type { Found } from './causes.ts'
 
-/** By lower-case name; of one name several values are joined, as node:http joins them. */
+/** By lower-case name. Several values of one name are joined by ", ", as node:http joins them. */
 export type HeaderMap = ReadonlyMap<string, string>
 
 export type DiagnoseHeaders =
@@ -26,20 +26,20 @@ export function toHeaderMap (headers: DiagnoseHeaders): HeaderMap {
 const ROLES = ['id', 'timestamp', 'signature'] as const
 type Role = typeof ROLES[number]
 
-/** What was signed before the body, as the headers may have said it. */
+/** The signed text before the body, as the headers may have stated it. */
 export interface HeadCandidate {
   readonly id: string
   readonly timestamp: string
-  /** The timestamp in Unix seconds, where it can be read as a time. */
+  /** The timestamp in Unix seconds; NaN when it cannot be read as a time. */
   readonly seconds: number
   readonly causes: readonly Found[]
 }
 
 export interface HeaderReading {
-  /** Empty where one of the three is not there under any name. */
+  /** Empty when one of the three headers is missing under every known name. */
   readonly heads: HeadCandidate[]
   readonly signatures: SignatureCandidate[]
-  /** What is wrong with the headers in any case. */
+  /** Faults of the headers that need no signature to be proved. */
   readonly facts: Found[]
 }
 
@@ -74,7 +74,7 @@ export function readHeaders (headers: HeaderMap, isEvent: boolean): HeaderReadin
   return { heads, signatures, facts }
 }
 
-/** The header itself, or what a gateway, CGI or a queue made of its name: HTTP_WEBHOOK_ID, x-webhook-id, webhookId. */
+/** The header itself, or a name that a gateway, CGI or a queue made from it: HTTP_WEBHOOK_ID, x-webhook-id, webhookId. */
 function nameOf (headers: HeaderMap, role: Role): string | undefined {
   if (isPresent(headers, `webhook-${role}`)) return `webhook-${role}`
   for (const family of ['webhook', 'svix']) {
@@ -95,7 +95,7 @@ function missingFact (headers: HeaderMap, missing: readonly string[]): Found {
 
 type Change = readonly [text: string, ...causes: Found[]]
 
-/** The value without white space around it; one by one, where it was doubled. */
+/** The value as it is, then without the white space around it, then each part of it when the header was doubled. */
 function untangled (value: string, name: string): Change[] {
   const text = value.trim()
   const causes = text === value ? [] : [found('header-whitespace', name)]
@@ -106,7 +106,7 @@ function untangled (value: string, name: string): Change[] {
   return changes.slice(0, 6)
 }
 
-/** Beyond this, seconds would be in the year 5138: it is milliseconds. */
+/** A larger number must be milliseconds: as seconds it would be after the year 5138. */
 const MS = 1e11
 
 function * times (value: string): Generator<readonly [text: string, seconds: number, ...causes: Found[]]> {
@@ -125,12 +125,12 @@ function * times (value: string): Generator<readonly [text: string, seconds: num
     }
     const seconds = text === '' || Number.isNaN(given) ? Date.parse(text) / 1000 : given < MS ? given : given / 1000
     yield [text, seconds, ...causes, found('timestamp-format')]
-    // What is around it is undone first.
+    // A value that was untangled gets no such candidate. Its parts are tried instead.
     if (!Number.isNaN(seconds) && changes.length === 1) yield [String(Math.floor(seconds)), seconds, ...causes, found('timestamp-format')]
   }
 }
 
-/** As in the verifier. */
+/** The same pattern as in the verifier. */
 const WEBHOOK_ID = /^[\x21-\x2b\x2d\x2f-\x7e]{1,256}$/
 
 function idFault (id: string): Found[] {
@@ -150,11 +150,11 @@ function timestampFacts (timestamp: string): Found[] {
   return [...untangle, found('timestamp-format')]
 }
 
-/** A signature as it may have been meant. */
+/** A signature as the sender may have meant it. */
 export interface SignatureCandidate {
-  /** The standard base64 that it stands for, where it is whole. */
+  /** The signature in standard base64, when it is complete. */
   readonly base64?: string
-  /** Empty where the plugin would accept it. */
+  /** Empty when the plugin would accept the signature. */
   readonly causes: readonly Found[]
 }
 
@@ -173,7 +173,7 @@ function readSignatures (value: string): SignatureCandidate[] {
     const causes = [...(isDoubled ? [found('header-doubled', 'webhook-signature')] : []), ...(cause === undefined ? [] : [cause])]
     if (version === undefined || /^sha/i.test(version) || separator.trim() !== ',') causes.push(found('signature-prefix'))
     else if (version !== 'v1') causes.push(found('signature-version', version))
-    // Nothing but the white space around it keeps it from being accepted.
+    // Only the white space around the signature prevents the plugin from accepting it.
     if (causes.length === 0) causes.push(found('header-whitespace', 'webhook-signature'))
     candidates.push({ ...(base64 !== undefined && { base64 }), causes })
   }
@@ -184,15 +184,19 @@ function isStandard (text: string): boolean {
   return text.length === 44 && Buffer.from(text, 'base64').toString('base64') === text
 }
 
-/** The base64 of the 32 bytes that are written in hexadecimal. */
+/** Converts a signature to standard base64. A signature of 32 bytes may have been written in hexadecimal. */
 function toStandard (text: string): [base64?: string, cause?: Found] {
   if (isStandard(text)) return [text]
-  const inner = Buffer.from(text, 'base64').toString('latin1') // of the hexadecimal
+  const inner = Buffer.from(text, 'base64').toString('latin1') // base64 of the hexadecimal digits
   const hex = [text, inner].find(each => /^[0-9a-f]{64}$/i.test(each))
   return hex === undefined ? [] : [Buffer.from(hex, 'hex').toString('base64'), found('signature-hex')]
 }
 
-/** What is wrong with the signature that stands for this digest; `undefined` where none does. */
+/**
+ * The causes of the signature that equals this digest.
+ *
+ * @returns `undefined` when no signature equals it
+ */
 export function matchSignature (signatures: readonly SignatureCandidate[], digest: Buffer): readonly Found[] | undefined {
   const expected = digest.toString('base64')
   return signatures.find(({ base64 }) => base64 === expected)?.causes

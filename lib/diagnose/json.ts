@@ -1,10 +1,10 @@
 /**
- * JSON kept as it was written: JSON.parse would lose `1.0`, large integers, double keys and the order of numeric ones,
- * all of which a signature covers.
+ * JSON whose numbers, duplicate keys and order of keys are kept as they were written, because a signature covers them. JSON.parse would
+ * lose `1.0`, large integers, duplicate keys and the order of numeric keys. The escapes in strings are not kept.
  */
 export type Json = Scalar | Text | Collection
 
-/** A number or a literal, to the letter. */
+/** A number or a literal, as it was written. */
 type Scalar = string
 interface Text { readonly text: string }
 interface Collection {
@@ -13,15 +13,15 @@ interface Collection {
   readonly entries: ReadonlyArray<{ readonly key?: string, readonly value: Json }>
 }
 
-/** OpenAI's events are three deep; a stranger's must not exhaust the stack. */
+/** The limit to the nesting, which keeps untrusted JSON from exhausting the stack. OpenAI's events are three levels deep. */
 const MAX_DEPTH = 100
 
 const TOKEN = /"(?:[^"\\]+|\\.)*"|[{}[\]]|[^\s{}[\]:,"]+/gs
 
-/** `undefined` for what is no JSON, or nested too deep. */
+/** @returns `undefined` when the text is not JSON or is nested too deep */
 export function parseJson (text: string): Json | undefined {
   try {
-    JSON.parse(text) // what is left to `parseValue` is valid
+    JSON.parse(text) // throws for invalid JSON, so that `parseValue` reads only valid JSON
     const tokens = text.matchAll(TOKEN)
     const next = (): string => tokens.next().value![0]
     return parseValue(next(), next, 0)
@@ -53,7 +53,7 @@ export interface Layout {
 
 export interface Escaping {
   readonly name: string
-  /** Of a text as JSON.stringify writes it. */
+  /** @param json a string as JSON.stringify writes it */
   readonly escape: (json: string) => string
 }
 
@@ -68,7 +68,7 @@ export function serialize (json: Json, layout: Layout, escaping: Escaping, margi
   return open + inner + parts.join(layout.comma + inner) + (inner === '' ? '' : margin) + close
 }
 
-/** With the keys of every object sorted. */
+/** Sorts the keys of every object. */
 export function sorted (json: Json): Json {
   if (typeof json === 'string' || 'text' in json) return json
   const entries = json.entries.map(entry => ({ ...entry, value: sorted(entry.value) }))

@@ -2,20 +2,20 @@ import { found } from './causes.ts'
 import type { Found } from './causes.ts'
 import { keyBytes } from '../verifiers/keyring.ts'
 
-/** An HMAC key that the secret may have been meant to be. */
+/** An HMAC key that the configured secret may have been meant to be. */
 export interface KeyCandidate {
   readonly key: Uint8Array
-  /** What would be wrong with the secret; empty for the key that the plugin makes of it. */
+  /** What is wrong with the secret if this is the key. Empty for the key that the plugin derives from it. */
   readonly causes: readonly Found[]
-  /** Which secret it comes from. */
+  /** The index of the secret that the key comes from. */
   readonly index: number
-  /** One of many guesses: not combined with other changes. */
+  /** Whether the key is one of many guesses, which are not combined with other changes. */
   readonly guess: boolean
 }
 
 export interface SecretReading {
   readonly candidates: KeyCandidate[]
-  /** What is wrong with the secret in any case. */
+  /** Faults of the secret that need no signature to be proved. */
   readonly facts: Found[]
 }
 
@@ -35,7 +35,7 @@ export function readSecret (secret: unknown, index: number): SecretReading {
     add(secret, [])
     const bytes = Buffer.from(secret)
     const asText = bytes.toString('latin1')
-    // Two texts lead to these bytes: they themselves where the secret has no prefix, and their base64.
+    // Two texts give these bytes: the bytes themselves as text, if it has no prefix, and whsec_ with their base64.
     for (const text of [...(/^(?!whsec_)[\x20-\x7e]+$/.test(asText) ? [asText] : []), PREFIX + bytes.toString('base64')]) {
       for (const [key, ...causes] of readings(text)) if (causes.length > 0) add(key, causes)
     }
@@ -45,7 +45,7 @@ export function readSecret (secret: unknown, index: number): SecretReading {
   const text = typeof secret === 'string' ? secret : ''
   try {
     add(keyBytes(text, () => {}), [])
-  } catch {} // refused at boot: `facts` says why
+  } catch {} // the plugin refuses the secret at boot, and `facts` say why
   const facts: Found[] = []
   const { bare, peeled } = peel(text)
   facts.push(...peeled)
@@ -62,7 +62,7 @@ export function readSecret (secret: unknown, index: number): SecretReading {
 const PREFIX = 'whsec_'
 const PREFIX_LIKE = /^(?:v\d,)?(?:whsec[_:.=\s-]?)+/i
 
-/** What surrounds a secret that was pasted with too much. `\n` may be two characters: env files are not unescaped. */
+/** What may surround a secret that was pasted carelessly. `\n` may be two characters, because some env files are not unescaped. */
 const wrappings = [
   [found('secret-whitespace'), /^[\s\u200b-\u200d\u2060]+|(?:[\s\u200b-\u200d\u2060]|\\[nrt])+$/g],
   [found('secret-quoted'), /^["'`\u2018-\u201f\u00ab\u00bb<]+|["'`\u2018-\u201f\u00ab\u00bb>]+[,;]?$/g]
@@ -82,7 +82,7 @@ function peel (text: string): { bare: string, peeled: Found[] } {
   return { bare, peeled: [...peeled] }
 }
 
-/** The secret's text without its prefix, nor line breaks where base64 is left, and what is wrong with it. */
+/** The text of the secret without its prefix and, when it is base64, without line breaks. */
 function unprefixed (bare: string): { rest: string, causes: Found[] } {
   const prefix = PREFIX_LIKE.exec(bare)?.[0]
   const after = bare.slice(prefix?.length ?? 0)
@@ -91,14 +91,14 @@ function unprefixed (bare: string): { rest: string, causes: Found[] } {
   return joined === after || strictBase64(joined) === undefined ? { rest: after, causes } : { rest: joined, causes: [...causes, found('secret-whitespace')] }
 }
 
-/** Every key that the text may stand for, the likelier first. */
+/** The keys that the text may stand for, the likelier first. */
 function * readings (bare: string): Generator<Reading> {
   const { rest, causes } = unprefixed(bare)
   const bytes = strictBase64(rest)
   if (bytes !== undefined) {
     yield [bytes, ...causes]
     const inner = peel(bytes.toString('latin1')).bare
-    // Encoded twice, with the prefix within or without.
+    // Encoded twice, with the prefix inside the inner text or without it.
     const bytesOfInner = strictBase64(inner.startsWith(PREFIX) ? inner.slice(PREFIX.length) : inner)
     if (bytesOfInner !== undefined) yield [bytesOfInner, ...(inner.startsWith(PREFIX) ? [] : causes), found('secret-base64-twice')]
   }
@@ -108,7 +108,7 @@ function * readings (bare: string): Generator<Reading> {
 
 const ALPHABET = 'ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/'
 
-/** Where one character is gone from the end of the base64, it can be found. */
+/** One character that is missing at the end of the base64 can be found by trying all of them. */
 function * guesses (bare: string): Generator<Reading> {
   const { rest, causes } = unprefixed(bare)
   for (const last of ALPHABET) {
@@ -117,16 +117,16 @@ function * guesses (bare: string): Generator<Reading> {
   }
 }
 
-/** What no signing secret is, whether or not the rest of it is right. */
+/** Faults that no signing secret can have, even if a key is found. */
 function faults (bare: string): Found[] {
   const { rest, causes } = unprefixed(bare)
-  // Without the prefix any text is a secret.
+  // Without the prefix, any text is a valid secret.
   if (causes.some(({ cause }) => cause === 'secret-prefix-missing')) return []
   if (strictBase64(rest) !== undefined) return causes
   return [...causes, /^[A-Za-z0-9+/]*=*$/.test(rest) ? found('secret-cut', 'what follows whsec_ is no whole base64') : found('secret-not-base64')]
 }
 
-/** As the plugin reads what follows the prefix. */
+/** Decodes the text as the plugin decodes what follows the prefix. */
 function strictBase64 (text: string): Buffer | undefined {
   try {
     return Buffer.from(keyBytes(PREFIX + text, () => {}))
