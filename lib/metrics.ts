@@ -9,15 +9,15 @@ export type { MetricsRegistry }
 
 export interface WebhookMetricsOptions {
   /**
-   * A registry of prom-client's, or prom-client itself, whose global registry is then used.
+   * A registry of prom-client, or prom-client itself, whose global registry is then used.
    *
    * @default prom-client's global registry
    */
   register?: MetricsRegistry | { readonly register: MetricsRegistry }
-  /** The types of your `events` option. A type that is neither OpenAI's nor listed here is counted as `other`. */
+  /** The event types of your `events` option. Any type that is neither OpenAI's nor listed here is counted as `other`. */
   eventTypes?: readonly string[]
   /**
-   * Upper bounds of `webhook_processing_duration_seconds`, in seconds.
+   * Upper bounds of the buckets of `webhook_processing_duration_seconds`, in seconds and in ascending order.
    *
    * @default [0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 300]
    */
@@ -26,30 +26,31 @@ export interface WebhookMetricsOptions {
 
 export interface MetricsRouteOptions {
   /**
-   * Within the `prefix` of `register`.
+   * The path of the route, within the `prefix` of `register`.
    *
    * @default '/metrics'
    */
   path?: string
 }
 
-/** A Fastify plugin with one route, for those who want it: the metrics are collected without it. */
+/** A Fastify plugin with one route, which is optional: metrics are collected even if it is not registered. */
 export interface WebhookMetrics extends FastifyPluginAsync<MetricsRouteOptions> {
-  /** Stops collecting and takes the metrics out of the registry. */
+  /** Stops collecting and removes the metrics from the registry. */
   close (): void
 }
 
 const BUCKETS = [0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 300]
 
 /**
- * Collects metrics about the deliveries of every app in this process, from now on.
+ * Starts to collect metrics about the deliveries of every app in this process.
  *
- * `await app.register(webhookMetrics({ register }))` serves all of the registry's metrics at `GET /metrics`.
+ * `await app.register(webhookMetrics({ register }))` serves all metrics of the registry at `GET /metrics`.
  *
- * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS, also where the registry has metrics of these names already
+ * @returns the plugin that serves the metrics
+ * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS, also when the registry already has a metric of one of these names
  */
 export function webhookMetrics (options: WebhookMetricsOptions = {}): WebhookMetrics {
-  // Rejects, since what Fastify's register() is given may not throw.
+  // register() was given this function instead of its result. The error is a rejection, because a plugin function may not throw.
   if ('decorateRequest' in Object(options)) return Promise.reject(new InvalidOptions('webhookMetrics() makes the plugin: expected await app.register(webhookMetrics()), with the call')) as never
   assertNames('webhookMetrics()', options, ['register', 'eventTypes', 'buckets'])
   const { register = globalRegister, eventTypes = [], buckets = BUCKETS } = options
@@ -61,11 +62,11 @@ export function webhookMetrics (options: WebhookMetricsOptions = {}): WebhookMet
   const collector = new Collector({ register: registry, eventTypes, buckets })
 
   const plugin: FastifyPluginAsync<MetricsRouteOptions> = async (app, routeOptions) => {
-    // Beside the options of Fastify's `register`.
+    // The options of this route and those of Fastify's `register`.
     assertNames<MetricsRouteOptions & RegisterOptions>('webhookMetrics()', routeOptions, ['path', 'prefix', 'logLevel', 'logSerializers'])
     const { path = '/metrics' } = routeOptions
     if (typeof path !== 'string' || !path.startsWith('/')) throw new InvalidOptions('webhookMetrics(): expected path to begin with "/"')
-    const schema: object = { hide: true } // for @fastify/swagger
+    const schema: object = { hide: true } // hides the route from @fastify/swagger
     app.get(path, { schema }, async (_request, reply) => {
       reply.type(registry.contentType)
       return await registry.metrics()

@@ -17,25 +17,25 @@ export interface CollectorOptions {
 }
 
 const STATUSES = ['processed', 'failed', 'duplicate', 'queued', 'refused'] as const
-/** Outcomes that have a sample as soon as a type has been seen. Others have one once they happen. */
+/** Outcomes that get a sample of 0 as soon as their event type has been seen. The others get a sample when they first happen. */
 const FROM_ZERO: ReadonlySet<string> = new Set(['processed', 'failed'])
 
 /**
- * Counts the outcomes of one event type since the last scrape. Plain numbers, which the scrape adds, cost a delivery half a
- * microsecond less than `Counter.inc()`, which makes a text of its labels at every call.
+ * The outcomes of one event type since the last scrape. The scrape adds these numbers to a counter. That costs a delivery half a
+ * microsecond less than `Counter.inc()`, which builds a string from its labels at every call.
  */
 type Tally = Record<typeof STATUSES[number], number> & {
   readonly labels: { readonly event_type: string }
-  /** Of all attempts, and not since the last scrape alone. */
+  /** The durations of all attempts. Unlike the outcomes, they are not reset by a scrape. */
   readonly durations: Series
 }
 
-/** Seconds: up to the 72 hours for which OpenAI retries. */
+/** Seconds. The last bucket ends at the 72 hours for which OpenAI retries. */
 const AGE_BUCKETS = [1, 2, 5, 10, 30, 60, 300, 900, 3_600, 21_600, 86_400, 259_200]
 /** Seconds by which the clock that set `created_at` may be ahead: the default tolerance of signed timestamps. */
 const MAX_LEAD = 300
 
-/** The metrics in one registry, fed by the channels of this process until it is closed. */
+/** Keeps the metrics of one registry up to date from the diagnostics channels of this process, until it is closed. */
 export class Collector {
   readonly #register: MetricsRegistry
   readonly #known: ReadonlySet<string>
@@ -44,7 +44,7 @@ export class Collector {
   readonly #tallies = new Map<string, Tally>()
   readonly #durations: Histogram
 
-  /** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS when the registry has a metric of one of the names */
+  /** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS when the registry already has a metric of one of the names */
   constructor ({ register, eventTypes, buckets }: CollectorOptions) {
     this.#register = register
     this.#known = knownTypes(eventTypes)
@@ -66,11 +66,11 @@ export class Collector {
     }
   }
 
-  /** Ends the subscriptions and takes the metrics out of the registry. */
+  /** Ends the subscriptions and removes the metrics from the registry. */
   close (): void {
     for (const unsubscribe of this.#unsubscribe.splice(0)) unsubscribe()
     for (const [name, metric] of this.#metrics) {
-      // After the user's `register.clear()` there may be another one of this name.
+      // The user may have called `register.clear()` and registered another metric of this name.
       if (this.#register.getSingleMetric(name) === metric) this.#register.removeSingleMetric(name)
     }
   }
@@ -84,7 +84,8 @@ export class Collector {
       collect () {
         for (const tally of tallies.values()) {
           for (const status of STATUSES) {
-            // For Prometheus a sample that first appears has not increased, so a rate of failures would miss the first one.
+            // Prometheus sees no increase in a sample that appears for the first time, so without a 0 before it a rate of failures would
+            // miss the first one.
             if (tally[status] === 0 && !FROM_ZERO.has(status)) continue
             this.inc({ ...tally.labels, status }, tally[status])
             tally[status] = 0
@@ -93,7 +94,7 @@ export class Collector {
       }
     })
     this.#subscribe(channels.enqueue.asyncEnd, message => {
-      // Where the runner had it already, the channel below counts it.
+      // When the runner already had the delivery, the `duplicate` channel counts it.
       if (message.error === undefined && message.duplicate !== true) this.#tally(message).queued++
     })
 
@@ -138,7 +139,7 @@ export class Collector {
       collect () { this.set(inFlight) }
     })
 
-    // Kept on the message, which is the same object from start to end. The symbol is this collector's own.
+    // The values are kept on the message, which is the same object from start to end. The symbols belong to this collector alone.
     const startedAt = Symbol('webhook-metrics.startedAt')
     const handlerFailed = Symbol('webhook-metrics.handlerFailed')
     this.#subscribe(channels.delivery.start, message => {
@@ -146,7 +147,7 @@ export class Collector {
       note(message, startedAt, performance.now())
       const now = Date.now() / 1_000
       const { timestamp, event: { created_at: createdAt } } = message
-      // A queue may hand back anything.
+      // A queue may return a job with any timestamp.
       if (Number.isFinite(timestamp)) deliveryAge.observe(Math.max(0, now - timestamp))
       if (isPlausible(createdAt, now)) eventAge.observe(Math.max(0, now - createdAt))
     })
@@ -156,7 +157,7 @@ export class Collector {
     })
     this.#subscribe(channels.delivery.asyncEnd, message => {
       const started = noted(message, startedAt)
-      if (started === undefined) return // it began before this collector
+      if (started === undefined) return // the delivery started before this collector subscribed
       inFlight--
       const tally = this.#tally(message)
       tally.durations.observe((performance.now() - (started as number)) / 1_000)
@@ -165,7 +166,7 @@ export class Collector {
         return
       }
       tally.failed++
-      // No event handler has failed: it was the route's own, the `handler` that replies.
+      // No event handler has failed, so the failure is that of the route's `handler`, which replies.
       if (noted(message, handlerFailed) === undefined) failures.inc({ ...tally.labels, handler: 'handler' })
     })
   }
@@ -179,7 +180,7 @@ export class Collector {
     for (const code of refusalCodes) refusals.inc({ code }, 0)
     this.#subscribe(channels.refused, ({ code, event }) => {
       refusals.inc({ code: codeLabel(code) })
-      // Other refusals of a verified delivery are counted elsewhere, as a duplicate or by the end of its handlers.
+      // All other refusals of a verified delivery are counted as duplicates or when its handlers end.
       if (event !== undefined && (code === OVERLOADED || code === UNAVAILABLE)) this.#tally({ event }).refused++
     })
   }
@@ -228,11 +229,11 @@ export class Collector {
     this.#gauge({
       name,
       help,
-      // Processes that share a queue each report the whole of it.
+      // Each process that shares a queue reports the whole queue, so the values must not be added.
       aggregator: 'max',
       async collect () {
         const sum = await sumOfRunners(question)
-        // Better no sample than an old one.
+        // No sample is better than an outdated one.
         if (sum === undefined) this.remove()
         else this.set(sum)
       }
@@ -265,13 +266,13 @@ export class Collector {
     return this.#own(configuration.name, () => new Gauge({ ...configuration, registers: [this.#register] }))
   }
 
-  /** A histogram of ages, which has no label. */
+  /** A histogram of ages, without a label. */
   #ages (named: { name: string, help: string }): Series {
     return this.#histogram(new Histogram({ ...named, buckets: AGE_BUCKETS })).series()
   }
 
   #histogram (histogram: Histogram): Histogram {
-    // It has what a registry asks of a metric.
+    // Histogram implements what a registry calls on a metric.
     const metric = histogram as unknown as Metric
     this.#own(histogram.name, () => {
       this.#register.registerMetric(metric)
@@ -299,7 +300,7 @@ function noted (message: object, key: symbol): unknown {
   return (message as Record<symbol, unknown>)[key]
 }
 
-/** Unix seconds, as OpenAI has them: not milliseconds, nor a time to come. */
+/** Whether a value can be a time in Unix seconds, as OpenAI sends it, and not in milliseconds or in the future. */
 function isPlausible (createdAt: unknown, now: number): createdAt is number {
   return typeof createdAt === 'number' && createdAt > 0 && createdAt <= now + MAX_LEAD
 }

@@ -1,8 +1,8 @@
 import type { MetricObjectWithValues, MetricValueWithName } from 'prom-client'
 
-/** The observations of one label. */
+/** The observations for one value of the label. */
 export class Series {
-  /** One for each bucket, and one for what is above all. */
+  /** One count for each bucket, and one for the values above all buckets. */
   readonly counts: number[]
   sum = 0
 
@@ -20,8 +20,8 @@ export class Series {
 }
 
 /**
- * A histogram with one label or none, for a registry of prom-client's. Its observations are plain numbers, which a scrape renders:
- * prom-client's own makes a text of the labels at every call, and three calls take a delivery 8 µs.
+ * A histogram with one label or none, for a registry of prom-client. Observations are stored as plain numbers and rendered by a scrape.
+ * prom-client's own histogram builds a string from the labels at every call, which costs a delivery 8 µs for three calls.
  */
 export class Histogram {
   readonly name: string
@@ -32,7 +32,7 @@ export class Histogram {
   readonly #bounds: readonly number[]
   readonly #series = new Map<string | undefined, Series>()
 
-  /** @param label its name */
+  /** @param label the name of the label */
   constructor ({ name, help, buckets, label }: { name: string, help: string, buckets: readonly number[], label?: string }) {
     this.name = name
     this.help = help
@@ -40,21 +40,21 @@ export class Histogram {
     this.labelNames = label === undefined ? [] : [label]
   }
 
-  /** @param label its value; absent where the histogram has none */
+  /** @param label the value of the label; absent when the histogram has no label */
   series (label?: string): Series {
     let series = this.#series.get(label)
     if (series === undefined) this.#series.set(label, series = new Series(label, this.#bounds))
     return series
   }
 
-  /** For the registry, when it is scraped. */
+  /** Called by the registry during a scrape. */
   async get (): Promise<MetricObjectWithValues<MetricValueWithName<string>>> {
     const { name, help, type, aggregator } = this
     const values = [...this.#series.values()].flatMap(series => this.#valuesOf(series))
     return { name, help, type, aggregator, values } as unknown as MetricObjectWithValues<MetricValueWithName<string>>
   }
 
-  /** For the registry. Whoever holds a series goes on with it. */
+  /** Called by the registry. A series stays in use after it, so its counts are reset in place. */
   reset (): void {
     for (const series of this.#series.values()) {
       series.counts.fill(0)
@@ -69,7 +69,7 @@ export class Histogram {
       count += own
       return { labels: { le: bounds[index] ?? '+Inf', ...labels }, value: count, metricName: `${this.name}_bucket` }
     })
-    // As of prom-client's: a label that nothing was observed for has no samples.
+    // Like prom-client's own histogram, a label value without observations has no samples.
     if (count === 0 && label !== undefined) return []
     return [...buckets, { labels, value: sum, metricName: `${this.name}_sum` }, { labels, value: count, metricName: `${this.name}_count` }]
   }

@@ -5,10 +5,10 @@ import {
 } from '../errors.ts'
 import { guideEntries, officialEntries } from '../events/index.ts'
 
-/** Stands for any value from outside: each value of a label is a time series that nothing deletes. */
+/** Replaces label values that come from outside, because each value of a label is a time series that is never deleted. */
 export const OTHER = 'other'
 
-/** The event types that have a label of their own. */
+/** The event types that get a label value of their own. */
 export function knownTypes (own: readonly string[]): ReadonlySet<string> {
   return new Set([...Object.keys(officialEntries), ...Object.keys(guideEntries), ...own])
 }
@@ -18,7 +18,7 @@ const codeOf = (CodedError: typeof HandlerFailed): string => new CodedError().co
 export const OVERLOADED = codeOf(Overloaded)
 export const UNAVAILABLE = codeOf(Unavailable)
 
-/** Our answers other than 200. */
+/** The codes of the plugin's own answers other than 200. */
 export const refusalCodes: readonly string[] = [
   UnprotectedRoute, BodyTimeout, MissingHeader, InvalidId, InvalidTimestamp, TimestampOutOfTolerance, InvalidSignature, UnknownTenant, InvalidBody, InvalidEvent, InProgress,
   HandlerFailed, DeadlineExceeded
@@ -26,12 +26,12 @@ export const refusalCodes: readonly string[] = [
 
 const knownCodes = new Set([...refusalCodes, ...Object.keys(fastify.errorCodes).filter(code => code.startsWith('FST_ERR_CTP_'))])
 
-/** A user's verifier, error handler or rate limit may refuse with any code. */
+/** A verifier, error handler or rate limit of the user may refuse with any code. */
 export function codeLabel (code: string): string {
   return knownCodes.has(code) ? code : OTHER
 }
 
-/** More than a rotation needs. A bound, since a user's verifier may give any number. */
+/** More secrets than a rotation needs. The bound is necessary because a user's verifier may return any index. */
 const MAX_SECRETS = 20
 
 export function secretLabel (index: number | undefined): string {
