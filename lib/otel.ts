@@ -93,7 +93,7 @@ class Spans {
       kind: SpanKind.PRODUCER,
       attributes: { ...operation('send'), ...describe(message), ...bodySize(message.request) }
     }, parent))
-    // Baggage may come from the request's headers, which are not signed, so it must not get into a queue.
+    // Baggage may come from the request's headers, which are not signed, so it must not be written to a queue.
     harmless(() => { propagation.inject(propagation.deleteBaggage(active), message.carrier) })
     return active
   }
@@ -102,7 +102,7 @@ class Spans {
     const { request, carrier, queued, attempt } = message
     // The carrier counts too, because a worker of this process may take a job while the request still waits for the queue.
     const fromQueue = queued || carrier !== undefined
-    // A queue starts a job in the context of another delivery, or of none.
+    // A queue starts a job in the context of another delivery, or without a context.
     const parent = fromQueue ? propagation.extract(ROOT_CONTEXT, carrier ?? {}) : contextOf(request!)
     const accepted = fromQueue ? trace.getSpanContext(parent) : undefined
     return trace.setSpan(parent, this.#tracer.startSpan(`process ${message.endpoint}`, {
