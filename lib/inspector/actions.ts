@@ -12,7 +12,7 @@ import type { Entry } from './entry.ts'
 import type { Journal } from './journal.ts'
 import type { Delivered, Detail, Obstacle, Repeated } from './messages.ts'
 
-/** What the page asks for cannot be done; the message is for who looks at it. */
+/** The page asked for something that cannot be done. The page shows the message. */
 export class ActionFault extends Error {
   readonly code = 'INSPECTOR_FAULT'
 
@@ -28,7 +28,7 @@ export interface ActionsOptions {
   readonly deadLetters: DeadLetters
 }
 
-/** What the page's buttons do. */
+/** The actions of the page's buttons. */
 export class Actions {
   readonly #options: ActionsOptions
 
@@ -36,18 +36,18 @@ export class Actions {
     this.#options = options
   }
 
-  /** A sample of an event type, as text to be edited. */
+  /** A sample of an event type, as JSON text to be edited. */
   sample (type: string): string {
     const { events } = this.#options.routes
     if (!Object.hasOwn(events, type)) throw new ActionFault(404, 'no such event type')
     const event = sampleTypes.includes(type as SampleType)
       ? sampleEvent(type as SampleType)
-      // A type of the user's own, whose fields only they know.
+      // For a type of the user's own, the fields of `data` are unknown.
       : { ...sampleEvent('batch.completed'), type, data: {} }
     return JSON.stringify(event, null, 2)
   }
 
-  /** Whether a delivery can be repeated. */
+  /** Why a delivery cannot be repeated unchanged, and why it cannot be repeated edited; `null` when it can. */
   obstacles (entry: Entry): Detail['deliver'] {
     const edited = this.#obstacle(entry)
     const again = edited ?? (entry.rawBody === undefined
@@ -59,7 +59,7 @@ export class Actions {
   #obstacle ({ endpoint: url, verifiedAt, headers, tenant }: Entry): Obstacle {
     const endpoint = this.#endpoint(url)
     if (endpoint === undefined) return 'this process has no such route'
-    // Signed here, a stranger's payload would reach the handlers.
+    // Signing an unverified payload would pass a stranger's data to the handlers.
     if (headers !== undefined && Number.isNaN(verifiedAt)) return 'it was not verified, so nobody knows whose it is'
     if (headers === undefined && (isPattern(url) || tenant !== undefined)) return 'it came out of a queue, which does not say at which URL it arrived'
     return obstacleOf(endpoint)
@@ -69,7 +69,7 @@ export class Actions {
     return this.#options.routes.endpoints.all.get(url)
   }
 
-  /** Delivers what was delivered, as it was or edited: signed anew, with a webhook-id of its own. */
+  /** Delivers a delivery again, unchanged or edited, with a new signature and a new webhook-id. @throws ActionFault */
   async again (id: number, body: string | undefined): Promise<Repeated> {
     const entry = this.#options.journal.find(id)
     if (entry === undefined) throw new ActionFault(404, 'the delivery is not kept any more')
@@ -81,8 +81,9 @@ export class Actions {
   }
 
   /**
-   * @param url fits the endpoint's, which may have parameters
-   * @param tenant where the endpoint serves many
+   * @param url has to fit the URL of the endpoint, which may have parameters
+   * @param tenant required when the endpoint serves tenants
+   * @throws ActionFault
    */
   async deliver (name: string, url: string, tenant: string | undefined, body: string, host: string): Promise<Delivered> {
     const endpoint = this.#endpoint(name)
@@ -116,7 +117,7 @@ export class Actions {
     return await this.#options.deadLetters.requeue({ endpoint, webhookId, ...(tenant !== undefined && { tenant }) }, { force })
   }
 
-  /** Requeues the dead deliveries of a type, or all. Those that need force stay. */
+  /** Requeues the dead deliveries of one type, or of all types. Deliveries that need `force` are not requeued. */
   async requeueAll (type: string | undefined): Promise<{ requeued: number, failed: string | null }> {
     const { deadLetters } = this.#options
     let requeued = 0
@@ -132,7 +133,7 @@ export class Actions {
   }
 }
 
-/** Deliveries that one press requeues. */
+/** The most deliveries that one action requeues. */
 const MOST_REQUEUED = 1_000
 
 export function obstacleOf ({ verifier }: Endpoint): Obstacle {
@@ -148,10 +149,9 @@ export async function verificationOf (endpoint: Endpoint, tenant: string | undef
   return found
 }
 
-/** Whether a route's URL has parameters. */
 export const isPattern = (url: string): boolean => /[:*]/.test(url)
 
-/** `:name` for each; a colon that is doubled stands for itself. */
+/** The parameters `:name` of a URL. A doubled colon is a literal one. */
 const parametersOf = (url: string): string[] => [...url.matchAll(/(?<!:):\w+/g)].map(([parameter]) => parameter)
 
 function fits (endpoint: string, url: string): boolean {
@@ -160,10 +160,10 @@ function fits (endpoint: string, url: string): boolean {
   return url.length <= 2_000 && url.startsWith(fixed!) && !/[\s#]|\/\.\.?(?:\/|$)/.test(url)
 }
 
-/** Of the connection, of the body's framing, or of the signature that is renewed. */
+/** These headers describe the connection, the framing of the body or the signature, so the new request has its own. */
 const NOT_REPEATED = /^(?::|connection$|keep-alive$|transfer-encoding$|te$|trailer$|upgrade$|expect$|http2-settings$|content-(?:length|type|encoding)$|webhook-|x-openai-(?:signature|timestamp)$)/
 
-/** Those that hooks of the app, constraints and tenants may go by. */
+/** The headers that the app's hooks, constraints and tenants may depend on. */
 function endToEnd (headers: IncomingHttpHeaders): IncomingHttpHeaders {
   return {
     ...(headers[':authority'] !== undefined && { host: String(headers[':authority']) }),
@@ -176,6 +176,6 @@ function idOf (body: Buffer): string | undefined {
     const { id } = JSON.parse(body.toString()) as { id?: unknown }
     return typeof id === 'string' ? id : undefined
   } catch {
-    return undefined // the validate step says so
+    return undefined // the validate step refuses the body
   }
 }

@@ -13,7 +13,7 @@ import type { AttemptInfo, DeadInfo, Detail, DiagnosisInfo, ErrorInfo, Row, Step
 import type { InspectorOptions } from './options.ts'
 
 export interface DetailParts {
-  /** Of its endpoint, or of its tenant; absent where this process has none. */
+  /** How the endpoint or the tenant verifies; `undefined` when this process has no such endpoint or tenant. */
   readonly verification: Verification | undefined
   readonly others: readonly Row[]
   readonly deliver: Detail['deliver']
@@ -21,7 +21,7 @@ export interface DetailParts {
   readonly log: FastifyBaseLogger
 }
 
-/** All that is kept of one delivery, to be shown. */
+/** Everything that is known about one delivery, as the page shows it. */
 export function detailOf (entry: Entry, { verification, others, deliver, redact, log }: DetailParts): Detail {
   const { url, timestamp, headers, rawBody, refusal, duplicate, attempts, death } = entry
   return {
@@ -73,7 +73,7 @@ function attemptOf ({ number, at, queued, ms, outcome, handlers, finished, error
   }
 }
 
-/** The six steps, each from the end of the one before. The first that has no end is the one that failed, or that runs. */
+/** The steps of a delivery, each of which starts at the end of the one before. The first step without an end has failed or is running. */
 function stepsOf (entry: Entry): StepInfo[] {
   const { startedAt, capturedAt, verifiedAt, validatedAt, deduplicatedAt, dispatchedAt, answeredAt, webhookId } = entry
   const ends: ReadonlyArray<readonly [StepName, number]> = [
@@ -88,13 +88,13 @@ function stepsOf (entry: Entry): StepInfo[] {
   }
   const next = ends[steps.length]
   const failed = webhookId === undefined || entry.state === 'refused'
-  // Where headers condemn a delivery, its body is not read: it is the signature that is missing, not the bytes.
+  // When the headers are refused, the body is not read, so capture has no end. The step that failed is nevertheless verify.
   if (next !== undefined && failed) {
     const isVerify = next[0] === 'capture' && isOfHeaders(entry)
     const name = isVerify ? 'verify' : next[0]
     steps.push({ name, from: since(from), to: Number.isNaN(answeredAt) ? null : since(answeredAt), failed: true })
   } else if (!Number.isNaN(answeredAt)) {
-    // The deadline may answer before the handlers end.
+    // The deadline may cause the answer before the handlers end.
     const last = Math.min(from, answeredAt)
     steps.push(step('acknowledge', last, answeredAt))
   }
@@ -132,12 +132,12 @@ function refusalOf ({ tenant }: Entry, refusal: Refusal): Detail['refusal'] {
   return { ...refusal, error: error && errorOf(error), fix: fixOf(code, tenant !== undefined) ?? null, told: code === UNKNOWN_TENANT ? INVALID_SIGNATURE : null }
 }
 
-/** Why a delivery was refused, as `openai-webhook diagnose` would say it, judged at the time that it came. */
+/** Why a delivery was refused, as `openai-webhook diagnose` would explain it at the time of its arrival. */
 function diagnosisOf (entry: Entry, verification: Verification | undefined): DiagnosisInfo | null {
   const { refusal, headers, rawBody, at } = entry
   if (refusal === undefined || headers === undefined || verification === undefined || verification.verifier !== standardWebhooks()) return null
   if (refusal.code === OUT_OF_TOLERANCE) return stale(Number(headers['webhook-timestamp']) - at / 1_000)
-  // What condemns a delivery by its headers is found in them, before a body is looked at.
+  // A fault of the headers can be diagnosed without the body.
   if (!isOfHeaders(entry) && (refusal.code !== INVALID_SIGNATURE || rawBody === undefined)) return null
   const { keyring, tolerance } = verification
   const { finding, likely, ruledOut } = diagnoseQuickly({
@@ -147,7 +147,7 @@ function diagnosisOf (entry: Entry, verification: Verification | undefined): Dia
     now: at,
     tolerance
   })
-  // The page says of it that it is not proved.
+  // The page itself says that this cause is not proved.
   return { cause: finding?.cause ?? null, message: finding?.message ?? likely!.replace('not proved, but likeliest: ', ''), fix: finding?.fix ?? null, ruledOut }
 }
 

@@ -3,15 +3,15 @@ import type { DuplicateMessage } from '../channels.ts'
 import type { DeadDelivery, DeliveryError } from '../runners/runner.ts'
 import type { DeliveryState, Row } from './messages.ts'
 
-/** Attempts of one delivery that are kept, the last ones. */
+/** The most attempts that are kept of one delivery. The oldest are dropped. */
 const MAX_ATTEMPTS = 10
-/** Handlers of one attempt that are kept. */
+/** The most handlers that are kept of one attempt. */
 export const MAX_HANDLERS = 100
-/** Characters of what a sender may choose freely. */
+/** The most characters that are kept of a text that the sender chooses. */
 const MAX_TEXT = 256
-/** Bytes of a body beyond which it is not kept. */
+/** The most bytes of a body. A larger body is not kept. */
 const MAX_BODY = 1_048_576
-/** Bytes of a delivery beside its headers, its body and its errors. */
+/** Bytes that a delivery takes without its headers, its body and its errors. */
 const OWN_SIZE = 2_048
 
 export interface HandlerRun {
@@ -22,7 +22,7 @@ export interface HandlerRun {
 
 export interface Attempt {
   readonly number: number
-  /** ms since the epoch */
+  /** When the attempt started, in ms since the epoch. */
   readonly at: number
   readonly queued: boolean
   readonly handlers: readonly HandlerRun[]
@@ -40,51 +40,51 @@ export interface Refusal {
 }
 
 export interface Sent {
-  /** The delivery that it repeats. */
+  /** The id of the delivery that this one repeats. */
   readonly again: number | undefined
-  /** Its own, once it has arrived. */
+  /** The id of this delivery, once it has arrived. */
   id: number | undefined
 }
 
-/** One delivery, as the inspector keeps it: a request, or a job out of a queue whose request is not known here. */
+/** One delivery in the inspector: a request, or a job out of a queue whose request this process has not received. */
 export class Entry {
   state: DeliveryState = 'received'
-  /** What it was signed and named with. Known once it is verified. */
+  /** The signed id and timestamp, and fields of the event. Set once the delivery has been verified and validated. */
   webhookId: string | undefined = undefined
   timestamp: number | undefined = undefined
   type: string | undefined = undefined
   resource: string | undefined = undefined
   tenant: string | undefined = undefined
-  /** The bytes that arrived; of a job, its event written anew. */
+  /** The bytes that arrived. For a job, its event serialised again. */
   rawBody: Buffer | undefined = undefined
   refusal: Refusal | undefined = undefined
   duplicate: DuplicateMessage['state'] | undefined = undefined
   attempts: Attempt[] = []
-  /** How often its handlers were started. */
+  /** How often the handlers were started. */
   started = 0
   death: DeadDelivery | undefined = undefined
   /** The status of the answer. */
   status: number | undefined = undefined
-  /** Where the page has sent it. */
+  /** Set when the inspector's page sent the delivery. */
   sent: Sent | undefined = undefined
-  /** Whether a ring has it. */
+  /** Whether a ring contains the entry. */
   kept = false
-  /** Bytes that it takes, about. */
+  /** The approximate size in bytes. */
   size = OWN_SIZE
-  // ms of the process's clock. NaN where it has not come to it.
+  // The end of each step, in ms of `performance.now()`. NaN until the step has ended.
   capturedAt = NaN
   verifiedAt = NaN
   validatedAt = NaN
   deduplicatedAt = NaN
   dispatchedAt = NaN
   answeredAt = NaN
-  /** How long its last attempt took, where this process has not received it: nobody is answered here. */
+  /** The duration of the last attempt in ms, when this process did not receive the request and so measures no answer. */
   ms: number | undefined = undefined
   #claimed: { type: string | undefined } | undefined = undefined
 
   /**
    * @param at ms since the epoch
-   * @param startedAt ms of the process's clock
+   * @param startedAt ms of `performance.now()`
    * @param headers absent for a job
    */
   constructor (
@@ -99,7 +99,7 @@ export class Entry {
   }
 
   keepBody (rawBody: Buffer): void {
-    // It may be a part of a larger piece of memory, which it keeps whole.
+    // The body may be a slice of a larger buffer, which stays in memory as a whole.
     const size = rawBody.buffer.byteLength
     if (size > MAX_BODY) return
     this.rawBody = rawBody
@@ -112,7 +112,7 @@ export class Entry {
     this.started = attempt.number
   }
 
-  /** What the sender of a refused delivery says that it is. */
+  /** The event type in the body of an unverified delivery. */
   get claimedType (): string | undefined {
     this.#claimed ??= { type: /"type"\s*:\s*"([\w.-]{1,100})"/.exec(this.rawBody?.toString('latin1', 0, 1_024) ?? '')?.[1] }
     return this.#claimed.type
@@ -132,12 +132,12 @@ function sizeOf (headers: IncomingHttpHeaders): number {
 
 const clip = (text: string): string => text.length > MAX_TEXT ? text.slice(0, MAX_TEXT) : text
 
-/** Bytes of the errors that are kept of an attempt. */
+/** The approximate size in bytes of the errors of an attempt. */
 export function sizeOfErrors (errors: readonly DeliveryError[]): number {
   return errors.reduce((size, { message, stack }) => size + 2 * (message.length + stack.length), 0)
 }
 
-/** The id of what an event is about. A user's own event may have anything there. */
+/** The id of the object that an event is about. An event of the user's own may hold any value there. */
 export function resourceOf ({ data }: { readonly data?: unknown }): string | undefined {
   if (typeof data !== 'object' || data === null) return undefined
   const { id, call_id: callId, session_id: sessionId, safety_identifier: safetyId } = data as Record<string, unknown>

@@ -17,9 +17,9 @@ import type { InspectorOptions } from './options.ts'
 
 export type { InspectorOptions }
 
-/** Bytes of an action: an edited event, far beyond what a route takes by default. */
+/** The most bytes in the body of an action, which may hold an edited event. Far more than a route accepts by default. */
 const ACTION_LIMIT = 1_048_576
-/** Dead deliveries that are listed. */
+/** The most dead deliveries that are listed. */
 const DEAD_LISTED = 100
 
 const HTML = 'text/html; charset=utf-8'
@@ -35,11 +35,12 @@ const HEADERS = {
 }
 
 /**
- * A page that shows every delivery of the registration in this scope, with what became of it, and that sends and repeats deliveries
- * and requeues dead ones. Register it after the plugin; deliveries are kept from then on, and only where this is registered.
+ * A page that shows every delivery of the plugin's registration in this scope and its outcome. The page can also send sample deliveries,
+ * repeat deliveries and requeue dead ones. Register the inspector after the plugin. It keeps deliveries in memory from then on.
  *
- * Throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS at boot: for a wrong option, without the plugin in scope, and without `onRequest` where
- * NODE_ENV is `production`. Requests that may not look or act are answered 403 FST_OPENAI_WEBHOOK_INSPECTOR_REFUSED.
+ * Throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS at boot: for a wrong option, when the plugin is not registered in this scope or one above, for
+ * a second inspector of the same registration, and without `onRequest` when NODE_ENV is `production`. A request that may not see deliveries
+ * or may not act is answered 403 FST_OPENAI_WEBHOOK_INSPECTOR_REFUSED.
  */
 const inspector: FastifyPluginAsync<InspectorOptions> = async (instance, options) => {
   assertInspectorOptions(options)
@@ -64,12 +65,12 @@ const inspector: FastifyPluginAsync<InspectorOptions> = async (instance, options
     deadLetters: runner.dead !== undefined,
     max: { deliveries: journal.deliveries.max, refused: journal.refusals.max },
     stats: await stats(),
-    rows: journal.rows() // last: what changes from here on is told
+    rows: journal.rows() // read last, because later changes are sent as messages
   })
   instance.addHook('preClose', async () => { live.close() })
   instance.addHook('onClose', async () => { observation.observer = undefined })
 
-  // No other route's parsing changes: this is a scope of its own.
+  // This is a scope of its own, so the parsers of other routes do not change.
   instance.removeAllContentTypeParsers()
   instance.addContentTypeParser('application/json', { parseAs: 'string' }, instance.getDefaultJsonParser('error', 'error'))
 
@@ -92,7 +93,7 @@ const inspector: FastifyPluginAsync<InspectorOptions> = async (instance, options
       url: `${path}/api/${url}`,
       bodyLimit: ACTION_LIMIT,
       onRequest: admitted,
-      // Before the body is parsed, or strangers would have it parsed.
+      // Checked before the body is parsed, so that no body of a stranger is parsed.
       preParsing: async (request, _reply, payload) => {
         await mayAct(readOnly)(request)
         return payload
@@ -111,11 +112,12 @@ const inspector: FastifyPluginAsync<InspectorOptions> = async (instance, options
     })
   }
 
-  // Relative to the page, so that a proxy may put it elsewhere. The app may take a slash at the end of its URL for none.
+  // The base is relative to the page, so that a proxy may serve the page under another path. The app may ignore a slash at the end of the
+  // URL.
   const page = ({ url }: FastifyRequest): string => assets.page.replaceAll('{{base}}', /\/(?:\?|$)/.test(url) ? '.' : path.slice(path.lastIndexOf('/') + 1))
   serve(path, HTML, page)
   const { routerOptions, ignoreTrailingSlash = false } = instance.initialConfig
-  // Else it is the same route to the router, which would refuse a second one.
+  // With ignoreTrailingSlash both paths are the same route, and the router would refuse the second one.
   if (!(routerOptions?.ignoreTrailingSlash ?? ignoreTrailingSlash)) serve(`${path}/`, HTML, page)
   serve(`${path}/page.js`, 'text/javascript; charset=utf-8', () => assets.script)
   serve(`${path}/page.css`, 'text/css; charset=utf-8', () => assets.style)
@@ -128,7 +130,7 @@ const inspector: FastifyPluginAsync<InspectorOptions> = async (instance, options
   get('deliveries/:id', async (request, reply) => {
     const entry = journal.find(Number((request.params as { id: string }).id))
     if (entry === undefined) throw new ActionFault(404, 'the delivery is not kept any more: the last ones are')
-    // Of a tenant that is not known there is nothing to diagnose with.
+    // For an unknown tenant there is no secret, so nothing can be diagnosed.
     const endpoint = routes.endpoints.all.get(entry.endpoint)
     const verification = endpoint && await verificationOf(endpoint, entry.tenant).catch(() => undefined)
     return json(reply, detailOf(entry, { verification, others: journal.others(entry), deliver: actions.obstacles(entry), redact, log: request.log }))
@@ -165,19 +167,19 @@ function json (reply: FastifyReply, value: object): string {
   return JSON.stringify(value)
 }
 
-/** Whoever may look is told what went wrong, whatever the app's error handler makes of errors. */
+/** Requests that passed `onRequest`. Their errors are explained to the page, whatever the app's error handler does. */
 const admittedRequests = new WeakSet<FastifyRequest>()
 
 function tell (error: Error & { code?: unknown }, request: FastifyRequest, reply: FastifyReply): void {
   if (!admittedRequests.has(request)) {
-    reply.send(error) // has the app's own error handler called
+    reply.send(error) // calls the error handler of the app
     return
   }
   reply.code(statusOf(error)).headers(HEADERS).type('application/json; charset=utf-8')
     .send(JSON.stringify({ code: String(error.code), message: error.message }))
 }
 
-/** The JSON of an action. */
+/** The JSON body of an action. */
 class Asked {
   readonly #body: Record<string, unknown>
 

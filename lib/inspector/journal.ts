@@ -15,39 +15,39 @@ import type { Row } from './messages.ts'
 import { Rate } from './rate.ts'
 import { Ring } from './ring.ts'
 
-/** Bytes, whatever the bodies: 16 MB in all. */
+/** The most bytes of all deliveries that are kept: 16 MB together with the refused ones. */
 const MAX_BYTES = 12 * 1_048_576
 const MAX_BYTES_REFUSED = 4 * 1_048_576
-/** Refused deliveries that are kept: strangers may send any number. */
+/** The most refused deliveries that are kept. Strangers may send any number of them. */
 const MAX_REFUSED = 200
 
-/** On a request and its response: what is kept of them. */
+/** The property of a request, and of its raw response, that holds their entry. */
 const ENTRY = Symbol('openai-webhook.entry')
 type Noted = FastifyRequest & { [ENTRY]?: Entry }
 type Observable = ServerResponse & { [ENTRY]?: Entry | undefined }
 
 const DEADLINE = new DeadlineExceeded().code
 const HANDLER_FAILED = new HandlerFailed().code
-/** A hook of the app has answered, so that no step of the plugin's has. */
+/** A hook of the app answered, and no step of the plugin did. */
 const BY_A_HOOK = 'ANSWERED_BY_A_HOOK'
 
-/** Keeps the last deliveries of one registration, and tells which have changed. */
+/** Keeps the last deliveries of one registration and tells which of them have changed. */
 export class Journal implements Observer {
   readonly deliveries: Ring
-  /** Of strangers, or of senders that look like one: in a ring of their own, so that a flood of them displaces no other. */
+  /** Refused deliveries have a ring of their own, so that a flood of requests from strangers displaces no verified delivery. */
   readonly refusals: Ring
   readonly rate = new Rate()
-  /** Those that a runner has, by key: what comes out of its queue belongs to them. */
+  /** Deliveries that a runner has accepted, by key. A job out of its queue belongs to one of them. */
   readonly #queued = new Map<string, Entry>()
-  /** Those that the page is sending, by signature: nobody else can make it, and a refused delivery has one too. */
+  /** Deliveries that the page is sending, by signature. Only the inspector can make that signature, and a refused delivery has it too. */
   readonly #sent = new Map<string, Sent>()
-  /** Those that have changed since they were asked for; `undefined` while nobody looks. */
+  /** The deliveries that have changed since the last call of takeChanged(). `undefined` while no page is open. */
   #changed: Set<Entry> | undefined
   #lastId = 0
-  /** One function for all responses, whose own listeners would be kept with them. */
+  /** One function for all responses. A listener per response would stay in memory with the response. */
   readonly #answered: (this: Observable) => void
 
-  /** @param max deliveries */
+  /** @param max the most deliveries that are kept */
   constructor (max: number) {
     const dropped = (entry: Entry): void => {
       this.#changed?.delete(entry)
@@ -63,30 +63,30 @@ export class Journal implements Observer {
     this.#answered = answered
   }
 
-  // What the inspector asks
+  // Called by the inspector
 
   find (id: number): Entry | undefined {
     return [...this.deliveries, ...this.refusals].find(entry => entry.id === id)
   }
 
-  /** All that are kept, the oldest first. */
+  /** All deliveries that are kept, the oldest first. */
   rows (): Row[] {
     return [...this.refusals, ...this.deliveries].sort((a, b) => a.id - b.id).map(rowOf)
   }
 
-  /** The other deliveries with the webhook-id of one that was verified. */
+  /** The other deliveries with the webhook-id of a verified delivery. */
   others (entry: Entry): Row[] {
     const { endpoint, tenant, webhookId } = entry
     if (webhookId === undefined) return []
     return [...this.deliveries].filter(other => other !== entry && other.webhookId === webhookId && other.endpoint === endpoint && other.tenant === tenant).map(rowOf)
   }
 
-  /** Begins or ends to note what changes. */
+  /** Starts or stops recording which deliveries change. */
   watch (watched: boolean): void {
     this.#changed = watched ? this.#changed ?? new Set() : undefined
   }
 
-  /** What has changed since it was asked last. */
+  /** The deliveries that have changed since the last call. */
   takeChanged (): Row[] {
     const changed = this.#changed
     if (changed === undefined || changed.size === 0) return []
@@ -96,10 +96,11 @@ export class Journal implements Observer {
   }
 
   /**
-   * Follows a delivery that the page sends.
+   * Sends a delivery of the page and recognises it on arrival.
    *
-   * @param signed its headers
-   * @returns what `send` does, and the delivery's id; `undefined` where it has not arrived
+   * @param signed the signed headers of the delivery
+   * @param again the id of the delivery that is repeated
+   * @returns the result of `send`, and the id of the delivery; `undefined` when it has not arrived
    */
   async sending<T> (signed: IncomingHttpHeaders, again: number | undefined, send: () => Promise<T>): Promise<{ answer: T, id: number | undefined }> {
     const sent: Sent = { again, id: undefined }
@@ -112,12 +113,12 @@ export class Journal implements Observer {
     }
   }
 
-  // What happens
+  // Called by the plugin
 
   arrived (request: FastifyRequest, reply: FastifyReply, endpoint: string): void {
     const raw = reply.raw as Observable
     raw[ENTRY] = this.#note(request, endpoint)
-    // After 'finish', and where a sender goes away, which causes no 'finish'.
+    // 'close' follows 'finish', and comes without it when the sender disconnects.
     raw.on('close', this.#answered)
   }
 
@@ -178,7 +179,7 @@ export class Journal implements Observer {
     return new Run(this, entry, record, own, request === undefined, startedAt, job)
   }
 
-  /** The handlers have ended. */
+  /** Called when the handlers have ended. */
   ended (entry: Entry, { attempt, job, error }: { readonly attempt: Attempt, readonly job: Job, readonly error: unknown }): void {
     if (error === undefined) {
       attempt.outcome = 'processed'
@@ -193,10 +194,10 @@ export class Journal implements Observer {
   }
 
   refused ({ code, statusCode, error }: { code: string, statusCode: number, error: unknown }, { endpoint, tenant }: Refused, request: FastifyRequest): void {
-    // A hook of the app before ours may have refused it.
+    // A hook of the app may have refused the request before it was noted.
     const entry = (request as Noted)[ENTRY] ?? this.#note(request, endpoint)
     const { cause, message } = error as { cause?: unknown, message?: unknown }
-    // What the handlers threw stands at the attempt.
+    // The errors of the handlers are kept in the attempt.
     const described = code === HANDLER_FAILED || cause === undefined ? null : describe(null, cause)
     entry.refusal = { code: code.slice(0, 100), statusCode, message: String(message).slice(0, 500), error: described }
     if (entry.webhookId === undefined) {
@@ -207,7 +208,7 @@ export class Journal implements Observer {
       return
     }
     if (described !== null) this.deliveries.grow(entry, sizeOfErrors([described]))
-    // Its handlers run on, or have failed; or it is told that it is a duplicate of one that runs elsewhere.
+    // After a deadline the handlers run on. A delivery whose handlers have failed, or that is a duplicate, keeps its state.
     if (code === DEADLINE && entry.state === 'running') this.#move(entry, 'late')
     else if (entry.state === 'received') this.#move(entry, 'refused')
     else this.#move(entry, entry.state)
@@ -221,7 +222,7 @@ export class Journal implements Observer {
     this.#move(entry, 'dead')
   }
 
-  /** A hook of the app that throws null has Fastify skip the one that notes the arrival. */
+  /** A hook of the app that throws null makes Fastify skip the hook that notes the arrival. */
   #entryOf (request: FastifyRequest): Entry {
     return (request as Noted)[ENTRY] ?? this.#note(request, String(request.routeOptions.url))
   }
@@ -238,11 +239,11 @@ export class Journal implements Observer {
     if (sent === undefined) return
     entry.sent = sent
     sent.id = entry.id
-    // Whoever forwards it sends another.
+    // A copy of this request that somebody forwards is a new delivery.
     this.#sent.delete(signature)
   }
 
-  /** The delivery that a job came with, or where this process has not received it a new one. */
+  /** The delivery that a job belongs to. When this process did not receive it, a new one. */
   #entryOfJob (job: Job): Entry {
     const key = keyOf(job)
     const known = this.#queued.get(key)
@@ -269,7 +270,7 @@ export class Journal implements Observer {
 
   #over (entry: Entry, { headersSent, statusCode }: ServerResponse): void {
     entry.answeredAt = performance.now()
-    // Else the sender has gone before.
+    // No headers were sent if the sender disconnected before the answer.
     if (headersSent) entry.status = statusCode
     if (entry.state === 'received') {
       entry.state = 'refused'
@@ -285,7 +286,7 @@ export class Journal implements Observer {
   }
 }
 
-/** One run of a delivery's handlers. */
+/** One attempt: one run of a delivery's handlers. */
 class Run implements ObservedAttempt {
   constructor (
     readonly journal: Journal,
@@ -310,12 +311,12 @@ class Run implements ObservedAttempt {
     this.#end(own, error === undefined ? 'succeeded' : 'failed')
     attempt.ms = performance.now() - startedAt
     if (!queued) entry.dispatchedAt = startedAt + attempt.ms
-    // Where the sender was answered here, its answer did not wait for a queue.
+    // When this process received the request, its row shows the time until the answer, which did not wait for the queue.
     else if (entry.headers === undefined) entry.ms = attempt.ms
     journal.ended(entry, { attempt, job, error })
   }
 
-  /** Behind those that are kept stands the route's own handler. */
+  /** Only the first MAX_HANDLERS event handlers are kept. The run after them is that of the route's own handler. */
   #run (index: number): HandlerRun | undefined {
     return index < MAX_HANDLERS ? this.attempt.handlers[index] : undefined
   }
@@ -327,7 +328,7 @@ class Run implements ObservedAttempt {
   }
 }
 
-/** In either scheme. */
+/** The signature in either scheme. */
 const signatureOf = ({ 'webhook-signature': standard, 'x-openai-signature': older }: IncomingHttpHeaders): string => String(standard ?? older)
 
 function name (entry: Entry, { webhookId, timestamp, event, tenant }: Pick<Job, 'webhookId' | 'timestamp'> & { event: { type: string, data?: unknown }, tenant?: string | undefined }): void {

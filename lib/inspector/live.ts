@@ -4,11 +4,11 @@ import { isClosed, needsDrain } from '../delivery/raw-response.ts'
 import { Overloaded } from '../errors.ts'
 import type { Hello, Row, Stats } from './messages.ts'
 
-/** Pages that look at once. */
+/** The most pages that are connected at once. */
 const MAX_STREAMS = 20
-/** ms between two messages about what has changed, however much that is. */
+/** The interval in ms between two messages about changes, however many changes there are. */
 const PACE = 250
-/** Between two messages with figures, one in so many. */
+/** The figures are sent with every fourth message. */
 const STATS_EVERY = 4
 
 interface Source {
@@ -20,11 +20,11 @@ interface Source {
 interface Stream {
   readonly raw: FastifyReply['raw']
   readonly hello: () => Promise<Hello>
-  /** Its reader is slow: it is told everything anew once it has read what is on its way. */
+  /** The reader is slow. Once it has read what was sent, it gets the whole state again. */
   behind: boolean
 }
 
-/** Server-sent events (https://html.spec.whatwg.org/multipage/server-sent-events.html) to the pages that look. */
+/** Sends server-sent events (https://html.spec.whatwg.org/multipage/server-sent-events.html) to the open pages. */
 export class Live {
   readonly #source: Source
   readonly #streams = new Set<Stream>()
@@ -36,12 +36,12 @@ export class Live {
     this.#source = source
   }
 
-  /** Answers with a stream. @throws FST_OPENAI_WEBHOOK_OVERLOADED */
+  /** Starts a stream as the answer. @throws FST_OPENAI_WEBHOOK_OVERLOADED */
   async open (reply: FastifyReply, hello: () => Promise<Hello>): Promise<void> {
     if (this.#closed || this.#streams.size >= MAX_STREAMS) throw new Overloaded()
     const { raw } = reply
     reply.hijack()
-    // The page went away while a hook of the user's decided: its 'close' is past.
+    // The page may have disconnected while the user's hook was running. Its 'close' event has then passed already.
     if (isClosed(raw)) return
     const stream: Stream = { raw, hello, behind: false }
     this.#streams.add(stream)
@@ -52,15 +52,14 @@ export class Live {
       ...reply.getHeaders() as Record<string, string>,
       'content-type': 'text/event-stream; charset=utf-8',
       'cache-control': 'no-store',
-      'x-accel-buffering': 'no', // nginx would hold it back
-      // Else it would hold a closing server open. HTTP/2 has no such header.
+      'x-accel-buffering': 'no', // nginx would buffer the stream
+      // A kept-alive connection would delay the closing of the server. HTTP/2 has no `connection` header.
       ...((raw as unknown as Http2ServerResponse).stream === undefined && { connection: 'close' })
     })
     this.#timer ??= setInterval(() => { this.#tick() }, PACE).unref()
     send(stream, 'hello', await hello())
   }
 
-  /** Ends all streams. */
   close (): void {
     this.#closed = true
     for (const { raw } of this.#streams) {
@@ -81,7 +80,7 @@ export class Live {
     const rows = this.#source.takeChanged()
     if (rows.length > 0) this.#tell('rows', rows)
     if (++this.#turn % STATS_EVERY === 0) {
-      // Does not fail: a runner that cannot be reached counts as one that does not answer.
+      // stats() does not reject: a runner that cannot be reached counts as one that does not answer.
       this.#source.stats().then(stats => { this.#tell('stats', stats) })
     }
   }
@@ -101,7 +100,7 @@ export class Live {
   }
 }
 
-// JSON text has no line breaks of its own.
+// JSON text contains no line breaks, so one data line is enough.
 const format = (event: string, data: unknown): string => `event: ${event}\ndata: ${JSON.stringify(data)}\n\n`
 
 function send ({ raw }: Stream, event: string, data: unknown): void {

@@ -1,52 +1,55 @@
-// What the server and the page say to each other, as JSON.
+// The messages between the server and the page, as JSON.
 
 export type DeliveryState = 'received' | 'refused' | 'running' | 'processed' | 'failed' | 'queued' | 'duplicate' | 'late' | 'dead'
 
-/** One delivery in the list. */
+/** One row of the list of deliveries. */
 export interface Row {
-  /** Grows with each delivery, in this process. */
+  /** Increases with each delivery in this process. */
   readonly id: number
-  /** When it came, in ms since the epoch. */
+  /** When the delivery arrived, in ms since the epoch. */
   readonly at: number
-  /** Of a refused delivery only what its sender says. */
+  /** For a refused delivery, `type` and `webhookId` are what the sender claims. */
   readonly type: string | null
   readonly webhookId: string | null
   readonly endpoint: string
   readonly tenant: string | null
-  /** Of the object that the event is about, such as a batch. */
+  /** The id of the object that the event is about, such as a batch. */
   readonly resource: string | null
   readonly state: DeliveryState
-  /** What its sender was answered; `null` until then, and where it came out of a queue. */
+  /** The status of the answer. `null` before the answer, and for a delivery out of a queue. */
   readonly status: number | null
   readonly code: string | null
   readonly attempts: number
-  /** From the arrival until the answer; where this process has not received it, those of its last attempt. */
+  /** ms from the arrival to the answer. When this process did not receive the request, ms of the last attempt. */
   readonly ms: number | null
-  /** Sent from this page. */
+  /** Whether this page sent the delivery. */
   readonly own: boolean
-  /** The delivery that this one repeats, where it was sent from this page. */
+  /** The id of the delivery that this one repeats, when this page sent it. */
   readonly again: number | null
 }
 
 export interface Stats {
-  /** Deliveries, and those that failed or were refused, in slots of `seconds`, the last one the present. */
+  /**
+   * `total` counts the deliveries, and `failed` those that failed or were refused, in slots of `seconds` each. The last slot is the present
+   * one.
+   */
   readonly seconds: number
   readonly total: readonly number[]
   readonly failed: readonly number[]
-  /** `null` where the runner has no queue or does not answer. */
+  /** The deliveries in the runner's queue. `null` when the runner has no queue or does not answer. */
   readonly depth: number | null
   readonly dead: number | null
 }
 
 export interface EndpointInfo {
   readonly url: string
-  /** Whether a delivery can be signed for it here. */
+  /** Whether the inspector can sign deliveries for this endpoint. */
   readonly signs: boolean
-  /** Whether it serves many. */
+  /** Whether the endpoint serves several tenants. */
   readonly tenants: boolean
 }
 
-/** The first message of a stream. */
+/** The first message of a stream. It is sent again to a page that has fallen behind. */
 export interface Hello {
   readonly rows: readonly Row[]
   readonly stats: Stats
@@ -54,7 +57,6 @@ export interface Hello {
   readonly readOnly: boolean
   readonly endpoints: readonly EndpointInfo[]
   readonly types: readonly string[]
-  /** Whether the runner keeps dead deliveries. */
   readonly deadLetters: boolean
 }
 
@@ -66,7 +68,7 @@ export interface ErrorInfo {
 
 export interface HandlerInfo {
   readonly name: string
-  /** `skipped`: it had succeeded in an earlier attempt. */
+  /** `skipped`: the handler succeeded in an earlier attempt. */
   readonly outcome: 'running' | 'succeeded' | 'failed' | 'skipped'
   readonly ms: number | null
 }
@@ -85,7 +87,7 @@ export type StepName = 'capture' | 'verify' | 'validate' | 'deduplicate' | 'disp
 
 export interface StepInfo {
   readonly name: StepName
-  /** ms from the arrival; `null` where it was not reached. */
+  /** ms since the arrival; `null` when the step was not reached. */
   readonly from: number | null
   readonly to: number | null
   readonly failed: boolean
@@ -103,40 +105,40 @@ export interface RefusalInfo {
   readonly statusCode: number
   readonly message: string
   readonly error: ErrorInfo | null
-  /** What to change, where the diagnosis does not say it. */
+  /** What to change, when the diagnosis does not say it. */
   readonly fix: string | null
-  /** What the sender was told in place of the code, lest strangers find out which tenants there are. */
+  /** The code that the sender was told instead of `code`, so that strangers cannot find out which tenants exist. */
   readonly told: string | null
 }
 
 export interface BodyInfo {
   readonly base64: string
   readonly size: number
-  /** Whether these are the bytes that arrived, and not written anew from what a queue held. */
+  /** Whether these are the bytes that arrived. Otherwise they were serialised from the job of a queue. */
   readonly arrived: boolean
 }
 
-/** Whether a button is offered: `null`, or why it is not. */
+/** `null` when a button can be offered, else the reason why it cannot. */
 export type Obstacle = string | null
 
-/** One delivery. */
+/** Everything that the page shows of one delivery. */
 export interface Detail {
   readonly row: Row
   readonly url: string
   readonly timestamp: number | null
   readonly steps: readonly StepInfo[] | null
   readonly headers: ReadonlyArray<readonly [name: string, value: string]> | null
-  /** `null` where it was refused before it was read, or is too large to be kept. */
+  /** `null` when the delivery was refused before its body was read, or the body is too large to be kept. */
   readonly body: BodyInfo | null
   readonly refusal: RefusalInfo | null
   readonly diagnosis: DiagnosisInfo | null
   readonly duplicate: string | null
   readonly attempts: readonly AttemptInfo[]
   readonly death: { readonly at: number, readonly attempts: number, readonly errors: readonly ErrorInfo[] } | null
-  /** The other deliveries with this webhook-id at this endpoint. */
+  /** The other deliveries with this webhook-id at this endpoint, of the same tenant. */
   readonly others: readonly Row[]
   readonly deliver: { readonly again: Obstacle, readonly edited: Obstacle }
-  /** How *Copy as curl* signs: by the secret in the reader's environment, or not at all. */
+  /** How *Copy as curl* signs: with the secret in the environment of the person who runs it, or not at all. */
   readonly scheme: 'standard' | null
 }
 
@@ -152,14 +154,14 @@ export interface DeadInfo {
   readonly finished: readonly string[]
 }
 
-/** The answer to an action. */
+/** The answer to a delivery that the page sent. */
 export interface Delivered {
   readonly status: number
   readonly body: string
 }
 
 export interface Repeated extends Delivered {
-  /** The new delivery's; `null` where it has not come as far as the plugin. */
+  /** The id of the new delivery; `null` when it did not reach the plugin. */
   readonly id: number | null
 }
 

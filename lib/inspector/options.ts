@@ -3,45 +3,46 @@ import type { FastifyInstance, FastifyReply, FastifyRequest, HookHandlerDoneFunc
 import { assertRules, isFunction, wholeNumber } from '../checks.ts'
 import type { Rule } from '../checks.ts'
 
-/** With `done` or asynchronous. One type, since TypeScript infers no parameters from Fastify's two. */
+/** A hook that calls `done` or is asynchronous. This is one type, because TypeScript infers no parameters from a union of Fastify's two. */
 export type OnRequest = (this: FastifyInstance, request: FastifyRequest, reply: FastifyReply, done: HookHandlerDoneFunction) => void | Promise<unknown>
 
 export interface InspectorOptions {
   /**
-   * Where the page is, within the `prefix` of `register`.
+   * The path of the page, within the `prefix` of `register`.
    *
    * @default '/openai-webhook'
    */
   path?: string
   /**
-   * Lets in who may see deliveries, as Fastify's hook of this name: your authentication. Without it the page is served on the
-   * loopback interface alone, and not at all where NODE_ENV is `production`.
+   * Your authentication: a hook, or several, like Fastify's `onRequest`. It admits those who may see deliveries. Without it the page is
+   * served only on the loopback interface, and not at all when NODE_ENV is `production`.
    */
   onRequest?: OnRequest | readonly OnRequest[]
   /**
-   * Whether the page may only look: no sending, no requeueing. A function decides for each request, and nothing but `false` lets
-   * it act.
+   * Whether the page may only show deliveries, and not send or requeue any. A function decides for each request; only the result `false`
+   * allows actions.
    *
    * @default true where NODE_ENV is 'production', else false
    */
   readOnly?: boolean | ((request: FastifyRequest) => boolean | Promise<boolean>)
   /**
-   * Deliveries that are kept, of 16 MB at most.
+   * The number of deliveries that are kept in memory. Refused deliveries are kept apart from these, at most 200. All of them together take
+   * at most 16 MB.
    *
    * @default 500
    */
   max?: number
   /**
-   * The headers as they are shown, given a copy of those that arrived. By default `authorization`, `proxy-authorization`, `cookie`
-   * and `set-cookie` are hidden; they are after yours too.
+   * Returns the headers to show, given a copy of those that arrived. The values of `authorization`, `proxy-authorization`, `cookie` and
+   * `set-cookie` are always hidden, whatever this function returns.
    */
   redact?: (headers: IncomingHttpHeaders) => IncomingHttpHeaders
 }
 
-/** The defaults of options. Each stands at its option too, as `@default`. */
+/** The defaults of the options. Each is repeated at its option as `@default`. */
 export const DEFAULTS = { path: '/openai-webhook', max: 500 }
 
-/** Deliveries. A page with more would be slow. */
+/** The greatest `max`. A page with more deliveries would be slow. */
 const MOST = 10_000
 
 const rules: Record<keyof Required<InspectorOptions>, Rule> = {
@@ -52,7 +53,7 @@ const rules: Record<keyof Required<InspectorOptions>, Rule> = {
   redact: { expected: 'a function of the headers', accepts: isFunction }
 }
 
-/** Options of `register` that Fastify itself or fastify-cli reads. */
+/** Options of `register` that Fastify or fastify-cli reads. */
 const FASTIFY_OPTIONS = ['prefix', 'logLevel', 'logSerializers', 'skipOverride']
 
 /** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
@@ -64,5 +65,5 @@ export function assertInspectorOptions (options: object): asserts options is Ins
   })
 }
 
-/** Of what lets in who may look; by its letters alone, `auth` is nearest to `path`. */
+/** Other names for `onRequest`. By its letters, `auth` is nearest to `path`. */
 const OTHER_NAMES = /^(?:auth|authenticate|authentication|preHandler)$/i

@@ -1,15 +1,15 @@
-/** Slots that are kept, and how long each is, in ms. */
+/** The number of slots, and the length of each in ms. */
 const SLOTS = 60
 const SLOT = 5_000
 
-/** How many deliveries came, and how many of them failed, over the last five minutes. */
+/** Counts the deliveries, and the failed ones among them, over the last five minutes. */
 export class Rate {
   readonly #total = new Array<number>(SLOTS).fill(0)
   readonly #failed = new Array<number>(SLOTS).fill(0)
-  /** The slot of the last count, since the process began. */
+  /** The slot of the last count: the number of slots since the process's clock began. */
   #last = 0
 
-  /** @param now ms of the process's clock */
+  /** @param now ms of `performance.now()` */
   came (now: number): void {
     this.#total[this.#slot(now)]!++
   }
@@ -18,7 +18,7 @@ export class Rate {
     this.#failed[this.#slot(now)]!++
   }
 
-  /** The oldest slot first. */
+  /** Returns the counts, the oldest slot first. */
   read (now: number): { seconds: number, total: number[], failed: number[] } {
     const present = this.#slot(now)
     const inOrder = (counts: readonly number[]): number[] => [...counts.slice(present + 1), ...counts.slice(0, present + 1)]

@@ -1,6 +1,6 @@
 import type { Entry } from './entry.ts'
 
-/** The last deliveries, bounded by their number and by the bytes that they take. */
+/** The last deliveries, bounded by their number and their size in bytes. */
 export class Ring {
   readonly #entries: Array<Entry | undefined>
   readonly #maxBytes: number
@@ -9,7 +9,7 @@ export class Ring {
   #size = 0
   #bytes = 0
 
-  /** @param dropped called with each that makes room */
+  /** @param dropped called with each entry that is removed to make room */
   constructor (readonly max: number, maxBytes: number, dropped: (entry: Entry) => void) {
     this.#entries = new Array<Entry | undefined>(max).fill(undefined)
     this.#maxBytes = maxBytes
@@ -27,7 +27,7 @@ export class Ring {
     this.#shrink()
   }
 
-  /** A delivery takes more than it did. One that is not kept any more may still be running. */
+  /** Counts further bytes of a delivery. A delivery may still be running although the ring has dropped it. */
   grow (entry: Entry, bytes: number): void {
     if (!entry.kept) return
     entry.size += bytes
