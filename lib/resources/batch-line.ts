@@ -3,16 +3,16 @@ import { isObject } from '../checks.ts'
 import { InvalidBatchLine } from '../errors.ts'
 import type { Answer } from './kinds.ts'
 
-/** A batch has its results in two files. Either can be absent. */
+/** The results of a batch are in two files, and either of them can be absent. */
 export type BatchFile = 'output' | 'error'
 
-/** What OpenAI documents that batches can be made for. */
+/** The endpoints for which OpenAI documents batches. */
 export type BatchEndpoint =
   '/v1/chat/completions' | '/v1/completions' | '/v1/embeddings' | '/v1/images/edits' | '/v1/images/generations' | '/v1/moderations' | '/v1/responses' | '/v1/videos'
 
 type Other = Record<string, unknown>
 
-/** The body of a successful request, as the client types it. */
+/** The body of a successful request, with the client's own type for it. */
 type Body<Client, Endpoint extends BatchEndpoint> =
   Endpoint extends '/v1/chat/completions'
     ? Client extends { chat: { completions: { create: infer Method } } } ? Answer<Method, 'chat.completion'> : Other
@@ -23,47 +23,48 @@ type Body<Client, Endpoint extends BatchEndpoint> =
         : Other
 
 interface Line {
-  /** What your input file calls the request. */
+  /** The `custom_id` of the request in your input file. */
   readonly customId: string
-  /** OpenAI's id of the request in the batch; absent where the line has none. */
+  /** OpenAI's id of the request in the batch; `undefined` when the line has none. */
   readonly id: string | undefined
   readonly file: BatchFile
-  /** In its file, from 1. */
+  /** The number of the line in its file, from 1. */
   readonly line: number
-  /** OpenAI's id of the API request, for its support. */
+  /** OpenAI's id of the API request. OpenAI's support asks for it. */
   readonly requestId: string | undefined
 }
 
 export interface BatchSuccess<Client, Endpoint extends BatchEndpoint> extends Line {
-  /** Of the batch: narrows `body`. */
+  /** The endpoint of the batch, which narrows the type of `body`. */
   readonly endpoint: Endpoint
-  /** 2xx */
+  /** The status of the answer, 200 to 299. */
   readonly status: number
   readonly body: Body<Client, Endpoint>
   readonly error: null
 }
 
 export interface BatchFault {
-  /** OpenAI's word for it, such as `batch_expired`; `null` where it gives none. */
+  /** OpenAI's error code, such as `batch_expired`; `null` when OpenAI gives none. */
   readonly code: string | null
   readonly message: string
 }
 
 export interface BatchFailure extends Line {
   readonly endpoint: BatchEndpoint
-  /** The status of the answer; `undefined` where the request was not made, as in a batch that expired. */
+  /** The status of the answer; `undefined` when the request was not made, as in a batch that expired. */
   readonly status: number | undefined
-  /** The answer, where there was one. */
+  /** The body of the answer, if there was one. */
   readonly body: unknown
   readonly error: BatchFault
 }
 
-/** One request of a batch: `error` is `null` where it succeeded, and `endpoint` says what its body is. */
+/** The result of one request of a batch. `error` is `null` when the request succeeded; `endpoint` then determines the type of `body`. */
 export type BatchResult<Client> = BatchFailure | { [Endpoint in BatchEndpoint]: BatchSuccess<Client, Endpoint> }[BatchEndpoint]
 
 /**
  * @param bytes one line, not empty
- * @throws FST_OPENAI_WEBHOOK_INVALID_BATCH_LINE, which has nothing of what the line says
+ * @param line the number of the line in its file, from 1
+ * @throws FST_OPENAI_WEBHOOK_INVALID_BATCH_LINE, whose message quotes nothing of the line
  */
 export function readLine<Client> (bytes: Buffer, line: number, file: BatchFile, endpoint: string): BatchResult<Client> {
   const invalid = (expected: string): Error => new InvalidBatchLine(line, file, expected)
@@ -95,11 +96,11 @@ function parse (bytes: Buffer, invalid: (expected: string) => Error): unknown {
   try {
     return JSON.parse(bytes.toString())
   } catch {
-    throw invalid('JSON') // the parser's own message would quote it
+    throw invalid('JSON') // the message of the parser would quote the line
   }
 }
 
-/** What a request failed with that was answered, which the line has in the answer's body. */
+/** The error of a request that was answered with a failure. Such a line has it in the body of the answer and not in `error`. */
 function faultOf (status: number, body: unknown): Record<string, unknown> | null {
   if (status >= 200 && status < 300) return null
   const { error } = isObject(body) ? body : {}

@@ -9,12 +9,12 @@ import type { ResourceClient } from './kinds.ts'
 import { Lines } from './lines.ts'
 import { assertId, retrieve } from './retrieve.ts'
 
-/** As much of the official client as this needs. */
+/** The part of the official client that batchResults() uses. */
 export interface BatchClient extends ResourceClient {
   readonly files: { content (id: string, options?: any): PromiseLike<FileAnswer> }
 }
 
-/** The Batch of the API. */
+/** A Batch of the API. */
 export interface BatchLike {
   readonly endpoint: string
   readonly status?: string
@@ -28,16 +28,16 @@ export interface BatchEvent {
 }
 
 export interface BatchResultsOptions {
-  /** Ends it, with the signal's reason: a handler has one in its context. */
+  /** Aborts the iteration with the signal's reason. A handler has such a signal in its context. */
   signal?: AbortSignal
   /**
-   * ms without a byte after which a body is given up.
+   * ms without a byte after which reading a file is given up.
    *
    * @default 60_000
    */
   idleTimeout?: number
   /**
-   * Bytes of a line, which is held in memory.
+   * The most bytes of one line. One line at a time is held in memory.
    *
    * @default 67_108_864 (64 MiB)
    */
@@ -47,20 +47,20 @@ export interface BatchResultsOptions {
 const IDLE_TIMEOUT = 60_000
 const LINE_LIMIT = 64 * 1_048_576
 
-/** A batch that is in none of these goes on, and has no files yet. */
+/** The final states of a batch. A batch in another state is still in progress and has no files yet. */
 const ENDED = ['cancelled', 'completed', 'expired', 'failed']
 
 /**
- * The results of a batch, line by line as they arrive: of its output file, then of its error file, where it has them. Memory
- * is bounded by one line, whatever the size of the files. A consumer that breaks the loop ends the connection.
+ * Reads the results of a batch line by line as they arrive: those of its output file, then those of its error file, each if there is one.
+ * Only one line is held in memory, whatever the size of the files. Breaking out of the loop closes the connection.
  *
- * Throws FST_OPENAI_WEBHOOK_BATCH_STALLED when no byte has come for `idleTimeout`; FST_OPENAI_WEBHOOK_BATCH_BROKEN when a
- * body breaks off and cannot be resumed; FST_OPENAI_WEBHOOK_INVALID_BATCH_LINE and FST_OPENAI_WEBHOOK_BATCH_LINE_TOO_LONG
- * with a line's number; FST_OPENAI_WEBHOOK_BATCH_NOT_ENDED; FST_OPENAI_WEBHOOK_NO_RESOURCE for what is no event of a
- * batch; FST_OPENAI_WEBHOOK_INVALID_OPTIONS; and the SDK's errors.
+ * Throws FST_OPENAI_WEBHOOK_BATCH_STALLED when no byte has come for `idleTimeout`; FST_OPENAI_WEBHOOK_BATCH_BROKEN when a file breaks off
+ * and cannot be resumed; FST_OPENAI_WEBHOOK_INVALID_BATCH_LINE and FST_OPENAI_WEBHOOK_BATCH_LINE_TOO_LONG, with the number of the line;
+ * FST_OPENAI_WEBHOOK_BATCH_NOT_ENDED; FST_OPENAI_WEBHOOK_NO_RESOURCE for an event that is not of a batch;
+ * FST_OPENAI_WEBHOOK_INVALID_OPTIONS; and the SDK's errors.
  *
- * @param client of the official `openai` package. Its `timeout` ends at a body's headers
- * @param of the batch, or an event of it
+ * @param client a client of the official `openai` package. Its `timeout` covers only the time until the headers of an answer
+ * @param of the batch, or an event of the batch
  */
 export async function * batchResults<Client extends BatchClient> (
   client: Client,
@@ -99,7 +99,7 @@ async function batchOf (client: BatchClient, event: BatchEvent, options: { signa
   return await retrieve(client, event, options) as unknown as BatchLike
 }
 
-/** Whether it has nothing but white space, as JSON has it. */
+/** Whether a line holds nothing but JSON white space. */
 function isBlank (line: Buffer): boolean {
   return line.length === 0 || line.every(byte => byte === 0x20 || byte === 0x09 || byte === 0x0d)
 }

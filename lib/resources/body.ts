@@ -1,7 +1,7 @@
 import { BatchBroken, BatchStalled } from '../errors.ts'
 import type { BatchFile } from './batch-line.ts'
 
-/** As much of a `Response` as is read here. */
+/** The part of a `Response` that is used here. */
 export interface FileAnswer {
   readonly status: number
   readonly headers: { get (name: string): string | null }
@@ -15,27 +15,28 @@ interface Reader {
 
 export interface BytesOptions {
   readonly file: BatchFile
-  /** Asks for the file, with these headers beside the usual ones. */
+  /** Requests the file, with these headers in addition to the SDK's own. */
   readonly open: (headers: Record<string, string>) => PromiseLike<FileAnswer>
-  /** ms without a byte */
+  /** ms without a byte after which reading is given up. */
   readonly idleTimeout: number
   readonly signal: AbortSignal | undefined
 }
 
-/** How often in a row a body may be resumed and break before a byte has come. */
+/** The most times in a row that a body is resumed without receiving a byte. */
 const FRUITLESS = 3
 
-/** What was read: bytes, the end, or that the connection broke. */
+/** The result of one read: bytes, the end of the body, or the end because the connection broke. */
 type Read = { readonly value: Uint8Array } | { readonly end: true, readonly cause?: unknown }
 
 /**
- * The bytes of a file, each once. A body that breaks off is resumed where it broke, by Range, if the server does that and the
- * file is still the same.
+ * Yields the bytes of a file, each once. A body that breaks off is resumed there with a Range request, if the server supports that and the
+ * file has not changed.
  *
  * @throws FST_OPENAI_WEBHOOK_BATCH_STALLED, FST_OPENAI_WEBHOOK_BATCH_BROKEN; the signal's reason; the SDK's errors
  */
 export async function * bytesOf ({ file, open, idleTimeout, signal }: BytesOptions): AsyncGenerator<Uint8Array, void, undefined> {
-  // A range counts the bytes of the encoding that is sent. fetch asks for this one by itself where there is a Range.
+  // A range counts the bytes of the encoded body, so the file is requested unencoded. fetch() requests this encoding by itself when there
+  // is a Range header.
   const answer = await open({ 'Accept-Encoding': 'identity' })
   const { headers } = answer
   const resumable = isIdentity(headers) && headers.get('accept-ranges') !== 'none'
@@ -63,7 +64,7 @@ export async function * bytesOf ({ file, open, idleTimeout, signal }: BytesOptio
       }
     }
   } finally {
-    // Where the consumer has had enough, this ends the connection.
+    // Closes the connection, also when the consumer stops early.
     end(reader)
   }
 
@@ -77,14 +78,14 @@ export async function * bytesOf ({ file, open, idleTimeout, signal }: BytesOptio
       throw new BatchBroken(file, from, { cause })
     }
     const rest = readerOf(resumed)
-    // 200 would be the whole file, or another one.
+    // Status 200 would carry the whole file, or another file.
     if (resumed.status === 206 && isRangeFrom(resumed.headers.get('content-range'), from, total)) return rest
     end(rest)
     throw new BatchBroken(file, from, { cause: new Error(`asked for the rest, the server answered ${resumed.status} with the content-range ${resumed.headers.get('content-range') ?? '(none)'}`) })
   }
 }
 
-/** One read. The timer runs while the server is waited for, and not while the consumer takes its time. */
+/** Reads once. The timer runs only while the server is waited for, and not while the consumer works. */
 async function next (reader: Reader, { file, idleTimeout, signal }: Omit<BytesOptions, 'open'>): Promise<Read> {
   signal?.throwIfAborted()
   let timer: NodeJS.Timeout | undefined
@@ -94,7 +95,7 @@ async function next (reader: Reader, { file, idleTimeout, signal }: Omit<BytesOp
     onAbort = () => reject(signal!.reason)
     signal?.addEventListener('abort', onAbort)
   })
-  // The SDK may hand the signal on to the body, which then breaks as well.
+  // The SDK may pass the signal to the body, whose read then fails too.
   const read = reader.read().then(({ value }): Read => value === undefined ? { end: true } : { value }, (cause): Read => {
     signal?.throwIfAborted()
     return { end: true, cause }
@@ -107,7 +108,7 @@ async function next (reader: Reader, { file, idleTimeout, signal }: Omit<BytesOp
   }
 }
 
-/** Not awaited: what is stalled may not answer this either. */
+/** Cancelling is not awaited, because a stalled body may never answer. */
 function end (reader: Reader): void {
   reader.cancel().catch(() => {})
 }

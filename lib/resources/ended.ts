@@ -1,40 +1,40 @@
 import { UnexpectedList } from '../errors.ts'
 import type { ResourceClient } from './kinds.ts'
 
-/** A resource that has ended, and the event that tells of it. */
+/** A resource that has ended, and the event that OpenAI sent for it. */
 export interface Ended {
   readonly type: string
-  /** The event's data; its `id` is the resource's. */
+  /** The `data` of the event. Its `id` is that of the resource. */
   readonly data: { readonly id: string }
-  /** Unix seconds: when it ended; where the API does not say that, when it was created. */
+  /** When the resource ended, in Unix seconds. When it was created, if the API does not say when it ended. */
   readonly endedAt: number
 }
 
 type Item = Readonly<Record<string, unknown>>
 
 interface Family {
-  /** The event that is sent for each final state, by the resource's `status`. */
+  /** The event type for each final value of the resource's `status`. */
   readonly types: Readonly<Record<string, string>>
   readonly path: (evalId: string) => string
-  /** How the API is asked to begin with the newest, where it does not by itself. */
+  /** The query that makes the API list the newest first, where that is not the default. */
   readonly query?: object
   readonly headers?: Readonly<Record<string, string>>
-  /** When it ended, in Unix seconds. */
+  /** When the resource ended, in Unix seconds. */
   readonly endedAt: (item: Item, status: string) => unknown
-  /** Seconds that it may take to end. Lists are by creation: they are read that much further back. */
+  /** Seconds that a resource may take to end. Lists are ordered by creation, so they are read that much further back. */
   readonly takes: number
   readonly data?: (item: Item) => object
 }
 
 const DAY = 86_400
 
-/** What the API can list, by the family of its events. */
+/** The families of events whose resources the API can list. */
 const FAMILIES: Readonly<Record<string, Family>> = {
   'batch.*': {
     types: { cancelled: 'batch.cancelled', completed: 'batch.completed', expired: 'batch.expired', failed: 'batch.failed' },
     path: () => '/batches',
     endedAt: (item, status) => item[`${status}_at`],
-    takes: 2 * DAY // it expires after one
+    takes: 2 * DAY // a batch expires after one day
   },
   'fine_tuning.job.*': {
     types: { cancelled: 'fine_tuning.job.cancelled', failed: 'fine_tuning.job.failed', succeeded: 'fine_tuning.job.succeeded' },
@@ -50,7 +50,7 @@ const FAMILIES: Readonly<Record<string, Family>> = {
     takes: DAY
   },
   'agent.session.*': {
-    // Idle is no end: a session may be that many times.
+    // `idle` is not a final state: a session may become idle many times.
     types: { failed: 'agent.session.failed' },
     path: () => '/agents/sessions',
     query: { order: 'desc' },
@@ -79,22 +79,22 @@ export function typesOf (family: string): string[] {
   return Object.values(FAMILIES[family]!.types)
 }
 
-/** As many as the API gives at once. */
+/** The largest page that the API returns. */
 const PAGE = 100
 
 /**
- * The resources of a family that have ended since a time, by pages, newest first.
+ * Yields the resources of a family that have ended since a time, page by page, the newest first.
  *
  * Throws the SDK's errors, and FST_OPENAI_WEBHOOK_UNEXPECTED_LIST.
  *
  * @param since Unix seconds
- * @param evalId of `eval.run.*`
+ * @param options.evalId the eval whose runs are listed, for `eval.run.*`
  */
 export async function * endedSince (client: ResourceClient, family: string, since: number, { evalId = '', signal }: { evalId?: string, signal?: AbortSignal | undefined } = {}): AsyncGenerator<Ended[]> {
   const { types, path, query, headers, endedAt, takes, data } = FAMILIES[family]!
   const at = path(evalId)
   for (let after: string | undefined; ;) {
-    // By its path, not by the SDK's own lists: these take an answer that is not the API's for an empty page.
+    // The list is requested by its path, because the SDK's own lists accept an answer that is not the API's as an empty page.
     const page = await client.get(at, {
       query: { limit: PAGE, ...query, ...(after !== undefined && { after }) },
       ...(headers && { headers }),

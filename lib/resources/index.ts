@@ -1,4 +1,4 @@
-// What is behind an event, with a client of the official `openai` package, which is the caller's.
+// Fetches the resources that events are about, with the caller's client of the official `openai` package.
 export { retrieve } from './retrieve.ts'
 export type { Retrievable, RetrieveOptions } from './retrieve.ts'
 export { batchResults } from './batch-results.ts'

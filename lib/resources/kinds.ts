@@ -1,11 +1,10 @@
-// Everything here is typed by structure: whatever version of the `openai` package is handed in gives its own types, and none
-// has to be installed.
+// All types here are structural: any version of the `openai` package contributes its own types, and none has to be installed.
 
-/** The resources that events are about, by what the API calls them in `object`. */
+/** The resources that events are about, named as in the API's `object` field. */
 export type ResourceKind =
   'agent.environment' | 'agent.session' | 'batch' | 'eval.run' | 'fine_tuning.job' | 'response' | 'safety.alert' | 'safety.case' | 'video'
 
-/** Which resource the `data.id` of an event names: by type, or by family. */
+/** The resource that `data.id` of an event names, by event type or by family. */
 const KINDS = {
   'agent.environment.*': 'agent.environment',
   'agent.session.*': 'agent.session',
@@ -33,14 +32,14 @@ const UNKNOWN = 'its type is of no resource that is known here: call the SDK you
 
 type Kinds = typeof KINDS
 
-/** The resource of an event type; never where it has none. */
+/** The kind of resource of an event type; `never` when it has none. */
 export type KindOf<Type extends string> = {
   [Name in keyof Kinds]: Name extends `${infer Family}.*`
     ? Type extends `${Family}.${string}` ? Kinds[Name] : never
     : Type extends Name ? Kinds[Name] : never
 }[keyof Kinds]
 
-/** Why an event has no resource, as text; never where it has one. */
+/** Why an event has no resource, as a text; `never` when it has one. */
 export type Problem<Type extends string> = string extends Type
   ? 'narrow the event by its type first'
   : Type extends string ? [KindOf<Type>] extends [never] ? Type extends keyof typeof INSTEAD ? typeof INSTEAD[Type] : typeof UNKNOWN : never : never
@@ -53,10 +52,10 @@ export function insteadOf (type: string): string {
   return Object.hasOwn(INSTEAD, type) ? INSTEAD[type as keyof typeof INSTEAD] : UNKNOWN
 }
 
-/** What a method of the SDK answers with, where it is of the given kind. */
+/** What a method of the SDK resolves to, if that is of the given kind. */
 export type Answer<Method, Kind extends string> = Method extends (...args: never[]) => infer Answered ? Extract<Awaited<Answered>, { object: Kind }> : never
 
-/** A resource that the SDK has no type for. */
+/** A resource for which the SDK has no type. */
 export interface UntypedResource<Kind extends string = string> {
   id: string
   object: Kind
@@ -75,15 +74,15 @@ interface Methods<Client> {
   video: Client extends { videos: { retrieve: infer Method } } ? Method : undefined
 }
 
-/** The resource of a kind, with the type that the client gives it. */
+/** The resource of a kind, with the client's own type for it. */
 export type Resource<Client, Kind extends ResourceKind> = Kind extends ResourceKind
   ? Methods<Client>[Kind] extends undefined ? UntypedResource<Kind> : Answer<Methods<Client>[Kind], Kind>
   : never
 
-/** The resource of an event type. */
+/** The resource of an event type, with the client's own type for it. */
 export type ResourceOf<Client, Type extends string> = Resource<Client, KindOf<Type>>
 
-/** As much of the official client (`openai` 6 or 7) as every call here needs. */
+/** The part of the official client (`openai` 6 or 7) that every function here uses. */
 export interface ResourceClient {
   get (path: string, options?: any): PromiseLike<unknown>
 }

@@ -1,6 +1,6 @@
 const NEWLINE = 0x0a
 
-/** Cuts bytes into lines as they arrive, and keeps no more than the one that has begun. */
+/** Splits bytes into lines as they arrive, and holds only the line that has begun. */
 export class Lines {
   /** The number of lines that have ended. */
   count = 0
@@ -8,12 +8,12 @@ export class Lines {
   #begun: Uint8Array[] = []
   #length = 0
 
-  /** @param limit bytes of a line */
+  /** @param limit the most bytes of a line */
   constructor (limit: number) {
     this.#limit = limit
   }
 
-  /** @returns the lines that end in this chunk; `undefined` for one that is longer than the limit, which is the last */
+  /** @returns the lines that end in this chunk; `undefined` for a line longer than the limit, after which the caller has to stop */
   * push (chunk: Uint8Array): Generator<Buffer | undefined> {
     let from = 0
     for (let end = chunk.indexOf(NEWLINE); end !== -1; end = chunk.indexOf(NEWLINE, from)) {
@@ -23,10 +23,10 @@ export class Lines {
     if (!this.#add(chunk.subarray(from))) yield this.#tooLong()
   }
 
-  /** The last line, which no newline ends. */
+  /** Ends the current line and returns it, also when no newline ends it. */
   end (): Buffer {
     this.count++
-    // One that is whole in its chunk is not copied.
+    // A line within one chunk is not copied.
     const [only] = this.#begun
     const line = this.#begun.length === 1 ? Buffer.from(only!.buffer, only!.byteOffset, only!.length) : Buffer.concat(this.#begun)
     this.#begun = []

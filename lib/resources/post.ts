@@ -1,14 +1,19 @@
-/** What the receiver said. `status` is absent where no answer came, and `code` says why. */
+/** The receiver's answer. When no answer came, `status` is `undefined` and `code` says why. */
 export interface Posted {
   readonly status: number | undefined
   readonly code: string | undefined
   readonly duplicate: boolean
 }
 
-/** Bytes of an answer that are read; more than a receiver has to say. */
+/** The most characters of an answer that are read, more than a receiver sends. */
 const ANSWER_LIMIT = 65_536
 
-/** Posts a delivery. A redirect is an answer, as it is to OpenAI. @throws the signal's reason */
+/**
+ * Posts a delivery. A redirect is not followed, as OpenAI does not follow one either.
+ *
+ * @param timeout ms
+ * @throws the signal's reason
+ */
 export async function post (url: URL, headers: Record<string, string>, body: string, timeout: number, signal: AbortSignal | undefined): Promise<Posted> {
   const late = AbortSignal.timeout(timeout)
   try {
@@ -25,12 +30,12 @@ async function textOf ({ body }: Response): Promise<string> {
   let text = ''
   for await (const chunk of body ?? []) {
     text += decoder.decode(chunk as Uint8Array, { stream: true })
-    if (text.length > ANSWER_LIMIT) break // which ends the connection
+    if (text.length > ANSWER_LIMIT) break // leaving the loop closes the connection
   }
   return text
 }
 
-/** What a receiver's answer says. */
+/** Reads `code` and `duplicate` from the body of an answer. */
 export function meaningOf (text: string): Pick<Posted, 'code' | 'duplicate'> {
   try {
     const { code, duplicate } = JSON.parse(text) as { code?: unknown, duplicate?: unknown }
@@ -40,7 +45,7 @@ export function meaningOf (text: string): Pick<Posted, 'code' | 'duplicate'> {
   }
 }
 
-/** What fetch wraps: ECONNREFUSED, ENOTFOUND, a certificate's fault. */
+/** fetch() wraps the error that matters: ECONNREFUSED, ENOTFOUND, a certificate error. */
 function codeOf (error: unknown): string {
   const { cause } = error as { cause?: { code?: unknown } }
   return typeof cause?.code === 'string' ? cause.code : 'UNREACHABLE'

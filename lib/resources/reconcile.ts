@@ -11,7 +11,7 @@ import type { ResourceClient } from './kinds.ts'
 import { post } from './post.ts'
 
 export interface ReconcileOptions {
-  /** The receiver, such as http://127.0.0.1:3000/webhooks/openai. */
+  /** The URL of the receiver, such as http://127.0.0.1:3000/webhooks/openai. */
   url: string | URL
   /**
    * The receiver's signing secret.
@@ -20,66 +20,70 @@ export interface ReconcileOptions {
    */
   secret?: string
   /**
-   * What ended since then: a Date, ms since the epoch, a date as text, or how long ago, such as `3d`, `12h`, `90m`. What the
-   * receiver's store has forgotten, it processes again: go no further back than its `idempotency.retention`.
+   * The start of the period whose ended resources are listed: a Date, ms since the epoch, a date as text, or how long ago, such as `3d`,
+   * `12h`, `90m`. Go no further back than the receiver's `idempotency.retention`: the receiver would process again what its store has
+   * forgotten.
    */
   since: Date | number | string
   /**
-   * Event types or families of what can be listed: `batch.*`, `fine_tuning.job.*`, `video.*`, `agent.session.failed`, and
+   * Event types or families among those that can be listed: `batch.*`, `fine_tuning.job.*`, `video.*`, `agent.session.failed`, and
    * `eval.run.*` with `evals`.
    *
    * @default all of them
    */
   types?: readonly string[]
-  /** The evals whose runs are listed. The API has no list over all of them. */
+  /** The ids of the evals whose runs are listed. The API has no list of the runs of all evals. */
   evals?: readonly string[]
   /**
-   * Lists, and delivers nothing.
+   * Whether the events are only listed, and none is delivered.
    *
    * @default false
    */
   dryRun?: boolean
   /**
-   * ms to wait for an answer of the receiver's.
+   * ms to wait for an answer of the receiver.
    *
    * @default 10_000
    */
   timeout?: number
   signal?: AbortSignal
-  /** Told of each step. What it throws ends the run. */
+  /** Called after each step. An error that it throws ends the run. */
   onProgress?: (progress: ReconcileProgress) => void
 }
 
 export type ReconcileProgress =
-  /** So many have been found so far. */
+  /** `found` counts the events of all families so far. */
   | { readonly step: 'list', readonly family: string, readonly found: number }
   | { readonly step: 'deliver', readonly done: number, readonly total: number, readonly event: ReconciledEvent }
 
 export interface ReconciledEvent {
   readonly type: string
-  /** The resource's. */
+  /** The id of the resource. */
   readonly id: string
   readonly webhookId: string
-  /** Unix seconds. */
+  /** When the resource ended, in Unix seconds. */
   readonly endedAt: number
   /**
-   * `listed` by a dry run; `delivered` where the receiver answered 200, so it is processed or queued; `duplicate` where it had
-   * processed that before; `failed` for any other answer or none.
+   * `listed` in a dry run; `delivered` when the receiver answered 200, so that the event is processed or queued; `duplicate` when the
+   * receiver had processed it before; `failed` for any other answer, or none.
    */
   readonly outcome: 'listed' | 'delivered' | 'duplicate' | 'failed'
-  /** The receiver's status, where it answered. */
+  /** The status of the receiver's answer; absent when no answer came. */
   readonly status?: number
-  /** The receiver's word for it, such as FST_OPENAI_WEBHOOK_DEADLINE, or why no answer came. */
+  /** The `code` of the receiver's answer, such as FST_OPENAI_WEBHOOK_DEADLINE, or why no answer came. */
   readonly code?: string
 }
 
 export interface ReconcileReport {
-  /** Oldest first. */
+  /** The oldest first. */
   readonly events: readonly ReconciledEvent[]
   readonly delivered: number
   readonly duplicates: number
   readonly failed: number
-  /** What the project cannot list, with the API's status. Only where `types` did not ask for it. */
+  /**
+   * The families that the project cannot list, with the status of the API's answer. Only without `types`: a family that was asked for is an
+   * error.
+   */
   readonly skipped: ReadonlyArray<{ readonly family: string, readonly status: number }>
 }
 
@@ -95,18 +99,18 @@ const RULES = {
 const TIMEOUT = 10_000
 const AT_ONCE = 4
 const UNITS: Readonly<Record<string, number>> = { s: 1_000, m: 60_000, h: 3_600_000, d: 86_400_000 }
-/** The project has no access to it, or the API is no more: an API key that is wrong is 401. */
+/** No access, or the API no longer exists: such a family is skipped. A wrong API key is answered 401, which is an error. */
 const UNLISTED: readonly unknown[] = [403, 404, 410]
 
 /**
- * Delivers events that did not arrive: lists what has ended since a time, makes the event that was sent for each, signs it and
- * delivers it to the receiver, which is to have `idempotency: { reconcile: true }` and knows what it has processed. A second run
- * does nothing, since an event's `webhook-id` is made of its type and its resource's id.
+ * Delivers events that did not arrive. It lists at OpenAI what has ended since a time, makes the event that OpenAI sent for each resource,
+ * signs it and delivers it to the receiver. The receiver needs `idempotency: { reconcile: true }` to recognise what it has processed. A
+ * second run changes nothing, because the `webhook-id` of an event is derived from its type and the id of its resource.
  *
- * Rejects with FST_OPENAI_WEBHOOK_INVALID_OPTIONS, FST_OPENAI_WEBHOOK_INVALID_SECRET, FST_OPENAI_WEBHOOK_UNEXPECTED_LIST, the
- * signal's reason and the SDK's errors. What the receiver refuses is in the report.
+ * Rejects with FST_OPENAI_WEBHOOK_INVALID_OPTIONS, FST_OPENAI_WEBHOOK_INVALID_SECRET, FST_OPENAI_WEBHOOK_UNEXPECTED_LIST, the signal's
+ * reason and the SDK's errors. A delivery that the receiver refuses is in the report.
  *
- * @param client of the official `openai` package, with an API key of the project whose events are received
+ * @param client a client of the official `openai` package, with an API key of the project whose events the receiver gets
  */
 export async function reconcile (client: ResourceClient, options: ReconcileOptions): Promise<ReconcileReport> {
   const plan = planOf(options)
@@ -126,7 +130,7 @@ export async function reconcile (client: ResourceClient, options: ReconcileOptio
           if (isOver) return
         }
       } finally {
-        // Where one has failed, the others deliver nothing more.
+        // Once one delivery has thrown, the others start no further delivery.
         isOver = true
       }
     }
@@ -147,7 +151,7 @@ interface Plan {
 }
 
 async function list (client: ResourceClient, { since, types, families }: Plan, { types: asked, signal, onProgress }: ReconcileOptions): Promise<{ found: Ended[], skipped: ReconcileReport['skipped'] }> {
-  // By their webhook-ids: pages may shift while they are read.
+  // By webhook-id, because a resource may be on two pages: the pages shift while they are read.
   const found = new Map<string, Ended>()
   const skipped: Array<ReconcileReport['skipped'][number]> = []
   for (const { family, ...options } of families) {
@@ -186,7 +190,7 @@ async function deliver (ended: Ended, { url, secret, timeout }: Plan, signal: Ab
 
 /** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS, FST_OPENAI_WEBHOOK_INVALID_SECRET */
 function planOf (options: ReconcileOptions): Plan {
-  // A `dryrun` that nobody reads would deliver.
+  // If a misspelt `dryrun` were ignored, the events would be delivered.
   assertNames('reconcile()', options, ['url', 'secret', 'since', 'types', 'evals', 'dryRun', 'timeout', 'signal', 'onProgress'])
   for (const [name, rule] of Object.entries(RULES)) assertOption('reconcile()', name, options[name as keyof typeof RULES], rule)
   const { url, secret = process.env['OPENAI_WEBHOOK_SECRET'], since, types, evals = [], dryRun = false, timeout = TIMEOUT } = options
@@ -208,7 +212,7 @@ function planOf (options: ReconcileOptions): Plan {
   return plan
 }
 
-/** ms, of a text such as 3d, 12h, 90m or 45s. */
+/** The ms that a text such as 3d, 12h, 90m or 45s stands for. */
 export function durationOf (text: unknown): number | undefined {
   const [, amount, unit] = typeof text === 'string' ? /^(\d+)([smhd])$/.exec(text) ?? [] : []
   return unit === undefined ? undefined : Number(amount) * UNITS[unit]!
@@ -216,7 +220,7 @@ export function durationOf (text: unknown): number | undefined {
 
 const ignore = (): void => {}
 
-/** Nothing is delivered there. */
+/** The URL of a dry run, which needs none. Nothing is delivered to it. */
 const DRY = new URL('http://127.0.0.1')
 
 function invalid (name: string, expected: string): Error {
@@ -245,10 +249,10 @@ function urlOf (given: string | URL): URL {
   return url
 }
 
-/** Unix seconds. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
+/** Returns Unix seconds. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
 export function sinceOf (since: unknown): number {
   const ago = durationOf(since)
-  // Of a number alone Date makes a day in some year.
+  // A text that is only a number is not a date, but Date would parse it as a day of some year.
   const isDate = since instanceof Date || (typeof since === 'string' && !/^\s*[+-]?[\d.]+\s*$/.test(since))
   const ms = ago !== undefined ? Date.now() - ago : isDate ? new Date(since).getTime() : since
   if (typeof ms !== 'number' || !Number.isFinite(ms) || ms > Date.now()) throw invalid('since', 'a time in the past: a Date, ms since the epoch, a date as text, or how long ago, such as 3d, 12h or 90m')

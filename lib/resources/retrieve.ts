@@ -7,13 +7,13 @@ interface EventLike {
   readonly type: string
 }
 
-/** Fails to compile for an event that has no resource, with what to call instead. */
+/** A type that fails to compile for an event without a resource. The compiler's error says what to call instead. */
 export type Retrievable<Event extends EventLike> = [Problem<Event['type']>] extends [never] ? unknown : Problem<Event['type']>
 
 export interface RetrieveOptions {
-  /** Gives the call up: a handler has it in its context. */
+  /** Aborts the request. A handler has such a signal in its context. */
   signal?: AbortSignal
-  /** The eval that a run belongs to. Events of eval runs do not have it, and the API asks for it. */
+  /** The eval that a run belongs to. The API requires it, and events of eval runs do not contain it. */
   evalId?: string
 }
 
@@ -22,11 +22,11 @@ type Options<Type extends string> = [Extract<Type, `eval.run.${string}`>] extend
   : [options: RetrieveOptions & { evalId: string }]
 
 interface Access {
-  /** Where the client has `retrieve`. */
+  /** The path of the client's property that has `retrieve`. */
   readonly at: readonly string[]
-  /** What comes between the id and the request's options. */
+  /** The parameters of `retrieve` between the id and the request's options. */
   readonly params?: (evalId: string | undefined) => object
-  /** For a client that has no method for it. */
+  /** The path in the API, for a client without such a method. */
   readonly path: (id: string, evalId: string | undefined) => string
   readonly headers?: Readonly<Record<string, string>>
 }
@@ -46,14 +46,14 @@ const ACCESS: Readonly<Record<ResourceKind, Access>> = {
 }
 
 /**
- * Fetches what a thin event is about, by its `data.id`: the Response, Batch, FineTuningJob, eval run, agent session or
- * environment, safety alert or case, Video. By the SDK's own method where it has one, else by its path.
+ * Fetches the resource that a thin event is about, by its `data.id`: a Response, Batch, FineTuningJob, eval run, agent session or
+ * environment, safety alert or case, or Video. It uses the SDK's own method if there is one, else the path in the API.
  *
- * Rejects with FST_OPENAI_WEBHOOK_NO_RESOURCE for an event that has none, with FST_OPENAI_WEBHOOK_INVALID_OPTIONS where the
- * id or `evalId` is missing, and with the SDK's errors.
+ * Rejects with FST_OPENAI_WEBHOOK_NO_RESOURCE for an event without a resource, with FST_OPENAI_WEBHOOK_INVALID_OPTIONS when the id or
+ * `evalId` is missing, and with the SDK's errors.
  *
- * @param client of the official `openai` package, with an API key of the project that the event is of
- * @returns typed by the event, as the client types it
+ * @param client a client of the official `openai` package, with an API key of the project that the event belongs to
+ * @returns the resource, with the client's own type for the resource of this event type
  */
 export async function retrieve<Client extends ResourceClient, Event extends EventLike> (
   client: Client,
@@ -82,12 +82,12 @@ async function fetchResource (client: ResourceClient, kind: ResourceKind, id: st
   return await service['retrieve'](id, ...params === undefined ? [] : [params(evalId)], options)
 }
 
-/** A part of the client, where it has that. */
+/** The property of the client at this path, or `undefined` when the client lacks it. */
 export function serviceAt (client: object, at: readonly string[]): Record<string, unknown> | undefined {
   return at.reduce<Record<string, unknown> | undefined>((part, name) => part?.[name] as typeof part, client as Record<string, unknown>)
 }
 
-/** It becomes part of a path. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
+/** Checks an id that becomes part of a path. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
 export function assertId (expected: string, id: unknown): string {
   if (!isId(id) || /^\.+$/.test(id)) {
     throw new InvalidOptions(`${expected} to be an id of 1 to 256 visible ASCII characters, got ${typeof id === 'string' ? 'other text' : `a value of type ${typeof id}`}`)
