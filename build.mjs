@@ -1,4 +1,4 @@
-// npm run build: what the package's `exports` and `bin` lead to, from the files of lib/ of the same names.
+// npm run build: bundles the files of lib/ that the package's `exports` and `bin` name.
 import { copyFile, rm } from 'node:fs/promises'
 import { readFileSync } from 'node:fs'
 import { build } from 'esbuild'
@@ -8,7 +8,7 @@ const built = [...Object.values(exports).map(target => target.default), ...Objec
 
 await rm('dist', { recursive: true, force: true })
 await build({
-  // The event table is for docs/generate.mjs and the benchmark.
+  // lib/events/index.ts is not exported, but docs/generate.mjs imports it.
   entryPoints: [...new Set(built.map(file => file.replace('./dist/', 'lib/').replace(/js$/, 'ts'))), 'lib/events/index.ts'],
   outdir: 'dist',
   outbase: 'lib',
@@ -22,7 +22,7 @@ await build({
   logLevel: 'warning'
 })
 
-// The inspector's page: one HTML, one script, one style.
+// The inspector's page: one HTML file, one script and one style sheet.
 await build({
   entryPoints: [{ in: 'page/main.ts', out: 'page' }, { in: 'page/page.css', out: 'page' }],
   outdir: 'dist/inspector/page',

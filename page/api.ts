@@ -1,6 +1,6 @@
 import type { DeadInfo, Delivered, Detail, Fault, Repeated } from '../lib/inspector/messages.ts'
 
-/** Beside this script, wherever that is. */
+/** The API is relative to this script, because a proxy may serve the page under any path. */
 const BASE = new URL('./api/', import.meta.url)
 
 async function answer<T> (path: string, init?: RequestInit): Promise<T> {

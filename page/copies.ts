@@ -1,14 +1,15 @@
 import type { Detail } from '../lib/inspector/messages.ts'
 
-// A delivery as text for a terminal or a test. No secret is in it: what signs reads OPENAI_WEBHOOK_SECRET where it runs.
+// Renders a delivery as a text for a terminal or a test. The text contains no secret: the code that signs reads OPENAI_WEBHOOK_SECRET where
+// it runs.
 
 const quoted = (text: string): string => `'${text.replaceAll("'", "'\\''")}'`
 
-/** @param origin of the app */
+/** @param origin the origin of the app */
 export function asCurl ({ url, headers, scheme }: Detail, body: string, origin: string): string {
   const target = quoted(origin + url)
   if (scheme === null) {
-    // As it arrived: to see its refusal again.
+    // The headers are copied as they arrived, so that the same refusal can be seen again.
     const lines = (headers ?? []).filter(([name]) => /^(?:content-type|webhook-.*|x-openai-.*)$/.test(name)).map(([name, value]) => `  -H ${quoted(`${name}: ${value}`)} \\\n`)
     return `curl -i ${target} \\\n${lines.join('')}  --data-binary ${quoted(body)}\n`
   }
@@ -24,7 +25,7 @@ curl -i ${target} \\
 `
 }
 
-/** The `data` of the event, field by field. */
+/** The command sets each field of the event's `data`. */
 export function asTrigger ({ row: { type }, url }: Detail, body: string, origin: string): string {
   const fields = leaves((JSON.parse(body) as { data?: unknown }).data, 'data').map(([path, value]) => ` \\\n  --data ${quoted(`${path}=${value}`)}`)
   return `npx fastify-openai-webhook trigger ${quoted(type!)} --url ${quoted(origin + url)}${fields.join('')}\n`
@@ -34,7 +35,7 @@ function leaves (value: unknown, path: string): Array<[string, string]> {
   if (typeof value === 'object' && value !== null && !Array.isArray(value) && Object.keys(value).length > 0) {
     return Object.entries(value).flatMap(([key, inner]) => leaves(inner, `${path}.${key}`))
   }
-  // Else a text such as 1 would be taken for a number.
+  // Text that is valid JSON, such as 1, is quoted, because `trigger` would read it as a number.
   return value === undefined ? [] : [[path, typeof value === 'string' && !isJson(value) ? value : JSON.stringify(value)]]
 }
 

@@ -14,7 +14,7 @@ export function State ({ state }: { state: Row['state'] }): VNode {
 
 interface Props {
   id: number
-  /** What the list knows of it; absent where it is not kept any more. */
+  /** The delivery's row in the list; `undefined` when the list no longer has it. */
   row: Row | undefined
   readOnly: boolean
   onClose: () => void
@@ -26,7 +26,7 @@ export function DetailView ({ id, row, readOnly, onClose, say }: Props): VNode {
   const [fault, setFault] = useState('')
   const [asking, setAsking] = useState<'again' | 'edit' | undefined>(undefined)
   const heading = useRef<HTMLHeadingElement>(null)
-  // Anew whenever the list hears of it.
+  // Loaded again whenever the row in the list changes.
   useEffect(() => {
     let latest = true
     api.detail(id).then(detail => { if (latest) { setDetail(detail); setFault('') } }, (error: Error) => { if (latest) setFault(error.message) })
@@ -70,7 +70,7 @@ function Body ({ detail, readOnly, say, ask }: { detail: Detail, readOnly: boole
       <h3>${plural(row.attempts, 'attempt', 'attempts')}</h3>
       ${attempts.map(attempt => html`<${Attempt} attempt=${attempt} />`)}
     </section>`
-  // What is looked for comes first.
+  // What a reader looks for comes first: after a failure, the attempts.
   const failed = attempts.some(({ outcome }) => outcome === 'failed')
   return html`
     <${Buttons} detail=${detail} readOnly=${readOnly} say=${say} ask=${ask} />
@@ -118,7 +118,7 @@ function Body ({ detail, readOnly, say, ask }: { detail: Detail, readOnly: boole
       </section>`}`
 }
 
-/** What the handlers threw says more. */
+/** This refusal is not shown, because the errors of the handlers say more. */
 const HANDLER_FAILED = 'FST_OPENAI_WEBHOOK_HANDLER_FAILED'
 
 const DUPLICATES: Readonly<Record<string, string>> = {
@@ -168,7 +168,7 @@ async function toClipboard (text: string): Promise<void> {
   if (navigator.clipboard !== undefined) {
     try {
       return await navigator.clipboard.writeText(text)
-    } catch {} // not allowed: the older way may be
+    } catch {} // the clipboard is not allowed, but the older way may be
   }
   const area = document.createElement('textarea')
   area.value = text
@@ -179,7 +179,6 @@ async function toClipboard (text: string): Promise<void> {
   if (!copied) throw new Error('the browser does not allow it')
 }
 
-/** What is known of the cause, and what to change. */
 function Diagnosis ({ diagnosis, fix }: { diagnosis: DiagnosisInfo | null, fix: string | null }): VNode {
   return html`
     <dl class="facts">

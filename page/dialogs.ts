@@ -8,7 +8,7 @@ import type { Child } from './html.ts'
 
 interface DialogProps {
   title: string
-  /** What the button says that does it. */
+  /** The label of the button that confirms. */
   confirm: string
   disabled?: boolean
   onConfirm: () => Promise<void>
@@ -16,7 +16,7 @@ interface DialogProps {
   children?: Child
 }
 
-/** Asks before something is done, and stays where it fails. */
+/** A dialog that asks before an action. It stays open when the action fails. */
 export function Dialog ({ title, confirm, disabled = false, onConfirm, onClose, children }: DialogProps): VNode {
   const dialog = useRef<HTMLDialogElement>(null)
   const [fault, setFault] = useState<Error & { id?: number | null } | undefined>(undefined)
@@ -24,7 +24,7 @@ export function Dialog ({ title, confirm, disabled = false, onConfirm, onClose, 
   useLayoutEffect(() => {
     const { current } = dialog
     current!.showModal()
-    // The browser gives the focus back to the button that was pressed when a dialog is closed, not when it is removed.
+    // When a dialog is closed, the browser returns the focus to the button that opened it. It does not when the dialog is only removed.
     return () => { current!.close() }
   }, [])
   const submit = async (event: Event): Promise<void> => {
@@ -62,7 +62,7 @@ const isJson = (text: string): boolean => {
   }
 }
 
-/** The event that will be delivered. */
+/** The editor of the event to deliver. */
 function Editor ({ text, onEdit }: { text: string, onEdit: (text: string) => void }): VNode {
   return html`
     <label class="wide">Event
@@ -71,7 +71,7 @@ function Editor ({ text, onEdit }: { text: string, onEdit: (text: string) => voi
     <p class="hint" role="status">${isJson(text) ? 'It is signed here and sent through the real route, with a webhook-id of its own.' : 'This is not JSON. It can be sent all the same, and will be refused.'}</p>`
 }
 
-/** @throws what it was answered, so that its dialog stays, where it was not acknowledged */
+/** Returns what to say about an answer. @throws the answer when its status is 400 or above, so that the dialog stays open */
 function told (type: string, { status, body, id }: Delivered & Partial<Repeated>): string {
   if (status < 400) return `${type}: answered ${status}`
   throw Object.assign(new Error(`Answered ${status} ${reasonOf(body)}`), { id })
@@ -81,7 +81,7 @@ function reasonOf (body: string): string {
   try {
     const { code, message } = JSON.parse(body) as { code?: unknown, message?: unknown }
     if (typeof message === 'string') return `${typeof code === 'string' ? `${shortCode(code)}: ` : ''}${message}`
-  } catch {} // an error handler of the app's may answer with anything
+  } catch {} // an error handler of the app may answer with any text
   return body.slice(0, 200)
 }
 

@@ -25,5 +25,5 @@ export const STATES: Readonly<Record<DeliveryState, { tone: string, meaning: str
   dead: { tone: 'bad', meaning: 'its attempts are used up' }
 }
 
-/** The code of an answer without what all have in common. */
+/** The code of an answer without the prefix that all codes of the plugin have. */
 export const shortCode = (code: string): string => code.replace('FST_OPENAI_WEBHOOK_', '')

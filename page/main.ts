@@ -10,7 +10,7 @@ import { html } from './html.ts'
 import { NO_FILTER, Store, matching } from './store.ts'
 import type { Filter } from './store.ts'
 
-/** Rows that are drawn at first, and with each press of the button below them. */
+/** The number of rows that are drawn at first, and the number that each press of the button below them adds. */
 const DRAWN = 100
 const MORE = 200
 
@@ -28,7 +28,7 @@ function App (): VNode {
   const search = useRef<HTMLInputElement>(null)
   useEffect(() => {
     let waiting = false
-    // However many messages come, a frame is drawn once.
+    // Messages may come faster than frames, so they are drawn at most once per frame.
     redraw = () => {
       if (waiting) return
       waiting = true
@@ -53,9 +53,9 @@ function App (): VNode {
   useLayoutEffect(() => {
     const closed = shown.current
     shown.current = selected
-    // What had the focus has gone with the detail; what else has it keeps it.
+    // The closed detail had the focus if `document.body` has it now. Any other element keeps the focus.
     if (selected !== undefined || closed === undefined || document.activeElement !== document.body) return
-    // The row may not be kept any more, or be filtered out.
+    // The row may have been dropped or filtered out. Then the list gets the focus.
     ;(list.current?.querySelector<HTMLElement>(`tbody a[href="#/${closed}"]`) ?? list.current)?.focus()
   }, [selected])
 
@@ -104,7 +104,7 @@ function selectedId (): number | undefined {
   return id === undefined ? undefined : Number(id)
 }
 
-/** A line that goes away by itself. */
+/** A message that disappears by itself. */
 function useSaid (): [string, (text: string) => void] {
   const [said, setSaid] = useState('')
   useEffect(() => {
@@ -198,7 +198,7 @@ function Table ({ rows, selected, hello }: { rows: readonly Row[], selected: num
     </table>`
 }
 
-/** Behind dots and slashes: what tells a type or an endpoint from others stands at its end. */
+/** Allows line breaks after dots and slashes, because the end of a type or an endpoint distinguishes it from others. */
 const breakable = (name: string): unknown => name.split(/(?<=[./])/).map((part, i) => i === 0 ? part : html`<wbr />${part}`)
 
 interface RowProps {
@@ -208,7 +208,7 @@ interface RowProps {
   tenants: boolean
 }
 
-/** Drawn anew only where it has changed. */
+/** A row that is drawn again only when it has changed. */
 class TableRow extends Component<RowProps> {
   override shouldComponentUpdate ({ row, selected, endpoints, tenants }: RowProps): boolean {
     const { props } = this

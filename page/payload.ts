@@ -7,7 +7,7 @@ export function bytesOf ({ base64 }: BodyInfo): Uint8Array {
   return Uint8Array.from(atob(base64), character => character.charCodeAt(0))
 }
 
-/** The text of the bytes; `undefined` where they are not UTF-8. */
+/** The bytes as text; `undefined` when they are not UTF-8. */
 export function textOf (bytes: Uint8Array): string | undefined {
   try {
     return new TextDecoder('utf-8', { fatal: true, ignoreBOM: true }).decode(bytes)
@@ -41,7 +41,7 @@ export function Payload ({ body }: { body: BodyInfo }): VNode {
     </section>`
 }
 
-/** Items of an object or a list that are shown, and characters of a text. */
+/** The most items of an object or a list, and the most characters of a text, that are shown. */
 const MAX_ITEMS = 200
 const MAX_TEXT = 2_000
 

@@ -11,14 +11,14 @@ export interface Filter {
 
 export const NO_FILTER: Filter = { text: '', type: '', state: '', endpoint: '', tenant: '' }
 
-/** What the server has said. Bounded as the server's own memory is. */
+/** What the server has sent. Its size has the same bounds as the server's own memory. */
 export class Store {
   hello: Hello | undefined
   stats: Stats | undefined
   connected = false
   /** The newest first. */
   rows: readonly Row[] = []
-  /** Grows with each message about deliveries. */
+  /** Increases with each message about deliveries. */
   version = 0
   readonly #byId = new Map<number, Row>()
   readonly #changed: () => void
@@ -39,7 +39,7 @@ export class Store {
     on<Hello>('hello', hello => {
       this.hello = hello
       this.stats = hello.stats
-      // The app has begun anew, or much has happened meanwhile.
+      // The server has restarted, or this page had fallen behind.
       this.#byId.clear()
       this.#take(hello.rows)
     })
@@ -48,7 +48,7 @@ export class Store {
     events.onerror = () => {
       this.connected = false
       this.#changed()
-      // A browser does not come again after an answer such as 401 or 503.
+      // A browser does not reconnect after an answer such as 401 or 503.
       if (events.readyState !== EventSource.CLOSED) return
       events.close()
       setTimeout(() => { this.connect() }, 3_000)
