@@ -1,4 +1,4 @@
-// What the sections work with: processes, a Redis, and a way to compare contenders.
+// The environment of the sections: processes, databases, and a way to compare contenders.
 import { mkdtempSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
@@ -15,13 +15,13 @@ export class Bench {
   #postgres
   #directory
   #serverFlags
-  /** Why what needs it is left out. */
+  /** By resource: why contenders that need it are left out. */
   missing = {}
 
   /**
    * @param {object} [options]
-   * @param {boolean} [options.quick] fewer rounds
-   * @param {boolean} [options.short] a third of the rounds
+   * @param {boolean} [options.quick] fewest rounds, in one generation of processes
+   * @param {boolean} [options.short] fewer rounds, in two generations of processes
    * @param {string} [options.profile] a directory for CPU profiles of the servers
    * @param {(line: string) => void} [options.log]
    */
@@ -58,13 +58,13 @@ export class Bench {
 
   get redisPort () { return this.#redis?.port }
 
-  /** How much is sent: `rounds` in each generation of processes, of `count` requests, after `warmUp` requests. */
+  /** Scales a plan to the size of the run. Each generation of processes serves `warmUp` requests, then `rounds` of `count` requests. */
   scaled (plan) {
     if (this.quick) return { ...plan, warmUp: plan.warmUp / 4, rounds: 6, generations: 1 }
     return this.short ? { ...plan, rounds: 6, generations: 2 } : plan
   }
 
-  /** Whether what a contender needs is there. */
+  /** Whether the resource that a contender needs is available. */
   has ({ needs }) { return needs === undefined || this.missing[needs] === undefined }
 
   async serve ({ module, options }, flags = []) {
@@ -77,11 +77,12 @@ export class Bench {
    * Sends requests, see `buildRequests`.
    *
    * @param {object} server
-   * @param {object} plan its `connections` are 50 unless it says otherwise, its `arrivals` a second those of full load
+   * @param {object} plan by default with 50 `connections`; with `arrivals`, requests a second, else at full load
    * @param {object} [options]
-   * @param {number} [options.untilHandled] waits until the handlers of so many deliveries have run since the server's start
-   * @param {boolean} [options.poll] whether the sender stays awake, at the cost of a core
-   * @returns CPU µs of the server a request, requests a second, latency in ms, and the answer; throws unless all have the same
+   * @param {number} [options.untilHandled] waits until the handlers of this many deliveries have run since the start of the server
+   * @param {boolean} [options.poll] whether the sender stays awake, which occupies a core
+   * @returns the server's CPU µs per request, requests a second, latencies in ms, and the answer
+   * @throws unless all answers are the same
    */
   async send (server, plan, { untilHandled, poll = true } = {}) {
     await this.#load.ask('prepare', { port: server.port, connections: CONNECTIONS, poll, ...plan })
@@ -103,7 +104,12 @@ export class Bench {
     return answer
   }
 
-  /** Throws unless a correct delivery is answered 200 and a forged one refused. @returns the answer to a correct one */
+  /**
+   * Checks that a correct delivery is answered 200 and a forged one is refused.
+   *
+   * @returns the answer to a correct delivery
+   * @throws when the contender answers otherwise
+   */
   async check (name, server, { scheme, checksNothing = false, refusesAll = false }, templates) {
     if (refusesAll) return await this.refusalOf(name, server, { templates, scheme })
     const right = await this.answerTo(server, { templates, scheme })
@@ -119,8 +125,8 @@ export class Bench {
   }
 
   /**
-   * Measures contenders in interleaved rounds, in another order each. Each generation has new processes, since two
-   * processes of the same program differ by some percent.
+   * Measures contenders in interleaved rounds, each round in a new random order. Each generation has new processes, because two processes
+   * of the same program differ by some percent.
    *
    * @param {Record<string, import('./contenders/index.mjs').Contender & { plan?: { templates?: string[][], kind?: string } }>} candidates
    * @param {{ templates: string[][], count: number, warmUp: number, rounds: number, generations: number }} plan

@@ -1,4 +1,4 @@
-// `cold-start.mjs "<contender's module>"`: from nothing to an app that is ready, and its first delivery, in ms.
+// `cold-start.mjs "<contender's module>"`: measures the time and the CPU time, in ms, until the app is ready and for its first delivery.
 const [module] = process.argv.slice(2).map(arg => JSON.parse(arg))
 const cpuMs = () => {
   const { user, system } = process.cpuUsage()
@@ -18,7 +18,7 @@ const { buildRequests, eventOf, PATH } = await import('./deliveries.mjs')
 const [[request]] = buildRequests({ templates: [eventOf(200)], count: 1 })
 const [head, payload] = request.toString().split('\r\n\r\n')
 const headers = Object.fromEntries(head.split('\r\n').slice(1).map(line => line.split(': ')))
-await app.inject('/not-there') // loads what injects
+await app.inject('/not-there') // loads the modules of inject()
 const start = now()
 const { statusCode, body } = await app.inject({ method: 'POST', url: PATH, headers, payload })
 const end = now()

@@ -1,27 +1,27 @@
-// Signed requests as bytes, each with a webhook-id, an event id and a signature of its own: a repeated request would
-// measure the duplicate path. Made before the clock starts.
+// Builds signed requests as bytes, before the clock starts. Each has its own webhook-id, event id and signature, because a repeated request
+// would measure the duplicate path.
 import { createHash, createHmac, createSecretKey, randomBytes, randomUUID } from 'node:crypto'
 
 export const PATH = '/webhooks/openai'
 
-/** As many secrets as wanted; what is sent is signed with the last. */
+/** `count` secrets. Requests are signed with the last of them. */
 export const secrets = (count = 1) => Array.from({ length: count }, (_, index) => `whsec_${Buffer.alloc(32, count - index).toString('base64')}`)
 
 export const [SECRET] = secrets()
 const key = createSecretKey(Buffer.from(SECRET.slice('whsec_'.length), 'base64'))
 
-/** Each tenant's own. */
+/** The secret of a tenant. */
 export const secretOf = tenant => `whsec_${createHash('sha256').update(tenant).digest('base64')}`
 
 export const tenantNames = count => Array.from({ length: count }, (_, index) => `proj_${String(index).padStart(8, '0')}`)
 
 const EVENT_ID = '<event-id>'
 const EVENT_ID_LENGTH = 'evt_'.length + 32
-/** Bytes; what follows the event id is shared by all requests beyond it, or the sender would run out of memory. */
+/** Bytes. A longer text after the event id is shared by all requests, because the sender would otherwise run out of memory. */
 const SHARED_FROM = 16_384
 
 /**
- * An event as JSON, cut where its id belongs.
+ * An event as JSON, split where its id belongs.
  *
  * @param {object} event without its id
  * @param {number} size bytes, with the id
@@ -37,7 +37,7 @@ export function template (event, size, pad) {
   return parts
 }
 
-/** The event that comes with the given size: thin, a SIP call, and one as large as the default `bodyLimit` lets through. */
+/** A typical event of the given size: a thin event, a SIP call, or one as large as the default `bodyLimit`. */
 export function eventOf (size) {
   const envelope = { object: 'event', created_at: Math.floor(Date.now() / 1000) }
   if (size < 1_000) {
@@ -98,7 +98,7 @@ function mac (key, parts, encoding) {
   return hmac.digest(encoding)
 }
 
-/** Goes on from one call to the next, so that each tenant has its turn. */
+/** Continues from one call to the next, so that every tenant gets deliveries. */
 let sender = 0
 
 /**
@@ -125,5 +125,5 @@ export function buildRequests ({ templates, count, kind = 'signed', scheme = 'st
   })
 }
 
-/** What `logger` of Fastify takes: a file, at info. */
+/** The `logger` option of Fastify for a log file at level info. */
 export const logTo = ({ directory }) => ({ file: `${directory}/${process.pid}.log` })

@@ -1,6 +1,6 @@
-// The sender, in a process of its own: keep-alive connections over real sockets, one request in flight on each. Each
-// connection sends its next request as soon as it has an answer; with `arrivals` a second, requests come when they are due
-// instead, and what waits for a connection has its wait counted.
+// The sender, in its own process: keep-alive connections over real sockets, with one request in flight on each. Each connection sends its
+// next request as soon as it has an answer. With `arrivals` a second, requests are sent when they are due, and the time that a request
+// waits for a connection is part of its latency.
 import { once } from 'node:events'
 import { connect } from 'node:net'
 import { availableParallelism } from 'node:os'
@@ -10,11 +10,11 @@ import { answerParent } from './processes.mjs'
 let requests = []
 let connections = []
 let polling = false
-/** Requests a second; undefined: as fast as answers come. */
+/** Requests a second; `undefined` means as fast as answers come. */
 let arrivals
 
 answerParent({
-  /** Signs the requests and opens the connections: nothing of it is measured. */
+  /** Signs the requests and opens the connections, none of which is measured. */
   async prepare ({ port, connections: count, poll, arrivals: rate, ...plan }) {
     requests = buildRequests(plan)
     arrivals = rate
@@ -31,7 +31,7 @@ answerParent({
     const due = index => arrivals === undefined ? performance.now() : start + index * 1_000 / arrivals
     const idle = []
     let clock
-    // To wake a sender that sleeps costs the server up to a third of an answer's CPU time, and varies: this one is awake.
+    // Waking a sleeping sender costs the server up to a third of the CPU time of an answer, and the cost varies. So the sender stays awake.
     if (polling) poll()
     await new Promise((resolve, reject) => {
       const ended = error => {
@@ -77,7 +77,7 @@ answerParent({
             clearInterval(clock)
             return resolve()
           }
-          // A refusal may come before the body is out.
+          // A refusal may arrive before the body has been sent.
           if (socket.writableNeedDrain) socket.once('drain', send)
           else send()
         })
@@ -103,12 +103,12 @@ async function open (port) {
   return socket
 }
 
-/** @returns {string | undefined} status and body, once all of it is here */
+/** @returns {string | undefined} the status and the body, once the answer is complete */
 function parse (text) {
   const end = text.indexOf('\r\n\r\n')
   if (end === -1) return undefined
   const length = /\r\ncontent-length: *(\d+)/i.exec(text)?.[1]
   const isWhole = length === undefined ? text.endsWith('\r\n0\r\n\r\n') : text.length === end + 4 + Number(length)
-  // How far a timestamp is off grows while it is sent.
+  // The refusal says by how much a timestamp is off, which grows during the run.
   return isWhole ? `${text.slice(9, 12)} ${text.slice(end + 4).replace(/\d+ s (behind|ahead)/, 'some s $1')}` : undefined
 }

@@ -8,7 +8,7 @@ const PACKAGES = [
   '@octokit/webhooks', 'ioredis', 'bullmq', 'libsql', 'prom-client'
 ]
 
-/** What the figures depend on; at the start of a run, while the load average is that of others. */
+/** What the figures depend on. Called at the start of a run, while the load average is that of other programs. */
 export function describeMachine () {
   return {
     date: new Date().toISOString().slice(0, 10),
@@ -31,7 +31,7 @@ function commit () {
   return line('git', 'status', '--porcelain', '--', 'lib', 'bench', 'package-lock.json') === '' ? head : `${head} with changes`
 }
 
-/** What a command prints; undefined where it is not there. */
+/** What a command prints; `undefined` when the command is not available. */
 function line (command, ...args) {
   try {
     return execFileSync(command, args, { cwd: ROOT, encoding: 'utf8', stdio: ['ignore', 'pipe', 'ignore'] }).trim()

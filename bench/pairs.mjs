@@ -1,7 +1,7 @@
-// What several sections run: a runner and a store.
+// The pairs of a runner and a store that several sections run.
 import { variant } from './variants.mjs'
 
-/** Runner, store, and deliveries a round at full load. */
+/** A runner, a store, and the deliveries in one round at full load. */
 const PAIRS = [
   ['inline', 'memory', 8_000],
   ['inline', 'sqlite', 4_000],
@@ -20,14 +20,14 @@ const PAIRS = [
 
 export const contenderOf = ({ runner, store }, options) => variant({ runner, store, handler: 'async', ...options })
 
-/** How a runner is called, where that is not its name. */
+/** How a runner is called, when its name alone does not say it. */
 const CALLS = { 'pgboss-batches': 'pgboss({ worker: { concurrency: 20, batchSize: 10 } })' }
 
 export const labelOf = ({ runner, store }) => `\`${CALLS[runner] ?? `${runner}()`}\`, ${store}`
 
 const needs = ({ runner, store }) => runner === 'bullmq' || store === 'redis' ? 'redis' : runner.startsWith('pgboss') || store === 'postgres' ? 'postgres' : undefined
 
-/** @returns those whose server is there, and of the others a line why not */
+/** @returns the pairs whose server is available, and a line for each other pair that says why it is left out */
 export function pairsThere (bench, pairs = PAIRS) {
   const isThere = pair => bench.has({ needs: needs(pair) })
   return {

@@ -1,8 +1,8 @@
-/** The PostgreSQL of the tests, which commits to the disk here. */
+/** The PostgreSQL server of the tests, with fsync and autovacuum on. */
 export class Postgres {
   #teardowns = []
 
-  /** @returns {Promise<Postgres | undefined>} undefined where its programs are not installed */
+  /** @returns {Promise<Postgres | undefined>} `undefined` when PostgreSQL is not installed */
   static async start () {
     const { PostgresServer, postgresMissing } = await import('../test/support/postgres.ts')
     if (postgresMissing !== false) return undefined

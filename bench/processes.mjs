@@ -1,9 +1,9 @@
-// Processes that answer questions: `ask` here, `answerParent` there.
+// Child processes that answer questions: the parent calls `ask`, and the child calls `answerParent`.
 import { fork } from 'node:child_process'
 import { once } from 'node:events'
 import { fileURLToPath } from 'node:url'
 
-/** ms */
+/** ms to wait for an answer. */
 const PATIENCE = 120_000
 
 /** Node's defaults, whatever a shell or a test runner has set. */
@@ -18,7 +18,7 @@ export class Child {
   #exited
   #pending
 
-  /** @returns {Promise<Child>} once it has said what it starts with; see `hello` */
+  /** @returns {Promise<Child>} once the child has sent its first message, which is in `hello` */
   static async start (file, args = [], execArgv = []) {
     const child = new Child()
     child.#name = [file, ...args.map(arg => JSON.stringify(arg))].join(' ')
@@ -38,7 +38,7 @@ export class Child {
     return child
   }
 
-  /** One question at a time. */
+  /** Asks one question. The next one has to wait for its answer. */
   async ask (name, question) {
     this.#process.send({ name, question })
     return await this.#answer()
@@ -46,7 +46,7 @@ export class Child {
 
   async stop () {
     this.#pending = undefined
-    if (this.#process.connected) this.#process.disconnect() // ends by itself: a profile is written at the exit
+    if (this.#process.connected) this.#process.disconnect() // the process ends by itself, so that it writes its profile
     await this.#exited
   }
 
@@ -63,7 +63,7 @@ export class Child {
   }
 }
 
-/** In the child: answers what the parent asks, and says hello. */
+/** Called in the child: sends `hello`, then answers the parent's questions. */
 export function answerParent (answers, hello) {
   process.on('message', async ({ name, question }) => {
     try {

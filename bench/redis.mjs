@@ -2,11 +2,11 @@ import { spawn, spawnSync } from 'node:child_process'
 import { once } from 'node:events'
 import { createServer } from 'node:net'
 
-/** A redis-server on a port of its own that keeps nothing on disk. */
+/** A redis-server on a free port that stores nothing on disk. */
 export class Redis {
   #process
 
-  /** @returns {Promise<Redis | undefined>} undefined where redis-server is not installed */
+  /** @returns {Promise<Redis | undefined>} `undefined` when redis-server is not installed */
   static async start () {
     if (spawnSync('redis-server', ['--version']).error !== undefined) return undefined
     const redis = new Redis()
@@ -14,7 +14,7 @@ export class Redis {
     redis.#process = spawn('redis-server', ['--port', String(redis.port), '--bind', '127.0.0.1', '--save', '', '--appendonly', 'no'], {
       stdio: ['ignore', 'pipe', 'inherit']
     })
-    process.once('exit', redis.#kill) // unlike the other processes it does not notice that its parent is gone
+    process.once('exit', redis.#kill) // redis-server does not notice when its parent has gone
     for await (const line of redis.#process.stdout) if (String(line).includes('Ready to accept connections')) break
     redis.#process.stdout.resume()
     return redis

@@ -1,4 +1,4 @@
-// Measurements become docs/performance.md: nothing here measures.
+// Turns measurements into docs/performance.md. Nothing is measured here.
 import { decimals, table } from './markdown.mjs'
 import { sections } from './sections/index.mjs'
 import { renderSummary } from './summary.mjs'
@@ -6,7 +6,7 @@ import { renderSummary } from './summary.mjs'
 /**
  * @param {string} template Markdown with `{{summary}}`, `{{machine}}`, `{{targets}}`, and `{{…}}` for each section
  * @param {object} machine see `describeMachine`
- * @param {Record<string, unknown>} results what the `run` of each section gave
+ * @param {Record<string, unknown>} results what the `run` of each section returned
  */
 export function renderReport (template, machine, results) {
   const parts = { summary: renderSummary(results), machine: renderMachine(machine), targets: renderTargets(targetsOf(results)) }

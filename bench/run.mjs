@@ -1,4 +1,4 @@
-// npm run bench. Measures, prints, and writes docs/performance.md: see --help.
+// npm run bench: measures, prints, and writes docs/performance.md. See --help.
 import { readFile, writeFile } from 'node:fs/promises'
 import { resolve } from 'node:path'
 import { pathToFileURL } from 'node:url'
@@ -54,7 +54,7 @@ function assertKnown (kind, wanted, known) {
   process.exit(1)
 }
 
-for (const signal of ['SIGINT', 'SIGTERM']) process.once(signal, () => process.exit(1)) // cleans up at the exit
+for (const signal of ['SIGINT', 'SIGTERM']) process.once(signal, () => process.exit(1)) // cleans up in its 'exit' listeners
 
 const start = performance.now()
 const log = line => console.error(`${Math.round((performance.now() - start) / 1000)} s\t${line}`)

@@ -1,15 +1,15 @@
-// The first screen of docs/performance.md: one picture, and what a reader can use.
+// The first screen of docs/performance.md: one chart, and the figures that readers need most.
 import { contenders } from './contenders/index.mjs'
 import { decimals, ratio, whole } from './markdown.mjs'
 import { labelOf } from './pairs.mjs'
 import { above, compared, median } from './statistics.mjs'
 
-/** Characters of the longest bar. */
+/** The length of the longest bar in characters. */
 const WIDTH = 50
 
 const DRAWN = ['ours', 'hmac', 'standardwebhooks', 'octokit', 'raw-body-openai', 'hono-openai', 'express-openai']
 
-/** @param {Record<string, any>} results what the `run` of each section gave */
+/** @param {Record<string, any>} results what the `run` of each section returned */
 export function renderSummary (results) {
   return `${picture(results)}\n\n${lines(results).map(line => `- ${line}`).join('\n')}`
 }

@@ -1,9 +1,9 @@
-// What several sections share: the plugin in several settings, compared with the first.
+// Shared by several sections: variants of the plugin's settings, each compared with the first.
 import { contenders } from './contenders/index.mjs'
 import { extent, figures, ratioFigures, table } from './markdown.mjs'
 import { compared } from './statistics.mjs'
 
-/** The plugin with what differs from its defaults. */
+/** The plugin with options that differ from its defaults. */
 export const variant = (options, rest) => ({ ...contenders['ours-sync'], options: { ...contenders['ours-sync'].options, ...options }, ...rest })
 
 export function renderVariants (what, plan, variants) {

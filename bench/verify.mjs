@@ -1,5 +1,5 @@
-// CPU time per verification: this package's standardWebhooks() beside the `standardwebhooks` package.
-// Needs `npm run build` first. Rounds are interleaved and medians shown: compare within a run, not between runs.
+// CPU time per verification: this package's standardWebhooks() and the `standardwebhooks` package. Needs `npm run build` first. Rounds are
+// interleaved and medians are shown: compare figures of one run, not of different runs.
 import { createSecretKey, randomBytes } from 'node:crypto'
 import { Webhook } from 'standardwebhooks'
 import { standardWebhooks } from '../dist/index.js'

@@ -1,4 +1,4 @@
-// The limit: parses JSON and checks nothing. With `status` it refuses everything by a constant.
+// The lower limit: parses JSON and checks nothing. With `status`, every delivery is refused with a constant answer.
 import Fastify from 'fastify'
 import { PATH } from '../deliveries.mjs'
 

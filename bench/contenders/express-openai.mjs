@@ -1,4 +1,4 @@
-// As OpenAI's guide has it.
+// The receiver of OpenAI's guide.
 import express from 'express'
 import OpenAI from 'openai'
 import { PATH, SECRET } from '../deliveries.mjs'

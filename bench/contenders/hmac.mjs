@@ -1,10 +1,10 @@
-// The practical limit: the least that authenticates the bytes, by hand. A timestamp of any age passes, no type or shape is
-// checked, nothing is dispatched, and nothing is remembered.
+// The practical limit: the least code that authenticates the bytes. It accepts timestamps of any age, checks neither type nor shape,
+// dispatches nothing and remembers nothing.
 import { createHmac, createSecretKey, timingSafeEqual } from 'node:crypto'
 import Fastify from 'fastify'
 import { PATH, SECRET, logTo } from '../deliveries.mjs'
 
-/** @param {{ logger?: boolean, directory?: string }} [options] logger: writes what ours writes, a line for each delivery */
+/** @param {{ logger?: boolean, directory?: string }} [options] logger: writes the same log as ours, a line for each delivery */
 export async function build ({ logger = false, directory } = {}) {
   const key = createSecretKey(Buffer.from(SECRET.slice('whsec_'.length), 'base64'))
   const app = Fastify({ logger: logger && logTo({ directory }) })

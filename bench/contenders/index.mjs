@@ -1,12 +1,12 @@
 /**
  * @typedef {object} Contender
  * @property {string} label
- * @property {string} module in this directory; its `build(options)` gives a Fastify app or a server of Node's
+ * @property {string} module in this directory; its `build(options)` returns a Fastify app or a server of node:http
  * @property {object} [options]
  * @property {string} [scheme] how its deliveries are signed
  * @property {boolean} [checksNothing] a forged delivery is answered 200 too
  * @property {boolean} [refusesAll] a correct delivery is answered 4xx too
- * @property {string} [needs] what must be there; see Bench.missing
+ * @property {string} [needs] the resource that it needs; see Bench.missing
  */
 
 const ours = (label, options, rest) => ({ label: `fastify-openai-webhook${label}`, module: 'ours', options, ...rest })

@@ -1,4 +1,4 @@
-// Another provider's webhooks, with its own signature, on payloads of the same size.
+// The webhooks of another provider, with its own signature, and payloads of the same size.
 import { createServer } from 'node:http'
 import { createNodeMiddleware, Webhooks } from '@octokit/webhooks'
 import { SECRET, PATH } from '../deliveries.mjs'

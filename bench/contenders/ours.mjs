@@ -5,13 +5,13 @@ import { PATH, logTo, secretOf, secrets } from '../deliveries.mjs'
 let handled = 0
 let waiting
 
-/** The one handler of a delivery does no more than this. */
+/** The only handler of a delivery. It does nothing else. */
 function count () {
   handled++
   if (handled === waiting?.count) waiting.resolve()
 }
 
-/** Resolves when the handlers of so many deliveries have run. */
+/** Resolves once the handlers of this many deliveries have run. */
 export function untilHandled (wanted) {
   if (handled >= wanted) return
   return new Promise(resolve => { waiting = { count: wanted, resolve } })
@@ -19,13 +19,13 @@ export function untilHandled (wanted) {
 
 /**
  * @param {object} [options] what differs from the defaults
- * @param {string} [options.from] the plugin of another checkout
+ * @param {string} [options.from] the URL of the plugin in another checkout
  * @param {'sync' | 'async'} [options.handler]
- * @param {string[]} [options.types] what the handler that counts is for
- * @param {string[]} [options.otherHandlers] the type of each further one
- * @param {string[]} [options.ownTypes] names for the `events` option
- * @param {number} [options.tenants] of one route
- * @param {number} [options.remembered] deliveries that the store has processed before
+ * @param {string[]} [options.types] the event types of the handler that counts
+ * @param {string[]} [options.otherHandlers] the event type of each further handler
+ * @param {string[]} [options.ownTypes] event types for the `events` option
+ * @param {number} [options.tenants] the number of tenants of one route
+ * @param {number} [options.remembered] the number of deliveries that the store has already processed
  */
 export async function build ({
   from = 'fastify-openai-webhook',
@@ -64,7 +64,10 @@ export async function build ({
   return app
 }
 
-/** Tenants are met during the warm-up, which is too short for 100 a second: each moves the clock by its share of one. */
+/**
+ * The plugin looks up at most 100 new tenants a second, and the warm-up is too short for that. So each lookup advances the clock by its
+ * share of a second.
+ */
 function secretsOfTenants () {
   const { now } = performance
   let ahead = 0
@@ -75,7 +78,7 @@ function secretsOfTenants () {
   }
 }
 
-// What a contender does not use is not imported: importing is measured too.
+// A module is imported only by the contenders that use it, because imports are measured too.
 
 async function schemasOf (types) {
   const { Type } = await import('@sinclair/typebox')
@@ -127,7 +130,8 @@ const stores = {
   }
 }
 
-// Keys that lie evenly among those to come, inserted in their order: in no order, ten million would take an hour.
+// The keys lie evenly among those that deliveries will add. They are inserted in ascending order, since ten million in random order would
+// take an hour.
 const remember = {
   async sqlite (db, count) {
     db.exec(`
@@ -157,7 +161,7 @@ async function pgboss ({ postgresUrl }, worker) {
 
 const runners = {
   inline: async () => (await import('fastify-openai-webhook')).inline(),
-  background: async () => (await import('fastify-openai-webhook')).background({ maxQueue: 100_000 }), // what arrives at full speed
+  background: async () => (await import('fastify-openai-webhook')).background({ maxQueue: 100_000 }), // enough for all deliveries of a round at full load
   durable: async resources => (await import('fastify-openai-webhook/sqlite')).durable(await openDatabase(resources)),
   pgboss,
   'pgboss-batches': async resources => await pgboss(resources, { concurrency: 20, batchSize: 10 }),

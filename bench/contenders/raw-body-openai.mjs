@@ -3,7 +3,10 @@ import rawBody from 'fastify-raw-body'
 import OpenAI from 'openai'
 import { PATH, SECRET, logTo } from '../deliveries.mjs'
 
-/** @param {{ logger?: boolean, metrics?: boolean, directory?: string }} [options] logger: a line for each delivery; metrics: what ours counts */
+/**
+ * @param {{ logger?: boolean, metrics?: boolean, directory?: string }} [options] logger: a line for each delivery; metrics: the same counts
+ * as ours
+ */
 export async function build ({ logger = false, metrics = false, directory } = {}) {
   const client = new OpenAI({ apiKey: 'unused', webhookSecret: SECRET })
   const app = Fastify({ logger: logger && logTo({ directory }) })

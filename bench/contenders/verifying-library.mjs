@@ -1,4 +1,4 @@
-// What is usual with a library that verifies the Standard Webhooks scheme and parses.
+// The usual receiver with a library that verifies the Standard Webhooks scheme and parses the body.
 import Fastify from 'fastify'
 import { PATH } from '../deliveries.mjs'
 

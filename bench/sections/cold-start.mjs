@@ -15,7 +15,7 @@ export async function run (bench) {
     for (const name of NAMES) {
       const child = await Child.start('cold-start.mjs', [contenders[name].module])
       await child.stop()
-      if (start >= 0) samples[name].push(child.hello) // the first reads the files from the disk
+      if (start >= 0) samples[name].push(child.hello) // the first start reads the files from the disk
     }
   }
   const of = (name, get) => median(samples[name].map(get))

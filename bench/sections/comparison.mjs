@@ -6,7 +6,7 @@ import { compared, comparedAbove } from '../statistics.mjs'
 
 export const name = 'comparison'
 
-/** Bytes of a body, and how many deliveries make a round; 65,536 is the default `bodyLimit`. */
+/** The sizes of a body in bytes, and the deliveries in one round. 65,536 is the default `bodyLimit`. */
 export const SIZES = [
   { size: 200, label: '200 B', what: 'a thin event', count: 2_000, warmUp: 16_000 },
   { size: 2_048, label: '2 KB', what: 'an incoming SIP call', count: 2_000, warmUp: 12_000 },
@@ -15,7 +15,8 @@ export const SIZES = [
 
 /**
  * @param {import('../bench.mjs').Bench} bench
- * @param {{ names?: string[], sizes?: number[], baseline?: string }} [choice] what to leave out, and the URL of another build to compare with
+ * @param {{ names?: string[], sizes?: number[], baseline?: string }} [choice] the contenders and sizes to measure, and the URL of another
+ * build to compare with
  */
 export async function run (bench, { names = Object.keys(contenders), sizes, baseline } = {}) {
   const all = { ...contenders }
@@ -50,7 +51,7 @@ export function render ({ results, leftOut, labels }) {
   return parts.join('\n\n')
 }
 
-/** What we cost above the bare route, of what they cost above it. */
+/** The limits to our cost above the bare route, divided by the cost of another contender above it. */
 const ABOVE_BARE = [
   ['raw-body-openai', { '200 B': 0.15, '2 KB': 0.15 }],
   ['hono-openai', { '200 B': 0.15, '2 KB': 0.15 }],

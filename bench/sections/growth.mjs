@@ -52,7 +52,7 @@ export async function run (bench) {
       for (let round = 0; round <= rounds; round++) {
         for (const [at, server] of servers.entries()) {
           const { cpu, rate } = await bench.send(server, { templates, count: pair.count }, { untilHandled: pair.count * (round + 1), poll: false })
-          if (round > 0) figures[at].push({ cpu, rate }) // the first warms up
+          if (round > 0) figures[at].push({ cpu, rate }) // the first round warms up
         }
       }
     } finally {

@@ -14,8 +14,8 @@ import * as tenants from './tenants.mjs'
 import * as types from './types.mjs'
 
 /**
- * In the order of the report. Each has `run(bench, choice)`, which gives plain data; `render(data)`, Markdown; and
- * `targets(data)`, see `renderTargets`.
+ * The sections, in the order of the report. Each has `run(bench, choice)`, which returns plain data; `render(data)`, which returns
+ * Markdown; and `targets(data)`, see `renderTargets`.
  */
 export const sections = Object.fromEntries([
   comparison, production, inspector, refusals, handlers, secrets, tenants, types, coldStart, memory, runners, steady, growth, redis

@@ -5,7 +5,7 @@ import { renderVariants, variant } from '../variants.mjs'
 
 export const name = 'inspector'
 
-/** The same deliveries, kept for the page or not; nobody looks at it. */
+/** The same deliveries with and without the inspector. No page is open. */
 const candidates = () => ({
   'the plugin, an async handler': variant({ handler: 'async' }),
   'with the inspector': variant({ handler: 'async', inspector: true })

@@ -4,7 +4,7 @@ import { variant } from '../variants.mjs'
 
 export const name = 'memory'
 
-/** Deliveries; what the memory store remembers by default. */
+/** The number of deliveries that the memory store remembers by default. */
 const COUNT = 100_000
 const BATCH = 10_000
 

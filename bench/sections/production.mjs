@@ -6,7 +6,7 @@ import { renderVariants, variant } from '../variants.mjs'
 
 export const name = 'production'
 
-/** What a real app has on: a log at info in a file, a line for each delivery, an async handler, the deadline, metrics. */
+/** What a real app has enabled: a log file at level info with a line for each delivery, an async handler, the deadline, and metrics. */
 const candidates = () => ({
   'inline HMAC, a logger and a line of its own': { ...contenders.hmac, options: { logger: true } },
   'fastify-raw-body + openai, a logger and metrics of its own': { ...contenders['raw-body-openai'], options: { logger: true, metrics: true } },

@@ -21,7 +21,7 @@ export async function run (bench) {
     const ended = new Promise(resolve => {
       monitor.on('monitor', (_time, [command, argument], source) => {
         if (argument === end) resolve()
-        else if (source !== 'lua') commands[command.toLowerCase()] = (commands[command.toLowerCase()] ?? 0) + 1 // what a script does is no round trip
+        else if (source !== 'lua') commands[command.toLowerCase()] = (commands[command.toLowerCase()] ?? 0) + 1 // commands within a script are no round trips
       })
     })
     await bench.send(server, { templates, count: COUNT })

@@ -5,7 +5,10 @@ import { contenderOf, labelOf, pairsThere, withLeftOut } from '../pairs.mjs'
 
 export const name = 'runners'
 
-/** Runner, store; at least so much of what `inline()` with memory handles, on the same cores; at most so much of its CPU. */
+/**
+ * Runner, store, the least share of the deliveries and the greatest multiple of the CPU time of `inline()` with the memory store, on the
+ * same cores.
+ */
 const LIMITS = [
   ['inline', 'sqlite', 0.5, 2.5], ['durable', 'memory', 0.5, 2.5], ['durable', 'sqlite', 0.35, 2.5],
   ['bullmq', 'memory', 0.45], ['inline', 'postgres', 0.25], ['pgboss', 'memory', 0.25], ['pgboss-batches', 'memory', 0.25]
@@ -21,9 +24,9 @@ export async function run (bench) {
     const templates = [eventOf(200)]
     for (let round = 0; round <= rounds; round++) {
       for (const { server, count, samples } of entries) {
-        // The sender sleeps while it waits: SQLite's disk and Redis need a core as well.
+        // The sender sleeps between answers, because SQLite's disk writes and Redis need a core too.
         const sample = await bench.send(server, { templates, count }, { untilHandled: count * (round + 1), poll: false })
-        if (round > 0) samples.push(sample) // the first warms up
+        if (round > 0) samples.push(sample) // the first round warms up
       }
     }
   } finally {

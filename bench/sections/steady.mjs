@@ -5,9 +5,9 @@ import { max, median } from '../statistics.mjs'
 
 export const name = 'steady'
 
-/** Deliveries a second, whether those before have been answered or not. */
+/** Deliveries a second, whether or not the earlier ones have been answered. */
 const ARRIVALS = 1_000
-/** ms */
+/** The greatest p99 in ms. */
 const LIMIT = 25
 
 export async function run (bench) {

@@ -4,7 +4,7 @@ import { renderVariants, variant } from '../variants.mjs'
 
 export const name = 'types'
 
-/** Bytes: the least that every type's sample fits into. */
+/** The smallest size in bytes that has room for the sample of every type. */
 const SIZE = 512
 
 export async function run (bench) {
