@@ -1,5 +1,5 @@
-// `npm run drift` compares the event table with the newest `openai` package on npm, `npm run drift -- --installed` with the
-// one in node_modules. Exit code 0: nothing differs; 1: what it lists does; 2: nothing was compared.
+// `npm run drift` compares the event table with the newest `openai` package on npm; `npm run drift -- --installed` compares it with the
+// package in node_modules. Exit code 0: nothing differs; 1: something differs, listed line by line; 2: nothing was compared.
 import { execFile } from 'node:child_process'
 import { mkdtemp, readdir, readFile, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
@@ -8,16 +8,16 @@ import { fileURLToPath } from 'node:url'
 import { promisify } from 'node:util'
 import ts from 'typescript'
 
-/** Event types that no type of the package has, with where they are known from. */
+/** Event types that no type of the package has, each with its source. */
 const ELSEWHERE = { 'safety_identifier.blocked': "openai-python's types/webhooks" }
 
 /**
- * A field, by its path: `data.sip_headers[].name`.
+ * A field of an event. Its key is its path, such as `data.sip_headers[].name`.
  *
  * @typedef {object} Field
  * @property {boolean} optional may be absent
- * @property {string} type `string`, `number`, `array`, `object`, each perhaps with ` | null`, or what else it is
- * @property {string[]} values texts that are known of it
+ * @property {string} type `string`, `number`, `array` or `object`, each perhaps with ` | null`, or the name of another type
+ * @property {string[]} values the known texts of the field
  * @property {boolean} open other texts are accepted too
  *
  * @typedef {Map<string, Field>} Fields
@@ -25,16 +25,16 @@ const ELSEWHERE = { 'safety_identifier.blocked': "openai-python's types/webhooks
  */
 
 /**
- * What a copy of the `openai` package has: its typed events by type, and the types that an endpoint can subscribe to.
+ * Reads from a copy of the `openai` package its typed events, by type, and the types that an endpoint can subscribe to.
  *
- * @param {string} folder of its package.json
+ * @param {string} folder the folder of its package.json
  * @returns {Promise<Package>}
  */
 export async function readPackage (folder) {
   const { version } = JSON.parse(await readFile(join(folder, 'package.json'), 'utf8'))
   const file = join(folder, 'resources/webhooks/webhooks.d.ts')
-  // The types of events stand in this one file. To follow its imports is to parse the whole package, ten times the work; a
-  // type that is imported is told by its name.
+  // All types of events are in this one file. Following its imports would parse the whole package, which takes ten times as long. An
+  // imported type is represented by its name.
   const program = ts.createProgram([file], { noResolve: true, types: [], lib: ['lib.es5.d.ts'], strict: true, skipLibCheck: true })
   const checker = program.getTypeChecker()
   const source = program.getSourceFile(file)
@@ -54,7 +54,7 @@ export async function readPackage (folder) {
   return { version, events, subscribable: declared(checker, typed('WebhookCreateParams')).get('event_types[]').values }
 }
 
-/** @returns {Fields} of an object type of TypeScript */
+/** @returns {Fields} the fields of an object type of TypeScript */
 function declared (checker, object, path = '') {
   const fields = new Map()
   for (const property of checker.getPropertiesOfType(object)) {
@@ -77,7 +77,7 @@ function declared (checker, object, path = '') {
 
   function kindOf (type) {
     const { flags } = type
-    // `string & {}`, which keeps the literals beside it suggested
+    // `string & {}` also counts as a string: with it, editors still suggest the literals of a union
     if (flags & ts.TypeFlags.StringLike || (type.isIntersection() && type.types.some(part => part.flags & ts.TypeFlags.String))) return 'string'
     if (flags & ts.TypeFlags.BooleanLike) return 'boolean'
     if (checker.isArrayType(type)) return 'array'
@@ -85,7 +85,7 @@ function declared (checker, object, path = '') {
   }
 }
 
-/** @returns {Fields} of an object schema of the event table */
+/** @returns {Fields} the fields of an object schema of the event table */
 function tabled (schema, path = '', fields = new Map()) {
   for (const [name, field] of Object.entries(schema.properties)) {
     add(path + name, field, !(schema.required ?? []).includes(name))
@@ -103,7 +103,7 @@ function tabled (schema, path = '', fields = new Map()) {
 }
 
 /**
- * What differs, a line each.
+ * Lists what differs, in a line each.
  *
  * @param {Package} sdk
  * @param {Record<string, { schema: object }>} entries the event table
@@ -131,16 +131,16 @@ function * compareField (their, our) {
   const presence = ({ optional }) => optional ? 'may be absent' : 'always there'
   if (their.optional !== our.optional) yield `${presence(our)} in the table, ${presence(their)} in openai`
   if (their.type !== our.type) yield `${our.type} in the table, ${their.type} in openai`
-  // The other way round is meant: a value that OpenAI adds does not refuse a delivery.
+  // The opposite is intended: the table accepts values that OpenAI may add, so that they do not cause refusals.
   if (their.open && !our.open) yield `only ${our.values.join(', ')} in the table, other values too in openai`
   const missing = their.values.filter(value => !our.values.includes(value))
   if (missing.length > 0) yield `${missing.join(', ')} not in the table`
-  // Where openai has any text, the table has values from its prose.
+  // Where openai declares any text, the values in the table come from its prose.
   const extra = our.values.filter(value => !their.values.includes(value))
   if (their.values.length > 0 && extra.length > 0) yield `${extra.join(', ')} in the table alone`
 }
 
-/** The event table as lib/ has it now, whatever dist/ is. */
+/** The event table in lib/, which may be newer than dist/. */
 async function readTable () {
   const { build } = await import('esbuild')
   const { outputFiles: [{ text }] } = await build({
@@ -153,7 +153,7 @@ async function readTable () {
   return (await import(`data:text/javascript,${encodeURIComponent(text)}`)).officialEntries
 }
 
-/** Downloads the newest `openai` package into a folder. Nothing of it is run. */
+/** Downloads the newest `openai` package into a folder. No code of the package is run. */
 async function download (folder) {
   try {
     await run('npm', ['pack', 'openai@latest', '--ignore-scripts', '--prefer-online', '--fetch-retries=1', '--fetch-retry-mintimeout=1000'])
@@ -170,7 +170,7 @@ async function download (folder) {
   }
 }
 
-/** @returns {Promise<{ code: 0 | 1 | 2, text: string }>} the exit code, and what there is to say */
+/** @returns {Promise<{ code: 0 | 1 | 2, text: string }>} the exit code and the text to print */
 export async function drift (args) {
   const folder = await mkdtemp(join(tmpdir(), 'openai-drift-'))
   try {

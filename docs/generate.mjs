@@ -5,9 +5,9 @@ import { fileURLToPath } from 'node:url'
 /** @typedef {Record<string, { description: string, schema: object }>} Entries */
 
 /**
- * The document with its tables made anew.
+ * Returns the document with its tables rendered again.
  *
- * @param {string} document text that holds `<!-- table NAME -->` … `<!-- end -->` for each of the tables
+ * @param {string} document text with `<!-- table NAME -->` … `<!-- end -->` for each of the tables
  * @param {Record<string, Entries>} tables by NAME
  */
 export function render (document, tables) {
@@ -21,7 +21,7 @@ export function render (document, tables) {
   return document
 }
 
-/** A table for each family, under the pattern that `on()` takes for it. */
+/** One table for each family, under the pattern by which `on()` takes the family. */
 function families (entries) {
   const byFamily = new Map()
   for (const entry of Object.entries(entries)) {
@@ -55,7 +55,7 @@ function knownValues (path, field) {
 
 const property = (schema, name) => `${name}${isRequired(schema, name) ? '' : '?'}: ${typeOf(schema.properties[name])}`
 
-/** The TypeScript of the part of JSON Schema that the event table uses. */
+/** The TypeScript of a schema. It supports only the part of JSON Schema that the event table uses. */
 function typeOf (schema) {
   if (schema.anyOf !== undefined) return schema.anyOf.map(typeOf).join(' | ')
   if (schema.const !== undefined) return `'${schema.const}'`
