@@ -11,14 +11,14 @@ const ROOT = join(import.meta.dirname, '../..')
 type Teardown = { teardown: (fn: () => unknown) => void }
 type Environment = Record<string, string>
 
-/** A command that has been started, and what it has written. */
+/** A running command and its output. */
 export class Session {
   out = ''
   err = ''
-  /** The exit code; settles once all output is there. */
+  /** The exit code. It settles once all output has been read. */
   ended: Promise<number | null> = Promise.resolve(null)
   interrupt: () => void = () => {}
-  /** Nobody reads `out` any more. */
+  /** Closes the reading end of `out`. */
   hangUp: () => void = () => {}
   #over = false
   readonly #waiting = new Set<() => void>()
@@ -28,7 +28,7 @@ export class Session {
     for (const look of this.#waiting) look()
   }
 
-  /** Resolves to the match once `out` has it; rejects when the command ends without. */
+  /** Resolves to the match once `out` contains it; rejects when the command ends without it. */
   async shows (pattern: RegExp): Promise<RegExpExecArray> {
     return await new Promise((resolve, reject) => {
       const look = (): void => {
@@ -56,7 +56,7 @@ export interface Result { code: number, out: string, err: string }
 
 export interface Given { env?: Environment, isTTY?: boolean, signal?: AbortSignal }
 
-/** Runs a command line in this process to its end. */
+/** Runs a command line in this process, to its end. */
 export async function run (argv: readonly string[], { env = {}, isTTY = false, signal = new AbortController().signal }: Given = {}): Promise<Result> {
   const result = { code: 0, out: '', err: '' }
   result.code = await main(argv, {
@@ -90,12 +90,12 @@ export function start (t: Teardown, argv: readonly string[], { env = {}, isTTY =
 
 export const BUILT = join(ROOT, 'dist/cli/bin.js')
 
-/** Runs a command line in a process of its own, with nothing of the test runner's in its environment. */
+/** Starts a command line in its own process, whose environment contains nothing of the test runner. */
 export function launch (t: Teardown, argv: readonly string[], { env = {}, cwd }: { env?: Environment, cwd?: string } = {}): Session {
   return started(t, spawnProgram([BUILT, ...argv], { env: { PATH: process.env['PATH'], ...env }, cwd, stdio: ['ignore', 'pipe', 'pipe'] }))
 }
 
-/** The same from lib/ under the test runner's loaders, so that its coverage counts. */
+/** Like `launch`, but from lib/ with the loaders of the test runner, so that the coverage counts. */
 export function launchSource (t: Teardown, argv: readonly string[], env: Environment = {}): Session {
   const loader = new URL('typescript.js', import.meta.url).href
   const args = [`--import=${loader}`, ...process.execArgv, join(ROOT, 'lib/cli/bin.ts'), ...argv]

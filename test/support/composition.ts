@@ -8,14 +8,14 @@ import type { VerifiedRequest } from '../../lib/index.ts'
 import { SECRET, sign, thin } from './deliveries.ts'
 import type { Signed } from './deliveries.ts'
 
-// What an app may have around its routes, in every combination. A route of ours and a plain one that fails at the same
-// point with the same error must answer alike.
+// Everything that an app may have around its routes, in every combination. A route of the plugin and a plain route that fails at the same
+// point with the same error must give the same answer.
 
 const turn = async (): Promise<void> => await new Promise(resolve => setImmediate(resolve))
 
 export const fail = (value: unknown): never => { throw value }
 
-// What is thrown
+// The values that are thrown
 
 const realm = createContext()
 
@@ -38,7 +38,7 @@ export const THROWN: Record<string, () => unknown> = {
   nothing: () => undefined
 }
 
-/** Thrown, Fastify takes these for no error: it goes on, and skips the hooks of the kind that would have come. */
+/** Fastify does not take these for errors when they are thrown: it continues and skips the remaining hooks of the same kind. */
 const NO_ERROR = new Set(['null', 'nothing'])
 
 // What a hook does
@@ -71,7 +71,7 @@ export interface Behaviour {
   readonly name: string
   readonly kind: string
   readonly sends: boolean
-  /** Whether Fastify may go on as if every hook of the kind had passed. */
+  /** Whether Fastify may continue as if every hook of this kind had passed. */
   readonly skips: boolean
   readonly run: (reply: FastifyReply, done: Done) => unknown
 }
@@ -146,19 +146,19 @@ export const HANDLERS: Record<string, ErrorHandler> = {
   'sends what it was given': (error, _request, reply) => { reply.send(error) }
 }
 
-// Where it is set
+// Where the error handler is set
 
 export type Target = 'own' | 'route' | 'answering' | 'marked'
 
 export const TARGETS: readonly Target[] = ['own', 'route', 'answering', 'marked']
 
-/** The status that Fastify's default gives an error. */
+/** The status of Fastify's default answer to an error. */
 const errorStatus = (error: unknown): number => {
   const { statusCode, status } = Object(error) as { statusCode?: number, status?: number }
   return [statusCode, status].find(status => status !== undefined && status >= 400 && status <= 599) ?? 500
 }
 
-/** Tells with which error the handlers were asked first. */
+/** Adds a header with the status of the error that the first error handler received. */
 const told = (handler: ErrorHandler): ErrorHandler => (error, request, reply) => {
   if (!reply.hasHeader('x-first')) reply.header('x-first', errorStatus(error))
   return handler(error, request, reply)
@@ -176,14 +176,14 @@ function work (request: FastifyRequest, processed: Set<string>, webhookId: strin
   processed.add(webhookId)
 }
 
-/** The routes that `.route()` makes, declared before what comes after the plugin. */
+/** The routes of `.route()`. They are declared before whatever comes after the plugin. */
 function ownRoutes (scope: FastifyInstance, processed: Set<string>): void {
   scope.openaiWebhook
     .route({ url: '/route' })
     .route({ url: '/answering', handler: async request => { work(request, processed, request.openaiWebhook.webhookId) } })
 }
 
-/** The routes of the user's own, and the plain ones that fail where ours do. Declared last. */
+/** The routes of the user, and the plain routes that fail at the same points. They are declared last. */
 function userRoutes (scope: FastifyInstance, processed: Set<string>, errorHandler?: ErrorHandler): void {
   const own = errorHandler === undefined ? {} : { errorHandler: told(errorHandler) }
   scope.post('/marked', { ...own, config: { openaiWebhook: {} } }, async request => { work(request, processed, (request as VerifiedRequest).openaiWebhook.webhookId) })
@@ -293,7 +293,7 @@ export interface Cell {
   readonly place: string
   readonly target: Target
   readonly delivery: typeof DELIVERIES[number]
-  /** Whether the hook was added before the plugin or after it. */
+  /** Whether the hook was added before or after the plugin. */
   readonly at: 'early' | 'late'
 }
 
@@ -311,7 +311,7 @@ export interface Composed {
   readonly processed: Set<string>
 }
 
-/** An app with hooks that do what a request's `x-hook` says. */
+/** Builds an app whose hooks do what the `x-hook` header of a request says. */
 export async function compose (place: string, handler: string, server: FastifyServerOptions = {}): Promise<Composed> {
   const app = Fastify(server)
   const processed = new Set<string>()
@@ -326,11 +326,12 @@ function addHooks (app: FastifyInstance, at: string): void {
   for (const kind of [...BEFORE_HANDLER, ...AROUND_ANSWER]) {
     const done = new WeakSet<FastifyRequest>()
     const act = (request: FastifyRequest, reply: FastifyReply, next: Done, payload?: unknown): unknown => {
-      // Where they fail on what Fastify's default error handler sends, no plain route answers: "cb is not a function".
+      // These hooks must not fail on what Fastify's default error handler sends: then even a plain route gives no answer ("cb is not a
+      // function").
       if (kind === 'preSerialization' && !isOfHandler(payload)) return next()
       if (kind === 'onSend' && payload === AGAIN) return next()
       const behaviour = BEHAVIOURS[Number(request.headers['x-hook'])]
-      // Once: an answer to an error goes through the same hooks.
+      // Acts once per request, because the answer to an error passes the same hooks again.
       if (behaviour?.kind !== kind || request.headers['x-at'] !== at || done.has(request)) return next()
       done.add(request)
       return behaviour.run(reply, next)
@@ -364,7 +365,11 @@ export const inject = (app: FastifyInstance): Ask => async (url, { headers, body
   return { status: response.statusCode, headers: response.headers, body: response.body }
 }
 
-/** What differs from the answer of a plain route, or undefined. */
+/**
+ * Compares the answer with that of a plain route.
+ *
+ * @returns the difference, or `undefined`
+ */
 export async function fault (cell: Cell, { processed }: Composed, ask: Ask): Promise<string | undefined> {
   const { behaviour, target, delivery } = cell
   const request = requestOf(cell)
@@ -382,7 +387,7 @@ export async function fault (cell: Cell, { processed }: Composed, ask: Ask): Pro
   return seen === wanted ? undefined : `expected ${wanted}, got ${seen}`
 }
 
-/** ms; what is not answered by then never will be. */
+/** ms to wait for an answer. A later one is taken as none. */
 const PATIENCE = 10_000
 
 async function inTime (answer: Promise<Answer>): Promise<Answer | undefined> {
@@ -393,11 +398,11 @@ async function inTime (answer: Promise<Answer>): Promise<Answer | undefined> {
   return first
 }
 
-/** An error handler cannot make a success of a refusal. */
+/** The answer to expect. An error handler cannot turn a refusal into a success. */
 function ofRefusal (plain: Answer, isProcessed: boolean, ours: Answer): Answer {
   const first = plain.headers['x-first']
   if (first === undefined || plain.status >= 400 || isProcessed) return plain
-  // Of a 204, Fastify drops the body.
+  // Fastify drops the body of a 204.
   return plain.status === 204 ? { ...ours, status: Number(first) } : { ...plain, status: Number(first) }
 }
 
@@ -406,13 +411,16 @@ function show ({ status, headers, body }: Answer): string {
   return JSON.stringify([status, others, body])
 }
 
-/** The default path is not in a scope below, and only routes of the user's have error handlers of their own. */
+/**
+ * Adapts the target to the place: a scope below the plugin has no default path, and only the user's own routes have error handlers of their
+ * own.
+ */
 function targetIn (place: string, target: Target): Target {
   if (place === 'on the route itself') return 'marked'
   return place === 'in a scope below the plugin' && target === 'own' ? 'route' : target
 }
 
-/** `every` is 1 for all of them; a larger one takes that part of them, all values of each dimension included. */
+/** @param every 1 for all cells; a larger number for that fraction of them, which still includes every value of each dimension */
 export function cellsOf (every: number, places: readonly string[] = Object.keys(PLACES), targets: readonly Target[] = TARGETS): Cell[] {
   const cells: Cell[] = []
   let n = 0
@@ -435,7 +443,7 @@ export function cellsOf (every: number, places: readonly string[] = Object.keys(
   return cells
 }
 
-/** What differs in these cells; the apps are made once for each place and error handler. */
+/** Returns the differences in these cells. One app is built for each place and error handler. */
 export async function faults (cells: readonly Cell[], reach: (composed: Composed) => Promise<Ask> | Ask, server?: FastifyServerOptions): Promise<string[]> {
   const apps = new Map<string, { composed: Composed, ask: Ask }>()
   const found: string[] = []

@@ -6,10 +6,10 @@ import openaiWebhook from '../../lib/index.ts'
 import type { OpenAIWebhookOptions } from '../../lib/index.ts'
 import { SteppedTime, unixTime } from './time.ts'
 
-/** The secret of the known-good vector below. */
+/** The secret of the published delivery below. */
 export const SECRET = 'whsec_RdvaYFYUXuIFuEbvZHwMfYFhUf7aMYjYcmM24+Aj40c='
 
-/** A delivery that OpenAI signed, as published with openai-node's tests. */
+/** A delivery that OpenAI signed, published in openai-node's tests. */
 export const VECTOR = {
   secret: SECRET,
   timestamp: 1750861210,
@@ -30,11 +30,11 @@ export interface Signed {
 interface SignOptions {
   secret?: string
   webhookId?: string
-  /** Unix seconds; now by default. */
+  /** Unix seconds, by default the present time. */
   timestamp?: number
 }
 
-/** Signs as an independent implementation does: `standardwebhooks`, which only takes text. */
+/** Signs with an independent implementation: the `standardwebhooks` package, which signs only text. */
 export function sign (event: unknown, { secret = SECRET, webhookId = `wh_${randomUUID()}`, timestamp = unixTime() }: SignOptions = {}): Signed {
   const body = typeof event === 'string' ? event : JSON.stringify(event)
   return {
@@ -53,7 +53,7 @@ export function thin (type: string, data: object = { id: 'res_1' }): { id: strin
   return { id: 'evt_1', object: 'event', created_at: 1750861210, type, data }
 }
 
-/** An app with the plugin and the vector's secret; closed when the test ends. */
+/** Builds an app with the plugin and the secret above, and closes it when the test ends. */
 export async function build (t: { teardown: (fn: () => unknown) => void }, options: OpenAIWebhookOptions = {}, server: FastifyServerOptions = {}): Promise<FastifyInstance> {
   const app = Fastify(server) as FastifyInstance
   t.teardown(() => app.close())
@@ -66,14 +66,14 @@ export async function post (app: FastifyInstance, { headers, body }: Signed, url
   return await app.inject({ method: 'POST', url, headers, payload: body })
 }
 
-/** The status, with the code of a refusal or else the body. */
+/** The status of the answer, followed by its code if it is a refusal, else by its body. */
 export async function outcome (app: FastifyInstance, delivery = sign(thin('batch.failed')), url?: string): Promise<string> {
   const { statusCode, body } = await post(app, delivery, url)
   const code = /"code":"(?:FST_OPENAI_WEBHOOK_)?(\w+)"/.exec(body)?.[1]
   return `${statusCode} ${code ?? body}`
 }
 
-/** A clock that only moves when the test moves it, until the test ends. Boot the app before: booting takes timers. */
+/** A clock that moves only when the test moves it, until the test ends. Boot the app first, because booting needs timers. */
 export function stoppedClock (t: { teardown: (fn: () => unknown) => void }, ms?: number): SteppedTime {
   return new SteppedTime(t, ms)
 }

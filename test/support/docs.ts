@@ -7,14 +7,14 @@ import ts from 'typescript'
 export const ROOT = fileURLToPath(new URL('../..', import.meta.url))
 
 export interface Document {
-  /** Relative to the repository, with slashes. */
+  /** The path relative to the repository, with slashes. */
   readonly path: string
   readonly text: string
 }
 
 export interface CodeBlock {
   readonly path: string
-  /** Of its first line of code. */
+  /** The number of the first line of code. */
   readonly line: number
   readonly language: string
   readonly code: string
@@ -32,7 +32,7 @@ export function readDocuments (): Document[] {
   return ['README.md', 'CHANGELOG.md', ...inDocs.sort()].map(readDocument)
 }
 
-/** Fenced blocks, indented ones in lists too. Throws on a fence that is never closed. */
+/** The fenced code blocks, including indented ones in lists. Throws for a fence that is not closed. */
 export function codeBlocks ({ path, text }: Document): CodeBlock[] {
   const blocks: CodeBlock[] = []
   let open: { indent: number, language: string, line: number, lines: string[] } | undefined
@@ -51,21 +51,21 @@ export function codeBlocks ({ path, text }: Document): CodeBlock[] {
   return blocks
 }
 
-/** The cells of the table rows of a document, header and ruler rows included; `\|` is a bar within a cell. */
+/** The cells of all table rows of a document, including header and delimiter rows. `\|` is a bar within a cell. */
 export function tableRows ({ text }: Document): string[][] {
   return text.split('\n')
     .filter(line => line.startsWith('|'))
     .map(line => line.split(/(?<!\\)\|/).slice(1, -1).map(cell => cell.trim()))
 }
 
-/** What GitHub makes of a document's headings, for links to them. */
+/** The anchors that GitHub makes from a document's headings. */
 export function anchors ({ text }: Document): Set<string> {
   const headings = text.replaceAll(/^```[\s\S]*?^```/gm, '').matchAll(/^#+ (.+)$/gm)
   return new Set([...headings].map(([, heading]) => heading!.toLowerCase().replaceAll(/[^\p{L}\p{N}\s_-]/gu, '').replaceAll(' ', '-')))
 }
 
-// What the examples take as given: an app that has the plugin, and functions that would be the reader's own. A block
-// that declares one of these names itself is checked with its own.
+// What the examples assume: an app with the plugin, and functions of the reader. A block that declares one of these names is checked with
+// its own declaration.
 const GIVEN = `
 import type { FastifyInstance } from 'fastify'
 import type { IncomingHttpHeaders } from 'node:http'
@@ -90,7 +90,7 @@ declare global {
 }
 `
 
-// Of packages that only examples of other ways use, as much as these examples need.
+// Declarations of packages that only examples of other approaches use, as far as these examples need them.
 const OTHERS = `
 declare module 'express' {
   interface Request { readonly body: string, readonly headers: Record<string, string> }
@@ -139,27 +139,29 @@ declare module 'fastify-raw-body' {
 }
 `
 
-/** Faster by five than the version whose compiler can be imported. */
+/** This compiler is five times as fast as the version that can be imported. */
 const TSC = join(ROOT, 'node_modules/typescript-7/lib/tsc.js')
 
 const EXTENSIONS: Readonly<Record<string, string>> = { ts: 'ts', typescript: 'ts', js: 'js', javascript: 'js', mjs: 'js' }
 
 /**
- * Type-checks TypeScript and JavaScript blocks with the repository's compiler options, the package's names standing for
- * what has been built.
+ * Type-checks TypeScript and JavaScript blocks with the repository's compiler options. The names of the package stand for its build.
  *
  * @returns one line for each fault, `path:line message`; `checked` counts the blocks
  */
 export async function typeCheck (blocks: readonly CodeBlock[]): Promise<{ faults: string[], checked: number }> {
   const code = blocks.filter(({ language }) => language in EXTENSIONS)
-  // A module augmentation holds for a whole program: such a block gets one of its own.
+  // A module augmentation applies to its whole program, so each such block is checked in a program of its own.
   const augmenting = code.filter(block => block.code.includes('declare module'))
   const plain = code.filter(block => !augmenting.includes(block))
   const programs = [plain, ...augmenting.map(block => [block])].filter(blocks => blocks.length > 0)
   return { faults: (await Promise.all(programs.map(check))).flat(), checked: code.length }
 }
 
-/** The package's names, with the declarations that a user's compiler finds: those of lib/ would be checked with each program. */
+/**
+ * The declarations of dist/, by the package's names. A user's compiler finds these too, and those of lib/ would be checked with each
+ * program.
+ */
 function declarations (): Record<string, string[]> {
   const { name, exports } = JSON.parse(readDocument('package.json').text) as { name: string, exports: Record<string, string | { default: string }> }
   return Object.fromEntries(Object.entries(exports).flatMap(([path, target]) => typeof target === 'string'
@@ -167,7 +169,7 @@ function declarations (): Record<string, string[]> {
     : [[name + path.slice(1), [join(ROOT, target.default.replace(/js$/, 'd.ts'))]]]))
 }
 
-/** One program, in a folder of its own below the repository, whose packages it finds. */
+/** Checks one program, in a folder of its own within the repository so that it finds the repository's packages. */
 async function check (blocks: readonly CodeBlock[]): Promise<string[]> {
   mkdirSync(join(ROOT, '.tap'), { recursive: true })
   const dir = mkdtempSync(join(ROOT, '.tap/blocks-'))
@@ -190,7 +192,7 @@ async function check (blocks: readonly CodeBlock[]): Promise<string[]> {
         else reject(new Error(`the compiler failed: ${stderr}`))
       })
     })
-    // What belongs to a fault is indented below it.
+    // The details of a fault are indented below it.
     return stdout.trimEnd().split(/\n(?! )/).filter(fault => fault !== '').map(fault => {
       const [, file, line, message] = /^(.+)\((\d+),\d+\): error \w+: (.*)$/s.exec(fault) ?? []
       const block = written.get(file ?? '')
@@ -201,7 +203,7 @@ async function check (blocks: readonly CodeBlock[]): Promise<string[]> {
   }
 }
 
-/** The properties of the interfaces of a file with their `@default` tags. */
+/** The properties of the interfaces in a file, with their `@default` tags. */
 export function interfaceProperties (path: string): Map<string, Map<string, { fallback: string | undefined }>> {
   const source = ts.createSourceFile(path, readDocument(path).text, ts.ScriptTarget.Latest, true)
   const interfaces = source.statements.filter(ts.isInterfaceDeclaration)
@@ -214,7 +216,7 @@ export function interfaceProperties (path: string): Map<string, Map<string, { fa
   ]))
 }
 
-/** Relative links of a document, as paths from the repository's root; `line` is where they stand. */
+/** The relative links of a document, as paths from the repository's root, each with its `line`. */
 export function relativeLinks ({ path, text }: Document): Array<{ line: number, file: string, anchor: string | undefined }> {
   return text.split('\n').flatMap((content, index) =>
     [...content.replaceAll(/`[^`]*`/g, '').matchAll(/\]\(([^)\s]+)\)/g)]

@@ -16,10 +16,10 @@ import { RedisServer } from './redis.ts'
 
 type Teardown = { teardown: (fn: () => unknown) => void }
 
-/** ms after which something that must happen has not. */
+/** ms to wait for something that must happen. */
 const PATIENCE = 20_000
 
-/** Looks again until it holds; fails the test when it never does. */
+/** Waits until the condition holds, and fails the test when it does not hold in time. */
 export async function until (what: string, holds: () => boolean | Promise<boolean>): Promise<void> {
   const end = performance.now() + PATIENCE
   while (!await holds()) {
@@ -28,7 +28,7 @@ export async function until (what: string, holds: () => boolean | Promise<boolea
   }
 }
 
-/** A client as users configure one; every failed attempt to connect is an 'error' that needs a listener. */
+/** A Redis client with a user's configuration. It has a listener for 'error', because every failed attempt to connect emits one. */
 export function redisClient (t: Teardown, port: number, options: { maxRetriesPerRequest?: number, retryStrategy?: (times: number) => number } = {}): Redis {
   const client = new Redis({ port, host: '127.0.0.1', ...options })
   client.on('error', () => {})
@@ -36,10 +36,10 @@ export function redisClient (t: Teardown, port: number, options: { maxRetriesPer
   return client
 }
 
-/** Gives up after one attempt to connect again, and makes these at short intervals. */
+/** Options of a client that fails a command after one attempt to reconnect, and reconnects at short intervals. */
 export const IMPATIENT = { maxRetriesPerRequest: 1, retryStrategy: () => 50 }
 
-/** What the sender is told: `200`, `200 duplicate`, or the status with the code and whether there was a Retry-After. */
+/** The answer to the sender: `200`, `200 duplicate`, or the status with the code and whether there was a Retry-After. */
 export async function answer (app: FastifyInstance, delivery: Signed): Promise<string> {
   const { statusCode, headers, body } = await post(app, delivery)
   const { code, duplicate } = JSON.parse(body) as { code?: string, duplicate?: boolean }
@@ -48,7 +48,7 @@ export async function answer (app: FastifyInstance, delivery: Signed): Promise<s
   return words.filter(word => word !== undefined).join(' ')
 }
 
-/** Delivers again until it is answered 200, as OpenAI does; gives every answer. */
+/** Delivers again until the answer is 200, as OpenAI does, and returns all answers. */
 export async function deliverUntil200 (app: FastifyInstance, delivery: Signed): Promise<string[]> {
   const answers: string[] = []
   await until('an answer 200', async () => {
@@ -63,18 +63,18 @@ export const UNAVAILABLE = '503 UNAVAILABLE retry after 5'
 export const DEADLINE = '503 DEADLINE retry after 5'
 export const IN_PROGRESS = '409 IN_PROGRESS retry after 5'
 
-/** The event of most tests, under a new webhook-id. */
+/** The event of most tests, with a new webhook-id. */
 export function batchFailed (webhookId?: string): Signed {
   return sign({ id: 'evt_1', object: 'event', created_at: 1750861210, type: 'batch.failed', data: { id: 'batch_1' } }, webhookId === undefined ? {} : { webhookId })
 }
 
-/** Stands between a client and a server that fails over: connections go where it points when they are made. */
+/** A proxy between a client and a server that fails over. A connection goes to the server that is current when it is opened. */
 export class TcpProxy {
   readonly #server: Server
   readonly #pairs = new Set<[Socket, Socket]>()
-  /** While set, what the server answers is lost on its way. */
+  /** While this is set, the answers of the server are lost. */
   swallowing = false
-  /** Told when something was swallowed. */
+  /** Called when an answer was lost. */
   onSwallowed: () => void = () => {}
 
   #upstream: number
@@ -108,7 +108,7 @@ export class TcpProxy {
     return proxy
   }
 
-  /** Refuses connections, as an address does that nobody has. */
+  /** Refuses connections, like an address where nothing listens. */
   down (): void {
     this.#server.close()
     this.cut()
@@ -121,7 +121,7 @@ export class TcpProxy {
     this.port = (this.#server.address() as AddressInfo).port
   }
 
-  /** Ends every connection that there is. */
+  /** Closes every open connection. */
   cut (): void {
     for (const [client] of this.#pairs) client.destroy()
   }
@@ -130,11 +130,11 @@ export class TcpProxy {
 export interface Command {
   name: string
   args: string[]
-  /** Whether a script called it. */
+  /** Whether a script called the command. */
   inScript: boolean
 }
 
-/** The commands that a server is given while `work` runs, less those of connecting. */
+/** Returns the commands that a Redis server receives while `work` runs, without those of connecting. */
 export async function commandsOf (t: Teardown, port: number, work: () => Promise<void>): Promise<Command[]> {
   const watcher = redisClient(t, port)
   const monitor = await watcher.monitor()
@@ -155,14 +155,14 @@ export async function commandsOf (t: Teardown, port: number, work: () => Promise
 }
 
 export interface MemberOptions {
-  /** Each run of its handler is a line `<webhook-id> <pid>`. */
+  /** A file to which each run of the handler adds the line `<webhook-id> <pid>`. */
   effects: string
   path?: false
   store?: 'memory' | 'sqlite' | 'redis'
   runner?: 'inline' | 'durable' | 'bullmq' | 'pgboss'
-  /** Of SQLite. */
+  /** The file of the SQLite database. */
   file?: string
-  /** Opens it. */
+  /** The library that opens the SQLite database. */
   handle?: HandleName
   redisPort?: number
   postgresUrl?: string
@@ -170,19 +170,20 @@ export interface MemberOptions {
   worker?: boolean | { concurrency?: number, lockDuration?: number, stalledInterval?: number, pollingIntervalSeconds?: number }
   /** The handler blocks the event loop until this file exists. */
   blockedUntil?: string
-  /** The handler fails in the end. */
+  /** Whether the handler fails at its end. */
   fails?: boolean
-  /** The handler never ends. */
+  /** Whether the handler never ends. */
   hangs?: boolean
 }
 
-/** The receiver is a user's program: nothing of a test runner's in its environment. */
-
-/** A process of its own with the built package: one of several that share a store or a queue. */
+/**
+ * A process with the built package, one of several that share a store or a queue. It is a user's program, so its environment contains
+ * nothing of the test runner.
+ */
 export class Member {
   readonly #process: ChildProcess
   readonly port: number
-  /** What its `onError` was told. */
+  /** The messages that its `onError` received. */
   readonly told: string[] = []
 
   private constructor (child: ChildProcess, port: number) {
@@ -228,7 +229,7 @@ export function effectsIn (file: string): Array<{ webhookId: string, pid: number
   })
 }
 
-/** A replica of `main`, in step with it. */
+/** Starts a replica of `main`, and resolves once it is in sync. */
 export async function replicaOf (t: { teardown: (fn: () => unknown) => void }, main: RedisServer): Promise<RedisServer> {
   const replica = await RedisServer.start(t, '--replicaof', '127.0.0.1', String(main.port))
   const admin = redisClient(t, replica.port)

@@ -10,7 +10,7 @@ import { build } from './deliveries.ts'
 
 type Teardown = { teardown: (fn: () => unknown) => void }
 
-/** An app with the plugin and the inspector. */
+/** Builds an app with the plugin and the inspector. */
 export async function inspected (t: Teardown, options: OpenAIWebhookOptions = {}, page: InspectorOptions = {}, server: FastifyServerOptions = {}): Promise<FastifyInstance> {
   const app = await build(t, options, server)
   await app.register(inspector, page)
@@ -21,18 +21,18 @@ export function journalOf (app: FastifyInstance): Journal {
   return (app.openaiWebhook as unknown as Record<typeof INSIDE, { observation: Observation }>)[INSIDE].observation.observer as Journal
 }
 
-/** The oldest first. */
+/** The rows of the list, the oldest first. */
 export function rowsOf (app: FastifyInstance): Row[] {
   return journalOf(app).rows()
 }
 
-/** What the page shows of a delivery; by default of the last one. */
+/** What the page shows of a delivery, by default of the last one. */
 export async function detailOf (app: FastifyInstance, id = rowsOf(app).at(-1)!.id): Promise<Detail> {
   const response = await app.inject(`/openai-webhook/api/deliveries/${id}`)
   return response.json()
 }
 
-/** An action, as the page's own script asks for it. */
+/** Requests an action as the page's own script does. */
 export async function act (app: FastifyInstance, action: string, body: object, headers: Record<string, string> = { 'sec-fetch-site': 'same-origin' }) {
   return await app.inject({ method: 'POST', url: `/openai-webhook/api/${action}`, headers, payload: body })
 }

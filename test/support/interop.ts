@@ -14,7 +14,7 @@ import type { Signed } from './deliveries.ts'
 import { redelivered } from './observe.ts'
 import { TLS } from './tls.ts'
 
-/** A receiving route of each kind. */
+/** One receiving route of each kind. */
 export const OWN = '/webhooks/openai'
 export const ROUTE = '/route'
 export const REPLYING = '/replying'
@@ -22,7 +22,7 @@ export const MARKED = '/marked'
 export const DISPATCHING = '/dispatching'
 export const RECEIVING = [OWN, ROUTE, REPLYING, MARKED, DISPATCHING] as const
 
-/** No JSON serializer gives these bytes back: whoever verifies anything but what arrived refuses them. */
+/** No JSON serializer reproduces these bytes, so their signature matches only if the bytes that arrived are verified. */
 export const AWKWARD = '\n{"type" : "response.completed","object":"event", "id":"evt_1","created_at":1.75086121e9,' +
   '"data":{"id":"resp_1","10":1,"2":0.10,"text":"Gr\\u00fc\\u00dfe, 世界 👋 \\/ \\u2028"}}\r\n'
 
@@ -30,7 +30,7 @@ export interface Answer {
   status: number
   headers: Record<string, string | string[] | undefined>
   body: Buffer
-  /** Of a JSON body. */
+  /** The `code` in a JSON body. */
   code: unknown
 }
 
@@ -45,14 +45,14 @@ export type Send = (message: Message) => Promise<Answer>
 
 export type Order = 'before' | 'after'
 
-/** When the other plugin is registered. */
+/** When the other plugin is registered, relative to this one. */
 export const ORDERS: readonly Order[] = ['before', 'after']
 
 export interface Interop {
   app: FastifyInstance
   port: number
   send: Send
-  /** What reached a handler: the route, and the bytes that were verified. */
+  /** The route and the verified bytes of each delivery that reached a handler. */
   seen: Array<{ url: string, bytes: string }>
   /** How many bodies have been hashed. */
   hashed: () => number
@@ -62,17 +62,17 @@ interface Options {
   order?: Order
   /** Registers the other plugin. */
   beside?: (app: FastifyInstance) => PromiseLike<unknown> | void
-  /** Adds routes of the app's own, after both plugins. */
+  /** Adds routes of the app after both plugins. */
   routes?: (app: FastifyInstance) => void
   webhook?: OpenAIWebhookOptions
-  /** More options of the routes made by `.route()`. */
+  /** Further options of the routes that `.route()` makes. */
   route?: Partial<WebhookRouteOptions>
-  /** More config of the marked routes. */
+  /** Further config of the marked routes. */
   marked?: object
   server?: FastifyServerOptions & { http2?: boolean, https?: object }
 }
 
-/** A listening app with the plugin, another one beside it, and a receiving route of each kind; closed when the test ends. */
+/** Starts an app with the plugin, another plugin and one receiving route of each kind. It is closed when the test ends. */
 export async function interop (t: Test, { order = 'before', beside, routes, webhook, route, marked, server }: Options = {}): Promise<Interop> {
   const app = Fastify({ forceCloseConnections: true, ...server } as FastifyServerOptions) as FastifyInstance
   t.teardown(() => app.close())
@@ -99,7 +99,7 @@ export async function interop (t: Test, { order = 'before', beside, routes, webh
   return { app, port, send: overHttp1(port, server?.https !== undefined), seen, hashed }
 }
 
-/** The usual verifier, which tells how often it has been asked. */
+/** The usual verifier, with a count of its calls. */
 function countingVerifier (): { verifier: Verifier, hashed: () => number } {
   let count = 0
   const { checkHeaders } = standardWebhooks()
@@ -110,7 +110,7 @@ function countingVerifier (): { verifier: Verifier, hashed: () => number } {
   return { verifier, hashed: () => count }
 }
 
-/** A connection for each message. */
+/** Opens a new connection for each message. */
 export function overHttp1 (port: number, tls = false): Send {
   return async ({ url, method = 'POST', headers, body = '' }) => {
     const options = { port, host: '127.0.0.1', path: url, method, headers: { ...headers, 'content-length': Buffer.byteLength(body) }, agent: false }
@@ -121,7 +121,7 @@ export function overHttp1 (port: number, tls = false): Send {
   }
 }
 
-/** All messages on one connection. */
+/** Sends all messages over one connection. */
 export async function overHttp2 (t: Test, port: number, tls = false): Promise<Send> {
   const session = http2.connect(`${tls ? 'https' : 'http'}://127.0.0.1:${port}`, { ca: TLS.cert })
   t.teardown(() => session.destroy())
@@ -142,24 +142,24 @@ function answer (status: number, headers: Answer['headers'], body: Buffer): Answ
   return { status, headers, body, code }
 }
 
-/** A delivery as a message. */
+/** The message of a delivery. */
 export function message (url: string, { headers, body }: Signed, also: Record<string, string> = {}): Message {
   return { url, headers: { ...headers, ...also }, body }
 }
 
-/** The same delivery, one byte of its body changed. */
+/** The same delivery with one changed byte in its body. */
 export function forged ({ headers, body }: Signed): Signed {
   const changed = Buffer.from(body)
   changed[changed.indexOf('resp_1') + 5] = '2'.charCodeAt(0)
   return { headers, body: changed }
 }
 
-/** Every receiving route takes what was signed, byte for byte and once, and refuses what was not. */
+/** Checks that every receiving route accepts what was signed, byte for byte and once, and refuses what was not signed. */
 export async function receives (t: Test, { seen, send: plain }: Pick<Interop, 'seen' | 'send'>, { send = plain, urls = RECEIVING, headers = {}, at = url => url }: {
   send?: Send
   urls?: readonly string[]
   headers?: Record<string, string>
-  /** Where a route is sent to. */
+  /** The URL that the messages for a route are sent to. */
   at?: (url: string) => string
 } = {}): Promise<void> {
   for (const url of urls) {

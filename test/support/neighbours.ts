@@ -12,11 +12,11 @@ import { sampleEvent, sign, testSecret } from '../../lib/testing/index.ts'
 import { ROOT, codeBlocks, readDocument } from './docs.ts'
 import { environment } from './program.mjs'
 
-// Projects of users, with the packed package and the packages of others, made of the code that a recipe prints.
+// Users' projects: the packed package, the packages of others, and the code that a recipe prints.
 
 const exec = promisify(execFile)
 
-/** What a user would run has nothing of the test runner's loaders in its environment, and a secret. */
+/** The environment of a user's program: nothing of the test runner's loaders, and a secret. */
 export const env: NodeJS.ProcessEnv = {
   ...Object.fromEntries(Object.entries(environment).filter(([name]) => !/^(?:NODE_V8_COVERAGE|npm_)/.test(name))),
   OPENAI_WEBHOOK_SECRET: testSecret,
@@ -44,12 +44,16 @@ export async function install (cwd: string, ...packages: string[]): Promise<void
   await run(cwd, 'npm', ['install', '--no-audit', '--no-fund', '--prefer-offline', '--loglevel=error', ...packages])
 }
 
-/** A folder with the package and others. @param dir where all of a test's projects are */
+/**
+ * Makes a folder with the package and others installed.
+ *
+ * @param dir the folder of all projects of a test
+ */
 export async function project (dir: string, name: string, packages: readonly string[], manifest: object = { type: 'module' }): Promise<string> {
   const cwd = join(dir, name)
   mkdirSync(cwd, { recursive: true })
   if (!existsSync(join(cwd, 'package.json'))) {
-    // As in our own package.json: what not every registry has.
+    // The same override as in this package's package.json, because some registries lack the version that npm would install otherwise.
     writeFileSync(join(cwd, 'package.json'), JSON.stringify({ name, private: true, overrides: { 'msgpackr-extract': '3.0.4' }, ...manifest }))
   }
   tarball ??= pack(dir)
@@ -59,7 +63,7 @@ export async function project (dir: string, name: string, packages: readonly str
 
 const NAMED = /^(?:\/\/|#|<!--) (\S*[\w])(, at the top)?(?: -->)?\n/
 
-/** Writes the code blocks of a document whose first line names their file, each with what `adapt` makes of it. */
+/** Writes the code blocks of a document whose first line names their file, each as `adapt` returns it. */
 export function writeRecipe (cwd: string, document: string, adapt = (_file: string, code: string): string => code): string[] {
   const files: string[] = []
   for (const { code } of codeBlocks(readDocument(document))) {
@@ -74,7 +78,7 @@ export function writeRecipe (cwd: string, document: string, adapt = (_file: stri
   return files
 }
 
-/** A program of the user's that runs. */
+/** A running program of the user. */
 export class Program {
   output = ''
   readonly child: ChildProcess
@@ -101,7 +105,7 @@ export class Program {
     })
   }
 
-  /** Resolves once the output has it; rejects when the program ends before. */
+  /** Resolves once the output matches; rejects when the program ends before that. */
   async until (wanted: RegExp): Promise<RegExpExecArray> {
     return await new Promise((resolve, reject) => {
       const look = (): void => {
@@ -116,12 +120,12 @@ export class Program {
     })
   }
 
-  /** Where Fastify's own line says that it listens. */
+  /** The address that Fastify logs when it listens. */
   async listening (): Promise<string> {
     return (await this.until(/Server listening at (http:\/\/(?:127\.0\.0\.1|\[::1\]|localhost):\d+)/))[1]!
   }
 
-  /** Ends it as a process manager does; gives its exit code. */
+  /** Ends the program as a process manager does, and returns its exit code. */
   async end (signal: NodeJS.Signals = 'SIGTERM'): Promise<number | null> {
     this.child.kill(signal)
     await this.#ended
@@ -134,7 +138,12 @@ export interface Answer {
   readonly body: string
 }
 
-/** A delivery as OpenAI sends it, over a connection of its own. @param changed in place of the signed body; from another loopback address */
+/**
+ * Sends a delivery as OpenAI does, over a connection of its own.
+ *
+ * @param options.changed the body to send instead of the signed one
+ * @param options.from the loopback address to send from
+ */
 export async function send (url: string, type: Parameters<typeof sampleEvent>[0] = 'batch.completed', { webhookId, changed, headers = {}, from = '127.0.0.1' }: { webhookId?: string, changed?: string, headers?: Record<string, string>, from?: string } = {}): Promise<Answer> {
   const body = JSON.stringify(sampleEvent(type))
   const signed = sign(body, webhookId === undefined ? {} : { webhookId })

@@ -1,11 +1,11 @@
-// npm run test:next: the suite with the newest version of Fastify's next major, in a copy of the repository.
+// npm run test:next: runs the tests with the newest version of Fastify's next major, in a copy of the repository.
 import { spawnSync } from 'node:child_process'
 import { cpSync, existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 
 const NEXT = '>=6.0.0-0 <7.0.0'
-// What needs a server, a browser or minutes, and what Fastify has no part in.
+// Tests that need a server, a browser or minutes, and tests that do not use Fastify.
 const LEFT_OUT = /^test\/(?:long|postgres|sqlite|stores|inbox|cli|diagnose|inspector)\/|^test\/(?:torture|simulation|processes|examples|bench|docs|drift)\.test|bullmq|pgboss|kept/
 
 function run (cwd, command, ...args) {
@@ -24,7 +24,7 @@ const copy = mkdtempSync(join(tmpdir(), 'webhook-next-'))
 try {
   for (const file of [...files, 'node_modules']) cpSync(file, join(copy, file), { recursive: true, verbatimSymlinks: true })
   run(copy, 'npm', 'install', '--no-save', '--force', '--no-audit', '--no-fund', '--loglevel=error', `fastify@${version}`)
-  // The plugin refuses Fastify 6 until it is known to work there. The peers of the tests refuse it as well.
+  // The plugin refuses Fastify 6 until it is known to work there. The tests' other plugins refuse it too.
   const plugin = join(copy, 'lib/plugin.ts')
   writeFileSync(plugin, readFileSync(plugin, 'utf8').replace("fastify: '5.x'", "fastify: '>=5.x'"))
   run(copy, 'npm', 'run', '--silent', 'build')

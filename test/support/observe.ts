@@ -6,10 +6,10 @@ import type { IdempotencyStore } from '../../lib/index.ts'
 import { sign } from './deliveries.ts'
 import type { Signed } from './deliveries.ts'
 
-/** ms; far more than an app takes to close that has nothing left to wait for. */
+/** ms, far more than an app with nothing left to wait for needs to close. */
 export const closeTimeout = 2_000
 
-/** Closes an app whose `closeTimeout` is that one, and which has nothing left to wait for. */
+/** Closes an app with that `closeTimeout`, and checks that it had nothing left to wait for. */
 export async function drained (t: { ok: (value: unknown, message: string) => unknown }, app: FastifyInstance): Promise<void> {
   const startedAt = performance.now()
   await app.close()
@@ -47,7 +47,7 @@ export function capturedLog (): { lines: LogLine[], logger: NonNullable<FastifyS
   return { lines, logger: { level: 'info', stream }, errors: () => lines.filter(({ level }) => level >= 50) }
 }
 
-/** What OpenAI sends when it was not answered 200: the same webhook-id, a new timestamp and signature. */
+/** A delivery as OpenAI retries it: with the same webhook-id, and a new timestamp and signature. */
 export function redelivered ({ headers, body }: Signed, secret?: string): Signed {
   return sign(body.toString(), {
     webhookId: headers['webhook-id']!,
@@ -56,7 +56,7 @@ export function redelivered ({ headers, body }: Signed, secret?: string): Signed
   })
 }
 
-/** The message that `work` throws or rejects with; the empty string when it does neither. */
+/** The message of the error that `work` throws or rejects with, or the empty string when it does neither. */
 export async function messageOf (work: () => unknown): Promise<string> {
   try {
     await work()
@@ -66,7 +66,7 @@ export async function messageOf (work: () => unknown): Promise<string> {
   }
 }
 
-/** The code that `work` throws or rejects with, less the prefix that all of them share. */
+/** The code of the error that `work` throws or rejects with, without the common prefix. */
 export async function codeOf (work: () => unknown): Promise<string> {
   try {
     await work()
@@ -76,7 +76,7 @@ export async function codeOf (work: () => unknown): Promise<string> {
   }
 }
 
-/** A memory store that tells of its calls, with the handler that was recorded. */
+/** A memory store that records its calls, and with each checkpoint the name of the handler. */
 export function watchedStore (): { store: IdempotencyStore, calls: string[], next: (method: keyof IdempotencyStore) => Promise<void> } {
   const memory = memoryStore()
   const calls: string[] = []
@@ -116,7 +116,7 @@ export function watchedStore (): { store: IdempotencyStore, calls: string[], nex
   }
 }
 
-/** Resolves when the route's handler has been called for the nth delivery. To be asked for before the app is ready. */
+/** Resolves when the route's handler has been called for the nth delivery. Call this function before the app is ready. */
 export function handled (app: FastifyInstance, nth: number): Promise<void> {
   const { promise, resolve } = deferred()
   let count = 0
@@ -127,33 +127,33 @@ export function handled (app: FastifyInstance, nth: number): Promise<void> {
   return promise
 }
 
-/** The app on a port of its own. */
+/** Lets the app listen on a free port. */
 export async function listen (app: FastifyInstance): Promise<FastifyInstance> {
   await app.listen({ port: 0, host: '127.0.0.1' })
   return app
 }
 
-/** The head of a delivery as it goes over the wire, for one exchange on one connection. */
+/** The head of a delivery as it is sent, for one exchange on one connection. */
 export function head ({ headers, body }: Signed, url = '/webhooks/openai'): string {
   const fields = { host: 'localhost', connection: 'close', 'content-length': String(body.length), ...headers }
   return `POST ${url} HTTP/1.1\r\n${Object.entries(fields).map(([name, value]) => `${name}: ${value}\r\n`).join('')}\r\n`
 }
 
-/** A connection to the listening app, and all that it brings until it ends; empty where it was reset. */
+/** Opens a connection to the app and collects all that arrives until it ends. The result is empty when the connection was reset. */
 export async function dial (app: FastifyInstance): Promise<{ socket: Socket, received: Promise<string> }> {
   const { port } = app.server.address() as { port: number }
   const socket = connect(port, '127.0.0.1')
   const received = new Promise<string>(resolve => {
     let text = ''
     socket.setEncoding('utf8').on('data', (chunk: string) => { text += chunk })
-    socket.on('error', () => {}) // a reset connection is an answer too
+    socket.on('error', () => {}) // a reset connection is an expected result
     socket.on('close', () => resolve(text))
   })
   await new Promise((resolve, reject) => socket.once('connect', resolve).once('error', reject))
   return { socket, received }
 }
 
-/** Sends a delivery over a connection of its own; the answer as it came. */
+/** Sends a delivery over a connection of its own, and returns the answer as it arrived. */
 export async function send (app: FastifyInstance, delivery: Signed, url?: string): Promise<string> {
   const { socket, received } = await dial(app)
   socket.write(head(delivery, url))

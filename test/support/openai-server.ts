@@ -22,7 +22,7 @@ interface Answer {
   headers?: Record<string, string>
 }
 
-/** A resource, as far as its list looks at it. */
+/** A resource, with the fields that its list needs. */
 export interface Listed {
   id: string
   created_at: number
@@ -31,26 +31,26 @@ export interface Listed {
 
 export interface ServerOptions {
   apiKey?: string
-  /** Endpoints, and listed resources, in a page. */
+  /** The number of endpoints or resources in a page. */
   pageSize?: number
-  /** What the project can receive. */
+  /** The event types that the project can receive. */
   eventTypes?: string[]
 }
 
-/** Speaks what OpenAI documents of the webhook endpoint API, and serves what a test gives it; the rest is a 404. */
+/** Implements the webhook endpoint API as OpenAI documents it, and serves the resources of a test. Any other path is answered 404. */
 export class OpenAIServer {
   url = ''
   readonly apiKey: string
   readonly endpoints: Endpoint[] = []
-  /** The present signing secrets by endpoint id. */
+  /** The current signing secrets, by endpoint id. */
   readonly secrets = new Map<string, string>()
-  /** Every request as it came. */
+  /** Every request as it arrived. */
   readonly requests: Array<{ call: string, body: unknown, headers: Record<string, unknown> }> = []
-  /** Given instead of the usual answer, the first one first. */
+  /** Answers to give instead of the usual ones, in this order. */
   readonly answers: Answer[] = []
-  /** JSON, a file's text or what replies, by method and path: `GET /v1/batches/batch_1`. */
+  /** What is served, by method and path, such as `GET /v1/batches/batch_1`: JSON, the text of a file, or a function that replies. */
   readonly resources = new Map<string, object | string | ((reply: FastifyReply) => unknown)>()
-  /** Resources that are listed, in any order, by path: `/v1/batches`. */
+  /** The resources that are listed, in any order, by path, such as `/v1/batches`. */
   readonly lists = new Map<string, Listed[]>()
   readonly #app = Fastify({ forceCloseConnections: true })
   readonly #eventTypes: string[]
@@ -162,11 +162,11 @@ export class OpenAIServer {
       return { object: 'webhook_endpoint.test', webhook_endpoint_id: id, event_type: body.event_type, success: true, status_code: status }
     })
 
-    // Hooks run for unknown paths as well, so that resources are served there.
+    // A hook serves the resources, because hooks run for unknown paths as well.
     app.setNotFoundHandler(async ({ method, url }, reply) => await refuse(reply, 404, null, `Invalid URL (${method} ${url})`))
   }
 
-  /** By creation, the newest first unless it is said otherwise. */
+  /** A page of resources ordered by creation, by default the newest first. */
   async #page (reply: FastifyReply, listed: Listed[], query: URLSearchParams): Promise<FastifyReply> {
     const after = query.get('after')
     const order = query.get('order') === 'asc' ? 1 : -1

@@ -1,4 +1,4 @@
-// Event types of a user's own, as test/types.ts sees them. The augmentation holds for every file that is checked.
+// A user's own event types, as test/types.ts uses them. The augmentation applies to every file that is type-checked.
 import { Type } from '@sinclair/typebox'
 import type { EventsOf } from '../../lib/index.ts'
 

@@ -10,7 +10,7 @@ import type { PostgresServer } from './postgres.ts'
 
 type Teardown = { teardown: (fn: () => unknown) => void }
 
-/** A started PgBoss, as users have it; stopped when the test ends. */
+/** A started PgBoss with a user's configuration. It is stopped when the test ends. */
 export async function startedBoss (t: Teardown, { url }: PostgresServer, options: ConstructorOptions = {}): Promise<PgBoss> {
   const boss = await new PgBoss({ connectionString: url, monitorIntervalSeconds: 1, ...options }).on('error', () => {}).start()
   t.teardown(async () => await boss.stop({ graceful: false }))
@@ -26,16 +26,16 @@ export function newQueue (): string {
 export interface Queueing {
   readonly app: FastifyInstance
   readonly queueName: string
-  /** What `onError` was told. */
+  /** The messages that `onError` received. */
   readonly told: string[]
-  /** The webhook-ids that its handler was given. */
+  /** The webhook-ids that the handler received. */
   readonly ran: string[]
   readonly died: DeadDelivery[]
-  /** What its handler waits for. */
+  /** What the handler waits for. */
   work: () => Promise<void>
 }
 
-/** A receiver that queues, and works unless it is told otherwise. */
+/** A receiver that queues deliveries and, by default, also works on them. */
 export async function queueing (t: Teardown, boss: PgBoss, options: Partial<PgBossOptions> = {}, plugin: OpenAIWebhookOptions = {}): Promise<Queueing> {
   const { queueName = newQueue() } = options
   const app = await build(t, { runner: pgboss({ boss, backoff: 0, ...options, queueName }), deadline: 1_000, ...plugin })

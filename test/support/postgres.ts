@@ -13,7 +13,7 @@ export { postgresMissing } from './missing.ts'
 
 interface Teardown { teardown: (fn: () => unknown) => void }
 
-/** PostgreSQL does not run as root. */
+/** PostgreSQL refuses to run as root. */
 const ACCOUNT = process.getuid?.() === 0 ? account() : undefined
 
 function account (): { uid: number, gid: number } | undefined {
@@ -21,7 +21,7 @@ function account (): { uid: number, gid: number } | undefined {
   return uid && gid ? { uid, gid } : undefined
 }
 
-/** A folder that the account may write to, which is not the one of the test where that is root's. */
+/** A new folder that the account may write to. The test's own folder belongs to root when the tests run as root. */
 function folder (t: Teardown): string {
   const dir = mkdtempSync(join(tmpdir(), 'webhook-postgres-'))
   if (ACCOUNT !== undefined) chownSync(dir, ACCOUNT.uid, ACCOUNT.gid)
@@ -40,13 +40,13 @@ async function listening (port: number): Promise<void> {
   }
 }
 
-/** A real PostgreSQL on a port of its own, its data in a temporary folder. */
+/** A real PostgreSQL server on a free port, with its data in a temporary folder. */
 export class PostgresServer {
   #process: ChildProcess | undefined
 
   private constructor (readonly port: number, readonly dir: string, readonly args: readonly string[]) {}
 
-  /** @param args of the server, such as `-c`, `fsync=on`: it is off unless told */
+  /** @param args of the server, such as `-c`, `fsync=on`; fsync is off by default */
   static async start (t: Teardown, ...args: string[]): Promise<PostgresServer> {
     const dir = join(folder(t), 'data')
     const made = spawnSync(join(postgresBindir(), 'initdb'), ['-D', dir, '-A', 'trust', '-U', 'postgres', '-E', 'UTF8', '--no-sync', '--no-instructions'], { ...ACCOUNT, encoding: 'utf8', cwd: '/' })
@@ -68,7 +68,7 @@ export class PostgresServer {
     ], { ...ACCOUNT, cwd: '/', stdio: ['ignore', 'ignore', 'pipe'] })
     const { stderr } = this.#process
     let log = ''
-    // After a crash it is told once it has recovered.
+    // After a crash the server says when it has recovered.
     await new Promise<void>((resolve, reject) => {
       stderr!.on('data', text => {
         log += String(text)
@@ -78,20 +78,20 @@ export class PostgresServer {
     stderr!.removeAllListeners('data').resume()
   }
 
-  /** SIGSTOP and SIGCONT, to all of its processes: it hangs, and goes on. */
+  /** Sends SIGSTOP or SIGCONT to all of its processes, so that the server hangs or continues. */
   signal (signal: NodeJS.Signals): void {
     const { pid } = this.#process!
     for (const child of spawnSync('pgrep', ['-P', String(pid)], { encoding: 'utf8' }).stdout.split('\n').filter(Boolean)) process.kill(Number(child), signal)
     process.kill(pid!, signal)
   }
 
-  /** An immediate shutdown, and its recovery. */
+  /** Shuts down immediately and recovers. */
   async restart (): Promise<void> {
     await this.stop()
     await this.start()
   }
 
-  /** @param signal SIGQUIT, unless told: an immediate shutdown, after which it recovers as after a crash */
+  /** @param signal by default SIGQUIT, an immediate shutdown, after which the server recovers as after a crash */
   async stop (signal: NodeJS.Signals = 'SIGQUIT'): Promise<void> {
     const child = this.#process
     this.#process = undefined
@@ -102,7 +102,11 @@ export class PostgresServer {
   }
 }
 
-/** PgBouncer in transaction mode, in front of a server. @returns its port */
+/**
+ * Starts PgBouncer in transaction mode in front of a server.
+ *
+ * @returns its port
+ */
 export async function startPgBouncer (t: Teardown, server: PostgresServer): Promise<number> {
   const dir = folder(t)
   const port = await freePort()

@@ -1,9 +1,9 @@
-// A user's program, in a process of its own. What Node starts under the test runner gets two hooks of its: half a second of
-// CPU and 30 MB each, and on Node 20 a thread that every import asks. `env` takes them away again.
+// A user's program in its own process. Under the test runner, Node starts a child with two hooks of the runner: half a second of CPU and 30
+// MB each, and on Node 20 a thread that every import asks. The `env` command removes NODE_OPTIONS again.
 import { execFile, fork, spawn } from 'node:child_process'
 import { promisify } from 'node:util'
 
-/** Nothing of the test runner's. */
+/** The environment without the variables of the test runner. */
 export const environment = Object.fromEntries(Object.entries(process.env).filter(([name]) => !/^(?:NODE_OPTIONS|_TAPJS|TAP)/.test(name)))
 
 const withOptions = options => ['-u', 'NODE_OPTIONS', ...(options === undefined ? [] : [`NODE_OPTIONS=${options}`]), process.execPath]

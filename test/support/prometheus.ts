@@ -7,7 +7,7 @@ export { prometheusMissing } from './missing.ts'
 
 type Teardown = { teardown: (fn: () => unknown) => void }
 
-/** Resolves to what it wrote, rejects with it when it finds a fault. */
+/** Runs promtool. Resolves to its output, and rejects with it when promtool finds a fault. */
 export async function promtool (args: readonly string[], input = ''): Promise<string> {
   const running = promisify(execFile)('promtool', args)
   running.child.stdin!.end(input)
@@ -15,7 +15,11 @@ export async function promtool (args: readonly string[], input = ''): Promise<st
   return stdout + stderr
 }
 
-/** A real Prometheus on a port of its own, with its data in `directory`. @returns asks its HTTP API for a path */
+/**
+ * Starts a real Prometheus on a free port, with its data in `directory`.
+ *
+ * @returns a function that queries its HTTP API at a path
+ */
 export async function startPrometheus (t: Teardown, configuration: string, directory: string): Promise<(path: string) => Promise<unknown>> {
   const origin = `127.0.0.1:${await freePort()}`
   const child = spawn('prometheus', [
@@ -27,7 +31,7 @@ export async function startPrometheus (t: Teardown, configuration: string, direc
   })
   await new Promise<void>((resolve, reject) => {
     let log = ''
-    // Listened to until the end: a Go program dies of a stderr that nobody reads.
+    // stderr is read until the end, because a Go program dies when nobody reads its stderr.
     child.stderr.setEncoding('utf8').on('data', (text: string) => {
       log += text
       if (log.includes('Server is ready to receive web requests')) resolve()

@@ -2,7 +2,7 @@ import { once } from 'node:events'
 import { connect, createServer } from 'node:net'
 import type { AddressInfo } from 'node:net'
 
-/** As from a server that is shut down. */
+/** The error message of a server that is being shut down. */
 const FATAL = (() => {
   const fields = Buffer.from('SFATAL\0VFATAL\0C57P01\0Mterminating connection due to administrator command\0\0')
   const head = Buffer.from('E\0\0\0\0')
@@ -11,11 +11,11 @@ const FATAL = (() => {
 })()
 const READY = Buffer.from([0x5a, 0, 0, 0, 5, 0x49])
 
-/** Between a client and a PostgreSQL server: once it is told to, it cuts the connection between a COMMIT and its answer. */
+/** A proxy between a client and a PostgreSQL server. On request it cuts the connection between a COMMIT and its answer. */
 export class CuttingProxy {
-  /** How many COMMITs are yet to be cut off. */
+  /** The number of COMMITs that will still be cut off. */
   cuts = 0
-  /** How many connections are yet to be ended in the instant in which they are ready. */
+  /** The number of connections that will still be ended as soon as they are ready. */
   stillborn = 0
   port = 0
 
@@ -31,7 +31,7 @@ export class CuttingProxy {
         }
         upstream.write(data)
       })
-      // The server has answered, so it has committed.
+      // The transaction has been committed once the server answers.
       upstream.on('data', data => {
         if (proxy.stillborn > 0 && data.includes(READY)) {
           proxy.stillborn--

@@ -16,7 +16,7 @@ export async function freePort (): Promise<number> {
   return port
 }
 
-/** A real redis-server on a port of its own, which keeps nothing on disk unless told to. */
+/** A real redis-server on a free port. By default it stores nothing on disk. */
 export class RedisServer {
   #process: ChildProcess | undefined
 
@@ -39,7 +39,7 @@ export class RedisServer {
     child.stdout.resume()
   }
 
-  /** Killed, as a machine that fails would be. */
+  /** Kills the server, as when a machine fails. */
   async stop (): Promise<void> {
     const child = this.#process
     this.#process = undefined

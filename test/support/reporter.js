@@ -1,12 +1,12 @@
 import { Transform } from 'node:stream'
 
-/** Shows each file by a line, what failed in full, and closes with the one line that people and CI read. */
+/** Prints one line for each file, the full output of failures, and a closing line for people and CI. */
 export default class ClosingLine extends Transform {
   #rest = ''
   #counts = { pass: 0, fail: 0, skip: 0 }
-  /** What a file has printed; shown when it fails. */
+  /** The output of the current file, printed if the file fails. */
   #details = []
-  /** Why a file failed comes after its line. */
+  /** The reason of a file's failure follows the line of the file. */
   #isFailure = false
 
   _transform (chunk, _encoding, done) {
@@ -24,7 +24,7 @@ export default class ClosingLine extends Transform {
   }
 
   #read (line) {
-    // `# { total: 12, pass: 12 }`: the last such line counts the whole run.
+    // `# { total: 12, pass: 12 }`. The last such line counts the whole run.
     if (line.startsWith('# { total:')) return this.#count(line)
     const isResult = /^(?:ok|not ok|Bail out!)\b/.test(line)
     if (isResult || line.startsWith('# Subtest:')) this.#isFailure = false
@@ -34,12 +34,12 @@ export default class ClosingLine extends Transform {
     this.push([...this.#details.splice(0), line, ''].join('\n'))
   }
 
-  /** Of what passed, only what was skipped is kept: a file may have a thousand tests. */
+  /** Of the passed tests only the skipped ones are kept, because a file may have a thousand tests. */
   #keep (line) {
     const [, indent, name] = /^( +)ok \d+(?: - (.*?))?(?: # time=.*)?$/.exec(line) ?? []
     if (indent === undefined || line.includes('# SKIP')) return line.trim() !== '' && this.#details.push(line)
     const start = this.#details.lastIndexOf(`${indent}# Subtest: ${name}`)
-    // An assertion may have the name of a subtest that failed before.
+    // An assertion may have the same name as a subtest that failed before it.
     if (start !== -1 && !this.#details.slice(start).some(detail => /^ +not ok/.test(detail))) this.#details.push(...this.#details.splice(start).filter(detail => detail.includes('# SKIP')))
   }
 

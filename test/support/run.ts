@@ -1,4 +1,4 @@
-// npm test, npm run test:long: tap, with the coverage that what is here allows. Arguments are files or options of tap's.
+// npm test and npm run test:long: run tap. Coverage is checked if nothing is missing here. Arguments are test files or options of tap.
 import { spawnSync } from 'node:child_process'
 import { mkdirSync, readFileSync, readdirSync, writeFileSync } from 'node:fs'
 import { dirname } from 'node:path'
@@ -10,8 +10,9 @@ const isLong = args[0] === '--long'
 if (isLong) args.shift()
 const files = args.filter(arg => !arg.startsWith('-'))
 
-// A process takes two seconds of CPU before its first test, and its first tests are slow: most files share one of a few. A file
-// has its own when it says something about its whole process, or takes so long that the two cores would not end together.
+// A process takes two seconds of CPU before its first test, and its first tests are slow, so most files share one of a few processes. A
+// file has its own process when it tests something about the whole process, or when it takes so long that the two cores would not finish
+// together.
 const ALONE = ['delivery/kept', 'docs', 'routes/unwatched', 'simulation', 'sqlite/sqlite', 'torture'].map(name => `test/${name}.test.ts`)
 const PROCESSES = 4
 const FILES = readdirSync('test', { recursive: true, encoding: 'utf8' }).filter(file => file.endsWith('.test.ts')).map(file => `test/${file}`).sort()
@@ -20,7 +21,7 @@ const SIZED = FILES.filter(file => !LONG.includes(file) && readFileSync(file, 'u
 const SHARING = FILES.filter(file => !LONG.includes(file) && !ALONE.includes(file))
 
 const ROOMS = [...new Set(SHARING.map(file => dirname(file)))]
-/** What shares a process is whole rooms; `entry` imports their files. */
+/** The files of one folder share a process. `entry` imports the files of a process. */
 const shared = Array.from({ length: PROCESSES }, (_, nth) => {
   const rooms = ROOMS.filter((_, n) => n % PROCESSES === nth)
   return { entry: `.tap/shared/${nth}.mjs`, files: SHARING.filter(file => rooms.includes(dirname(file))) }
@@ -34,7 +35,7 @@ if (isWhole) {
   for (const { entry, files } of shared) writeFileSync(entry, files.map(file => `import '../../${file}'\n`).join(''))
   tap.push(...ALONE, ...shared.map(({ entry }) => entry))
 } else if (files.length === 0) tap.push(...SIZED, ...LONG)
-// Every line of lib is covered by npm test, where nothing is skipped.
+// Only npm test without skipped tests covers every line of lib.
 if (!isWhole || missing.length > 0) tap.push('--disable-coverage', '--allow-empty-coverage')
 if (isLong) tap.push('--timeout=3600')
 
@@ -42,9 +43,9 @@ const { status } = spawnSync(process.execPath, ['node_modules/tap/dist/esm/run.m
   stdio: 'inherit',
   env: { ...process.env, ...(isLong && { TEST_LONG: '1' }) }
 })
-// The page is not in lib.
+// A missing browser does not affect the coverage, because the page is not in lib.
 if (chromiumMissing !== false) console.log(`skipped: what ${chromiumMissing}`)
-// libsql covers the same lines.
+// A missing handle does not affect the coverage, because libsql covers the same lines.
 for (const reason of Object.values(missingHandles)) if (reason !== false) console.log(`skipped: what ${reason}`)
 if (isLong && nginxMissing !== false) console.log(`skipped: what ${nginxMissing}`)
 for (const reason of missing) console.log(`skipped, and with it the check of coverage: what ${reason}`)

@@ -7,14 +7,14 @@ import { SECRET } from './deliveries.ts'
 import { Agenda } from './time.ts'
 
 export interface Time {
-  /** ms since the epoch, for whoever sends. */
+  /** The time of the sender, in ms since the epoch. */
   readonly now: number
-  /** What a delivery that is signed now bears, ms since the epoch. */
+  /** The time for the timestamp of a delivery that is signed now, in ms since the epoch. */
   readonly stamp: number
   advanceTo (to: number): void
 }
 
-/** For what lives by timers that are not ours: the sender's hours pass, the receiver's clock goes on as it does. */
+/** For stores and runners with timers of their own: the sender's clock jumps hours ahead, and the receiver's clock is real. */
 export class RealTime implements Time {
   now = Date.now()
   get stamp (): number { return Date.now() }
@@ -23,18 +23,18 @@ export class RealTime implements Time {
 
 const SECOND = 1_000
 const HOUR = 3_600_000
-/** OpenAI gives up then. */
+/** OpenAI gives up after this time. */
 const LAST_RETRY = 72 * HOUR
-/** ms between two first deliveries, on average: the same rate however many there are. */
+/** ms between two first deliveries, on average. The rate is the same for any number of deliveries. */
 const INTERVAL = 12 * HOUR / 100_000
 const FIRST_BACKOFF = 5 * SECOND
 const LONGEST_BACKOFF = 8 * HOUR
-/** What comes within it may be under way at once. */
+/** Deliveries within this time may be in flight together. */
 const TOGETHER = 20 * SECOND
-/** Seconds; the plugin's tolerance is 300. */
+/** Seconds. The plugin's tolerance is 300. */
 const MAX_SKEW = 270
 
-/** A type of event with the names of the handlers that it has. */
+/** The event types, each with the names of its handlers. */
 const TYPES = [
   { type: 'batch.failed', handlers: ['any', 'family', 'exact'] },
   { type: 'response.completed', handlers: ['any', 'response'] },
@@ -44,7 +44,7 @@ const NAMES = ['any', 'family', 'exact', 'response', 'unhandled'] as const
 type Name = typeof NAMES[number]
 const bitOf = Object.fromEntries(NAMES.map((name, n) => [name, 1 << n])) as Record<Name, number>
 
-/** What is random, so that what depends on it does not depend on the order in which things happen. */
+/** The random decisions. Each has its own random numbers, so that they do not depend on the order of events. */
 const enum Chance { Type, Arrival, FailFirst, Fail, Manner, Sleep, Store, StoreWhen, Lost, Duplicate, DuplicateAt, Jitter, Skew, Group }
 
 export interface SimulationOptions {
@@ -53,31 +53,31 @@ export interface SimulationOptions {
   time: Time
   store: IdempotencyStore
   runner: Runner
-  /** Whether 200 says that the handlers have succeeded, that they will, or that they will have run. */
+  /** What an answer of 200 promises: that the handlers have succeeded, that they will succeed, or that they will have run. */
   promise: 'succeeded' | 'will succeed' | 'will run'
-  /** ms of the idempotency option; where the store's clock is real, a claim that was lost must not outlast the run. */
+  /** The lease of the idempotency option in ms. When the store's clock is real, a lost claim must end before the run does. */
   lease?: number
-  /** Of the store's calls, how many fail, half of them after they have done their work. */
+  /** The share of the store's calls that fail. Half of them fail after their work is done. */
   storeFailures?: number
 }
 
 export interface SimulationResult {
-  /** Sent in all: first, retried and duplicate. */
+  /** All deliveries that were sent: first ones, retries and duplicates. */
   attempts: number
   answers: Record<string, number>
-  /** Answered 200, whether OpenAI heard it or not. */
+  /** Deliveries answered 200, whether or not OpenAI received the answer. */
   acknowledged: number
-  /** Never answered 200 within 72 hours. */
+  /** Deliveries that were never answered 200 within 72 hours. */
   givenUp: number
   runs: number
   handlerFailures: number
   storeFailures: number
-  /** Runs of a handler that had succeeded before, and whose success the store had not been able to record. */
+  /** Runs of a handler that had succeeded before, because the store had been unable to record its success. */
   repeats: number
-  /** Deliveries whose failure no sender hears of, and which were told to the host. */
+  /** Deliveries whose failure no sender is told of and which were reported to the host. */
   reported: number
   hours: number
-  /** What must not be; empty. */
+  /** Violated promises. The list must be empty. */
   faults: string[]
 }
 
@@ -88,7 +88,7 @@ class Delivery {
   attempts = 0
   answered200 = false
   givenUp = false
-  /** Bits of handlers. */
+  /** One bit for each handler. */
   succeeded = 0
   recorded = 0
   running = 0
@@ -111,7 +111,7 @@ const turn = async (): Promise<void> => await new Promise(resolve => setImmediat
 
 const key = Buffer.from(SECRET.slice('whsec_'.length), 'base64')
 
-/** OpenAI's side: delivers until it is answered 200, over 72 hours, and now and then once more. */
+/** OpenAI's side: sends each delivery until it is answered 200, for up to 72 hours, and some of them once more after that. */
 export class Simulation {
   readonly #options: Required<SimulationOptions>
   readonly #deliveries: Delivery[]
@@ -124,7 +124,7 @@ export class Simulation {
   #storeFailures = 0
   #repeats = 0
   #unanswered = 0
-  /** What goes on by itself: calls of the store and the queue, handlers that do not sleep. */
+  /** The number of calls that end without a timer: of the store, of the queue, and of handlers that do not sleep. */
   #busy = 0
 
   constructor (options: SimulationOptions) {
@@ -144,7 +144,7 @@ export class Simulation {
       idempotency: { store: this.#failing(this.#options.store), lease },
       runner: this.#watched(runner),
       closeTimeout: 2 ** 31 - 1,
-      // Time jumps while a body is still to be read, which takes none.
+      // The time jumps while a body is being read, although reading takes no time.
       bodyTimeout: 2 ** 31 - 1
     })
     app.openaiWebhook
@@ -167,7 +167,7 @@ export class Simulation {
         this.#send(app, delivery, retries)
       }
       await this.#settled()
-      // Only time ends what sleeps.
+      // Sleeping handlers end only when the time advances.
       if (this.#agenda.size === 0 || this.#unanswered > 100) time.advanceTo(time.now + 500)
     }
     if (promise === 'will succeed') await this.#until(() => this.#deliveries.every(delivery => !delivery.answered200 || delivery.succeeded === delivery.all))
@@ -178,21 +178,21 @@ export class Simulation {
     return this.#result((time.now - began) / HOUR)
   }
 
-  /** Lets time pass until it holds; ends in any case, so that the result can say what did not come. */
+  /** Advances the time until the condition holds. It returns in any case, so that the result can report what did not happen. */
   async #until (holds: () => boolean): Promise<void> {
     const { time } = this.#options
     const steps = time instanceof RealTime ? 200_000 : 20_000
     for (let step = 0; step < steps && !holds(); step++) {
       time.advanceTo(time.now + SECOND)
-      // A runner starts in the turn after; no timer of its handlers is there before.
+      // A runner starts in the next turn, and the timers of its handlers do not exist before.
       await turn()
       await this.#settled()
-      // Another process answers in its own time.
+      // Another process needs real time to answer.
       if (time instanceof RealTime) await new Promise(resolve => setTimeout(resolve, 1))
     }
   }
 
-  /** Resolves when all has been answered that waits for nothing but time. */
+  /** Resolves once everything that does not wait for a timer has been answered. */
   async #settled (): Promise<void> {
     for (let idle = 0; idle < 6 && (this.#unanswered > 0 || this.#busy > 0);) {
       await turn()
@@ -241,7 +241,7 @@ export class Simulation {
     else delivery.givenUp = true
   }
 
-  /** Fails for its first few attempts at some deliveries, and at random; succeeds at once, a little later, or after seconds. */
+  /** A handler that fails in its first attempts at some deliveries, and at random. It succeeds at once, a turn later, or after seconds. */
   #handler (name: Name) {
     const bit = bitOf[name]
     const number = NAMES.indexOf(name)
@@ -287,7 +287,7 @@ export class Simulation {
     }
   }
 
-  /** A store that fails now and then, before or after its work, and is watched for what it has recorded. */
+  /** Wraps a store so that its calls fail at random, before or after their work, and notes what it has recorded. */
   #failing (store: IdempotencyStore): IdempotencyStore {
     const call = <T>(key: string, work: () => T | Promise<T>, done: (delivery: Delivery, result: T) => void): T | Promise<T> => {
       const delivery = this.#of(key.slice(key.lastIndexOf(' ') + 1))
@@ -308,7 +308,7 @@ export class Simulation {
       this.#busy++
       return result.finally(() => { this.#busy-- }).then(finish)
     }
-    // Whoever began last and was given the claim holds it: answers come in the order of the calls.
+    // The answers come in the order of the calls, so the last call that was given the claim holds it.
     const record = (bits: (delivery: Delivery) => number, token: string) => (delivery: Delivery): void => {
       if (delivery.holder !== token) return
       const recorded = bits(delivery)
@@ -326,7 +326,7 @@ export class Simulation {
     }
   }
 
-  /** Waits for a queue as for the store, and hears of what no sender does. */
+  /** Wraps a runner so that the simulation waits for its queue, and notes the failures that no sender is told of. */
   #watched (runner: Runner): Runner {
     const { promise } = this.#options
     return {
@@ -378,7 +378,7 @@ export class Simulation {
     if (this.#faults.length < 10) this.#faults.push(`${delivery.webhookId} (${delivery.type}) ${what}`)
   }
 
-  /** 0 to 1, of the seed and what is asked for. */
+  /** A number from 0 to 1, which depends only on the seed and the arguments. */
   #chance (kind: Chance, a: number, b = 0, c = 0): number {
     let h = this.#options.seed | 0
     for (const part of [kind, a, b, c]) {

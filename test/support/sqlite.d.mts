@@ -1,4 +1,4 @@
-/** What the tests use of a handle. */
+/** The part of a handle that the tests use. */
 export interface Handle {
   exec (sql: string): unknown
   prepare (sql: string): {
@@ -16,8 +16,8 @@ export const missing: Readonly<Record<HandleName, string | false>>
 export const HANDLES: readonly HandleName[]
 export const READING: ReadonlyArray<{ name: string, skip: string | false, open: (file: string) => Handle }>
 
-/** @param name default libsql */
+/** @param name by default libsql */
 export function openSqlite (file: string, name?: HandleName): Handle
 
-/** Whether it is still open or not. */
+/** Closes a handle that may be closed already. */
 export function closeSqlite (db: Handle): void

@@ -1,8 +1,8 @@
-// The SQLite handles that the tests and the programs that they start run with.
+// The SQLite handles of the tests and of the programs that they start.
 import { isBuiltin } from 'node:module'
 import Libsql from 'libsql'
 
-/** Why tests with the handle cannot run here, by name. */
+/** By name of the handle: why tests with it cannot run here, or `false`. */
 export const missing = {
   libsql: false,
   'node:sqlite': !isBuiltin('node:sqlite') && `needs node:sqlite, which Node ${process.versions.node} has not`
@@ -17,11 +17,11 @@ export function openSqlite (file, name = 'libsql', options = {}) {
 }
 
 export function closeSqlite (db) {
-  // `open` of node:sqlite is a method.
+  // In node:sqlite, `open` is a method.
   if (db.open === true || db.isOpen === true) db.close()
 }
 
-/** As node:sqlite has them, for where it is not: statements that read arrays and BigInts until they are told otherwise. */
+/** Imitates statements of node:sqlite that read arrays and BigInts until they are set otherwise, for versions of Node without them. */
 function inTheWayOfNode (db) {
   return {
     exec: sql => db.exec(sql),
@@ -40,7 +40,7 @@ function inTheWayOfNode (db) {
   }
 }
 
-/** Handles that read rows otherwise than as objects with numbers. */
+/** Handles that do not read rows as objects with numbers. */
 export const READING = [
   { name: 'libsql, defaultSafeIntegers', skip: missing.libsql, open: file => openSqlite(file).defaultSafeIntegers(true) },
   { name: 'libsql in the way of node:sqlite', skip: missing.libsql, open: file => inTheWayOfNode(openSqlite(file)) },

@@ -8,12 +8,12 @@ import { listen } from './observe.ts'
 
 type Teardown = { teardown: (fn: () => unknown) => void }
 
-/** A secret of each tenant's own. */
+/** The secret of a tenant. */
 export function secretOf (tenant: string, generation = 0): string {
   return `whsec_${createHash('sha256').update(`${tenant} ${generation}`).digest('base64')}`
 }
 
-/** Named by the URL's last part, and known where `known` has it. */
+/** Options that take the tenant from the last part of the URL. `known` says whether the tenant exists. */
 export function tenants (known: (tenant: string) => boolean, options: Partial<TenantOptions> = {}): TenantOptions {
   return {
     of: request => request.params.tenant as string,
@@ -26,19 +26,22 @@ export const urlOf = (tenant: string): string => `/of/${tenant}`
 
 export interface SignedOf { secret?: string, webhookId?: string, timestamp?: number, type?: string }
 
-/** Signed with the tenant's secret. */
+/** A delivery signed with the secret of its tenant. */
 export function signedBy (tenant: string, { secret = secretOf(tenant), type = 'batch.failed', ...options }: SignedOf = {}): Signed {
   return sign(thin(type), { secret, ...options })
 }
 
-/** An app whose one route serves tenants. */
+/** Builds an app with one route that serves tenants. */
 export async function serving (t: Teardown, tenant: TenantOptions, options: OpenAIWebhookOptions = {}, server = {}): Promise<FastifyInstance> {
   const app = await build(t, { path: false, ...options }, server)
   app.openaiWebhook.route({ url: '/of/:tenant', tenant })
   return app
 }
 
-/** Two tenants' deliveries of the same webhook-id through a runner: each is run, tells its tenant, dies, and is requeued alone. */
+/**
+ * Checks that a runner keeps two tenants' deliveries of the same webhook-id apart: each is run with its tenant, dies, and is requeued on
+ * its own.
+ */
 export async function keepsTenantsApart (
   t: Teardown & { same: (found: unknown, wanted: unknown, message: string) => unknown, equal: (found: unknown, wanted: unknown, message: string) => unknown },
   options: OpenAIWebhookOptions,

@@ -1,7 +1,7 @@
-/** Now, in s since the epoch, as a delivery is stamped. */
+/** The present time in Unix seconds, for the timestamp of a delivery. */
 export const unixTime = (): number => Math.floor(Date.now() / 1_000)
 
-/** A binary heap of what is to happen, by time and then in the order in which it was put in. */
+/** A binary heap of future events, ordered by time and then by insertion. */
 export class Agenda<T> {
   readonly #heap: Array<{ at: number, order: number, what: T }> = []
   #orders = 0
@@ -45,19 +45,19 @@ export class Agenda<T> {
   }
 }
 
-/** `setTimeout`, as the plugin and the handlers call it. */
+/** The result of setTimeout(), as far as the plugin and the handlers use it. */
 interface Timer { run: () => void, every: number | undefined, cleared: boolean, unref: () => Timer, ref: () => Timer }
 
 /**
- * Time that only moves when it is told to, in Date.now, performance.now, timeouts and intervals; not in setImmediate, so that
- * streams and injected requests go on. Timers go off in their order and see the time they were set for, and a hundred
- * thousand of them are as quick as one.
+ * A clock that moves only when the test moves it. It replaces Date.now, performance.now, timeouts and intervals. It does not replace
+ * setImmediate, so that streams and injected requests continue. Timers fire in order and see the time for which they were set. A hundred
+ * thousand timers are as fast as one.
  */
 export class SteppedTime {
-  /** ms since the epoch, and on the monotonic clock. */
+  /** ms since the epoch, also on the monotonic clock. */
   now: number
   readonly #timers = new Agenda<Timer>()
-  /** The clock moves again by itself. */
+  /** Restores the real clock. */
   readonly exit: () => void
 
   constructor (t: { teardown: (fn: () => unknown) => void }, now = Date.now()) {
@@ -71,7 +71,7 @@ export class SteppedTime {
     }
     const clear = (timer: Timer | NodeJS.Timeout | undefined): void => {
       if (timer !== undefined && 'cleared' in timer) timer.cleared = true
-      else clearTimeout(timer) // set before time stood still
+      else clearTimeout(timer) // set before the clock was replaced
     }
     Object.assign(globalThis, {
       setTimeout: (run: (...args: unknown[]) => void, ms = 1, ...args: unknown[]) => add(() => run(...args), ms),
@@ -106,7 +106,7 @@ export class SteppedTime {
     this.now = Math.max(this.now, to)
   }
 
-  /** Sets the clock, back too. No timer goes off by that. */
+  /** Sets the clock, also backwards. No timer fires. */
   travel (to: number): void {
     this.now = to
   }

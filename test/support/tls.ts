@@ -1,4 +1,4 @@
-/** Self-signed, for localhost and 127.0.0.1 until 2126; made for these tests, and used nowhere else. */
+/** A self-signed certificate for localhost and 127.0.0.1, valid until 2126. It was made for these tests and is used nowhere else. */
 export const TLS = {
   key: `-----BEGIN PRIVATE KEY-----
 MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQggUjC+1tNzENmfDCk

@@ -1,4 +1,4 @@
-// Runs npm scripts at once, each to its end, and fails when one of them does. What one has written is shown when it ends.
+// Runs npm scripts at the same time, each to its end, and fails when one of them fails. The output of a script is printed when it ends.
 import { spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { text } from 'node:stream/consumers'

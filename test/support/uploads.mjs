@@ -1,5 +1,5 @@
-// A receiver in a process of its own, whose memory is measured: `node --expose-gc uploads.mjs http1|http2`. Each line on its
-// standard input is answered by one on its standard output: what its memory holds and what it has read, in bytes.
+// A receiver in its own process, whose memory is measured: `node --expose-gc uploads.mjs http1|http2`. Each line on standard input is
+// answered by one line on standard output: the memory that it holds and the bytes that it has read.
 
 import { createInterface } from 'node:readline'
 import Fastify from 'fastify'
@@ -18,7 +18,7 @@ await app.listen({ port: 0, host: '127.0.0.1' })
 console.log(app.server.address().port)
 
 createInterface({ input: process.stdin }).on('line', async () => {
-  // What an ArrayBuffer held is freed after the turn in which it was collected.
+  // The memory of an ArrayBuffer is freed in the turn after its collection.
   for (let n = 0; n < 3; n++) {
     globalThis.gc()
     await new Promise(resolve => setImmediate(resolve))

@@ -5,7 +5,7 @@ import type { FastifyInstance } from 'fastify'
 
 type Teardown = { teardown: (fn: () => unknown) => void }
 
-/** Name and value of each header line, in order; a name may come twice. */
+/** Name and value of each header line, in order. A name may occur twice. */
 export type HeaderLines = ReadonlyArray<readonly [name: string, value: string]>
 
 export interface Answer {
@@ -20,13 +20,13 @@ export async function listen (app: FastifyInstance): Promise<number> {
   return (app.server.address() as AddressInfo).port
 }
 
-/** The head of a request as text; header values are written as Latin-1, unchecked. */
+/** The head of a request as text. Header values are written as Latin-1 and not checked. */
 export function head (lines: HeaderLines, url = '/webhooks/openai', method = 'POST'): Buffer {
   const text = [`${method} ${url} HTTP/1.1`, 'host: localhost', ...lines.map(([name, value]) => `${name}: ${value}`), '', '']
   return Buffer.from(text.join('\r\n'), 'latin1')
 }
 
-/** A request with a true Content-Length. */
+/** A request with a correct Content-Length. */
 export function request (lines: HeaderLines, body: Buffer, url?: string, method?: string): Buffer {
   return Buffer.concat([head([...lines, ['content-length', String(body.length)]], url, method), body])
 }
@@ -39,7 +39,7 @@ export const LAST_CHUNK = Buffer.from('0\r\n\r\n')
 
 export const CHUNKED: HeaderLines = [['transfer-encoding', 'chunked']]
 
-/** A client that writes what a well-behaved one would not, and reads HTTP/1.1 answers one by one. */
+/** A client that can write malformed requests, and reads HTTP/1.1 answers one by one. */
 export class Wire {
   readonly socket: Socket
   #received = Buffer.alloc(0)
@@ -61,7 +61,7 @@ export class Wire {
     })
   }
 
-  /** Destroyed when the test ends. */
+  /** Opens a connection that is destroyed when the test ends. */
   static async open (t: Teardown, port: number): Promise<Wire> {
     const socket = connect(port, '127.0.0.1')
     t.teardown(() => socket.destroy())
@@ -69,14 +69,14 @@ export class Wire {
     return new Wire(socket)
   }
 
-  /** Resolves when the bytes have been handed to the system. */
+  /** Resolves when the bytes have been handed to the operating system. */
   write (bytes: Buffer): Promise<void> {
     return new Promise((resolve, reject) => {
       this.socket.write(bytes, error => { error ? reject(error) : resolve() })
     })
   }
 
-  /** The next answer, `100 Continue` included; rejects when the connection ends without one. */
+  /** The next answer, including `100 Continue`. Rejects when the connection ends without an answer. */
   async answer (): Promise<Answer> {
     for (;;) {
       const answer = this.#take()

@@ -1,4 +1,4 @@
-// The contracts of the store and the runner, with every SQLite handle that is installed. Prints the handles that kept them.
+// Runs the contracts of the store and the runner with every installed SQLite handle, and prints the handles that passed.
 import { mkdtempSync, rmSync } from 'node:fs'
 import { isBuiltin } from 'node:module'
 import { tmpdir } from 'node:os'

@@ -1,4 +1,4 @@
-// A user's program, with the versions of its peers that are installed beside it. Ends with 0 when all is as promised.
+// A user's program, with the versions of its peers that are installed in its folder. It exits with 0 when the package keeps its promises.
 import assert from 'node:assert/strict'
 import { createRequire } from 'node:module'
 import { setImmediate as turn } from 'node:timers/promises'
@@ -133,7 +133,7 @@ const withPeers = {
     await pool.query('DROP TABLE IF EXISTS effects, openai_webhook_inbox')
     await pool.query('CREATE TABLE effects (row text)')
     const inbox = postgresInbox(pool)
-    // Without a memory of deliveries: what holds is the inbox alone.
+    // The app does not remember deliveries, so only the inbox prevents a second effect.
     const { app } = await start({ idempotency: false })
     app.openaiWebhook.on('batch.failed', inbox.once('settle', async (tx, { data }) => {
       await tx.query('INSERT INTO effects VALUES ($1)', [data.id])

@@ -1,4 +1,4 @@
-// Two workers that receive, and a primary that scrapes both: what it prints is the scrape.
+// Two workers that receive, and a primary that scrapes both and prints the scrape.
 import cluster from 'node:cluster'
 import { once } from 'node:events'
 import Fastify from 'fastify'
@@ -17,7 +17,7 @@ if (cluster.isPrimary) {
 } else {
   webhookMetrics()
   const app = Fastify()
-  // A queue that is never run: each worker tells the same depth, as with a queue that they share.
+  // Nothing in this queue is ever run. Each worker reports the same depth, as the workers of a shared queue do.
   await app.register(openaiWebhook, { secret: testSecret, runner: { ...background(), run () {}, depth: () => 7 } })
   for (let count = 0; count < cluster.worker.id; count++) await deliver(app, sampleEvent('batch.failed'))
   process.send('ready')

@@ -1,4 +1,4 @@
-// One of several processes that share a store or a queue: its argument says which.
+// One of several processes that share a store or a queue. The argument configures it.
 import { existsSync, openSync, writeSync } from 'node:fs'
 import Fastify from 'fastify'
 import openaiWebhook, { inline, memoryStore } from 'fastify-openai-webhook'
@@ -56,7 +56,7 @@ await app.register(openaiWebhook, {
 const log = openSync(effects, 'a')
 app.openaiWebhook.on('batch.failed', async (_event, { webhookId }) => {
   writeSync(log, `${webhookId} ${process.pid}\n`)
-  // The event loop stands still: no lease is renewed meanwhile.
+  // The event loop is blocked, so no lease is renewed in the meantime.
   if (blockedUntil !== undefined) while (!existsSync(blockedUntil));
   else await new Promise(resolve => setImmediate(resolve))
   if (hangs) await new Promise(() => {})
@@ -68,7 +68,7 @@ await app.listen({ port: 0, host: '127.0.0.1' })
 process.send({ port: app.server.address().port })
 process.once('message', async () => {
   await app.close()
-  // It ends by itself, since nothing is left open; the user's connections apart.
+  // The process ends by itself, because nothing is left open except the user's own connections.
   redis?.disconnect()
   await boss?.stop()
   process.disconnect()

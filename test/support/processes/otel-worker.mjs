@@ -1,4 +1,4 @@
-// A worker of a BullMQ queue, with a tracer of its own: each span that has ended goes to the parent process.
+// A worker of a BullMQ queue with its own tracer. Each ended span is sent to the parent process.
 import { trace } from '@opentelemetry/api'
 import { NodeTracerProvider, SimpleSpanProcessor } from '@opentelemetry/sdk-trace-node'
 import Fastify from 'fastify'

@@ -1,4 +1,4 @@
-// A subscriber that throws, beside one that does not; the argument says whether the process listens for what nobody catches.
+// A subscriber that throws, and one that does not. The argument says whether the process listens for uncaught exceptions.
 import Fastify from 'fastify'
 import openaiWebhook, { channels } from 'fastify-openai-webhook'
 import { deliver, sampleEvent, testSecret } from 'fastify-openai-webhook/testing'

@@ -1,4 +1,4 @@
-// One of two processes that share a database, of which one is stopped at a known instant: its argument says where.
+// One of two processes that share a database. One of them is stopped at a known point, which the argument names.
 import { existsSync } from 'node:fs'
 import { once } from 'node:events'
 import Fastify from 'fastify'
@@ -7,7 +7,7 @@ import { openSqlite } from '../sqlite.mjs'
 
 const { secret, lease, postgresUrl, file, idleTimeout, goesOn, pauses } = JSON.parse(process.argv[2])
 
-/** Resolves once the process has been stopped, and is told to go on. */
+/** Tells the parent that this point has been reached, and resolves once it has stopped the process and continued it. */
 async function pause (where) {
   if (pauses !== where) return
   process.send({ at: where })

@@ -1,4 +1,4 @@
-// A receiver to be killed: the store and runner of its argument, and two handlers whose effects are fsynced lines.
+// A receiver that is killed. The argument names its store and its runner. Its two handlers write fsynced lines as their effects.
 import { fsyncSync, openSync, writeSync } from 'node:fs'
 import { setTimeout as sleep } from 'node:timers/promises'
 import Fastify from 'fastify'
@@ -60,7 +60,7 @@ await app.register(openaiWebhook, {
 })
 
 const inboxes = {
-  /** An effect in a file, whose record is elsewhere. */
+  /** An effect in a file. It is recorded elsewhere, so both cannot be written atomically. */
   async none () {
     const log = openSync(effects, 'a')
     return name => async (event, { webhookId }) => {
@@ -92,7 +92,7 @@ app.openaiWebhook.on('batch.failed', handler('second'), { name: 'second' })
 
 await app.listen({ port, host: '127.0.0.1' })
 process.send('ready')
-process.on('disconnect', () => process.exit()) // whoever tortures it has gone
+process.on('disconnect', () => process.exit()) // the parent process has gone
 process.on('message', async message => {
   if (message === 'heap') {
     globalThis.gc()

@@ -1,5 +1,6 @@
-// `npm run torture`: every store with every runner, and every inbox, killed again and again. KILLS and SEED by environment.
-// One pair by its name, such as `sqlite/durable` or `postgres/inline/postgres`; `stores` or `inboxes` for either half.
+// `npm run torture`: every store with every runner, and every inbox, killed again and again. The environment variables KILLS and SEED
+// configure it. Its argument chooses one pair by name, such as `sqlite/durable` or `postgres/inline/postgres`, or one half: `stores` or
+// `inboxes`.
 import { spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { mkdtemp, rm } from 'node:fs/promises'
@@ -27,14 +28,14 @@ const server = postgresMissing === false && await PostgresServer.start({ teardow
 console.log(`SEED=${seed}, ${kills} kills for each pair\n`)
 let broken = 0
 
-/** @returns what is missing here */
+/** @returns what is missing here, or a falsy value */
 function lacks ({ handle = 'libsql', needsRedis, needsPostgres }) {
   return (needsRedis && missing && 'needs redis-server') || (needsPostgres && postgresMissing) || missingHandles[handle]
 }
 
 const isChosen = (group, { store, runner, inbox }) => only === undefined || only === group || only === [store, runner, inbox].filter(Boolean).join('/')
 
-/** @param verdict whether a result keeps what is promised */
+/** @param verdict whether a result keeps the promises */
 async function run (group, pairs, columns, row, verdict) {
   const chosen = pairs.filter(pair => isChosen(group, pair))
   if (chosen.length === 0) return

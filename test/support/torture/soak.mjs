@@ -1,5 +1,5 @@
-// `npm run soak`: a fixed arrival rate for minutes against every store, and the heap after a forced collection, minute by
-// minute. MINUTES and RATE (deliveries a second) by environment. It fails when the heap has grown.
+// `npm run soak`: a fixed arrival rate for minutes against every store, with the heap size after a forced collection each minute. The
+// environment variables MINUTES and RATE (deliveries a second) configure it. It fails when the heap has grown.
 import { fork, spawn } from 'node:child_process'
 import { createHmac, randomBytes } from 'node:crypto'
 import { once } from 'node:events'
@@ -13,7 +13,7 @@ import { freePort } from './torture.mjs'
 
 const minutes = Number(process.env.MINUTES ?? 3)
 const rate = Number(process.env.RATE ?? 200)
-/** Bytes; what the collector and JIT leave uncertain on a heap of this size. */
+/** Bytes. The collector and the JIT make the size of such a heap uncertain by this much. */
 const TOLERANCE = 3 * 1024 * 1024
 
 const secret = randomBytes(32)
@@ -51,7 +51,7 @@ async function soak (store) {
   const heaps = []
   for (let minute = 0; minute < minutes; minute++) {
     const end = performance.now() + 60_000
-    // In slices of 50 ms: arrivals keep to their rate whether or not answers have come.
+    // Deliveries start in slices of 50 ms, so that the arrival rate does not depend on the answers.
     for (let due = performance.now(); due < end; due += 50) {
       await sleep(Math.max(0, due - performance.now()))
       for (let i = 0; i < rate / 20; i++) deliver(`wh_${store}_${sent++}`, port, agent).then(status => { if (status !== 200) refused++ })

@@ -1,4 +1,4 @@
-// A sender as OpenAI is one: it delivers until it is answered 200. Meanwhile the receiver is killed at random instants.
+// A sender that, like OpenAI, delivers until the answer is 200. In the meantime the receiver is killed at random instants.
 import { createHmac, randomBytes } from 'node:crypto'
 import { once } from 'node:events'
 import { existsSync, readFileSync } from 'node:fs'
@@ -12,13 +12,13 @@ import { openSqlite } from '../sqlite.mjs'
 
 const SECRET = randomBytes(32)
 const HANDLERS = ['first', 'second']
-/** ms, of the store's claims and of the runner's attempts */
+/** ms. The lease of the store's claims and of the runner's attempts. */
 const LEASE = 1_000
-/** ms without any progress, after which what is missing is lost */
+/** ms without progress, after which what is missing counts as lost. */
 const STANDSTILL = 60_000
 const APP = fileURLToPath(new URL('app.mjs', import.meta.url))
 
-/** `losesOnCrash`: what was acknowledged may be lost with the process, as its documentation says. */
+/** `losesOnCrash`: a crash of the process may lose acknowledged deliveries, as the runner's documentation says. */
 export const PAIRS = [
   { store: 'memory', runner: 'inline', needsRedis: false, losesOnCrash: false, small: true },
   { store: 'sqlite', runner: 'inline', needsRedis: false, losesOnCrash: false },
@@ -32,9 +32,9 @@ export const PAIRS = [
 ]
 
 /**
- * With an inbox an effect is there exactly once: nothing is lost, and nothing repeated. Where PostgreSQL is needed, it is shut
- * down at once in turn with the receiver. `zombies`: nothing is killed, one of two receivers is stopped for longer than a
- * lease, and goes on. `small`: at the small size too.
+ * With an inbox every effect happens exactly once: nothing is lost and nothing is repeated. In pairs with PostgreSQL, its server is crashed
+ * in turn with the receiver. `zombies`: no process is killed. Instead, one of two receivers is stopped for longer than a lease and then
+ * continues. `small`: the pair also runs at the small size.
  */
 export const EXACT = [
   { store: 'memory', runner: 'inline', inbox: 'sqlite' },
@@ -47,7 +47,7 @@ export const EXACT = [
   { store: 'memory', runner: 'pgboss', inbox: 'postgres' }
 ].map(pair => ({ needsRedis: false, needsPostgres: pair.inbox === 'postgres', small: false, zombies: false, ...pair }))
 
-/** mulberry32: a run is repeated by its seed. */
+/** mulberry32. A run can be repeated with its seed. */
 export function randomFrom (seed) {
   let state = seed
   return () => {
@@ -72,16 +72,17 @@ export async function freePort () {
  * @param {'memory' | 'sqlite' | 'redis' | 'postgres'} options.store
  * @param {'inline' | 'background' | 'durable' | 'bullmq' | 'pgboss'} options.runner
  * @param {number} options.kills how often the receiver is killed with SIGKILL
- * @param {number} options.seed of the instants
- * @param {string} options.dir for the files of the run
+ * @param {number} options.seed of the random instants
+ * @param {string} options.dir the folder for the files of the run
  * @param {number} [options.redisPort]
- * @param {'libsql' | 'node:sqlite'} [options.handle] of SQLite; default libsql
- * @param {number} [options.senders] at once
- * @param {'sqlite' | 'postgres'} [options.inbox] by which the handlers make their effects
- * @param {{ url: string, crash: () => Promise<void> }} [options.postgres] crashed in turn with the receiver
- * @param {boolean} [options.zombies] stops one of two receivers instead of killing
- * @returns {Promise<{ kills: number, acknowledged: number, attempts: number, effects: number, repeated: number, lost: string[], rerun: string[] }>}
- * `lost`: acknowledged, and a handler has not run; `rerun`: ran again although its success had been recorded
+ * @param {'libsql' | 'node:sqlite'} [options.handle] the SQLite library; default libsql
+ * @param {number} [options.senders] the number of concurrent senders
+ * @param {'sqlite' | 'postgres'} [options.inbox] the inbox by which the handlers make their effects
+ * @param {{ url: string, crash: () => Promise<void> }} [options.postgres] a server that is crashed in turn with the receiver
+ * @param {boolean} [options.zombies] stops one of two receivers instead of killing it
+ * @returns {Promise<{ kills: number, acknowledged: number, attempts: number, effects: number, repeated: number, lost: string[], rerun:
+ * string[] }>} `lost`: effects of acknowledged deliveries that are missing; `rerun`: handlers that ran again although their success had
+ * been recorded
  */
 export async function torture ({ store, runner, kills, seed, dir, redisPort, handle, senders = 16, failureRate = 0.05, inbox, postgres, zombies = false }) {
   const random = randomFrom(seed)
@@ -99,7 +100,7 @@ export async function torture ({ store, runner, kills, seed, dir, redisPort, han
     prefix,
     failureRate,
     lease: LEASE,
-    // One that is stopped is to be in the midst of something.
+    // A process that is stopped should be in the middle of its work.
     delay: zombies ? 50 : 4,
     inbox,
     postgresUrl: postgres?.url
@@ -121,10 +122,10 @@ export async function torture ({ store, runner, kills, seed, dir, redisPort, han
 
   async function sender () {
     while (!ending.signal.aborted) {
-      // A queue takes more than handlers with a database get done.
+      // Without this pause the senders fill the queue faster than handlers with a database empty it.
       if (queues && inbox !== undefined) await sleep(100)
       const webhookId = `wh_${prefix}_${seed}_${sent++}`
-      // With an inbox some are given up by their sender: what became of them is there once, or not at all.
+      // With an inbox, some deliveries are not retried: their effect then happens once, or not at all.
       if (await (inbox !== undefined && sent % 10 === 0 ? deliver(webhookId) : deliverUntilAcknowledged(webhookId))) acknowledged.add(webhookId)
     }
   }
@@ -134,7 +135,7 @@ export async function torture ({ store, runner, kills, seed, dir, redisPort, han
     return true
   }
 
-  /** @returns whether it was answered 200 */
+  /** @returns whether the answer was 200 */
   function deliver (webhookId, port = config.port) {
     attempts++
     const body = JSON.stringify({ id: `evt_${webhookId}`, object: 'event', created_at: 1, type: 'batch.failed', data: { id: 'batch_1' } })
@@ -144,7 +145,7 @@ export async function torture ({ store, runner, kills, seed, dir, redisPort, han
       const request = http.request({
         port,
         host: '127.0.0.1',
-        // One that is stopped answers nothing.
+        // A stopped process does not answer.
         ...(zombies && { timeout: LEASE / 5 }),
         path: '/webhooks/openai',
         method: 'POST',
@@ -173,7 +174,7 @@ export async function torture ({ store, runner, kills, seed, dir, redisPort, han
     return counts
   }
 
-  /** Handlers whose success the store has on record, with how often they had run by then. */
+  /** Handlers whose success the store has recorded, with the number of their runs at that time. */
   const recorded = new Map()
   async function record () {
     if (table !== undefined) return
@@ -187,7 +188,7 @@ export async function torture ({ store, runner, kills, seed, dir, redisPort, han
   const other = zombies ? await boot(ports[1]) : undefined
   const senderLoops = Array.from({ length: senders }, sender)
   for (let kill = 0; kill < kills; kill++) {
-    // One that goes on has what is over to do away with first.
+    // A process that was continued first has to clean up what expired while it was stopped.
     await sleep(random() * (inbox === undefined ? 100 : 250) + (zombies ? 400 : 0))
     if (zombies) {
       child.kill('SIGSTOP')
@@ -212,7 +213,7 @@ export async function torture ({ store, runner, kills, seed, dir, redisPort, han
     const counts = await effectCounts()
     return [...acknowledged].flatMap(id => HANDLERS.map(name => `${id} ${name}`)).filter(effect => !counts.has(effect))
   }
-  // A queue goes on with what was acknowledged; what is in memory only is gone.
+  // A queue continues with acknowledged deliveries. What was only in memory is lost.
   if (queues) {
     let left = Infinity
     let end = 0
@@ -244,7 +245,7 @@ export async function torture ({ store, runner, kills, seed, dir, redisPort, han
   }
 }
 
-/** A table of effects without a constraint, so that one made twice is there twice. */
+/** A table of effects without a constraint, so that an effect that happens twice is there twice. */
 async function effectsTable (inbox, { file, handle, postgresUrl, prefix }) {
   const create = 'CREATE TABLE IF NOT EXISTS effects (webhook_id TEXT, name TEXT)'
   if (inbox === 'sqlite') {
