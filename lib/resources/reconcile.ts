@@ -227,7 +227,7 @@ function invalid (name: string, expected: string): Error {
   return new InvalidOptions(`reconcile(): expected ${name} to be ${expected}`)
 }
 
-/** The types that a name stands for. */
+/** The event types that a type or a family stands for. */
 function listable (name: unknown): string[] {
   if (typeof name !== 'string') throw invalid('types', `texts such as "batch.completed", got ${show(name)}`)
   const known = FAMILY_NAMES.flatMap(typesOf)
