@@ -24,7 +24,7 @@ export interface Handler {
   readonly run: (event: unknown, context: EventContext) => unknown
 }
 
-/** The name of a route's own handler, in errors and dead letters. */
+/** The name of a route's own handler, in errors, dead letters and metrics. */
 export const OWN_HANDLER = 'handler'
 
 /**

@@ -3,6 +3,7 @@ import type { CounterConfiguration, GaugeConfiguration, Metric, OpenMetricsConte
 import { channels } from '../channels.ts'
 import type { DeliveryInfo, MessageChannel } from '../channels.ts'
 import { InvalidOptions } from '../errors.ts'
+import { OWN_HANDLER } from '../handlers.ts'
 import { Histogram } from './histogram.ts'
 import type { Series } from './histogram.ts'
 import { OTHER, OVERLOADED, UNAVAILABLE, codeLabel, knownTypes, refusalCodes, secretLabel } from './labels.ts'
@@ -167,7 +168,7 @@ export class Collector {
       }
       tally.failed++
       // No event handler has failed, so the failure is that of the route's `handler`, which replies.
-      if (noted(message, handlerFailed) === undefined) failures.inc({ ...tally.labels, handler: 'handler' })
+      if (noted(message, handlerFailed) === undefined) failures.inc({ ...tally.labels, handler: OWN_HANDLER })
     })
   }
 
