@@ -240,31 +240,31 @@ function isOwn ({ causes }: { causes: readonly Found[] }): boolean {
 }
 
 /** The candidates with nothing wrong, or else those with the fewest causes. */
-function nearest (keys: readonly KeyCandidate[], heads: readonly HeadCandidate[]): { nearKeys: KeyCandidate[], nearHeads: HeadCandidate[] } {
+function likeliest (keys: readonly KeyCandidate[], heads: readonly HeadCandidate[]): { likelyKeys: KeyCandidate[], likelyHeads: HeadCandidate[] } {
   return {
-    nearKeys: keys.some(isOwn) ? keys.filter(isOwn) : keys.filter(({ guess }) => !guess).slice(0, 4),
-    nearHeads: heads.slice(0, heads.some(isOwn) ? 1 : 3)
+    likelyKeys: keys.some(isOwn) ? keys.filter(isOwn) : keys.filter(({ guess }) => !guess).slice(0, 4),
+    likelyHeads: heads.slice(0, heads.some(isOwn) ? 1 : 3)
   }
 }
 
 /** The delivery as it arrived, then with one change to it. */
 function * oneChange (keys: readonly KeyCandidate[], heads: readonly HeadCandidate[], body: Buffer, maxBody: number): Generator<Attempt> {
-  const { nearKeys, nearHeads } = nearest(keys, heads)
+  const { likelyKeys, likelyHeads } = likeliest(keys, heads)
   const arrived = { bytes: body, causes: [] }
-  yield * pairs(nearKeys, nearHeads, arrived)
-  yield * pairs(keys.filter(key => !nearKeys.includes(key)), nearHeads, arrived)
-  yield * pairs(nearKeys, heads.filter(head => !nearHeads.includes(head)), arrived)
-  for (const changed of bodyCandidates(body, maxBody)) yield * pairs(nearKeys, nearHeads, changed)
+  yield * pairs(likelyKeys, likelyHeads, arrived)
+  yield * pairs(keys.filter(key => !likelyKeys.includes(key)), likelyHeads, arrived)
+  yield * pairs(likelyKeys, heads.filter(head => !likelyHeads.includes(head)), arrived)
+  for (const changed of bodyCandidates(body, maxBody)) yield * pairs(likelyKeys, likelyHeads, changed)
 }
 
 function * twoChanges (keys: readonly KeyCandidate[], heads: readonly HeadCandidate[], body: Buffer, maxBody: number): Generator<Attempt> {
-  const { nearKeys, nearHeads } = nearest(keys, heads)
-  const farKeys = keys.filter(key => !key.guess && !nearKeys.includes(key))
-  const farHeads = heads.filter(head => !nearHeads.includes(head))
-  yield * pairs(farKeys, farHeads, { bytes: body, causes: [] })
+  const { likelyKeys, likelyHeads } = likeliest(keys, heads)
+  const otherKeys = keys.filter(key => !key.guess && !likelyKeys.includes(key))
+  const otherHeads = heads.filter(head => !likelyHeads.includes(head))
+  yield * pairs(otherKeys, otherHeads, { bytes: body, causes: [] })
   for (const changed of bodyCandidates(body, maxBody)) {
-    yield * pairs(farKeys, nearHeads, changed)
-    yield * pairs(nearKeys, farHeads, changed)
+    yield * pairs(otherKeys, likelyHeads, changed)
+    yield * pairs(likelyKeys, otherHeads, changed)
   }
 }
 

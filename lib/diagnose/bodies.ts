@@ -66,10 +66,10 @@ function * wrapped (text: string): Generator<Change> {
     yield [name, found('body-form-encoded')]
     yield [trimmed.replace(/=$/, ''), found('body-form-encoded')]
     // URLSearchParams reads "+" as a space. decodeURIComponent() keeps a "+" that was not encoded.
-    yield [attempt(() => decodeURIComponent(trimmed.replace(/^[\w.]*=/, ''))) ?? value, found('body-form-encoded')]
+    yield [orUndefined(() => decodeURIComponent(trimmed.replace(/^[\w.]*=/, ''))) ?? value, found('body-form-encoded')]
   }
 
-  const value = attempt(() => JSON.parse(text) as unknown)
+  const value = orUndefined(() => JSON.parse(text) as unknown)
   if (typeof value !== 'object' || value === null) return
   const { type, data, isBase64Encoded } = value as Record<string, unknown>
   if (type === 'Buffer' && Array.isArray(data)) yield [Buffer.from(data as number[]), found('body-buffer-json')]
@@ -79,7 +79,7 @@ function * wrapped (text: string): Generator<Change> {
   }
 }
 
-function attempt<T> (work: () => T): T | undefined {
+function orUndefined<T> (work: () => T): T | undefined {
   try {
     return work()
   } catch {
@@ -94,7 +94,7 @@ const MIN_BROTLI = 16_384
 function * compressed (body: Buffer, max: number): Generator<Change> {
   for (const [name, decompress] of [['gzip', zlib.gunzipSync], ['deflate', zlib.inflateSync], ['br', zlib.brotliDecompressSync]] as const) {
     if (name === 'br' && max < MIN_BROTLI) return
-    const plain = attempt(() => decompress(body, { maxOutputLength: max })) // not compressed in this format, or larger than `max`
+    const plain = orUndefined(() => decompress(body, { maxOutputLength: max })) // not compressed in this format, or larger than `max`
     if (plain !== undefined) yield [plain, found('body-compressed', name)]
   }
 }
@@ -156,6 +156,6 @@ export function bodyFacts (body: Buffer, headers: ReadonlyMap<string, string>, m
  * @param max the largest body, in bytes, that is parsed
  */
 export function isEvent (body: Buffer, max: number): boolean {
-  const value = body.length > max ? undefined : attempt(() => JSON.parse(body.toString()) as { object?: unknown, type?: unknown } | null)
+  const value = body.length > max ? undefined : orUndefined(() => JSON.parse(body.toString()) as { object?: unknown, type?: unknown } | null)
   return value?.object === 'event' && typeof value.type === 'string'
 }

@@ -1,5 +1,6 @@
 import { found, merged } from './causes.ts'
 import type { Found } from './causes.ts'
+import { WEBHOOK_ID } from '../verifiers/standard-webhooks.ts'
 
 /** By lower-case name. Several values of one name are joined by ", ", as node:http joins them. */
 export type HeaderMap = ReadonlyMap<string, string>
@@ -131,8 +132,6 @@ function * times (value: string): Generator<readonly [text: string, seconds: num
 }
 
 /** The same pattern as in the verifier. */
-const WEBHOOK_ID = /^[\x21-\x2b\x2d\x2f-\x7e]{1,256}$/
-
 function idFault (id: string): Found[] {
   if (WEBHOOK_ID.test(id)) return []
   return [found(/^[\x21-\x2b\x2d-\x7e]{1,256}$/.test(id) ? 'webhook-id-dot' : 'webhook-id-invalid')]

@@ -20,7 +20,7 @@ const verifier = verifierOf({ judge, judgeHeaders }, { sign, namedByEvent: false
 
 // Visible ASCII without "." and ",". With a "." in the id, the signed text `id.timestamp.body` could be split at another place, so that an old
 // delivery would pass as a fresh one. A "," may come from node:http, which joins repeated headers with it.
-const WEBHOOK_ID = /^[\x21-\x2b\x2d\x2f-\x7e]{1,256}$/
+export const WEBHOOK_ID = /^[\x21-\x2b\x2d\x2f-\x7e]{1,256}$/
 
 function judgeHeaders ({ 'webhook-id': id, 'webhook-timestamp': timestamp, 'webhook-signature': signature }: IncomingHttpHeaders): number | Error {
   if (isMissing(timestamp)) return new MissingHeader('webhook-timestamp')
