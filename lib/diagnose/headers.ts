@@ -131,7 +131,6 @@ function * times (value: string): Generator<readonly [text: string, seconds: num
   }
 }
 
-/** The same pattern as in the verifier. */
 function idFault (id: string): Found[] {
   if (WEBHOOK_ID.test(id)) return []
   return [found(/^[\x21-\x2b\x2d-\x7e]{1,256}$/.test(id) ? 'webhook-id-dot' : 'webhook-id-invalid')]

@@ -113,18 +113,14 @@ export class Actions {
     return { status: statusCode, body: payload.slice(0, 2_000), id: id ?? null }
   }
 
-  async requeue ({ endpoint, webhookId, tenant, force }: { endpoint: string, webhookId: string, tenant?: string, force: boolean }): Promise<boolean> {
-    return await this.#options.deadLetters.requeue({ endpoint, webhookId, ...(tenant !== undefined && { tenant }) }, { force })
-  }
-
   /** Requeues the dead deliveries of one type, or of all types. Deliveries that need `force` are not requeued. */
   async requeueAll (type: string | undefined): Promise<{ requeued: number, failed: string | null }> {
     const { deadLetters } = this.#options
     let requeued = 0
     let failed: string | null = null
-    for (const { endpoint, webhookId, tenant } of await deadLetters.list({ limit: MOST_REQUEUED, ...(type !== undefined && { type }) })) {
+    for (const delivery of await deadLetters.list({ limit: MOST_REQUEUED, ...(type !== undefined && { type }) })) {
       try {
-        if (await deadLetters.requeue({ endpoint, webhookId, ...(tenant !== undefined && { tenant }) })) requeued++
+        if (await deadLetters.requeue(delivery)) requeued++
       } catch (error) {
         failed = (error as Error).message
       }

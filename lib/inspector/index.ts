@@ -145,7 +145,8 @@ const inspector: FastifyPluginAsync<InspectorOptions> = async (instance, options
   post('again', async asked => await actions.again(asked.number('id'), asked.optional('body')))
   post('requeue', async asked => {
     const tenant = asked.optional('tenant')
-    return { requeued: await actions.requeue({ endpoint: asked.text('endpoint'), webhookId: asked.text('webhookId'), ...(tenant !== undefined && { tenant }), force: asked.flag('force') }) }
+    const delivery = { endpoint: asked.text('endpoint'), webhookId: asked.text('webhookId'), ...(tenant !== undefined && { tenant }) }
+    return { requeued: await deadLetters.requeue(delivery, { force: asked.flag('force') }) }
   })
   post('requeue-all', async asked => await actions.requeueAll(asked.optional('type')))
 }
