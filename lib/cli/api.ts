@@ -1,3 +1,4 @@
+import type { OpenAI } from 'openai'
 import { CommandError, EXIT, text, usageError } from './command.ts'
 import type { Arguments, Terminal } from './command.ts'
 import { printable } from './table.ts'
@@ -6,8 +7,26 @@ import { printable } from './table.ts'
 
 export type SDK = typeof import('openai')
 
-/** Reads the API key from OPENAI_API_KEY. @throws CommandError when it is missing or malformed */
-export function readApiKey ({ env }: Terminal): string {
+/** A client of the official package, and a function that explains its errors. */
+export interface Api {
+  readonly client: OpenAI
+  /** Explains an error in one line. The API key is removed, since OpenAI's error message may quote it. */
+  readonly explain: (error: unknown) => string
+}
+
+/** @param load imports the openai package, which may not be installed @throws CommandError */
+export async function openApi (args: Arguments, terminal: Terminal, load: () => Promise<SDK>): Promise<Api> {
+  const apiKey = readApiKey(terminal)
+  const baseURL = readBaseURL(args, terminal)
+  const sdk = await importSDK(load)
+  // Off, because OPENAI_LOG could make the SDK log what it sends and receives, secrets included.
+  const client = new sdk.OpenAI({ apiKey, baseURL, logLevel: 'off', timeout: 30_000 })
+  const conceal = (shown: string): string => oneLine(shown.replaceAll(apiKey, '[API key]'))
+  return { client, explain: error => conceal(explain(error, sdk, client.baseURL, conceal)) }
+}
+
+/** @throws CommandError */
+function readApiKey ({ env }: Terminal): string {
   const apiKey = env['OPENAI_API_KEY']?.trim() ?? ''
   if (apiKey === '') throw new CommandError('no API key: set OPENAI_API_KEY to a key of the project', EXIT.usage)
   if (apiKey.startsWith('whsec_')) throw new CommandError('OPENAI_API_KEY holds a signing secret (whsec_…), expected an API key (sk-…)', EXIT.usage)
@@ -22,7 +41,7 @@ export function readApiKey ({ env }: Terminal): string {
  * @returns `null` when neither is set: the SDK then uses its default
  * @throws CommandError
  */
-export function readBaseURL (args: Arguments, { env }: Terminal): string | null {
+function readBaseURL (args: Arguments, { env }: Terminal): string | null {
   const given = text(args, 'base-url') ?? env['OPENAI_BASE_URL']?.trim() ?? ''
   if (given === '') return null
   const url = URL.canParse(given) ? new URL(given) : undefined
@@ -33,7 +52,7 @@ export function readBaseURL (args: Arguments, { env }: Terminal): string | null 
 }
 
 /** @throws CommandError when the package is missing or cannot be loaded */
-export async function importSDK (load: () => Promise<SDK>): Promise<SDK> {
+async function importSDK (load: () => Promise<SDK>): Promise<SDK> {
   try {
     return await load()
   } catch (error) {
@@ -41,12 +60,6 @@ export async function importSDK (load: () => Promise<SDK>): Promise<SDK> {
     if (code === 'ERR_MODULE_NOT_FOUND') throw new CommandError('this command needs the openai package: npm i openai')
     throw new CommandError(`the openai package cannot be loaded: ${oneLine(String(error))}`)
   }
-}
-
-/** Explains an error in one line. The API key is removed, since OpenAI's error message may quote it. */
-export function explained (error: unknown, sdk: SDK, baseURL: string, apiKey: string): string {
-  const conceal = (shown: string): string => oneLine(shown.replaceAll(apiKey, '[API key]'))
-  return conceal(explain(error, sdk, baseURL, conceal))
 }
 
 const ADVICE: Readonly<Record<number, string>> = {

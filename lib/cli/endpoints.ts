@@ -1,5 +1,5 @@
 import type { OpenAI } from 'openai'
-import { explained, importSDK, oneLine, readApiKey, readBaseURL } from './api.ts'
+import { oneLine, openApi } from './api.ts'
 import type { SDK } from './api.ts'
 import { CommandError, EXIT, text, usageError } from './command.ts'
 import type { Arguments, Command, Terminal } from './command.ts'
@@ -12,8 +12,8 @@ type Endpoint = Awaited<ReturnType<Webhooks['retrieve']>>
 type EventTypes = Parameters<Webhooks['create']>[0]['event_types']
 type RequestOptions = NonNullable<Parameters<Webhooks['retrieve']>[1]>
 
-/** What an action works with, once its arguments have been read. */
-interface Api {
+/** The input of an action, once its arguments have been read. */
+interface Input {
   readonly webhooks: Webhooks
   readonly read: RequestOptions
   readonly write: RequestOptions
@@ -27,7 +27,7 @@ interface Action {
   /** The options of this action, in addition to `--base-url` and `--json`. */
   readonly options: readonly string[]
   /** Reads the arguments, so that a wrong one is reported before any request to OpenAI. @throws CommandError with exit code 2 */
-  readonly plan: (args: Arguments, first: string, second: string) => (api: Api) => Promise<number>
+  readonly plan: (args: Arguments, first: string, second: string) => (api: Input) => Promise<number>
 }
 
 const help = `Usage: openai-webhook endpoints list
@@ -83,17 +83,13 @@ export function endpointsCommand (load: () => Promise<SDK>): Command {
     },
     run: async (args, terminal) => {
       const act = plan(args)
-      const apiKey = readApiKey(terminal)
-      const baseURL = readBaseURL(args, terminal)
-      const sdk = await importSDK(load)
-      // Logging is off because OPENAI_LOG could make the SDK log what it receives, including signing secrets.
-      const client = new sdk.OpenAI({ apiKey, baseURL, logLevel: 'off', timeout: 30_000 })
-      if (!('create' in client.webhooks)) {
+      const { client: { webhooks }, explain } = await openApi(args, terminal, load)
+      if (!('create' in webhooks)) {
         throw new CommandError('this command needs a newer openai package, one that has webhook endpoints: npm i openai@latest')
       }
       try {
         return await act({
-          webhooks: client.webhooks,
+          webhooks,
           read: { signal: terminal.signal },
           // Writes are never retried: if the answer to a rotation were lost, a second rotation would revoke the secret that is in use.
           write: { signal: terminal.signal, maxRetries: 0 },
@@ -101,8 +97,7 @@ export function endpointsCommand (load: () => Promise<SDK>): Command {
           terminal
         })
       } catch (error) {
-        if (error instanceof CommandError) throw error
-        throw new CommandError(explained(error, sdk, client.baseURL, apiKey))
+        throw error instanceof CommandError ? error : new CommandError(explain(error))
       }
     }
   }
@@ -228,7 +223,7 @@ OPENAI_WEBHOOK_SECRET=${endpoint.signing_secret}
 }
 
 /** @throws CommandError with exit code 2 */
-function plan (args: Arguments): (api: Api) => Promise<number> {
+function plan (args: Arguments): (api: Input) => Promise<number> {
   const [name, ...given] = args.positionals
   const names = Object.keys(actions)
   if (name === undefined) throw usageError(`endpoints: expected one of ${names.join(', ')}`)
@@ -266,7 +261,7 @@ function eventTypes ({ values }: Arguments): string[] | undefined {
  *
  * @throws CommandError with exit code 2
  */
-async function expand (names: readonly string[], api: Api): Promise<EventTypes> {
+async function expand (names: readonly string[], api: Input): Promise<EventTypes> {
   const isKnown = (name: string): boolean => Object.hasOwn(officialEntries, name)
   const available = names.every(isKnown) ? [] : expected('list', await api.webhooks.eventTypes.list(api.read)).data
   const types = names.flatMap(name => {
@@ -285,7 +280,7 @@ function expected<Answer extends { object: string }> (object: Answer['object'], 
   return answer
 }
 
-function describe ({ id, name, url, event_types: types, signing_secret_hint: hint }: Endpoint, { terminal }: Api): string {
+function describe ({ id, name, url, event_types: types, signing_secret_hint: hint }: Endpoint, { terminal }: Input): string {
   return `${paint(terminal, 'bold', oneLine(id))}  ${oneLine(name)}
   delivers to  ${oneLine(url)}
   event types  ${oneLine(types.join(', '))}

@@ -1,4 +1,4 @@
-import { importSDK, explained, oneLine, readApiKey, readBaseURL } from './api.ts'
+import { oneLine, openApi } from './api.ts'
 import type { SDK } from './api.ts'
 import { CommandError, EXIT, text, usageError } from './command.ts'
 import type { Arguments, Command, Terminal } from './command.ts'
@@ -58,11 +58,7 @@ export function reconcileCommand (load: () => Promise<SDK>): Command {
     },
     async run (args, terminal) {
       const options = await plan(args, terminal)
-      const apiKey = readApiKey(terminal)
-      const baseURL = readBaseURL(args, terminal)
-      const sdk = await importSDK(load)
-      // Logging is off because OPENAI_LOG could make the SDK log what it sends and receives.
-      const client = new sdk.OpenAI({ apiKey, baseURL, logLevel: 'off', timeout: 30_000 })
+      const { client, explain } = await openApi(args, terminal, load)
       const output = new Output(args, terminal, options.dryRun!)
       try {
         const report = await reconcileAll(client, { ...options, onProgress: each => output.show(each) })
@@ -71,7 +67,7 @@ export function reconcileCommand (load: () => Promise<SDK>): Command {
         output.clear()
         if (terminal.signal.aborted) throw new CommandError('interrupted')
         if (isCoded(error)) throw new CommandError(error.message.replace(/^reconcile\(\): /, ''), (error as { code?: string }).code === 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS' ? EXIT.usage : EXIT.failed)
-        throw new CommandError(explained(error, sdk, client.baseURL, apiKey))
+        throw new CommandError(explain(error))
       }
     }
   }
