@@ -2,6 +2,7 @@ import type { FastifyInstance } from 'fastify'
 import { InvalidOptions } from '../errors.ts'
 import type { EventContext, EventHandler } from '../handlers.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
+import type { Pruning } from '../pruning.ts'
 
 /** Identifies the delivery: the context of an event handler, or `request.openaiWebhook` on a marked route. */
 export interface InboxContext {
@@ -68,4 +69,9 @@ export function recordOf (name: string, context: InboxContext, retention: number
   }
   ;(context as { [REMEMBER]?: (name: string, retention: number) => void })[REMEMBER]?.(name, retention)
   return [endpoint, tenant, webhookId, name]
+}
+
+/** To be called after each record. */
+export function prune (pruning: Pruning, { log }: InboxContext): void {
+  pruning.inserted(error => log?.warn({ err: error }, 'old records of the inbox could not be deleted'))
 }

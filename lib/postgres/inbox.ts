@@ -1,7 +1,7 @@
 import type { FastifyInstance } from 'fastify'
 import { InvalidOptions, NoTransaction, RolledBack } from '../errors.ts'
 import { assertHandlerName, giveName } from '../handler-name.ts'
-import { INBOX_RETENTION, noteRetention, recordOf } from '../inbox/inbox.ts'
+import { INBOX_RETENTION, noteRetention, prune, recordOf } from '../inbox/inbox.ts'
 import type { Inbox, InboxContext, InboxQuery, InboxWork } from '../inbox/inbox.ts'
 import { lend } from '../inbox/lend.ts'
 import type { EventContext } from '../handlers.ts'
@@ -98,10 +98,6 @@ export function postgresInbox (db?: PgPool | PgLite, options: PostgresInboxOptio
   // Sets the isolation level, because with a stricter default one of two processes with the same delivery would fail instead of waiting.
   const settings = `SET TRANSACTION ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = ${lockTimeout}; SET LOCAL idle_in_transaction_session_timeout = ${idleTimeout}`
 
-  function recorded ({ log }: InboxContext): void {
-    pruning.inserted(error => log?.warn({ err: error }, 'old records of the inbox could not be deleted'))
-  }
-
   return {
     once<Event> (name: string, work: InboxWork<never, Event>) {
       assertHandlerName('once', name)
@@ -122,14 +118,14 @@ export function postgresInbox (db?: PgPool | PgLite, options: PostgresInboxOptio
             return record.id
           }, () => new RolledBack(name))
         })
-        recorded(context)
+        prune(pruning, context)
       }, name)
     },
     async first (query, name, context) {
       assertHandlerName('first', name)
       await creation?.readyIn(async (text, values) => rowsOf(await query(text, values as string[])))
       const isFirst = await records.first(query, name, context)
-      recorded(context)
+      prune(pruning, context)
       return isFirst
     },
     async close () {

@@ -2,7 +2,7 @@ import { types } from 'node:util'
 import type { FastifyInstance } from 'fastify'
 import { AsyncWork, InvalidOptions, NoTransaction } from '../errors.ts'
 import { assertHandlerName, giveName } from '../handler-name.ts'
-import { INBOX_RETENTION, noteRetention, recordOf } from '../inbox/inbox.ts'
+import { INBOX_RETENTION, noteRetention, prune, recordOf } from '../inbox/inbox.ts'
 import type { Inbox, InboxContext, InboxQuery, InboxWork } from '../inbox/inbox.ts'
 import { lend } from '../inbox/lend.ts'
 import { isPromise } from '../maybe-promise.ts'
@@ -64,10 +64,6 @@ export function sqliteInbox<Db extends SqliteDatabase> (db: Db, options: SqliteI
     DELETE FROM openai_webhook_inbox WHERE rowid IN (SELECT rowid FROM openai_webhook_inbox WHERE at < ? LIMIT ${PRUNE_LIMIT})`)
   const pruning = new Pruning(async () => expired(Date.now() - retention))
 
-  function recorded ({ log }: InboxContext): void {
-    pruning.inserted(error => log?.warn({ err: error }, 'old records of the inbox could not be deleted'))
-  }
-
   return {
     once<Event> (name: string, work: InboxWork<Db, Event>) {
       assertHandlerName('once', name)
@@ -90,7 +86,7 @@ export function sqliteInbox<Db extends SqliteDatabase> (db: Db, options: SqliteI
           }
           throw new AsyncWork(name)
         })
-        recorded(context)
+        prune(pruning, context)
       }, name)
     },
     first (query, name, context) {
@@ -99,7 +95,7 @@ export function sqliteInbox<Db extends SqliteDatabase> (db: Db, options: SqliteI
       const answer = query(INSERT, recordOf(name, context, retention))
       const rows = Array.isArray(answer) ? answer : answer?.rows
       if (!Array.isArray(rows)) throw new InvalidOptions('first(): expected query(text, values) to return rows, or an object that has them as `rows`, at once')
-      recorded(context)
+      prune(pruning, context)
       return rows.length === 1
     },
     async close () {
