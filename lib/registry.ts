@@ -187,7 +187,7 @@ export class HandlerTable {
   }
 
   /** Whether an `on` handler matches the type. */
-  matches (type: string): boolean {
+  handles (type: string): boolean {
     return this.#handled.has(type)
   }
 }

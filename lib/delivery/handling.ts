@@ -128,7 +128,7 @@ export class Handling {
   }
 
   #tellUnhandled ({ job, sender }: Work): void {
-    const isHandled = sender?.ownHandler !== undefined || this.#options.handlersOf(job.endpoint).matches(job.event.type)
+    const isHandled = sender?.ownHandler !== undefined || this.#options.handlersOf(job.endpoint).handles(job.event.type)
     if (!isHandled) channels.unhandled.publish(job)
   }
 }
