@@ -56,7 +56,7 @@ export class Authentication {
     return (request: FastifyRequest, reply: FastifyReply, done: Done): void => {
       this.#observation.observer?.arrived(request, reply, endpoint.name)
       const fault = headerFault(endpoint, request.headers)
-      if (fault !== undefined) this.refuse(fault, endpoint, request)
+      if (fault !== undefined) this.#tell(fault, endpoint, request)
       done(fault)
     }
   }
@@ -88,11 +88,11 @@ export class Authentication {
     }
     const onVerified = observer && (() => { observer.verified(request) })
     const authentic = tenants === undefined || tenant === undefined
-      ? this.verify(endpoint, request.headers, rawBody, onVerified)
+      ? this.examine(endpoint, request.headers, rawBody, onVerified)
       : then(tenants.verificationOf(tenant), found => {
         if (found instanceof Error) return found
         verification = found
-        return this.verify(found, request.headers, rawBody, onVerified)
+        return this.examine(found, request.headers, rawBody, onVerified)
       })
     if (isPromise<Authentic | Error>(authentic)) authentic.then(settle, done)
     else settle(authentic)
@@ -102,7 +102,7 @@ export class Authentication {
    * @param onVerified called when the signature matches
    * @returns the delivery, or the coded error that refuses it
    */
-  verify (verification: Verification, headers: IncomingHttpHeaders, rawBody: Buffer, onVerified?: () => void): MaybePromise<Authentic | Error> {
+  examine (verification: Verification, headers: IncomingHttpHeaders, rawBody: Buffer, onVerified?: () => void): MaybePromise<Authentic | Error> {
     return then(verify(verification, { rawBody, headers }), verified => {
       if (verified instanceof Error) return verified
       onVerified?.()
@@ -112,13 +112,13 @@ export class Authentication {
   }
 
   /** Logs, publishes and reports the refusal of a request whose event is not known. */
-  refuse (error: Error, { name }: Endpoint, request: FastifyRequest, { tenant, webhookId }: Known = {}): void {
+  #tell (error: Error, { name }: Endpoint, request: FastifyRequest, { tenant, webhookId }: Known = {}): void {
     this.#told.add(error)
     this.#failures.refused(error, { endpoint: name, ...(tenant !== undefined && { tenant }), ...(webhookId !== undefined && { webhookId }) }, request)
   }
 
   #refuse (error: Error, endpoint: Endpoint, request: FastifyRequest, reply: FastifyReply, done: Done, known?: Known): void {
-    this.refuse(error, endpoint, request, known)
+    this.#tell(error, endpoint, request, known)
     if (error instanceof Unavailable || error instanceof Overloaded) retryLater(reply)
     if (!(error instanceof UnknownTenant)) return done(error)
     const answer = new InvalidSignature()
@@ -126,7 +126,7 @@ export class Authentication {
     done(answer)
   }
 
-  /** Whether `refuse` has logged and reported this error, or the error that it stands for. */
+  /** Whether this error, or the error that it stands for, has been logged and reported. */
   hasTold (error: Error): boolean {
     return this.#told.has(error)
   }

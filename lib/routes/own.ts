@@ -59,7 +59,7 @@ export function ownRoute (
       onError: (request, reply, error, done) => {
         markRefused(error, request, reply)
         boundRefused(request, reply, error, body)
-        // Refusals by Fastify (body too large, not JSON) and by other plugins. `refuse` has already reported our own.
+        // Refusals by Fastify (body too large, not JSON) and by other plugins. The plugin has already reported its own.
         if (request.openaiWebhook === null && !authentication.hasTold(error)) failures.refused(error, { endpoint: endpoint.name }, request)
         done()
       },

@@ -15,7 +15,7 @@ export async function unwrap ({ verifications, authentication }: Routes, rawBody
   const plain = toHeaders(headers)
   const fault = headerFault(verification, plain)
   if (fault !== undefined) throw fault
-  const authentic = await authentication.verify(verification, plain, body)
+  const authentic = await authentication.examine(verification, plain, body)
   if (authentic instanceof Error) throw authentic
   if (authentic.event instanceof Error) throw authentic.event
   return authentic.event
