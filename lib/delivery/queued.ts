@@ -109,7 +109,7 @@ export class Queued implements RunnerHost {
     try {
       const kept = this.works.takeKept(key)
       const isLost = kept !== undefined && !this.claims.holds(kept)
-      // It may be half of a claim that is held still.
+      // Where it is on a resource too, that half of it may be held still.
       if (isLost) await this.claims.release(kept)
       const claim = kept !== undefined && !isLost ? kept : await this.claims.begin(key, job)
       if (claim.state === 'running') return false

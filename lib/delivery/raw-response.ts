@@ -25,7 +25,7 @@ export function isOut (raw: RawResponse): boolean {
   return stream === undefined ? isFinished(raw) && raw.socket?.destroyed !== true : !stream.aborted && stream.writableEnded && stream.rstCode === constants.NGHTTP2_NO_ERROR
 }
 
-/** Nor that it has finished. */
+/** An injected response does not say that it has finished either. */
 function isFinished (raw: RawResponse): boolean {
   return raw.writableFinished || (raw.writableEnded && isInjected(raw))
 }

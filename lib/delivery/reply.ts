@@ -26,7 +26,7 @@ export class Reply implements Sender {
   readonly #standing = new Standing()
   /** Set once the own handler has been started. */
   #own: OwnHandler | undefined
-  /** What it waits for. */
+  /** The delivery whose verdict it waits for. */
   #work: Work | undefined
   #timer: NodeJS.Timeout | undefined
   /** The own handler has ended and answers past Fastify: what is around it may have to go on for that. */

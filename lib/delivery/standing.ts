@@ -11,27 +11,29 @@
 export type ReplyState =
   /** Nobody has answered. */
   | { readonly at: 'open' }
-  /**
-   * The route's own handler answers, and the answer is not out yet.
-   *
-   * `judge`: whether it is a success where the sender does not wait for it. `isOverdue`: the deadline is over.
-   */
-  | { readonly at: 'replying', readonly judge: () => boolean, readonly isOverdue: boolean }
+  /** The route's own handler answers, and the answer is not out yet. */
+  | {
+    readonly at: 'replying'
+    /** Whether it is a success where the sender does not wait for it. */
+    readonly judge: () => boolean
+    /** Whether the deadline is over. */
+    readonly isOverdue: boolean
+  }
   /** The sender went away before the answer was out, or is told of a failure. The own handler runs on: its end decides. */
   | { readonly at: 'cut off', readonly judge: () => boolean }
-  /**
-   * The deadline has answered, or Fastify's `handlerTimeout`. An own handler runs on, and how it ends is recorded.
-   *
-   * `statusCode`: what it would answer with; `reply` has the status of the refusal. `isRefused`: an error handler has sent the
-   * refusal. `unsure`: something was sent before that, by the own handler, or by an error handler that has lost the async
-   * context; whether it was a success, and whether it was an error, which another error handler goes on with. `failed`: a failure
-   * was sent since, by the own handler or by a hook of the app; it counts once the own handler has ended.
-   */
+  /** The deadline has answered, or Fastify's `handlerTimeout`. An own handler runs on, and how it ends is recorded. */
   | {
     readonly at: 'late'
+    /** What the own handler would answer with: `reply` has the status of the refusal. */
     readonly statusCode: number
+    /** An error handler has sent the refusal. */
     readonly isRefused?: boolean
+    /**
+     * Sent before that, by the own handler, or by an error handler that has lost the async context: whether it was a success, and
+     * whether it was an error, which another error handler goes on with.
+     */
     readonly unsure?: { readonly succeeded: boolean, readonly isError: boolean }
+    /** A failure was sent since, by the own handler or by a hook of the app. It counts once the own handler has ended. */
     readonly failed?: { readonly error: unknown }
   }
   /** How the own handler ended is recorded. `release` lets go of an answer that still waits for the store. */
