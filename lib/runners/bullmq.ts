@@ -188,6 +188,26 @@ export function bullmq (options: BullMQOptions): Runner {
     return kept
   }
 
+  async function handle (job: QueuedJob, token: string | undefined): Promise<void> {
+    const { attemptsStarted: attempt, attemptsMade, stalledCounter, opts: { attempts = 1 } } = job
+    const { failure, stalls = 0, ...queued } = queuedOf(job)
+    // A worker died with it, or what it ended with could not be written.
+    const isInterrupted = stalledCounter > stalls || attempt - 1 > (failure?.attempt ?? 0)
+    const delivery = isInterrupted ? host.interrupted?.(queued) ?? queued : queued
+    if (stalledCounter - stalls >= attempts) return await giveUp(job, delivery, attemptsMade + stalledCounter - stalls, token)
+    try {
+      await host.process(delivery, attempt)
+    } catch (error) {
+      const isLast = attemptsMade + 1 >= attempts
+      await writeFailure(job, delivery, attempt, error, isLast).catch(trouble => { host.report(trouble, delivery) })
+      // A failed job shows one message and one stack: those of the handlers' errors, not of the answer a sender would get.
+      const shown = toError(causeOf(error))
+      // The last one is told once BullMQ has it on record.
+      if (!isLast) host.report(shown, delivery, { attempt, attempts })
+      throw inPlaceOf(shown)
+    }
+  }
+
   /** Writes to the job what an attempt has ended with. */
   async function writeFailure (job: QueuedJob, delivery: Job, starts: number, error: unknown, isLast: boolean): Promise<void> {
     const { attemptsStarted: attempt, stalledCounter } = job
@@ -235,25 +255,7 @@ export function bullmq (options: BullMQOptions): Runner {
       // Without its tables a worker would ask for jobs without a pause, and nothing else would run.
       if (backend !== undefined) await queue.waitUntilReady()
       if (worker === false) return
-      processor = new Worker<QueuedData>(queueName, async (job, token) => {
-        const { attemptsStarted: attempt, attemptsMade, stalledCounter, opts: { attempts = 1 } } = job
-        const { failure, stalls = 0, ...queued } = queuedOf(job)
-        // A worker died with it, or what it ended with could not be written.
-        const isInterrupted = stalledCounter > stalls || attempt - 1 > (failure?.attempt ?? 0)
-        const delivery = isInterrupted ? host.interrupted?.(queued) ?? queued : queued
-        if (stalledCounter - stalls >= attempts) return await giveUp(job, delivery, attemptsMade + stalledCounter - stalls, token)
-        try {
-          await host.process(delivery, attempt)
-        } catch (error) {
-          const isLast = attemptsMade + 1 >= attempts
-          await writeFailure(job, delivery, attempt, error, isLast).catch(trouble => { host.report(trouble, delivery) })
-          // A failed job shows one message and one stack: those of the handlers' errors, not of the answer a sender would get.
-          const shown = toError(causeOf(error))
-          // The last one is told once BullMQ has it on record.
-          if (!isLast) host.report(shown, delivery, { attempt, attempts })
-          throw inPlaceOf(shown)
-        }
-      }, {
+      processor = new Worker<QueuedData>(queueName, handle, {
         connection: redis,
         ...settingsOfWorker,
         maxStalledCount: MAX_STALLED

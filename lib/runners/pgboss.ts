@@ -200,6 +200,21 @@ export function pgboss (options: PgBossOptions): Runner {
     boss.notifyWorker(inTurn[idle]!.id)
   }
 
+  async function handleBatch (slot: Slot, jobs: readonly QueuedJob[]): Promise<JobResult[]> {
+    slot.busy = true
+    const results = await Promise.all(jobs.map(async job => await handle(job).catch(error => failed(job, error))))
+    for (const job of jobs) {
+      const death = unrecorded.get(job.id)
+      if (death?.job !== job) continue // it has not died in this start
+      const telling = tellOnceRecorded(death).finally(() => dying.delete(telling))
+      dying.add(telling)
+    }
+    slot.busy = false
+    // Asks again at once, because there may be more jobs and pg-boss would wait for its next poll.
+    boss.notifyWorker(slot.id)
+    return results
+  }
+
   async function handle (job: QueuedJob): Promise<JobResult> {
     const { id, data, output, retryCount, retryLimit } = job
     // A job that a person has redriven has the queue's limit, and one that was retried by hand a higher one.
@@ -285,20 +300,7 @@ export function pgboss (options: PgBossOptions): Runner {
         // Calls work() once for each slot, because for several at once pg-boss returns the id of the first alone.
         const slot: Slot = { id: '', busy: false }
         slots.push(slot)
-        slot.id = await boss.work<QueuedDelivery, JobResult[], typeof options>(queueName, options, async jobs => {
-          slot.busy = true
-          const results = await Promise.all(jobs.map(async job => await handle(job).catch(error => failed(job, error))))
-          for (const job of jobs) {
-            const death = unrecorded.get(job.id)
-            if (death?.job !== job) continue // it has not died in this start
-            const telling = tellOnceRecorded(death).finally(() => dying.delete(telling))
-            dying.add(telling)
-          }
-          slot.busy = false
-          // Asks again at once, because there may be more jobs and pg-boss would wait for its next poll.
-          boss.notifyWorker(slot.id)
-          return results
-        })
+        slot.id = await boss.work<QueuedDelivery, JobResult[], typeof options>(queueName, options, async jobs => await handleBatch(slot, jobs))
       }
     },
     async run (job) {
