@@ -36,17 +36,13 @@ export class Failures {
     // The error of a database or gRPC client in a hook of the app may have a number as its code.
     const code = typeof given === 'string' || typeof given === 'number' ? String(given).slice(0, MAX_CODE) : 'UNKNOWN'
     const { endpoint, tenant, webhookId, event } = delivery
-    const culprit = culpritOf(error, cause)
-    if (cause !== undefined && statusCode >= 500) {
-      // The line about a verified delivery is always written, because strangers cannot cause it.
-      if (webhookId !== undefined) logError(request.log, cause, { code, ...logFields(delivery) }, message)
-      else this.#refusals.failed(request.log, code, cause, delivery, message)
-    } else if (culprit !== undefined) {
-      const [name, counted] = culprit
-      this.#refusals.failed(request.log, code, cause, webhookId === undefined ? { endpoint } : delivery, `${name} failed, and the delivery was refused`, counted)
-    } else {
-      this.#refusals.write(request.log, code, statusCode, delivery, message)
-    }
+    if (cause === undefined) this.#refusals.write(request.log, code, statusCode, delivery, message)
+    else if (statusCode >= 500 && webhookId !== undefined) logError(request.log, cause, { code, ...logFields(delivery) }, message)
+    else if (statusCode >= 500) this.#refusals.failed(request.log, code, cause, delivery, message)
+    else if (error instanceof InvalidSignature && (cause instanceof TypeError || cause instanceof ReferenceError)) this.#refusals.failed(request.log, code, cause, { endpoint }, 'the verifier failed, and the delivery was refused', 'VERIFIER_FAILED')
+    else if (error instanceof InvalidEvent) this.#refusals.failed(request.log, code, cause, delivery, 'a schema failed, and the delivery was refused', 'SCHEMA_FAILED')
+    else if (error instanceof UnknownTenant) this.#refusals.failed(request.log, code, cause, { endpoint }, 'tenant.of failed, and the delivery was refused', 'TENANT_OF_FAILED')
+    else this.#refusals.write(request.log, code, statusCode, delivery, message)
     if (channels.refused.hasSubscribers) {
       channels.refused.publish({ endpoint, tenant, webhookId, event, code, statusCode, error, request })
     }
@@ -99,15 +95,6 @@ export class Failures {
   flush (): void {
     this.#refusals.flush()
   }
-}
-
-/** What of the user's has failed behind a refusal, and how its lines are counted. */
-function culpritOf (error: unknown, cause: unknown): [name: string, counted: string] | undefined {
-  if (cause === undefined) return undefined
-  if (error instanceof InvalidSignature && (cause instanceof TypeError || cause instanceof ReferenceError)) return ['the verifier', 'VERIFIER_FAILED']
-  if (error instanceof InvalidEvent) return ['a schema', 'SCHEMA_FAILED']
-  if (error instanceof UnknownTenant) return ['tenant.of', 'TENANT_OF_FAILED']
-  return undefined
 }
 
 function infoOf ({ endpoint, tenant, webhookId, event }: FailureInfo): FailureInfo {
