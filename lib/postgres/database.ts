@@ -156,7 +156,8 @@ class Pooled implements Database {
   /** Rejects when the connection is lost. Work that waits for something else would not notice, and would keep its connection and its place for ever. */
   async #whileConnected<Result> (client: PgClient, working: Promise<Result>): Promise<Result> {
     let onError!: (error: Error) => void
-    const lost = new Promise<never>((_resolve, reject) => { onError = reject })
+    // In the next turn, so that work that has noticed fails with its own error.
+    const lost = new Promise<never>((_resolve, reject) => { onError = error => { setImmediate(reject, error) } })
     client.on('error', onError)
     try {
       return await Promise.race([working, lost])

@@ -56,7 +56,9 @@ export function background (options: BackgroundOptions = {}): Runner {
     try {
       await processed(job)
     } catch (error) {
-      tellDead(host, deadDelivery(job, 1, error), error)
+      // Nobody knows yet how it ends elsewhere.
+      if (error instanceof InProgress) host.report(error, job)
+      else tellDead(host, deadDelivery(job, 1, error), error)
     }
     running.delete(key)
     startNext()

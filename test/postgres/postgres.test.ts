@@ -5,7 +5,7 @@ import pg from 'pg'
 import type { PoolClient } from 'pg'
 import t from 'tap'
 import { memoryStore } from '../../lib/index.ts'
-import type { EventContext, EventHandler } from '../../lib/index.ts'
+import type { EventContext, EventHandler, IdempotencyStore } from '../../lib/index.ts'
 import { migration, postgresInbox, postgresStore } from '../../lib/postgres/index.ts'
 import { build, post, sign, stoppedClock, thin } from '../support/deliveries.ts'
 import { codeBlocks, readDocument } from '../support/docs.ts'
@@ -313,6 +313,35 @@ t.test('postgresStore', { skip: postgresMissing }, async t => {
     }
   })
 
+  for (const level of ['serializable', 'repeatable read']) {
+    await t.test(`a database whose default is ${level}: deliveries that come at once fail no other`, async t => {
+      const admin = await fresh(t)
+      await admin.query(`ALTER DATABASE ${admin.options.database} SET default_transaction_isolation = '${level}'`)
+      const stores = Array.from({ length: 3 }, () => postgresStore(poolOf(t, { database: admin.options.database })))
+      const each = async (store: IdempotencyStore, key: string): Promise<string> => {
+        const claim = await store.begin(key, 60_000)
+        if (claim.state !== 'claimed') return claim.state
+        await store.checkpoint(key, claim.token, 'first')
+        await store.checkpoint(key, claim.token, 'second')
+        return String(await store.complete(key, claim.token, 60_000))
+      }
+      for (let round = 0; round < 20; round++) {
+        const keys = Array.from({ length: 20 }, (_, n) => `key ${round} ${n}`)
+        const answers = await Promise.all(stores.flatMap(store => keys.map(async key => await each(store, key))))
+        t.same(answers.filter(answer => answer === 'true').length, keys.length)
+        t.ok(answers.every(answer => ['true', 'running', 'done'].includes(answer)), answers.join())
+      }
+    })
+  }
+
+  await t.test('a conflict that does not end fails in the end', async t => {
+    const pool = await fresh(t)
+    const store = postgresStore(pool)
+    await store.begin('first', 60_000)
+    await pool.query("CREATE FUNCTION no () RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'no' USING ERRCODE = '40001'; END $$; CREATE TRIGGER no BEFORE INSERT ON openai_webhook_deliveries EXECUTE FUNCTION no ()")
+    await t.rejects(Promise.resolve(store.begin('second', 60_000)), { code: '40001' })
+  })
+
   await t.test('two round trips a delivery', async t => {
     const pool = await fresh(t)
     const sent = sentBy(pool)
@@ -553,6 +582,26 @@ t.test('postgresInbox', { skip: postgresMissing }, async t => {
       throw new Error('what the work fails with')
     }), context), /what the work fails with/)
     await run(inbox.once('settle', async tx => await add(tx, 'effect')), context)
+    t.same(await effects(pool), ['effect'])
+  })
+
+  await t.test('work that waits for something else is not waited for once its connection is gone: others go on, and the pool ends', async t => {
+    const pool = await withEffects(await fresh(t, { max: 2 }))
+    const inbox = postgresInbox(pool, { idleTimeout: 30, concurrency: 2 })
+    const late = deferred<undefined>()
+    let tx: PoolClient | undefined
+    const hung = inbox.once('hung', async given => {
+      tx = given
+      await late.promise
+      await add(given, 'late')
+    })
+    const idle = { code: '25P03' }
+    await Promise.all([t.rejects(run(hung), idle), t.rejects(run(hung), idle)])
+    await run(inbox.once('settle', async tx => await add(tx, 'effect')))
+    t.same(await effects(pool), ['effect'])
+    await t.rejects(add(tx!, 'late'))
+    late.resolve(undefined)
+    await until('the pool to have no client of theirs', () => pool.totalCount === pool.idleCount)
     t.same(await effects(pool), ['effect'])
   })
 

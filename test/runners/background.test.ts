@@ -1,6 +1,7 @@
 import t from 'tap'
 import { background, memoryStore } from '../../lib/index.ts'
 import type { BackgroundOptions, IdempotencyStore } from '../../lib/index.ts'
+import { InProgress } from '../../lib/errors.ts'
 import type { Job, RunnerHost } from '../../lib/runners/runner.ts'
 import { build, post, sign, thin } from '../support/deliveries.ts'
 import type { Signed } from '../support/deliveries.ts'
@@ -253,6 +254,36 @@ t.test('handlers get no request, and the rest of the context', async t => {
   })
   await post(app, delivery('wh_1'))
   t.same(await seen.promise, { request: false, webhookId: 'wh_1', endpoint: '/webhooks/openai', timestamp: 'number', aborted: false, log: 'function' })
+})
+
+t.test('a delivery that another process has', async t => {
+  const job: Job = { webhookId: 'wh_1', timestamp: 1, endpoint: '/webhooks/openai', event: { type: 'batch.failed' } }
+
+  async function attempted (outcomes: Array<Error | undefined>, attempt: (runner: ReturnType<typeof background>, left: number) => unknown = () => {}): Promise<string[]> {
+    const runner = background()
+    const heard: string[] = []
+    const host: RunnerHost = {
+      async process () {
+        heard.push('attempt')
+        const error = outcomes.shift()
+        attempt(runner, outcomes.length)
+        if (error !== undefined) throw error
+      },
+      report (error) { heard.push(`trouble ${codeOfError(error)}`) },
+      dead (_delivery, error) { heard.push(`dead ${codeOfError(error)}`) }
+    }
+    await runner.start?.(host)
+    await runner.run(job)
+    await new Promise(resolve => setImmediate(() => setImmediate(resolve)))
+    await runner.close?.()
+    return heard
+  }
+  const codeOfError = (error: unknown): string => (error as { code?: string }).code ?? (error as Error).message
+
+  t.same(await attempted([new InProgress(), new InProgress(), undefined]), ['attempt', 'attempt', 'attempt'], 'is waited for')
+  t.same(await attempted([new InProgress(), new Error('the handler failed')]), ['attempt', 'attempt', 'dead the handler failed'], 'fails here once it was given up there')
+  t.same(await attempted([new InProgress(), new InProgress()], (runner, left) => { if (left === 0) void runner.close?.() }),
+    ['attempt', 'attempt', 'trouble FST_OPENAI_WEBHOOK_IN_PROGRESS'], 'is not told as dead where the app closes meanwhile')
 })
 
 t.test('closing', async t => {

@@ -297,6 +297,37 @@ t.test('bullmq', { skip }, async t => {
     t.same(effectsIn(effects), [{ webhookId: 'wh_taken_over', pid: killed.pid }, { webhookId: 'wh_taken_over', pid: other.pid }])
   })
 
+  t.test('a process whose handler still runs at `closeTimeout` ends, and another one takes its job over', async t => {
+    const server = await RedisServer.start(t)
+    const effects = join(t.testdir(), 'effects')
+    const receiving = await queueing(t, server.port, { worker: false })
+    const options = { effects, runner: 'bullmq', redisPort: server.port, path: false, worker: { lockDuration: 500, stalledInterval: 250 } } as const
+    const hung = await Member.start(t, { ...options, hangs: true, closeTimeout: 100 })
+    t.equal(await answer(receiving.app, batchFailed('wh_hung')), '200')
+    await until('the job to be started', () => effectsIn(effects).length === 1)
+    await hung.close()
+    t.same(hung.told, [])
+    const other = await Member.start(t, options)
+    await until('the job to be taken over', () => effectsIn(effects).some(({ pid }) => pid === other.pid))
+    await other.close()
+  })
+
+  t.test('several people requeue the same deliveries at once, which die again meanwhile', async t => {
+    const server = await RedisServer.start(t)
+    const apps = await Promise.all([1, 2, 3].map(async () => (await queueing(t, server.port, { attempts: 1, worker: { concurrency: 20 } }))))
+    for (const state of apps) state.work = async () => { throw new Error('no such customer') }
+    const { deadLetters } = apps[0]!.app.openaiWebhook
+    const ids = Array.from({ length: 40 }, (_, n) => `wh_${n}`)
+    await Promise.all(ids.map(async id => await answer(apps[0]!.app, batchFailed(id))))
+    for (let round = 0; round < 5; round++) {
+      await until('all to be dead', async () => await deadLetters.count() === ids.length)
+      await Promise.all(apps.map(async ({ app }) => {
+        for (const webhookId of ids) await app.openaiWebhook.deadLetters.requeue({ endpoint: ENDPOINT, webhookId })
+      }))
+    }
+    await until('all to be dead', async () => await deadLetters.count() === ids.length)
+  })
+
   t.test('a delivery that dies is told once as dead, with the user\'s own stack in the queue too; requeued, only the others run', async t => {
     const server = await RedisServer.start(t)
     const log = capturedLog()

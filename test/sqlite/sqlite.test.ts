@@ -5,7 +5,7 @@ import { join } from 'node:path'
 import { setImmediate as turn } from 'node:timers/promises'
 import t from 'tap'
 import type { Test } from 'tap'
-import type { Claim, IdempotencyStore, Job, OpenAIWebhookOptions, RunnerHost } from '../../lib/index.ts'
+import type { DeadDelivery, Claim, IdempotencyStore, Job, OpenAIWebhookOptions, RunnerHost } from '../../lib/index.ts'
 import { durable, sqliteStore } from '../../lib/sqlite/index.ts'
 import type { DurableOptions, DurableRunner, SqliteDatabase, SqliteStatement } from '../../lib/sqlite/index.ts'
 import { build, stoppedClock } from '../support/deliveries.ts'
@@ -876,6 +876,23 @@ t.test('durable attempts again what failed', async t => {
       clock.advance(1)
     }
   }
+
+  await t.test('and where a later version attempts it less often, it is dead with what its last attempt ended with', async t => {
+    const file = join(t.testdir(), 'webhooks.db')
+    const before = await withDurable(t, open(t, file), { attempts: 16, backoff: 20 })
+    before.work = async () => { throw new Error(`failure ${before.ran.length}`) }
+    await answer(before.app, batchFailed('wh_1'))
+    await until('it to have failed twice', () => rows(open(t, file))[0]?.error === '1 of 1 handlers failed: failure 2')
+    await before.app.close()
+    const { attempts, error } = rows(open(t, file))[0]!
+    const after = await withDurable(t, open(t, file), { attempts: 2 })
+    const died: DeadDelivery[] = []
+    await until('it to be dead', async () => (died[0] = (await after.app.openaiWebhook.deadLetters.list())[0]!) !== undefined)
+    t.match(died, [{ attempts, errors: [{ message: error!.replace('1 of 1 handlers failed: ', ''), stack: /^Error: failure \d+\n +at .*sqlite\.test/ }] }])
+    t.same(after.ran, [])
+    await until('it to be told', () => after.told.length > 0)
+    t.match(after.told, [{ message: /^failure/, webhookId: 'wh_1' }])
+  })
 
   await t.test('after waits that double, less a random part of up to half', async t => {
     const { delays: waits, state } = await delays(t, { attempts: 8, backoff: 1_000 })

@@ -174,6 +174,8 @@ export interface MemberOptions {
   fails?: boolean
   /** Whether the handler never ends. */
   hangs?: boolean
+  /** ms */
+  closeTimeout?: number
 }
 
 /**
