@@ -18,6 +18,11 @@ await build({
   platform: 'node',
   format: 'esm',
   target: 'node20',
+  // The user's copy compiles the user's schemas.
+  plugins: [{
+    name: 'users-typebox',
+    setup: ({ onResolve }) => onResolve({ filter: /^@sinclair\/typebox\/compiler$/ }, ({ path, kind }) => kind === 'dynamic-import' ? { path, external: true } : undefined)
+  }],
   external: [...Object.keys(dependencies), ...Object.keys(peerDependencies)].filter(name => name !== '@sinclair/typebox'),
   logLevel: 'warning'
 })

@@ -27,19 +27,21 @@ export interface Compilers {
   readonly 'TypeBox 1.x'?: { Compile (schema: object): Compiled1 }
 }
 
-/** Loads the compilers for the user's schemas, from the user's own copies of TypeBox. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
+/**
+ * Loads the compilers for the user's schemas, from the user's own copies of TypeBox. Each import has a literal and stands in a `try`, so that a
+ * user's bundler follows it, and goes on without a module that is not installed. Our own build bundles neither.
+ *
+ * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS
+ */
 export async function compilersFor (schemas: Readonly<Record<string, AnySchema>>): Promise<Compilers> {
   const kinds = new Set(Object.values(schemas).map(kindOf))
-  return {
-    ...(kinds.has('TypeBox 0.34') && { 'TypeBox 0.34': (await copyOf('@sinclair/typebox/compiler')).TypeCompiler }),
-    ...(kinds.has('TypeBox 1.x') && { 'TypeBox 1.x': await copyOf('typebox/compile') })
-  }
-}
-
-/** @param name not a literal in `import()`, because the bundler would then bundle our copy @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
-export async function copyOf (name: string): Promise<any> {
+  const compilers: { -readonly [Kind in keyof Compilers]: Compilers[Kind] } = {}
+  let name = '@sinclair/typebox/compiler'
   try {
-    return await import(name)
+    if (kinds.has('TypeBox 0.34')) compilers['TypeBox 0.34'] = (await import('@sinclair/typebox/compiler')).TypeCompiler
+    name = 'typebox/compile'
+    if (kinds.has('TypeBox 1.x')) compilers['TypeBox 1.x'] = await import('typebox/compile')
+    return compilers
   } catch (cause) {
     throw new InvalidOptions(`expected the module "${name}", which compiles the schemas in \`events\`, to be installed beside fastify-openai-webhook, got: ${(cause as Error).message}`, { cause })
   }

@@ -1,3 +1,5 @@
+import { execFile } from 'node:child_process'
+import { promisify } from 'node:util'
 import * as TypeBox034 from '@sinclair/typebox'
 import { type as arktype } from 'arktype'
 import t from 'tap'
@@ -6,9 +8,10 @@ import { Format } from 'typebox/format'
 import * as v from 'valibot'
 import * as z from 'zod'
 import type { AnySchema, StandardSchema } from '../../lib/index.ts'
-import { copyOf } from '../../lib/pipeline/validators.ts'
 import { build, outcome, post, sign } from '../support/deliveries.ts'
 import { capturedLog, messageOf } from '../support/observe.ts'
+
+const run = promisify(execFile)
 
 /** Stands in payloads; no answer may hold it. */
 const MARKER = 'MARKER-7f3a'
@@ -100,7 +103,19 @@ t.test('TypeBox 1.x: what a refinement of the user\'s says may quote the value',
 })
 
 t.test('a module that is to compile schemas and is not there is told at boot', async t => {
-  t.match(await messageOf(async () => { await copyOf('typebox-that-is-not-there/compile') }), /^expected the module "typebox-that-is-not-there\/compile", which compiles the schemas in `events`, to be installed beside fastify-openai-webhook, got: /)
+  const hooks = `export async function resolve (name, context, next) {
+    if (name === 'typebox/compile') throw Object.assign(new Error("Cannot find package 'typebox'"), { code: 'ERR_MODULE_NOT_FOUND' })
+    return await next(name, context)
+  }`
+  const url = (source: string): string => `data:text/javascript,${encodeURIComponent(source)}`
+  const program = `
+    import { register } from 'node:module'
+    import { compilersFor } from ${JSON.stringify(new URL('../../lib/pipeline/validators.ts', import.meta.url))}
+    register(${JSON.stringify(url(hooks))})
+    await compilersFor({ type: { '~kind': 'Object' } }).catch(({ code, message }) => { console.log(code, message) })`
+  // Not a user's program: what it covers counts.
+  const { stdout } = await run(process.execPath, ['--import=./test/support/typescript.js', '--input-type=module', '--eval', program])
+  t.equal(stdout, 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS expected the module "typebox/compile", which compiles the schemas in `events`, to be installed beside fastify-openai-webhook, got: Cannot find package \'typebox\'\n')
 })
 
 t.test('a schema that is asynchronous', async t => {
