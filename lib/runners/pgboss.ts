@@ -281,8 +281,9 @@ export function pgboss (options: PgBossOptions): Runner {
   /** A dead job, with what the store knows of it where pg-boss has given it up. */
   async function asLeft (job: QueuedJob): Promise<DeadDelivery> {
     const dead = deadOf(job)
-    if (!isStarted || failureOf(job.sourceOutput) !== undefined) return dead
-    const { done, ...left } = await host.recorded?.(dead) ?? {}
+    if (failureOf(job.sourceOutput) !== undefined) return dead
+    // It may be requeued before the app is ready.
+    const { done, ...left } = await (host as RunnerHost | undefined)?.recorded?.(dead) ?? {}
     return { ...dead, ...left }
   }
 

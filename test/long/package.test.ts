@@ -106,6 +106,26 @@ app.ready().then(() => console.log(typeof app.openaiWebhook.on, typeof openaiWeb
     t.equal(required.stdout.trim(), 'function function')
   })
 
+  await t.test('so does its bundle, with no node_modules beside it', async t => {
+    const alone = t.testdir()
+    for (const format of ['esm', 'cjs']) {
+      await writeFile(join(dir, 'consumer', 'bundled.js'), `
+import Fastify from 'fastify'
+import openaiWebhook from 'fastify-openai-webhook'
+import { Type } from '@sinclair/typebox'
+const app = Fastify()
+app.register(openaiWebhook, { secret: ${JSON.stringify(VECTOR.secret)}, tolerance: 1e9, events: { 'acme.paid': Type.Object({ type: Type.Literal('acme.paid') }) } })
+app.inject({ method: 'POST', url: '/webhooks/openai', headers: ${JSON.stringify(VECTOR.headers)}, payload: ${JSON.stringify(VECTOR.body)} }).then(({ body }) => console.log(body))
+`)
+      const file = join(alone, `bundled.${format === 'esm' ? 'mjs' : 'cjs'}`)
+      // As Fastify itself needs it in an ES module.
+      const banner = format === 'esm' ? ['--banner:js=import { createRequire as of } from "node:module"; const require = of(import.meta.url);'] : []
+      const { stderr } = await run(bin('esbuild'), ['bundled.js', '--bundle', '--platform=node', `--format=${format}`, `--outfile=${file}`, '--log-level=error', ...banner], { cwd: join(dir, 'consumer'), env })
+      t.equal(stderr, '')
+      t.equal((await run(process.execPath, [file], { cwd: alone, env })).stdout, '{"received":true}\n', format)
+    }
+  })
+
   await t.test('its bin runs under both names, by npx too', async t => {
     const cwd = join(dir, 'consumer')
     const { version } = JSON.parse(await readFile(join(root, 'package.json'), 'utf8')) as { version: string }
