@@ -3,13 +3,15 @@ import { channels } from './channels.ts'
 import { statusOf } from './coded.ts'
 import { InvalidEvent, InvalidSignature, UnknownTenant } from './errors.ts'
 import { causeOf, isHandlersFailure } from './runners/handler-failures.ts'
-import { RefusalLog, logError, logFields } from './log.ts'
+import { RefusalLog, logError, logFields, write } from './log.ts'
 import type { Observation } from './observation.ts'
 import type { FailureInfo, Refused, Registry } from './registry.ts'
 import type { Attempts, DeadDelivery, Job } from './runners/runner.ts'
 
 /** Maximum number of characters in a code, because a user's verifier may throw an error with any code. */
 const MAX_CODE = 256
+/** Endpoints that are warned of. */
+const MAX_FOREIGN = 100
 
 /** The only place where a failure is logged, published and reported to the `onError` handlers. */
 export class Failures {
@@ -17,6 +19,7 @@ export class Failures {
   readonly #registry: Registry
   readonly #refusals: RefusalLog
   readonly #observation: Observation
+  readonly #foreign = new Set<string>()
 
   /** @param log for failures outside a request */
   constructor (log: FastifyBaseLogger, registry: Registry, observation: Observation) {
@@ -67,6 +70,16 @@ export class Failures {
     const { endpoint, tenant, webhookId, event } = delivery
     if (channels.trouble.hasSubscribers) channels.trouble.publish({ error, endpoint, tenant, webhookId, event })
     this.report(error, infoOf(delivery))
+  }
+
+  /**
+   * Warns once of queued deliveries whose endpoint this process does not have. The app's handlers run for them, which is right after a route was
+   * renamed, and wrong if another service or another registration shares the queue.
+   */
+  foreign ({ endpoint }: Job): void {
+    if (this.#foreign.has(endpoint) || this.#foreign.size === MAX_FOREIGN) return
+    this.#foreign.add(endpoint)
+    write(this.#log, 'warn', { endpoint }, 'the queue has deliveries of an endpoint that this process does not have, and the handlers of the app run for them')
   }
 
   /** Handles trouble that a runner reports, or a job whose handlers failed after the delivery was acknowledged. */

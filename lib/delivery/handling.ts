@@ -23,6 +23,8 @@ export interface HandlingOptions {
   readonly claims: Claims
   /** The handlers of an endpoint. Where this process lacks that route, the app's alone. */
   readonly handlersOf: (endpoint: string) => HandlerTable
+  /** Whether this process has routes, and the endpoint is none of them. */
+  readonly lacks: (endpoint: string) => boolean
   readonly log: FastifyBaseLogger
   readonly observation: Observation
   /** Aborts when the app is closing and `closeTimeout` is over. */
@@ -35,6 +37,10 @@ export class Handling {
 
   constructor (options: HandlingOptions) {
     this.#options = options
+  }
+
+  lacks (endpoint: string): boolean {
+    return this.#options.lacks(endpoint)
   }
 
   hasRouteHandlers (endpoint: string): boolean {

@@ -52,6 +52,11 @@ export class Endpoints {
     for (const [name, lists] of this.#lists) this.#tables.set(name, new HandlerTable(lists, this.#registry.known))
   }
 
+  /** Whether the registration has routes, and this endpoint is none of them. A worker has no routes. */
+  lacks (name: string): boolean {
+    return this.#tables.size > 0 && !this.#tables.has(name)
+  }
+
   handlersOf (name: string): HandlerTable {
     // A worker process may lack the route that received the job. It then runs the app's handlers.
     return this.#tables.get(name) ?? (this.#appTable ??= new HandlerTable([this.#registry.app], this.#registry.known))

@@ -1,11 +1,11 @@
 import t from 'tap'
 import type { Test } from 'tap'
 import { memoryStore } from '../../lib/index.ts'
-import type { Claim, IdempotencyStore, Job, Runner, RunnerHost } from '../../lib/index.ts'
+import type { Claim, IdempotencyStore, Job, OpenAIWebhookOptions, Runner, RunnerHost } from '../../lib/index.ts'
 import { runnerContract } from '../../lib/testing/index.ts'
 import { build, outcome, post, sign, stoppedClock, thin } from '../support/deliveries.ts'
 import { until } from '../support/faults.ts'
-import { closeTimeout, deferred, drained, redelivered } from '../support/observe.ts'
+import { capturedLog, closeTimeout, deferred, drained, redelivered } from '../support/observe.ts'
 
 // What a runner finds when it asks its host for a job, once or more often.
 
@@ -39,6 +39,28 @@ t.test('a job whose claim another process keeps is given back after some seconds
   }
   await refused
   t.equal(runs(), 0)
+})
+
+t.test('a job of an endpoint that this process does not have', async t => {
+  const foreign = (endpoint: string): Job => ({ ...JOB, endpoint, webhookId: `wh_${endpoint}` })
+
+  async function warned (options: OpenAIWebhookOptions, ...endpoints: string[]): Promise<unknown[]> {
+    let host!: RunnerHost
+    const log = capturedLog()
+    const app = await build(t, { ...options, runner: { start (startedBy) { host = startedBy }, run () {} } }, { logger: log.logger })
+    const ran: string[] = []
+    app.openaiWebhook.on('batch.failed', (_event, { endpoint }) => { ran.push(endpoint) })
+    await app.ready()
+    for (const endpoint of endpoints) await host.process(foreign(endpoint))
+    t.same(ran, [...new Set(endpoints)], 'runs the handlers of the app')
+    return log.lines.filter(({ level }) => level === 40).map(({ msg, endpoint }) => [msg, endpoint])
+  }
+
+  const message = 'the queue has deliveries of an endpoint that this process does not have, and the handlers of the app run for them'
+  t.same(await warned({}, '/webhooks/openai', '/orders', '/orders', '/chat'), [[message, '/orders'], [message, '/chat']], 'once for each')
+  t.same(await warned({ path: false }, '/orders'), [], 'a worker has none')
+  const many = Array.from({ length: 150 }, (_, n) => `/orders/${n}`)
+  t.equal((await warned({}, ...many)).length, 100, 'bounded')
 })
 
 t.test('a job that is asked for twice runs once', async t => {
