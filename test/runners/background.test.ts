@@ -282,7 +282,7 @@ t.test('a delivery that another process has', async t => {
 
   t.same(await attempted([new InProgress(), new InProgress(), undefined]), ['attempt', 'attempt', 'attempt'], 'is waited for')
   t.same(await attempted([new InProgress(), new Error('the handler failed')]), ['attempt', 'attempt', 'dead the handler failed'], 'fails here once it was given up there')
-  t.same(await attempted([new InProgress(), new InProgress()], (runner, left) => { if (left === 0) void runner.close?.() }),
+  t.same(await attempted([new InProgress(), new InProgress()], (runner, left) => { if (left === 0) runner.close?.() }),
     ['attempt', 'attempt', 'trouble FST_OPENAI_WEBHOOK_IN_PROGRESS'], 'is not told as dead where the app closes meanwhile')
 })
 
