@@ -313,7 +313,7 @@ export function bullmq (options: BullMQOptions): Runner {
         }, { once: true })
       })
       // Not close(), which would wait for the jobs that run, and renew their locks, for as long as they run.
-      await Promise.race([processor?.pause().catch(ignore), gaveUp])
+      await Promise.race([Promise.allSettled([processor?.pause()]), gaveUp])
       await processor?.close(isGivenUp)
       await queue?.close()
     },
@@ -336,8 +336,6 @@ function deliveryOf (job: QueuedJob): Job {
   const { failure, stalls, ...delivery } = queuedOf(job)
   return delivery
 }
-
-function ignore (): void {}
 
 function toError (error: unknown): Error {
   return error instanceof Error ? error : new Error(String(error))
