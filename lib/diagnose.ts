@@ -202,7 +202,7 @@ function likely (body: Buffer, secrets: ReadonlyArray<string | Uint8Array>, untr
   else if (secrets.some(secret => typeof secret === 'string' && Buffer.from(secret.slice('whsec_'.length), 'base64').length !== SECRET_BYTES)) hints.push(`a secret of OpenAI's stands for ${SECRET_BYTES} bytes, this one for another number: it may be cut`)
   if (body.includes('\ufffd')) hints.push('the body holds U+FFFD, which is left where bytes were decoded in the wrong charset')
   if (untried !== undefined) hints.push(untried)
-  return hints.join('. ')
+  return hints.join('; ')
 }
 
 interface Match {
