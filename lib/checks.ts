@@ -76,6 +76,11 @@ export function adviceOn (name: string, names: readonly string[]): string {
   return nearest(name, names) || `: expected ${[names.slice(0, -1).join(', '), names.at(-1)].filter(Boolean).join(' or ')}`
 }
 
+/** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS for any argument of a function that has none */
+export function assertNone (caller: string, given: readonly unknown[], advice: string): void {
+  if (given.length > 0) throw new InvalidOptions(`${caller}(): expected no options, got ${show(given[0])}: ${advice}`)
+}
+
 /** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
 export function assertCount (caller: string, name: string, value: unknown, min: number): void {
   if (Number.isSafeInteger(value) && (value as number) >= min) return

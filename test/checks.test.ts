@@ -1,6 +1,6 @@
 import t from 'tap'
 import { webhookTracing } from '../lib/otel.ts'
-import { background, memoryStore } from '../lib/index.ts'
+import { background, inline, memoryStore, standardWebhooks, xOpenAISignature } from '../lib/index.ts'
 import { RunnerDeadLetters } from '../lib/dead-letters.ts'
 import { webhookMetrics } from '../lib/metrics.ts'
 import { migration, postgresInbox, postgresStore } from '../lib/postgres/index.ts'
@@ -9,6 +9,7 @@ import { bullmq } from '../lib/runners/bullmq.ts'
 import { pgboss } from '../lib/runners/pgboss.ts'
 import { durable, sqliteInbox } from '../lib/sqlite/index.ts'
 import { redisStore } from '../lib/stores/redis.ts'
+import { deliver, forge, sign } from '../lib/testing/index.ts'
 import { build } from './support/deliveries.ts'
 
 t.test('an option that nobody would read is refused, wherever options are taken', async t => {
@@ -36,6 +37,9 @@ t.test('an option that nobody would read is refused, wherever options are taken'
     ['batchResults()', 'idleTimeout', options => batchResults(none, none, options).next()],
     ['deadLetters.list()', 'limit', async options => await deadLetters.list(options)],
     ['deadLetters.requeue()', 'force', async options => await deadLetters.requeue(none, options)],
+    ['sign', 'webhookId', options => sign('', options)],
+    ['deliver', 'webhookId', async options => await deliver(app, {}, options)],
+    ['forge', 'webhookId', async options => await forge(app, 'stale', options)],
     ['on()', 'name', options => app.openaiWebhook.on('batch.failed', () => {}, options)],
     ['onAny()', 'name', options => app.openaiWebhook.onAny(() => {}, options)]
   ]
@@ -105,6 +109,15 @@ t.test('an option of the wrong kind is refused where it is given, and not when a
         await t.rejects(async () => await take(given as never), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: new RegExp(`${caller.replace('()', '\\(\\)')}.*expected ${name}`) }, `${caller} ${name} ${JSON.stringify(value)}`)
       }
     }
+  }
+})
+
+t.test('a function that has no options takes none', async t => {
+  for (const make of [standardWebhooks, xOpenAISignature, inline] as Array<(...given: unknown[]) => unknown>) {
+    for (const given of [{ tolerance: 600 }, undefined, 5]) {
+      t.throws(() => make(given), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: new RegExp(`^${make.name}\\(\\): expected no options, got `) })
+    }
+    t.ok(make())
   }
 })
 

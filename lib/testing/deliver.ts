@@ -1,7 +1,8 @@
 import { randomBytes } from 'node:crypto'
 import type { FastifyInstance, LightMyRequestResponse } from 'fastify'
+import { assertNames } from '../checks.ts'
 import { sampleEvent } from './sample.ts'
-import { newWebhookId, sign } from './sign.ts'
+import { newWebhookId, signedHeaders } from './sign.ts'
 import type { SignedHeaders, SignOptions } from './sign.ts'
 
 export interface DeliverOptions extends SignOptions {
@@ -10,6 +11,8 @@ export interface DeliverOptions extends SignOptions {
   /** Added to the signed headers. A header of the same name replaces the signed one. */
   headers?: Record<string, string>
 }
+
+const OPTIONS = ['secret', 'webhookId', 'timestamp', 'url', 'headers'] as const
 
 interface Sent {
   body: string
@@ -26,11 +29,13 @@ type Injectable = Pick<FastifyInstance, 'inject'>
  *
  * @param event an object, or the exact text of the body
  * @returns light-my-request's response
+ * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS for an unknown option
  */
 export async function deliver (app: Injectable, event: object | string, options: DeliverOptions = {}): Promise<LightMyRequestResponse> {
+  assertNames('deliver', options, OPTIONS)
   const body = typeof event === 'string' ? event : JSON.stringify(event)
   const webhookId = options.webhookId ?? newWebhookId()
-  const response = await post(app, body, sign(body, { ...options, webhookId }), options)
+  const response = await post(app, body, signedHeaders(body, { ...options, webhookId }), options)
   sent.set(response, { body, options: { ...options, webhookId } })
   return response
 }
@@ -55,7 +60,7 @@ const OTHER_SECRET = `whsec_${randomBytes(32).toString('base64')}`
 /** The faults that a delivery can have, each with the plugin's answer. */
 const faults = {
   /** 401 INVALID_SIGNATURE: signed with another secret */
-  'bad signature': signed => ({ ...signed, headers: { ...signed.headers, 'webhook-signature': sign(signed.body, { webhookId: signed.headers['webhook-id'], secret: OTHER_SECRET })['webhook-signature'] } }),
+  'bad signature': signed => ({ ...signed, headers: { ...signed.headers, 'webhook-signature': signedHeaders(signed.body, { webhookId: signed.headers['webhook-id'], secret: OTHER_SECRET })['webhook-signature'] } }),
   /** 401 TIMESTAMP_OUT_OF_TOLERANCE: signed ten minutes ago */
   stale: (signed, options) => resign(signed, options, -10 * MINUTES),
   /** 401 TIMESTAMP_OUT_OF_TOLERANCE: signed ten minutes from now */
@@ -89,18 +94,20 @@ export const faultNames = Object.keys(faults) as Fault[]
  *
  * @param event the event that gets the fault, by default a sample of `batch.failed`
  * @returns light-my-request's response
- * @throws TypeError for an unknown fault
+ * @throws TypeError for an unknown fault, FST_OPENAI_WEBHOOK_INVALID_OPTIONS for an unknown option
  */
-export async function forge (app: Injectable, fault: Fault, { event = sampleEvent('batch.failed'), ...options }: DeliverOptions & { event?: object } = {}): Promise<LightMyRequestResponse> {
+export async function forge (app: Injectable, fault: Fault, options: DeliverOptions & { event?: object } = {}): Promise<LightMyRequestResponse> {
+  assertNames('forge', options, [...OPTIONS, 'event'])
   if (!Object.hasOwn(faults, fault)) throw new TypeError(`forge: expected one of "${faultNames.join('", "')}", got "${String(fault)}"`)
+  const { event = sampleEvent('batch.failed'), ...sending } = options
   const body = JSON.stringify(event)
-  const forged = faults[fault]({ headers: sign(body, options), body }, options)
-  return await post(app, forged.body, forged.headers, options)
+  const forged = faults[fault]({ headers: signedHeaders(body, sending), body }, sending)
+  return await post(app, forged.body, forged.headers, sending)
 }
 
 function resign ({ body }: Signed, options: DeliverOptions, seconds: number): Signed {
   const timestamp = (options.timestamp ?? Math.floor(Date.now() / 1000)) + seconds
-  return { headers: sign(body, { ...options, timestamp }), body }
+  return { headers: signedHeaders(body, { ...options, timestamp }), body }
 }
 
 function rewrite (signed: Signed, options: DeliverOptions, change: (event: Record<string, unknown>) => object): Signed {

@@ -1,5 +1,6 @@
 import { createHmac, randomBytes, randomUUID } from 'node:crypto'
 import { Webhook } from 'standardwebhooks'
+import { assertNames } from '../checks.ts'
 
 /** The secret that is used when none is given. It is random, so every process has another one. */
 export const testSecret = `whsec_${randomBytes(32).toString('base64')}`
@@ -35,8 +36,15 @@ export function newWebhookId (): string {
  * the verifier under test. Bytes are signed by node:crypto, because that package signs only text.
  *
  * @param body exactly what will be sent
+ * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS for an unknown option
  */
-export function sign (body: string | Uint8Array, { secret = testSecret, webhookId = newWebhookId(), timestamp = Math.floor(Date.now() / 1000) }: SignOptions = {}): SignedHeaders {
+export function sign (body: string | Uint8Array, options: SignOptions = {}): SignedHeaders {
+  assertNames('sign', options, ['secret', 'webhookId', 'timestamp'])
+  return signedHeaders(body, options)
+}
+
+/** Signs with options that have been checked. */
+export function signedHeaders (body: string | Uint8Array, { secret = testSecret, webhookId = newWebhookId(), timestamp = Math.floor(Date.now() / 1000) }: SignOptions = {}): SignedHeaders {
   return {
     'content-type': 'application/json',
     'webhook-id': webhookId,

@@ -1,6 +1,7 @@
 import { createHmac, timingSafeEqual } from 'node:crypto'
 import type { KeyObject } from 'node:crypto'
 import type { IncomingHttpHeaders } from 'node:http'
+import { assertNone } from '../checks.ts'
 import { InvalidId, InvalidSignature, InvalidTimestamp, MissingHeader } from '../errors.ts'
 import { isMissing, secondsOf, verifierOf } from './verifier.ts'
 import type { Named, SignedDelivery, Verified, Verifier } from './verifier.ts'
@@ -12,7 +13,9 @@ import type { Named, SignedDelivery, Verified, Verifier } from './verifier.ts'
  *
  * Coded errors: MISSING_HEADER, INVALID_ID, INVALID_TIMESTAMP, INVALID_SIGNATURE (all 401).
  */
-export function standardWebhooks (): Verifier {
+export function standardWebhooks (): Verifier
+export function standardWebhooks (...given: unknown[]): Verifier {
+  assertNone('standardWebhooks', given, 'secret and tolerance are options of the plugin')
   return verifier
 }
 

@@ -1,7 +1,7 @@
 import { createHash, createHmac, timingSafeEqual } from 'node:crypto'
 import type { KeyObject } from 'node:crypto'
 import type { IncomingHttpHeaders } from 'node:http'
-import { isId } from '../checks.ts'
+import { assertNone, isId } from '../checks.ts'
 import { InvalidSignature, InvalidTimestamp, MissingHeader } from '../errors.ts'
 import { isMissing, secondsOf, verifierOf } from './verifier.ts'
 import type { Named, SignedDelivery, Verified, Verifier } from './verifier.ts'
@@ -18,7 +18,9 @@ const TIMESTAMP = 'x-openai-timestamp'
  *
  * Coded errors: MISSING_HEADER, INVALID_TIMESTAMP, INVALID_SIGNATURE (all 401).
  */
-export function xOpenAISignature (): Verifier {
+export function xOpenAISignature (): Verifier
+export function xOpenAISignature (...given: unknown[]): Verifier {
+  assertNone('xOpenAISignature', given, 'secret and tolerance are options of the plugin')
   return verifier
 }
 
