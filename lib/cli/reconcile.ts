@@ -24,6 +24,7 @@ duplicate what it has processed, and what OpenAI itself still retries after this
                        batch.*, fine_tuning.job.*, video.*, agent.session.failed, and eval.run.* with --eval
   --eval ID            an eval whose runs are listed, too; may be repeated
   --yes                delivers
+  --dry-run            only lists, which is the default
   --retention TIME     the receiver's idempotency.retention (${RETENTION / HOUR}h). It runs handlers again for what it has
                        forgotten, so --since may not be longer
   --timeout MS         how long to wait for an answer of the receiver (10000)
@@ -53,6 +54,7 @@ export function reconcileCommand (load: () => Promise<SDK>): Command {
       types: { type: 'string', multiple: true },
       eval: { type: 'string', multiple: true },
       yes: { type: 'boolean' },
+      'dry-run': { type: 'boolean' },
       retention: { type: 'string' },
       'base-url': { type: 'string' }
     },
@@ -81,6 +83,7 @@ async function plan (args: Arguments, terminal: Terminal): Promise<ReconcileOpti
   const since = text(args, 'since')
   if (since === undefined) throw usageError('missing --since, such as 3d')
   const dryRun = args.values['yes'] !== true
+  if (!dryRun && args.values['dry-run'] === true) throw usageError('expected --yes or --dry-run, got both')
   const target = url(args, 'url')
   if (target === undefined && !dryRun) throw usageError('missing --url, the address to deliver to')
   checkRetention(args, since)

@@ -46,6 +46,7 @@ ${time(30)}  eval.run.failed  evalrun_1  listed
   })
   t.same(ran, [])
   t.match(await ask('--since 3d'), { code: 0, out: /^2 events, nothing/m }, 'a dry run needs no receiver')
+  t.match(await ask('--since 3d --dry-run'), { code: 0, out: /^2 events, nothing/m })
 
   const first = await ask(`--since 3d --url ${url} --eval eval_1 --yes`)
   t.match(first, { code: 0, out: /3 events: 3 delivered, 0 processed before, 0 failed\n$/, err: SKIPPED })
@@ -103,7 +104,7 @@ t.test('it goes no further back than the receiver remembers', async t => {
 t.test('wrong usage is told before anything is asked', async t => {
   const { ask, server, env } = await setUp(t)
   for (const [argv, said] of [
-    ['', 'missing --since'], ['--since soon', '--since: expected how long ago'], ['--since 3d --yes', 'missing --url'], ['--since 3d --url ftp://x', '--url: expected an address'],
+    ['', 'missing --since'], ['--since soon', '--since: expected how long ago'], ['--since 3d --yes', 'missing --url'], ['--since 3d --yes --dry-run', 'expected --yes or --dry-run, got both'], ['--since 3d --url ftp://x', '--url: expected an address'],
     ['now --since 3d', 'expected options alone, got "now"'], ['--since 3d --types response.*', 'it has no list for "response.*"'], ['--since 3d --types eval.run.*', /^openai-webhook: expected evals to be/],
     ['--since 3d --timeout x', '--timeout'], ['--sinse 3d', 'did you mean']
   ] as ReadonlyArray<[string, string | RegExp]>) {
