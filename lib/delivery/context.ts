@@ -29,12 +29,12 @@ export class Context implements EventContext {
     if (sender !== undefined) this.request = sender.request
   }
 
-  /** For an inbox. */
+  /** Called by an inbox that a handler uses. */
   [REMEMBER] (handler: string, retention: number): void {
     this.#work.remember(handler, retention)
   }
 
-  /** Made at first use: a child logger costs more than the dispatch. */
+  /** Created at first use, because a child logger costs more than the dispatch. */
   get log (): FastifyBaseLogger {
     this.#log ??= this.#parentLog.child(logFields(this.#work.job, this.#work.attempt))
     return this.#log

@@ -10,27 +10,27 @@ export interface DrainOptions {
   readonly claims: Claims
   readonly runner: Runner | undefined
   readonly failures: Failures
-  /** Is aborted when `closeTimeout` is over. */
+  /** Aborted when `closeTimeout` is over. */
   readonly abort: AbortController
   /** ms */
   readonly closeTimeout: number
 }
 
-/** Refuses new deliveries, and waits until none is in hand or `closeTimeout` is over. */
+/** Refuses new deliveries, closes the runner, and waits until this process has no delivery left or `closeTimeout` is over. */
 export async function drain ({ works, claims, runner, failures, abort, closeTimeout }: DrainOptions): Promise<void> {
   works.closing = true
   let timer: NodeJS.Timeout | undefined
   const over = new Promise<void>(resolve => {
     timer = setTimeout(() => {
       abort.abort(new Error('the app is closing and closeTimeout is over'))
-      // Handlers that listen to the signal may end in this turn.
+      // Waits a turn, so that handlers that listen to the signal can end.
       setImmediate(resolve)
     }, closeTimeout)
   })
   async function drained (): Promise<void> {
     const runnerClosed = tryOr(() => runner?.close?.(abort.signal), error => failures.trouble(error))
     await Promise.all([runnerClosed, works.drained()])
-    // A runner of the user's may leave some.
+    // A user's runner may have asked to keep claims that it then did not use.
     await Promise.all([...works.kept.keys()].map(async key => await claims.release(works.takeKept(key)!)))
   }
 
@@ -38,7 +38,10 @@ export async function drain ({ works, claims, runner, failures, abort, closeTime
   clearTimeout(timer)
 }
 
-/** Fastify fails a preClose hook that outlasts its `pluginTimeout`. Whatever runs longer is awaited in onClose. */
+/**
+ * Waits for `closed`, but only for 80 % of `pluginTimeout` (ms; 0: no limit), because Fastify fails a preClose hook that takes longer than
+ * `pluginTimeout`. The onClose hook waits for the rest.
+ */
 export async function withinPluginTimeout (closed: Promise<void>, pluginTimeout: number): Promise<void> {
   if (pluginTimeout === 0) return await closed
   await within(closed, pluginTimeout * 0.8, () => {})

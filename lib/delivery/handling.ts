@@ -21,7 +21,7 @@ import type { State, Work, Works } from './work.ts'
 export interface HandlingOptions {
   readonly works: Works
   readonly claims: Claims
-  /** The handlers of an endpoint. Where this process lacks that route, the app's alone. */
+  /** The handlers of an endpoint; only the app's handlers if this process does not have the route. */
   readonly handlersOf: (endpoint: string) => HandlerTable
   /** Whether this process has routes, and the endpoint is none of them. */
   readonly lacks: (endpoint: string) => boolean
@@ -47,7 +47,7 @@ export class Handling {
     return this.#options.handlersOf(endpoint).hasRouteHandlers
   }
 
-  /** Starts the handlers that have not succeeded yet. Rejects with FST_OPENAI_WEBHOOK_HANDLER_FAILED when one has failed. */
+  /** Starts the handlers that have not succeeded yet. Rejects with FST_OPENAI_WEBHOOK_HANDLER_FAILED if one fails. */
   start (work: Work): MaybePromise<void> {
     const { job } = work
     const { claim } = work.state as Extract<State, { at: 'claimed' }>
@@ -80,7 +80,7 @@ export class Handling {
     const { claim } = work.state as Extract<State, { at: 'handling' }>
     const replies = work.sender?.ownHandler !== undefined
     const failures = dispatch(handlers, work.job.event, new Context(work, log, signal), (handler, isLast) =>
-      // The last success needs no checkpoint, since it completes the delivery, unless the route's own handler is still to come.
+      // The last success needs no checkpoint, because it completes the delivery, unless the route's own handler has yet to run.
       isLast && !replies ? undefined : claims.checkpoint(claim, handler.name), observed)
     return then(failures, failures => this.#dispatched(work, claim, failures))
   }
@@ -91,14 +91,14 @@ export class Handling {
     if (ownHandler === undefined) return this.#settle(work, claim)
     return new Promise<void>((resolve, reject) => {
       ownHandler((succeeded, error) => {
-        // The answer waits for this and hears of no failure: that is for the delivery.
+        // The answer waits until the result is recorded. A failure goes to `reject`, which fails the delivery, and not to the answer.
         const settled = tryOr(() => this.#settle(work, claim, succeeded ? undefined : ownFailure(error)), reject)
         return then(settled, () => { resolve() })
       })
     })
   }
 
-  /** Records how the handlers have ended, then passes it on. */
+  /** Records how the handlers have ended, and then throws `failure` if there is one. */
   #settle (work: Work, claim: Held, failure?: Error): MaybePromise<void> {
     const { claims, works } = this.#options
     return then(failure === undefined ? this.#complete(work, claim) : claims.release(claim), () => {
@@ -108,20 +108,26 @@ export class Handling {
     })
   }
 
-  /** In the store and with the runner, in one turn: where they share a database, that makes one commit of both. */
+  /**
+   * Records the success in the store and with the runner. Both calls are made in one turn, so that a database that both share makes one commit
+   * of them.
+   */
   #complete ({ onSuccess }: Work, claim: Held): MaybePromise<void> {
     const completed = this.#options.claims.complete(claim)
     return onSuccess === undefined ? completed : then(onSuccess(), () => completed)
   }
 
-  /** To be called when all have ended: whatever has not failed has succeeded. */
+  /** To be called when all handlers have ended, because every handler without a failure counts as succeeded. */
   #failed (work: Work, failures: readonly HandlerFailure[]): Error {
     const handlers = this.#handlers(work)
     const succeeded = handlers.map(({ name }) => name).filter(name => !failures.some(({ handler }) => handler === name))
     return handlersFailed(failures, handlers.length, union(work.finished, succeeded), work.remembered)
   }
 
-  /** How long inboxes remember an attempt that ended with its process: each handler may have used any of them. */
+  /**
+   * Until when an inbox is sure to remember each handler of an attempt that ended with its process, in ms since the epoch. Any handler may have
+   * used any inbox, so the shortest retention counts.
+   */
   mayBeRemembered ({ endpoint, event, timestamp, remembered }: Job): Job['remembered'] {
     const retention = shortestRetention()
     if (retention === undefined) return remembered

@@ -10,17 +10,16 @@ import { isClosed, isOut, sentStatusOf, traceReset, watchDestroy } from './raw-r
 import type { ReplyState, Standing } from './standing.ts'
 import type { RecordEnd } from './work.ts'
 
-/** On a request: its route's own handler, once that has been started. */
+/** Key on a request whose value is the run of its route's own handler. Absent until the own handler is started. */
 const STARTED = Symbol('openai-webhook.own-handler')
 
 type Started = FastifyRequest & { [STARTED]?: OwnHandler }
 
-/** onSend: the store hears of an own handler's answer before the sender does. */
+/** The onSend hook of a route with an own handler. It records the own handler's answer before the sender gets the answer. */
 export function recordAnswer (request: FastifyRequest, reply: FastifyReply, payload: unknown, done: (error?: Error) => void): void {
   const recorded = (request as Started)[STARTED]?.answers(isSuccessful(payload, reply.statusCode), isText(payload))
   if (!isPromise<void>(recorded)) return done()
-  // `done` may throw, over a header that cannot be sent. Before 5.11 Fastify catches nothing after an asynchronous hook, so
-  // that would end the process.
+  // `done` throws if a header cannot be sent. Before 5.11 Fastify catches nothing after an asynchronous hook, so the process would end.
   const send = (): void => {
     try {
       done()
@@ -32,8 +31,8 @@ export function recordAnswer (request: FastifyRequest, reply: FastifyReply, payl
 }
 
 /**
- * One run of a route's own handler, which replies. Where it returns nothing and has not replied, the delivery is
- * acknowledged. It is recorded once: how it answered, or after the deadline how it ended.
+ * One run of a route's own handler, which sends the answer. If the handler returns nothing and has not replied, the delivery is acknowledged.
+ * The result is recorded once: how the handler answered or, after the deadline, how it ended.
  */
 export class OwnHandler {
   readonly #standing: Standing
@@ -41,24 +40,27 @@ export class OwnHandler {
   readonly #reply: FastifyReply
   readonly #record: RecordEnd
   readonly #handOver: () => void
-  /** The status that the reply had before. */
+  /** The reply's status code before the handler was called. */
   readonly #givenStatus: number
-  /** Fastify's own `reply.send`. */
+  /** `reply.send` as it was before this class replaced it. */
   readonly #sendPlainly: FastifyReply['send']
-  /** `begins`: it is being called, and whatever is sent is its own. `runs`: it has returned a promise. */
+  /**
+   * `begins`: the handler is being called, so only the handler can be sending. `runs`: the handler has returned a promise, which has not
+   * settled.
+   */
   #call: 'begins' | 'runs' | 'returned' | 'threw' = 'begins'
-  /** What it threw in place of an answer. */
+  /** The error that the handler threw instead of answering. */
   #thrown: unknown
-  /** The plugin or Fastify sends the error that the deadline is over. */
+  /** Whether the plugin or Fastify is sending the error of the deadline or of `handlerTimeout`. */
   #isRefusing = false
-  /** That error. Nobody but error handlers has it. */
+  /** That error. Only error handlers get it, so only an error handler can send it again. */
   #refusal: unknown
-  /** What is sent now goes through error handlers, which send again. */
+  /** Whether `#pass` is running. The error handlers that Fastify calls send everything that is sent meanwhile. */
   #isPassing = false
-  /** Somebody else had answered before it was called. */
+  /** Whether a hook of the app or Fastify's `handlerTimeout` had answered before the handler was called. */
   #isAnswered = false
 
-  /** @param handOver called once it has ended and answers past Fastify */
+  /** @param handOver called when the handler has ended and answers with the raw response, past Fastify */
   constructor (standing: Standing, request: FastifyRequest, reply: FastifyReply, record: RecordEnd, handOver: () => void) {
     this.#standing = standing
     this.#request = request
@@ -72,12 +74,12 @@ export class OwnHandler {
   run (handler: RouteHandlerMethod, scope: FastifyInstance): void {
     const reply = this.#reply
     ;(this.#request as Started)[STARTED] = this
-    // An async onSend hook delays `reply.sent`; whether the handler has replied must be known at once.
+    // Replaced, because an async onSend hook delays `reply.sent`, and this class has to know at once whether the handler has replied.
     const send = (payload: unknown): FastifyReply => this.#send(payload)
     reply.send = send
     traceReset(reply.raw, this.#request.raw)
     if (this.#standing.state.at === 'late') this.#divertStatus()
-    // A hook of the app has answered, or Fastify's `handlerTimeout`, while other handlers ran.
+    // While other handlers ran, a hook of the app or Fastify's `handlerTimeout` has answered.
     else if (this.#isSent) {
       this.#isAnswered = true
       this.#becomeLate(200)
@@ -86,7 +88,7 @@ export class OwnHandler {
     let pending
     try {
       result = handler.call(scope, this.#request, reply)
-      pending = isPromise(result) // reads its `then`, which may be a getter
+      pending = isPromise(result) // reads `result.then`, which may be a getter that throws
     } catch (error) {
       return this.#threw(error)
     }
@@ -99,7 +101,7 @@ export class OwnHandler {
     this.#returned(result)
   }
 
-  /** The deadline is over. @returns whether somebody else may answer, which is not so once the handler has replied */
+  /** Called when the deadline is over. @returns whether the plugin may answer: false if there is an answer already */
   giveUp (): boolean {
     const { state } = this.#standing
     if (state.at === 'recorded') state.release?.()
@@ -111,7 +113,7 @@ export class OwnHandler {
     return false
   }
 
-  /** Has the refusal sent, by others than the handler. */
+  /** Calls `send`, which sends a refusal, and marks what is sent meanwhile as not sent by the own handler. */
   refuse (send: () => void): void {
     this.#isRefusing = true
     try {
@@ -122,9 +124,10 @@ export class OwnHandler {
   }
 
   /**
-   * An answer is about to leave: the handler's, or somebody else's.
+   * Called before an answer is sent, whether by the own handler or by others.
    *
-   * @param isWhole whether nothing can go wrong any more. A stream may fail, and a Response has a status of its own
+   * @param isWhole whether the answer can no longer fail: a stream may fail, and a Response has its own status
+   * @returns a promise if the answer has to wait for the record
    */
   answers (succeeded: boolean, isWhole: boolean): MaybePromise<void> {
     const { state } = this.#standing
@@ -133,13 +136,14 @@ export class OwnHandler {
       case 'replying':
       case 'cut off':
         if (succeeded && !isWhole) return watchDestroy(this.#reply.raw, () => this.#broke())
-        // It may be a hook of the app that answers so. A retry must not have the handler run beside itself.
+        // The answer may be that of a hook of the app while the handler still runs. It is recorded once the handler has ended, because a retry
+        // must not run the handler while it still runs.
         if (!succeeded && this.#call === 'runs') return this.#standing.move({ at: 'cut off', judge: failure })
         return this.#settleBeforeAnswer(succeeded, state.at === 'replying' && state.isOverdue)
     }
   }
 
-  /** The answer waits until it is on record, but not beyond the deadline. */
+  /** Records the result. The answer waits for the record, but not beyond the deadline. */
   #settleBeforeAnswer (succeeded: boolean, isOverdue: boolean): MaybePromise<void> {
     const recording = this.#settle(succeeded)
     if (!isPromise<void>(recording) || isOverdue) return
@@ -154,7 +158,7 @@ export class OwnHandler {
     return this.#record(succeeded, error)
   }
 
-  /** In place of `reply.send`. */
+  /** Replaces `reply.send`. */
   #send (payload: unknown): FastifyReply {
     const standing = this.#standing
     const reply = this.#reply
@@ -167,51 +171,60 @@ export class OwnHandler {
       this.#sendPlainly.call(reply, payload)
     } catch (error) {
       if ((at === 'open' || at === 'cut off') && isAnswerHeld(error)) return this.#settleUnheard(payload)
-      // A serializer of the app has thrown: nothing is on its way.
+      // A serializer of the app has thrown, so nothing is being sent.
       if (at === 'open') standing.move({ at: 'open' })
       throw error
     }
-    // An onSend hook that fails keeps the answer from being recorded as it is sent.
+    // If `recordAnswer` does not record the answer, because it is a stream or another onSend hook has failed, the response's close does.
     if (at === 'open') this.#awaitClose()
     return reply
   }
 
-  /** Fastify's `handlerTimeout` is a deadline too: the handler runs on. */
+  /** Treats Fastify's `handlerTimeout` as a deadline: the handler keeps running. */
   #timeOut (error: unknown): FastifyReply {
     if (this.#standing.state.at === 'open') this.#becomeLate()
     try {
       this.refuse(() => { this.#sendPlainly.call(this.#reply, error) })
     } catch {
-      // An async onError hook holds somebody else's answer. Fastify's timer has nobody who would catch this.
+      // An async onError hook is running for another answer. The error is swallowed, because Fastify's timer has called `send`, and catches
+      // nothing.
     }
     return this.#reply
   }
 
-  /** The sender gets a refusal, by whoever sends first. An own handler that sends is recorded. */
+  /**
+   * Handles what is sent after the deadline. The first payload is the sender's answer, as a refusal. A payload of the own handler is recorded.
+   */
   #sendLate (state: Late, payload: unknown): FastifyReply {
     if (this.#isRefusing) this.#refusal ??= payload
     if (this.#isOfErrorHandlers(payload)) return this.#sendRefusal(state, payload)
     return this.#isOwn(state) ? this.#settleUnheard(payload) : this.#sendUnsure(state, payload)
   }
 
-  /** Whether an error handler sends this, or is to be given it. */
+  /** Whether an error handler is sending this payload, or the payload is the error that error handlers are to get. */
   #isOfErrorHandlers (payload: unknown): boolean {
     return this.#call !== 'begins' && (this.#isPassing || payload === this.#refusal || isInErrorHandler(this.#request))
   }
 
   #sendRefusal (state: Late, payload: unknown): FastifyReply {
-    // What was sent before was the own handler's.
+    // An error handler is sending now, so the earlier payload came from the own handler.
     if (state.unsure !== undefined && !this.#isPassing) this.#settleOnce(state.unsure.succeeded)
     else if (!(payload instanceof Error)) this.#standing.move({ ...state, isRefused: true })
     return this.#pass(payload)
   }
 
-  /** Whether what no error handler is known to send is the own handler's for sure: it is being called, or error handlers have done their part. */
+  /**
+   * Whether a payload that no known error handler sends certainly comes from the own handler: either the own handler is being called, or the
+   * error handlers have nothing left to send, because an answer has been sent already.
+   */
   #isOwn ({ isRefused, unsure }: Late): boolean {
     return this.#call === 'begins' || isRefused === true || isRefusedByFastify(this.#request) || this.#reply.sent || unsure?.isError === false
   }
 
-  /** By the own handler, or by an error handler that has lost the async context: what comes next tells. */
+  /**
+   * Sends a payload of the own handler, or of an error handler that has lost the async context. Only what follows shows which of the two has
+   * sent it.
+   */
   #sendUnsure (state: Late, payload: unknown): FastifyReply {
     const succeeded = state.unsure?.succeeded !== false && isSuccessful(payload, state.statusCode)
     this.#standing.move({ ...state, unsure: { succeeded, isError: payload instanceof Error } })
@@ -234,7 +247,7 @@ export class OwnHandler {
     }
   }
 
-  /** Nobody waits for this reply: it tells how the handler ended. */
+  /** Records a reply that no sender gets, because the reply shows how the handler ended. */
   #settleUnheard (payload: unknown): FastifyReply {
     const { state } = this.#standing
     const late = state.at === 'late' ? state : undefined
@@ -243,8 +256,8 @@ export class OwnHandler {
   }
 
   /**
-   * What is sent first counts. A failure that is sent while the handler runs, by itself or by a hook of the app, does so once it has
-   * ended: a retry must not run it beside itself.
+   * Records the first result and ignores later ones. A failure that the handler or a hook of the app sends while the handler runs is recorded
+   * once the handler has ended, because a retry must not run the handler while it still runs.
    */
   #settleOnce (succeeded: boolean, error?: unknown): void {
     const { state } = this.#standing
@@ -261,7 +274,8 @@ export class OwnHandler {
         if (state.failed !== undefined) this.#settle(false, state.failed.error)
         else if (payload === undefined) this.#settle(state.unsure?.succeeded !== false)
         else if (payload !== this.#reply) this.#settleUnheard(payload)
-        // It returns a reply that somebody else had sent before: nothing more will tell how it ended.
+        // The handler returns a reply that was sent before the handler was called. Nothing else will show how the handler ended, so it counts as
+        // failed.
         else if (this.#isAnswered) this.#settle(false)
         return
       case 'cut off':
@@ -278,7 +292,7 @@ export class OwnHandler {
       if (payload === undefined) acknowledge(this.#reply, 'processed')
       else this.#reply.send(payload)
     } catch (error) {
-      this.#threw(error) // by a serializer of the app
+      this.#threw(error) // thrown by a serializer of the app
     }
   }
 
@@ -300,12 +314,15 @@ export class OwnHandler {
     }
   }
 
-  /** The status that it has set, while somebody else's error has one of its own. */
+  /**
+   * The status code that the handler has set; 200 if it has set none, because a status from before the handler may be that of another answer's
+   * error.
+   */
   get #ownStatus (): number {
     return this.#reply.statusCode === this.#givenStatus ? 200 : this.#reply.statusCode
   }
 
-  /** Whether it has hijacked the reply or written to the socket. */
+  /** Whether the reply was sent or hijacked, or its headers were written to the raw response. */
   get #isSent (): boolean {
     return this.#reply.sent || this.#reply.raw.headersSent
   }
@@ -319,8 +336,8 @@ export class OwnHandler {
   }
 
   /**
-   * An answer counts once it is out, by its status. One that the sender did not wait for is judged by what the handler did:
-   * whether it came to its end, and what it had made of the answer.
+   * Records the answer when the response closes. If the answer was sent completely, its status decides. If the sender did not wait for the
+   * answer, the handler decides: whether it has returned, and whether its answer would have been a success.
    */
   #awaitClose (): void {
     const { raw } = this.#reply
@@ -337,19 +354,22 @@ export class OwnHandler {
     else raw.once('close', closed)
   }
 
-  /** The source of its answer has failed. */
+  /** Called when the source of the answer's stream has failed. */
   #broke (): void {
     const { state } = this.#standing
     if (state.at === 'replying') this.#standing.move({ ...state, judge: failure })
   }
 
-  /** Somebody else answers. @param statusCode that the handler has set so far */
+  /** Called when the answer does not come from the own handler. @param statusCode that the handler has set so far */
   #becomeLate (statusCode = this.#reply.statusCode): void {
     this.#standing.move({ at: 'late', statusCode })
     this.#divertStatus()
   }
 
-  /** The status of a sent refusal stays; the handler's own tells how it ended. */
+  /**
+   * Keeps the handler from changing the status of a refusal that was sent. The status that the handler sets is noted instead, because it shows
+   * how the handler ended.
+   */
   #divertStatus (): void {
     const reply = this.#reply
     const { code } = reply
@@ -365,7 +385,7 @@ export class OwnHandler {
 
 const warned = new WeakSet<RouteHandlerMethod>()
 
-/** Elsewhere such a handler may answer whenever it likes. Here to return nothing is an answer. */
+/** On other routes such a handler may reply at any later time. On a webhook route, returning nothing acknowledges the delivery. */
 function warnOnce (handler: RouteHandlerMethod, { log, routeOptions: { url } }: FastifyRequest): void {
   if (warned.has(handler)) return
   warned.add(handler)
@@ -376,7 +396,7 @@ const failure = (): boolean => false
 
 const isText = (payload: unknown): boolean => typeof payload === 'string' || Buffer.isBuffer(payload) || payload === undefined || payload === null
 
-/** Whether a reply would be answered 2xx. */
+/** Whether a payload that is sent with this status code is answered 2xx. */
 function isSuccessful (payload: unknown, statusCode: number): boolean {
   if (payload instanceof Error) return false
   return isSuccess(isResponse(payload) ? payload.status : statusCode)
@@ -384,10 +404,13 @@ function isSuccessful (payload: unknown, statusCode: number): boolean {
 
 type Late = Extract<ReplyState, { at: 'late' }>
 
-/** An error with a status is an answer; any other is a failure, whose text is not the sender's to read. */
+/**
+ * Whether a thrown error is meant as the answer, because it has a `statusCode`. Any other error is a failure, and the sender must not read its
+ * text.
+ */
 function isMeant (error: unknown): boolean {
   try {
-    // Fastify would send any other object as a body, with the status 200.
+    // Only an Error, because Fastify would send any other object as the body of a 200.
     return error instanceof Error && typeof (error as { statusCode?: unknown }).statusCode === 'number'
   } catch {
     return false // a getter that throws

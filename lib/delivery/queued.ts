@@ -10,11 +10,11 @@ import type { Handling } from './handling.ts'
 import { Work } from './work.ts'
 import type { Works } from './work.ts'
 
-/** ms. The waits double from the first on, up to the longest, and add up to about five seconds. */
+/** ms. Each wait is twice as long as the one before, up to the longest. Together they take about 5 s. */
 const FIRST_WAIT = 20
 const LONGEST_WAIT = 2_560
 
-/** The host of a runner: handles the jobs that come out of its queue. */
+/** The host of a runner: runs the handlers of the jobs in its queue, and takes its reports. */
 export class Queued implements RunnerHost {
   constructor (
     readonly works: Works,
@@ -24,16 +24,17 @@ export class Queued implements RunnerHost {
   ) {}
 
   process (job: Job, attempt?: number, record?: () => MaybePromise<void>): MaybePromise<void> {
-    // A runner of the user's may fail here, and must not have a processed delivery fail.
+    // A user's runner may throw here, which must not make a processed delivery fail.
     const onSuccess = record && (() => tryOr(record, error => this.report(error, job)))
     const { offered, received } = this.works
-    // inline() handles the job while it is being offered it.
+    // inline() calls `process` while the job is being offered to it.
     const work = offered?.job === job ? offered : received.get(keyOf(job))
     switch (work?.state.at) {
       case 'claimed':
         work.attempt = attempt
         work.onSuccess = onSuccess
-        // A dead delivery that was requeued, and is being sent again at the same time.
+        // A dead delivery was requeued, and its sender sends it again at the same time. Only the requeued job has the results of earlier
+        // attempts.
         if (job.finished !== undefined || job.remembered !== undefined) work.job = job
         return this.handling.start(work)
       case 'handling':
@@ -46,7 +47,7 @@ export class Queued implements RunnerHost {
 
   keep (job: Job): () => MaybePromise<void> {
     const key = keyOf(job)
-    // Looked up each time: a work has the request of its sender, who may have been answered long since.
+    // Looks the work up each time, because a work holds its sender's request, and the sender may have been answered long ago.
     const keep = (isKept: boolean): void => {
       const work = this.works.received.get(key)
       if (work?.job === job) work.isKept = isKept
@@ -92,17 +93,21 @@ export class Queued implements RunnerHost {
     })
   }
 
-  /** Calls `use` with the claim once nobody else has it; not at all where the job has been processed. */
+  /**
+   * Calls `use` with the claim once no other caller holds it. Does not call `use` if the job has been processed.
+   *
+   * @throws FST_OPENAI_WEBHOOK_IN_PROGRESS if another caller still holds the claim after the last wait
+   */
   async #whenFree (job: Job, attempt: number | undefined, use: (work: Work, claim: Held) => Promise<void>): Promise<void> {
     const key = keyOf(job)
-    // The process that received it releases its claim a moment after the runner has the job.
+    // Tries again, because the process that received the delivery releases its claim a moment after the runner has the job.
     for (let wait = FIRST_WAIT; this.works.queued.has(key) || !await this.#claim(key, job, attempt, use); wait *= 2) {
       if (wait > LONGEST_WAIT) throw new InProgress()
       await new Promise(resolve => setTimeout(resolve, wait))
     }
   }
 
-  /** @returns false when somebody else has the claim */
+  /** @returns false if another caller has the claim */
   async #claim (key: string, job: Job, attempt: number | undefined, use: (work: Work, claim: Held) => Promise<void>): Promise<boolean> {
     const work = new Work(key, job, undefined)
     work.attempt = attempt
@@ -110,7 +115,7 @@ export class Queued implements RunnerHost {
     try {
       const kept = this.works.takeKept(key)
       const isLost = kept !== undefined && !this.claims.holds(kept)
-      // Where it is on a resource too, that half of it may be held still.
+      // If the claim includes a claim on a resource, one of the two may still be held.
       if (isLost) await this.claims.release(kept)
       const claim = kept !== undefined && !isLost ? kept : await this.claims.begin(key, job)
       if (claim.state === 'running') return false

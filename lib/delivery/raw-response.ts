@@ -8,24 +8,24 @@ type RawResponse = FastifyReply['raw']
 // Over HTTP/2 a response wraps a stream and lacks some of the properties that an HTTP/1.1 response has.
 const streamOf = (raw: RawResponse): ServerHttp2Stream | undefined => (raw as { stream?: ServerHttp2Stream }).stream
 
-/** Whether it is closed. Its 'close' may have been emitted already. */
+/** Whether the response is closed. Its 'close' event may have been emitted already, so that a listener would wait forever. */
 export function isClosed (raw: RawResponse): boolean {
   const stream = streamOf(raw)
   if (stream !== undefined) return stream.closed || stream.destroyed
-  // An injected response is destroyed as soon as it has ended, and does not say that it is closed.
+  // An injected response is destroyed as soon as it has ended, and its `closed` is not set.
   return raw.closed || (raw.destroyed && isInjected(raw))
 }
 
 /**
- * Whether it had left whole when it closed. `writableFinished` does not tell: what is written after a reset looks finished, Node
- * ends a stream that is reset, and may destroy one whose answer is out before it is finished.
+ * Whether the whole answer had been sent when the response closed. `writableFinished` does not tell: what is written after a reset looks
+ * finished, Node ends a stream that is reset, and Node may destroy a stream whose answer was sent before that stream is finished.
  */
 export function isOut (raw: RawResponse): boolean {
   const stream = streamOf(raw)
   return stream === undefined ? isFinished(raw) && raw.socket?.destroyed !== true : !stream.aborted && stream.writableEnded && stream.rstCode === constants.NGHTTP2_NO_ERROR
 }
 
-/** An injected response does not say that it has finished either. */
+/** An injected response does not set `writableFinished` either, so `writableEnded` counts. */
 function isFinished (raw: RawResponse): boolean {
   return raw.writableFinished || (raw.writableEnded && isInjected(raw))
 }
@@ -36,12 +36,12 @@ export function sentStatusOf (raw: RawResponse): number {
   return Number(streamOf(raw)?.sentHeaders?.[':status'] ?? raw.statusCode)
 }
 
-/** Whether its reader is slower than what is written. */
+/** Whether the writer should wait for 'drain', because the reader is slower. */
 export const needsDrain = (raw: RawResponse): boolean => (streamOf(raw) ?? raw).writableNeedDrain
 
 /**
- * Has a response that nobody waits for tell what becomes of it, as one of HTTP/1.1 does. Fastify waits for its 'close', and an async
- * handler that returns the reply waits for Fastify.
+ * Makes a response that no sender waits for report its state and its 'close' event, as a response of HTTP/1.1 usually does. Fastify waits for
+ * 'close', and an async handler that returns the reply waits for Fastify.
  */
 export function traceReset (raw: RawResponse, { socket }: FastifyRequest['raw']): void {
   const stream = streamOf(raw)
@@ -49,7 +49,7 @@ export function traceReset (raw: RawResponse, { socket }: FastifyRequest['raw'])
   else if (raw.socket === null) closeWith(raw, socket)
 }
 
-/** A response that is pipelined behind another has no connection yet, and Node does not tell it when that closes. */
+/** A response that is pipelined behind another has no socket yet, so Node does not emit its 'close' event when the connection closes. */
 function closeWith (raw: RawResponse, socket: Socket): void {
   if (socket.destroyed) return close()
   socket.once('close', close)
@@ -62,8 +62,8 @@ function closeWith (raw: RawResponse, socket: Socket): void {
 }
 
 /**
- * An HTTP/2 response keeps no trace of what is written after its stream was reset. This makes it keep the status, that headers
- * were sent and that it ended, and show `closed`.
+ * An HTTP/2 response does not record what is written after its stream was reset. This function makes it record the status, `headersSent`,
+ * `writableEnded` and `closed`.
  */
 function traceStream (raw: RawResponse, stream: ServerHttp2Stream): void {
   if (stream.aborted) trace()
@@ -91,7 +91,7 @@ function show (raw: RawResponse, name: 'closed' | 'headersSent' | 'writableEnded
   Object.defineProperty(raw, name, { value: true, configurable: true })
 }
 
-/** Calls `broken` when this side destroys it before it is out. Fastify does so when the source of a stream fails. */
+/** Calls `broken` if this process destroys the response before it has ended. Fastify does so when the source of a stream fails. */
 export function watchDestroy (raw: RawResponse, broken: () => void): void {
   const { destroy } = raw
   const watched: RawResponse['destroy'] = error => {

@@ -20,16 +20,19 @@ export interface ReplyOptions {
   readonly own: RouteHandlerMethod | undefined
 }
 
-/** One request and its one answer: the delivery's verdict, the own handler's reply, or the deadline's 503. */
+/** Gives one request its one answer: the delivery's verdict, the own handler's reply, or the deadline's 503. */
 export class Reply implements Sender {
   readonly ownHandler: Sender['ownHandler']
   readonly #standing = new Standing()
   /** Set once the own handler has been started. */
   #own: OwnHandler | undefined
-  /** The delivery whose verdict it waits for. */
+  /** The delivery whose verdict this reply waits for. */
   #work: Work | undefined
   #timer: NodeJS.Timeout | undefined
-  /** The own handler has ended and answers past Fastify: what is around it may have to go on for that. */
+  /**
+   * Whether the own handler has ended and answers with the raw response, past Fastify. A function that wraps the route's handler may have to
+   * continue before that answer can end.
+   */
   #isHandedOver = false
   #onHandedOver: (() => void) | undefined
 
@@ -52,15 +55,18 @@ export class Reply implements Sender {
     })
   }
 
-  /** Has the delivery received, and answers by its verdict or by the deadline. */
+  /** Hands the delivery to the receiver, and answers with its verdict or at the deadline. */
   run (): void {
     const { receiver, deadline } = this.options
     this.#work = receiver.receive(this)
-    // Unref'd: the sender's socket keeps the process alive, and the timer alone must not.
+    // Unref'd, because the sender's socket keeps the process alive, and the timer must not do so by itself.
     if (this.#standing.state.at !== 'closed') this.#timer = setTimeout(expire, deadline, this).unref()
   }
 
-  /** Resolves once the answer is out, the sender is gone, or the own handler leaves the rest of it to what is around it. */
+  /**
+   * Resolves once the answer has been sent, the sender is gone, or the own handler leaves the rest of the answer to a function that wraps the
+   * route's handler.
+   */
   given (): Promise<void> {
     return new Promise((resolve, reject) => {
       this.#onHandedOver = resolve
@@ -72,7 +78,7 @@ export class Reply implements Sender {
   tell (verdict: Verdict): void {
     clearTimeout(this.#timer)
     const { at } = this.#standing.state
-    // An own handler has answered by itself where it is recorded.
+    // In the state `recorded`, the own handler has answered.
     if (at !== 'recorded') this.#standing.move({ at: 'closed' })
     if (verdict.outcome === 'refused') {
       if (at === 'open') this.#refuse(verdict.error)
@@ -82,7 +88,7 @@ export class Reply implements Sender {
     }
   }
 
-  /** The deadline is over. */
+  /** Called when the deadline is over. */
   expired (): void {
     if (this.#own === undefined) this.#standing.move({ at: 'late', statusCode: this.reply.statusCode })
     else if (!this.#own.giveUp()) return
@@ -113,16 +119,19 @@ export class Reply implements Sender {
   #unsent (error: unknown): void {
     if (!isAnswerHeld(error)) {
       try {
-        // A serializer of the app has thrown: the error is the answer, as on any route.
+        // A serializer of the app has thrown, so its error is the answer, as on any route.
         this.reply.send(error)
         return
       } catch {}
     }
-    // Fastify throws where somebody else is answering already, such as its `handlerTimeout`.
+    // Fastify throws if there is another answer already, such as that of its `handlerTimeout`.
     logError(this.request.log, error, {}, 'the sender of a webhook delivery has another answer')
   }
 
-  /** A connection that is kept alive keeps a closing server open until its own timeout, 72 s by default. */
+  /**
+   * Closes the connection when the app is closing, because a connection that is kept alive keeps the server open until Fastify's
+   * `keepAliveTimeout`, 72 s by default.
+   */
   #closeConnection (): void {
     if (this.options.receiver.works.closing && !this.reply.raw.headersSent) closeConnection(this.reply)
   }

@@ -1,49 +1,55 @@
 /**
- * Where the one answer to a request stands.
+ * The state of the one answer to a request.
  *
  *     open ─ verdict ──────────────────────────► closed
  *     open ─ deadline ─► late ─ verdict ───────► closed
  *                        late ─ own handler ends ► recorded
  *     open ─ own handler sends ─► replying ────► recorded
- *                                 replying ─ sender goes ─► cut off ─ own handler ends ─► recorded
+ *                                 replying ─ sender goes away ─► cut off ─ own handler ends ─► recorded
  *     open, replying ─ a failure is sent while the own handler runs ─► cut off
  */
 export type ReplyState =
-  /** Nobody has answered. */
+  /** There is no answer yet. */
   | { readonly at: 'open' }
-  /** The route's own handler answers, and the answer is not out yet. */
+  /** The route's own handler is answering, and the answer has not been sent completely. */
   | {
     readonly at: 'replying'
-    /** Whether it is a success where the sender does not wait for it. */
+    /** Whether the answer counts as a success if the sender does not wait for it. */
     readonly judge: () => boolean
     /** Whether the deadline is over. */
     readonly isOverdue: boolean
   }
-  /** The sender went away before the answer was out, or is told of a failure. The own handler runs on: its end decides. */
+  /**
+   * The sender went away before the answer was sent, or is told of a failure. The own handler keeps running. When it has returned, `judge`
+   * decides; if it throws, it has failed.
+   */
   | { readonly at: 'cut off', readonly judge: () => boolean }
-  /** The deadline has answered, or Fastify's `handlerTimeout`. An own handler runs on, and how it ends is recorded. */
+  /**
+   * The answer does not come from the own handler, but from the deadline, Fastify's `handlerTimeout` or a hook of the app. An own handler keeps
+   * running, and how it ends is recorded.
+   */
   | {
     readonly at: 'late'
-    /** What the own handler would answer with: `reply` has the status of the refusal. */
+    /** The status that the own handler would answer with, because `reply` has the status of the refusal. */
     readonly statusCode: number
-    /** An error handler has sent the refusal. */
+    /** Whether an error handler has sent the refusal. */
     readonly isRefused?: boolean
     /**
-     * Sent before that, by the own handler, or by an error handler that has lost the async context: whether it was a success, and
-     * whether it was an error, which another error handler goes on with.
+     * A payload that was sent before that, by the own handler or by an error handler that has lost the async context. `succeeded`: whether the
+     * payload was a success. `isError`: whether it was an error, which Fastify passes to the next error handler.
      */
     readonly unsure?: { readonly succeeded: boolean, readonly isError: boolean }
-    /** A failure was sent since, by the own handler or by a hook of the app. It counts once the own handler has ended. */
+    /** A failure that the own handler or a hook of the app has sent since then. It is recorded once the own handler has ended. */
     readonly failed?: { readonly error: unknown }
   }
-  /** How the own handler ended is recorded. `release` lets go of an answer that still waits for the store. */
+  /** The own handler's result is recorded, or is being recorded. `release` sends an answer that still waits for the store. */
   | { readonly at: 'recorded', readonly release?: () => void }
-  /** The delivery's verdict is known: it is the answer, or comes after the deadline's. */
+  /** The delivery's verdict is known. It is the answer, or it came after the deadline had answered. */
   | { readonly at: 'closed' }
 
 const NEXT: Readonly<Record<ReplyState['at'], ReadonlyArray<ReplyState['at']>>> = {
   open: ['replying', 'cut off', 'late', 'recorded', 'closed'],
-  // Back to open where a serializer of the app has thrown: nothing is on its way.
+  // Back to open if a serializer of the app has thrown, because nothing is being sent.
   replying: ['replying', 'open', 'cut off', 'recorded'],
   'cut off': ['cut off', 'recorded'],
   late: ['late', 'recorded', 'closed'],
@@ -57,7 +63,7 @@ export class Standing {
 
   get state (): ReplyState { return this.#state }
 
-  /** A reply changes its state here and nowhere else. */
+  /** The only place where a reply changes its state. */
   move (state: ReplyState): void {
     if (!NEXT[this.#state.at].includes(state.at)) throw new Error(`a reply that is ${this.#state.at} cannot be ${state.at}`)
     this.#state = state

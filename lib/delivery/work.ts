@@ -4,18 +4,18 @@ import type { Job } from '../runners/runner.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
 import type { VerifiedRequest } from '../request.ts'
 
-/** Where a delivery stands in this process. */
+/** The state of a delivery in this process. */
 export type State =
   /** The store has been asked for the claim and has not answered. */
   | { readonly at: 'claiming' }
-  /** This process has the claim: nobody else may run the handlers. */
+  /** This process has the claim: no other process may run the handlers. */
   | { readonly at: 'claimed', readonly claim: Held }
-  /** The handlers run. Their end completes or releases the claim. */
+  /** The handlers are running. When they have ended, the claim is completed or released. */
   | { readonly at: 'handling', readonly claim: Held }
   /**
-   * Nothing is left to do in the request: the handlers have ended, there were none to run, or the runner has queued or refused the job.
+   * Nothing is left to do in the request: the handlers have ended, the delivery is a duplicate or was refused, or the runner has queued the job.
    *
-   * `succeeded`: they have ended well. Else whoever asks for them starts them anew, by a claim of its own.
+   * `succeeded`: whether all handlers have succeeded. If not, the next attempt starts them again with its own claim.
    */
   | { readonly at: 'over', readonly succeeded: boolean }
 
@@ -29,53 +29,53 @@ const NEXT: Readonly<Record<State['at'], ReadonlyArray<State['at']>>> = {
 /** What the sender is told. */
 export type Verdict =
   | { readonly outcome: 'processed' | 'duplicate' }
-  /** Coded. */
+  /** `error` is one of the coded errors. */
   | { readonly outcome: 'refused', readonly error: Error }
 
-/** The request that a delivery came with. It is told the verdict once. */
+/** The request that a delivery came with. It is told the verdict at most once. */
 export interface Sender {
   readonly request: VerifiedRequest
   tell (verdict: Verdict): void
   /**
-   * Runs the route's own handler, which replies. It calls `record` once, with whether it answered 2xx or with what it threw,
-   * and the answer waits for what `record` returns.
+   * Runs the route's own handler, which replies. Calls `record` once, with whether the handler answered 2xx, or with false and the error that it
+   * threw. The answer waits for what `record` returns, but not beyond the deadline. `undefined` if the route has no own handler.
    */
   readonly ownHandler: ((record: RecordEnd) => void) | undefined
 }
 
 export type RecordEnd = (succeeded: boolean, error?: unknown) => MaybePromise<void>
 
-/** One webhook-id in this process, from its claim to its end. */
+/** One delivery in this process, from its claim to its end. */
 export class Work {
   #state: State = { at: 'claiming' }
   verdict: Verdict | undefined = undefined
   /** Handlers that had succeeded before this attempt. */
   finished: readonly string[] = NONE
-  /** Handlers that have used an inbox, as a job has them. */
+  /** Handlers that have used an inbox, as in a job. */
   remembered: Job['remembered'] = undefined
-  /** Resolves when the handlers have succeeded and rejects when one has failed, once that is recorded. */
+  /** Resolves once the success of all handlers is recorded, and rejects once a failure is recorded. */
   end: MaybePromise<void> = undefined
-  /** How often a runner has started the handlers, this time included. */
+  /** How often a runner has started the handlers, including this time; `undefined` if the runner does not count. */
   attempt: number | undefined = undefined
-  /** The runner's record of their success. */
+  /** Records the success of the handlers with the runner. */
   onSuccess: (() => MaybePromise<void>) | undefined = undefined
   /** Whether the runner has asked to keep the claim. */
   isKept = false
-  /** Other senders with the same webhook-id, which wait for the verdict. */
+  /** Other senders of the same delivery, which wait for the verdict. */
   #joined: Map<Sender, (verdict: Verdict) => void> | undefined
 
-  /** @param sender absent where the job comes out of a queue: its sender has been answered */
+  /** @param sender `undefined` if the job comes from a queue, because its sender has been answered */
   constructor (readonly key: string, public job: Job, readonly sender: Sender | undefined) {}
 
   get state (): State { return this.#state }
 
-  /** A delivery changes its state here and nowhere else. */
+  /** The only place where a delivery changes its state. */
   move (state: State): void {
     if (!NEXT[this.#state.at].includes(state.at)) throw new Error(`a delivery that is ${this.#state.at} cannot be ${state.at}`)
     this.#state = state
   }
 
-  /** Whether this process has nothing left to do for it: no handlers and no answer. */
+  /** Whether nothing is left to do for this delivery: no handlers and no answer. */
   get canBeForgotten (): boolean {
     return this.verdict !== undefined && this.#state.at === 'over'
   }
@@ -85,21 +85,21 @@ export class Work {
     return this.#joined !== undefined && this.#joined.size >= MAX_JOINED
   }
 
-  /** Has the sender told this delivery's verdict, in the async context of its own request. */
+  /** Adds a sender, which is told this delivery's verdict in the async context of its own request. */
   join (sender: Sender): void {
     this.#joined ??= new Map()
     this.#joined.set(sender, inContext((verdict: Verdict) => sender.tell(verdict)))
   }
 
   /**
-   * The sender has been answered by the deadline. The request of one that has joined is not kept while the handlers run, which may be
-   * for hours; that of the first one is, since they run in it.
+   * Called when the deadline has answered the sender. The request of a sender that has joined is let go, because the handlers may run for hours.
+   * The first sender's request stays, because the handlers run in it.
    */
   forgetSender (sender: Sender): void {
     this.#joined?.delete(sender)
   }
 
-  /** An inbox remembers a handler for so many ms; in an earlier attempt it may have begun to. */
+  /** Notes that an inbox remembers a handler. If an earlier attempt has noted an earlier end, that end stays. @param retention ms */
   remember (handler: string, retention: number): void {
     const until = this.job.timestamp * 1_000 + retention
     this.remembered = { ...this.remembered, [handler]: Math.min(until, this.remembered?.[handler] ?? until) }
@@ -114,20 +114,23 @@ export class Work {
   }
 }
 
-/** OpenAI waits for an answer before it retries, so more than a few are no retries. */
+/**
+ * Maximum number of senders that wait for one verdict. OpenAI waits for an answer before it retries, so more than a few requests at once are not
+ * its retries.
+ */
 const MAX_JOINED = 100
 
 const NONE: readonly string[] = []
 
-/** The deliveries that this process has in hand. */
+/** The deliveries that this process has, by key. */
 export class Works {
-  /** Those that came in a request: a sender waits, or the handlers run. */
+  /** Deliveries that came in a request: a sender waits, or the handlers run. */
   readonly received = new Map<string, Work>()
-  /** Those that came out of a queue. */
+  /** Deliveries that came from a queue. */
   readonly queued = new Map<string, Work>()
-  /** Claims on deliveries that a queue has, and whose handlers are started here in a moment. */
+  /** Claims on queued deliveries whose handlers this process is about to start. */
   readonly kept = new Map<string, Held>()
-  /** The one that the runner is being offered. A runner that handles it at once comes back for it without a look-up. */
+  /** The delivery that is being offered to the runner. A runner that calls `process` at once needs no look-up then. */
   offered: Work | undefined
   closing = false
   #onIdle: (() => void) | undefined
@@ -136,10 +139,10 @@ export class Works {
     return this.received.get(key) ?? (this.queued.size > 0 ? this.queued.get(key) : undefined)
   }
 
-  /** Whether its handlers run here, or are about to, with nobody waiting for them. */
+  /** Whether this process runs the handlers of a queued delivery, or is about to. No sender waits for them. */
   isQueued (key: string): boolean { return this.queued.has(key) || this.kept.has(key) }
 
-  /** The claim that was kept for its handlers. */
+  /** Removes and returns the claim that was kept for a delivery. */
   takeKept (key: string): Held | undefined {
     const claim = this.kept.get(key)
     this.kept.delete(key)
@@ -151,7 +154,7 @@ export class Works {
     if (this.#onIdle !== undefined && this.#isIdle) this.#onIdle()
   }
 
-  /** Resolves when this process has no delivery in hand. */
+  /** Resolves when this process has no delivery left. */
   async drained (): Promise<void> {
     if (!this.#isIdle) await new Promise<void>(resolve => { this.#onIdle = resolve })
   }
