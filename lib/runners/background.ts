@@ -7,13 +7,13 @@ import type { Job, Runner, RunnerHost } from './runner.ts'
 
 export interface BackgroundOptions {
   /**
-   * Deliveries whose handlers run at once.
+   * Maximum number of deliveries whose handlers run at the same time.
    *
    * @default 10
    */
   concurrency?: number
   /**
-   * Deliveries that wait; beyond it the sender is answered 503.
+   * Maximum number of deliveries that wait. Beyond it, the sender is answered 503 (`FST_OPENAI_WEBHOOK_OVERLOADED`).
    *
    * @default 1_000
    */
@@ -21,12 +21,12 @@ export interface BackgroundOptions {
 }
 
 /**
- * Acknowledges at once and runs the handlers afterwards, in this process.
+ * Acknowledges a delivery at once, and runs its handlers afterwards in this process.
  *
- * What was acknowledged and has not run yet lives in memory only: a crash loses it, and OpenAI, which was answered 200,
- * does not send it again. A delivery that fails is not run again either: it is told as dead, to the log, `onDead` and
- * `onError`, and kept nowhere. `app.close()` runs what is queued first, up to `closeTimeout`. Where that is not enough, use
- * `durable()`, `bullmq()` or `pgboss()`.
+ * A delivery that was acknowledged and has not run yet is in memory only. A crash loses it, and OpenAI does not send it again, because it was
+ * answered 200. A delivery that fails is not attempted again either: it is reported as dead to the log, `onDead` and `onError`, and nothing
+ * keeps it. `app.close()` runs the queued deliveries first, up to `closeTimeout`. If that is not enough, use `durable()`, `bullmq()` or
+ * `pgboss()`.
  *
  * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS
  */
@@ -35,7 +35,7 @@ export function background (options: BackgroundOptions = {}): Runner {
   const { concurrency = 10, maxQueue = 1_000 } = options
   assertCount('background', 'concurrency', concurrency, 1)
   assertCount('background', 'maxQueue', maxQueue, 0)
-  // By key, so that a delivery that comes again while it is here is not queued twice. In the order of arrival.
+  // By key, so that a delivery that is sent again while it waits or runs is not queued twice. `waiting` is in the order of arrival.
   const waiting = new Map<string, () => Promise<void>>()
   const running = new Map<string, Promise<void>>()
   let host: RunnerHost
@@ -51,12 +51,12 @@ export function background (options: BackgroundOptions = {}): Runner {
   }
 
   async function runOne (key: string, job: Job): Promise<void> {
-    // Lets the acknowledgement leave before a handler can hold up the event loop.
+    // Waits a turn, so that the acknowledgement leaves before a handler can block the event loop.
     await new Promise(resolve => setImmediate(resolve))
     try {
       await processed(job)
     } catch (error) {
-      // Nobody knows yet how it ends elsewhere.
+      // Reported as trouble and not as dead, because the handlers may still succeed in the process that has the delivery.
       if (error instanceof InProgress) host.report(error, job)
       else tellDead(host, deadDelivery(job, 1, error), error)
     }
@@ -64,7 +64,7 @@ export function background (options: BackgroundOptions = {}): Runner {
     startNext()
   }
 
-  /** Waits while another process has the delivery: its handlers may fail there, and this one has acknowledged it. */
+  /** Tries again while another process has the delivery, because its handlers may fail there, and this process has acknowledged it. */
   async function processed (job: Job): Promise<void> {
     for (;;) {
       try {
@@ -85,13 +85,13 @@ export function background (options: BackgroundOptions = {}): Runner {
       const key = keyOf(job)
       if (waiting.has(key) || running.has(key)) return 'duplicate'
       if (closing || (running.size >= concurrency && waiting.size >= maxQueue)) throw new Overloaded()
-      // Bound: it may be started by the end of another delivery, in the async context of that one's request.
+      // Bound here, because the end of another delivery may start this one, in the async context of that delivery's request.
       waiting.set(key, inContext(() => runOne(key, job)))
       startNext()
       return undefined
     },
     async close () {
-      if (!isStarted) return // another app may start it
+      if (!isStarted) return // another app may still start this runner
       closing = true
       while (running.size > 0) await Promise.all(running.values())
     },

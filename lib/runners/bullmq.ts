@@ -13,12 +13,12 @@ import type { DeadDelivery, DeliveryError, DeliveryRef, Job, Runner, RunnerHost 
 
 export interface BullMQOptions {
   /**
-   * BullMQ's own: an ioredis instance, which stays the user's to close, or options for connections of its own; with a
-   * `backend` for PostgreSQL, the options of a pool.
+   * BullMQ's own option: an ioredis instance, which the user closes, or options with which BullMQ opens its own connections. With a `backend`
+   * for PostgreSQL: the options of a pool.
    */
   connection: ConnectionOptions | PostgresConnection
   /**
-   * `createPostgresBackend` of BullMQ 6.7 or later: the queue is in PostgreSQL.
+   * `createPostgresBackend` of BullMQ 6.7 or later, which keeps the queue in PostgreSQL.
    *
    * @default Redis
    */
@@ -26,26 +26,27 @@ export interface BullMQOptions {
   /** @default 'openai-webhook' */
   queueName?: string
   /**
-   * Whether this process runs handlers; or BullMQ's worker options: `concurrency`, and `lockDuration` and
-   * `stalledInterval` (ms), which decide how long after a crash what was running is attempted again.
+   * Whether this process runs handlers, or BullMQ's worker options: `concurrency`, `lockDuration` (ms) and `stalledInterval` (ms). The last two
+   * decide how long after a crash the interrupted deliveries are attempted again.
    *
    * @default true, with a concurrency of 10 and BullMQ's 30_000 ms
    */
   worker?: boolean | Pick<WorkerOptions, 'concurrency' | 'lockDuration' | 'stalledInterval'>
   /**
-   * How often the handlers of a delivery are started before the job is kept as failed, BullMQ's dead letter.
+   * How often the handlers of a delivery are started before the job is kept as failed, which is BullMQ's dead letter.
    *
    * @default 16
    */
   attempts?: number
   /**
-   * ms before the second attempt, doubling with each and jittered by half, or BullMQ's own backoff options.
+   * ms before the second attempt, or BullMQ's own backoff options. With a number, the wait doubles with each attempt, and a random part of up to
+   * half is taken off.
    *
    * @default 1_000
    */
   backoff?: number | BackoffOptions
   /**
-   * BullMQ's retention of processed jobs. While one is kept, a delivery that comes again is not queued again.
+   * BullMQ's retention of completed jobs. While a job is kept, a delivery that is sent again is not queued again.
    *
    * @default { age: 270_000 } (seconds: 75 h)
    */
@@ -54,10 +55,10 @@ export interface BullMQOptions {
   removeOnFail?: KeepJobs
 }
 
-/** BullMQ's own `BackendFactory`, a type that BullMQ 5 has not. */
+/** BullMQ's `BackendFactory`. Declared here, because BullMQ 5 does not have this type. */
 type Backend = (name: string, options: any, more?: any) => object
 
-/** What `createPostgresBackend` takes: options of a pool of `pg`, the `schema`, and whether its tables are created. */
+/** What `createPostgresBackend` takes: options of a pool of `pg`, the `schema`, and whether BullMQ creates its tables (`migrate`). */
 export interface PostgresConnection {
   connectionString?: string
   host?: string
@@ -71,20 +72,22 @@ export interface PostgresConnection {
   migrate?: boolean
 }
 
-/** What BullMQ keeps of a delivery. */
+/** A delivery as BullMQ keeps it. */
 type QueuedDelivery = Job & {
-  /** What its last failed attempt ended with. `attempt`: BullMQ's `attemptsStarted` then; `starts`: how often the handlers were started. */
+  /**
+   * How the last failed attempt ended. `attempt`: BullMQ's `attemptsStarted` at that time. `starts`: how often the handlers had been started.
+   */
   readonly failure?: { readonly attempt: number, readonly starts?: number, readonly errors: readonly DeliveryError[] }
-  /** How often it had stalled when it died. BullMQ goes on counting when it is requeued, but its attempts are counted anew. */
+  /** How often the job had stalled when it died. After a requeue BullMQ goes on counting stalls, but counts attempts anew. */
   readonly stalls?: number
 }
 
-/** As it is, or as JSON where PostgreSQL keeps it, whose jsonb refuses U+0000. */
+/** The delivery itself or, with a `backend`, its JSON text, because jsonb of PostgreSQL refuses U+0000. */
 type QueuedData = QueuedDelivery | { readonly json: string }
 
 type QueuedJob = BullMQJob<QueuedData>
 
-/** Deliveries that are queued at once. */
+/** Maximum number of deliveries that are queued together. */
 const GROUP = 100
 
 interface NewJob {
@@ -93,16 +96,16 @@ interface NewJob {
   readonly opts: JobsOptions & { readonly jobId: string }
 }
 
-/** Failed jobs that are looked at in one go. */
+/** Number of failed jobs that are read at once. */
 const PAGE = 100
 
-/** ms until a job is looked at again whose handlers may have succeeded, where the store cannot say. */
+/** ms until the store is asked again about a job whose handlers may have succeeded, if the store could not be asked. */
 const LATER = 5_000
 
-/** BullMQ's own limit: jobs are given up here, once the store has been asked. */
+/** Higher than any count, so that BullMQ does not fail a job that has stalled too often. `giveUp` does so, after it has asked the store. */
 const MAX_STALLED = 2 ** 31 - 1
 
-// BullMQ finds most of these wrong when a job has failed or ended, which is after it was acknowledged.
+// Checked here, because BullMQ notices most wrong values only when a job fails or ends, which is after the acknowledgement.
 const QUEUE_NAME: Rule = { expected: 'a text without ":"', accepts: value => typeof value === 'string' && value !== '' && !value.includes(':') }
 const BACKOFF: Rule = {
   expected: 'a number of ms, 0 or more, or { type: "fixed" or "exponential", delay: ms }',
@@ -116,11 +119,11 @@ const JOB_NAME = 'delivery'
 const WORKER_DEFAULTS = { concurrency: 10 }
 
 /**
- * Puts a delivery into a BullMQ queue before it is acknowledged; a worker in this process or in others (`path: false`,
- * the same handlers) runs it. Attempts, backoff, retention and failed jobs are BullMQ's own. The job's id is made of the
- * endpoint and the webhook-id, so that queueing a delivery twice queues it once.
+ * Puts a delivery into a BullMQ queue before it is acknowledged. A worker runs it in this process or in another one, with `path: false` and the
+ * same handlers. Attempts, backoff, retention and failed jobs are BullMQ's own. The job's id is made of the endpoint, the tenant and the
+ * webhook-id, so that a delivery that is queued twice is in the queue once.
  *
- * While Redis cannot be reached the sender is answered 503.
+ * While Redis (or PostgreSQL, with a `backend`) cannot be reached, the sender is answered 503.
  *
  * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS
  */
@@ -142,7 +145,7 @@ export function bullmq (options: BullMQOptions): Runner {
   }
   if (backend !== undefined && typeof backend !== 'function') throw new InvalidOptions('bullmq: expected backend to be a function, such as createPostgresBackend of BullMQ')
   const pack = (delivery: QueuedDelivery): QueuedData => backend === undefined ? delivery : { json: JSON.stringify(delivery) }
-  // Typed as BullMQ 5 has them, which knows no backends.
+  // Typed as in BullMQ 5, which has no backends.
   const redis = connection as ConnectionOptions
   const others = [backend] as unknown as []
   assertCount('bullmq', 'attempts', attempts, 1)
@@ -156,9 +159,9 @@ export function bullmq (options: BullMQOptions): Runner {
   let host: RunnerHost
   let isStarted = false
   let closing = false
-  /** `closeTimeout` is over. */
+  /** Whether `closeTimeout` is over. */
   let isGivenUp = false
-  /** What attempts of this process ended with, by what BullMQ was told. */
+  /** The errors with which attempts of this process ended, by the error that BullMQ was given instead. */
   const thrown = new WeakMap<Error, Error>()
 
   const settings: JobsOptions = {
@@ -168,10 +171,10 @@ export function bullmq (options: BullMQOptions): Runner {
     ...(removeOnFail !== undefined && { removeOnFail })
   }
 
-  /** @returns whether it was not there before */
+  /** @returns whether the job is new */
   const enqueue = grouped<NewJob, boolean>(GROUP, async jobs => {
     const queue = opened()
-    // BullMQ takes one a second time without a word.
+    // Looked up first, because BullMQ does not say that it already has a job.
     const known = await Promise.all(jobs.map(async ({ opts }) => await queue.getJob(opts.jobId)))
     await queue.addBulk(jobs.filter((_job, index) => known[index] === undefined))
     return known.map(job => job === undefined)
@@ -182,7 +185,7 @@ export function bullmq (options: BullMQOptions): Runner {
     return queue
   }
 
-  /** @returns what BullMQ is told in place of an error */
+  /** @returns the error that BullMQ is given instead of `shown` */
   function inPlaceOf (shown: Error, kept: Error = storableError(shown)): Error {
     thrown.set(kept, shown)
     return kept
@@ -191,7 +194,7 @@ export function bullmq (options: BullMQOptions): Runner {
   async function handle (job: QueuedJob, token: string | undefined): Promise<void> {
     const { attemptsStarted: attempt, attemptsMade, stalledCounter, opts: { attempts = 1 } } = job
     const { failure, stalls = 0, ...queued } = queuedOf(job)
-    // A worker died with it, or what it ended with could not be written.
+    // A worker died during an attempt, or the end of an attempt could not be written.
     const isInterrupted = stalledCounter > stalls || attempt - 1 > (failure?.attempt ?? 0)
     const delivery = isInterrupted ? host.interrupted?.(queued) ?? queued : queued
     if (stalledCounter - stalls >= attempts) return await giveUp(job, delivery, attemptsMade + stalledCounter - stalls, token)
@@ -200,15 +203,15 @@ export function bullmq (options: BullMQOptions): Runner {
     } catch (error) {
       const isLast = attemptsMade + 1 >= attempts
       await writeFailure(job, delivery, attempt, error, isLast).catch(trouble => { host.report(trouble, delivery) })
-      // A failed job shows one message and one stack: those of the handlers' errors, not of the answer a sender would get.
+      // A failed job shows one message and one stack, which are those of the handlers' errors and not those of the coded error.
       const shown = toError(causeOf(error))
-      // The last one is told once BullMQ has it on record.
+      // The 'failed' event reports the last failure, once BullMQ has recorded it.
       if (!isLast) host.report(shown, delivery, { attempt, attempts })
       throw inPlaceOf(shown)
     }
   }
 
-  /** Writes to the job what an attempt has ended with. */
+  /** Writes to the job how an attempt has ended. */
   async function writeFailure (job: QueuedJob, delivery: Job, starts: number, error: unknown, isLast: boolean): Promise<void> {
     const { attemptsStarted: attempt, stalledCounter } = job
     const { errors, finished, remembered } = describeFailure(delivery, error)
@@ -220,7 +223,7 @@ export function bullmq (options: BullMQOptions): Runner {
     }))
   }
 
-  /** Its worker died with it, as often as it may be attempted. The store may know which handlers had succeeded. */
+  /** Ends a job whose workers have died as often as it may be attempted. Asks the store first, which may know which handlers had succeeded. */
   async function giveUp (job: QueuedJob, delivery: Job, starts: number, token: string | undefined): Promise<void> {
     const error = new Error('the process ended while the handlers ran')
     try {
@@ -236,7 +239,7 @@ export function bullmq (options: BullMQOptions): Runner {
     throw inPlaceOf(error, new UnrecoverableError(error.message))
   }
 
-  /** Makes a dead job one that may be attempted anew. Where it does not say how its last attempt ended, the store may know what had succeeded. */
+  /** Prepares a dead job for new attempts. If the job does not say how its last attempt ended, asks the store which handlers had succeeded. */
   async function revive (job: QueuedJob): Promise<void> {
     const { stalledCounter, attemptsStarted } = job
     const queued = queuedOf(job)
@@ -249,10 +252,10 @@ export function bullmq (options: BullMQOptions): Runner {
       assertOpen('bullmq', closing)
       host = startedBy
       isStarted = true
-      // An 'error' without a listener would end the process; trouble is told, and BullMQ connects again by itself.
+      // An 'error' event without a listener would end the process. It is reported as trouble, and BullMQ connects again by itself.
       queue = new Queue<QueuedData>(queueName, { connection: redis }, ...others)
       queue.on('error', error => host.report(error))
-      // Without its tables a worker would ask for jobs without a pause, and nothing else would run.
+      // If its tables were missing, a worker would ask for jobs without a pause, and nothing else in this process would run.
       if (backend !== undefined) await queue.waitUntilReady()
       if (worker === false) return
       processor = new Worker<QueuedData>(queueName, handle, {
@@ -275,7 +278,7 @@ export function bullmq (options: BullMQOptions): Runner {
       const found: DeadDelivery[] = []
       for (let start = 0; found.length < limit; start += PAGE) {
         const jobs = await opened().getJobs('failed', start, start + PAGE - 1, true) as Array<QueuedJob | undefined>
-        // One that was removed meanwhile is not there.
+        // A job that was removed meanwhile is undefined.
         for (const job of jobs) if (job !== undefined && (type === undefined || queuedOf(job).event.type === type)) found.push(deadOf(job))
         if (jobs.length < PAGE) break
       }
@@ -295,24 +298,24 @@ export function bullmq (options: BullMQOptions): Runner {
         await job.retry('failed', { resetAttemptsMade: true, resetAttemptsStarted: true })
         return true
       } catch (error) {
-        // Somebody else has requeued it, and it may have died again since.
+        // Another caller has requeued the job, and it may have died again since.
         if ((error as { code?: unknown }).code === ErrorCode.JobNotInState || !await job.isFailed()) return false
         throw error
       }
     },
     async close (signal) {
-      if (!isStarted) return // another app may start it
+      if (!isStarted) return // another app may still start this runner
       closing = true
       const gaveUp = new Promise<void>(resolve => {
         signal?.addEventListener('abort', () => {
           isGivenUp = true
-          // BullMQ waits for a Redis that cannot be reached, and its attempts to connect would keep the process alive.
+          // BullMQ would wait for a Redis that cannot be reached, and its attempts to connect would keep the process alive.
           processor?.disconnect().catch(() => {})
           queue?.disconnect().catch(() => {})
           resolve()
         }, { once: true })
       })
-      // Not close(), which would wait for the jobs that run, and renew their locks, for as long as they run.
+      // Not close() yet, because it would wait for the running jobs, and renew their locks, for as long as they run.
       await Promise.race([Promise.allSettled([processor?.pause()]), gaveUp])
       await processor?.close(isGivenUp)
       await queue?.close()
@@ -323,7 +326,7 @@ export function bullmq (options: BullMQOptions): Runner {
   }
 }
 
-/** BullMQ takes no ":" in it. */
+/** The id of a job. Encoded, because BullMQ refuses ":" in an id. */
 function idOf (delivery: DeliveryRef): string {
   return encodeURIComponent(keyOf(delivery))
 }
@@ -341,7 +344,7 @@ function toError (error: unknown): Error {
   return error instanceof Error ? error : new Error(String(error))
 }
 
-/** A job that BullMQ has failed for good. */
+/** Makes a dead delivery of a job that BullMQ has failed for good. */
 function deadOf (job: QueuedJob): DeadDelivery {
   const { attemptsStarted, failedReason, stacktrace, finishedOn } = job
   const { failure } = queuedOf(job)

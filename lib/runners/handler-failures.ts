@@ -7,14 +7,14 @@ export interface HandlerFailure {
   readonly error: unknown
 }
 
-/** Characters that are kept of a message, of a stack, of all of it, and of the line that sums it up. */
+/** Maximum number of characters of a message, of a stack, of the combined stack of a delivery, and of a summary line. */
 const MAX_MESSAGE = 2_000
 const MAX_STACK = 5_000
 const MAX_TEXT = 10_000
 const MAX_SUMMARY = 1_000
-/** Errors of one delivery that are kept. */
+/** Maximum number of errors that are kept of one delivery. */
 const MAX_ERRORS = 20
-/** Levels of causes, and errors of an AggregateError, whose stacks are kept. */
+/** Stacks are kept of this many levels of causes, and of this many errors of an AggregateError. */
 const MAX_DEPTH = 3
 const MAX_INNER = 3
 
@@ -24,24 +24,24 @@ interface Failed {
   readonly remembered: Job['remembered']
 }
 
-/** In a WeakMap and not on the error, or a logger would write it out. */
+/** Kept in a WeakMap and not on the error, because a logger would write out a property of the error. */
 const failed = new WeakMap<Error, Failed>()
 
 /**
- * Makes the error of a delivery whose handlers failed. Its cause is for logs and dead letters; no sender sees it.
+ * Makes the error of a delivery whose handlers failed. The error's cause is for logs and dead letters; no sender sees it.
  *
- * @param handlers how many there were
- * @param finished those that have succeeded, in this attempt and before
- * @param remembered those that have used an inbox, likewise
+ * @param handlers how many handlers the delivery has
+ * @param finished the handlers that have succeeded, in this attempt and before
+ * @param remembered the handlers that have used an inbox, in this attempt and before
  */
 export function handlersFailed (failures: readonly HandlerFailure[], handlers: number, finished: readonly string[], remembered?: Job['remembered']): Error {
   const errors = failures.map(({ error }) => error)
   const summary = `${errors.length} of ${handlers} handlers failed: ${errors.map(error => textOf(error)).join('; ').slice(0, MAX_SUMMARY)}`
   const cause = new AggregateError(errors, summary)
-  // Logs and dead letters show this stack first. That of the plugin's own code would say nothing.
+  // Logs and dead letters show this stack first. A stack of the plugin's own code would say nothing.
   cause.stack = `AggregateError: ${summary}${failures.map(named).join('')}`.slice(0, MAX_TEXT)
   const error = new HandlerFailed({ cause })
-  // A queue may pass on the cause alone.
+  // Both, because a queue may pass on only the cause.
   for (const each of [error, cause]) failed.set(each, { failures, finished, remembered })
   return error
 }
@@ -50,12 +50,12 @@ function named ({ handler, error }: HandlerFailure): string {
   return `\nhandler "${handler}": ${stackOf(error) || textOf(error)}`
 }
 
-/** Whether handlers failed, and not a store or a queue. */
+/** Whether this is the error of failed handlers, and not that of a store or a queue. */
 export function isHandlersFailure (error: unknown): boolean {
   return failed.has(error as Error)
 }
 
-/** The error that a log and a queue show. */
+/** The error that logs and queues show: the cause, or the error itself if it has no cause. */
 export function causeOf (error: unknown): unknown {
   try {
     return (error as { cause?: unknown } | null | undefined)?.cause ?? error
@@ -64,7 +64,7 @@ export function causeOf (error: unknown): unknown {
   }
 }
 
-/** What a dead letter keeps of a failed attempt. @param error as `host.process` rejected */
+/** Describes a failed attempt, as a dead letter keeps it. @param error with which `host.process` rejected */
 export function describeFailure (job: Job, error: unknown): Pick<DeadDelivery, 'errors' | 'finished' | 'remembered'> {
   const handlers = failed.get(error as Error)
   if (handlers !== undefined) {
@@ -76,31 +76,31 @@ export function describeFailure (job: Job, error: unknown): Pick<DeadDelivery, '
   return { errors: [describe(null, causeOf(error))], finished, ...(remembered !== undefined && { remembered }) }
 }
 
-/** A job with what its attempts have left. */
+/** Adds to a job the finished handlers and the inbox records of its earlier attempts. */
 export function resumed (job: Job, { finished = [], remembered }: { finished?: Job['finished'] | undefined, remembered?: Job['remembered'] | undefined }): Job {
   return { ...job, ...(finished.length > 0 && { finished }), ...(remembered !== undefined && { remembered }) }
 }
 
-/** An error as it is kept: cut, and read in spite of getters that throw. */
+/** Describes an error for keeping. Cuts its texts, and does not fail if a getter throws. */
 export function describe (handler: string | null, error: unknown): DeliveryError {
   return { handler, message: textOf(error, MAX_MESSAGE), stack: stackOf(error) }
 }
 
 /**
- * Makes a dead delivery of a job that is not run again.
+ * Makes the dead delivery of a job that is not attempted again.
  *
  * @param attempts how often its handlers were started
- * @param error as `host.process` rejected, or why there was no other attempt
- * @param diedAt ms since the epoch
+ * @param error with which `host.process` rejected, or why there was no further attempt
+ * @param diedAt ms since the epoch; now, if it is not given
  */
 export function deadDelivery (job: Job, attempts: number, error: unknown, diedAt = Date.now()): DeadDelivery {
   return { ...job, attempts, ...describeFailure(job, error), diedAt }
 }
 
-/** A line about anything that was thrown. */
+/** One line about a value that was thrown. */
 function textOf (error: unknown, max = MAX_SUMMARY): string {
   try {
-    // Not instanceof: an error may be of another realm.
+    // Does not use instanceof, because an error may come from another realm.
     const text = typeof error === 'string' ? error : (error as { message?: unknown } | null | undefined)?.message
     return typeof text === 'string' ? text.slice(0, max) : `threw ${error === null ? 'null' : typeof error}`
   } catch {

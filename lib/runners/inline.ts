@@ -2,8 +2,8 @@ import { assertNone } from '../checks.ts'
 import type { Runner, RunnerHost } from './runner.ts'
 
 /**
- * Runs the handlers in the request: a delivery is acknowledged after they have succeeded, so that a failure or a crash
- * leaves the retry to OpenAI. The default.
+ * Runs the handlers in the request, and acknowledges the delivery after they have succeeded. After a failure or a crash, OpenAI sends the
+ * delivery again. This is the default.
  */
 export function inline (): Runner
 export function inline (...given: unknown[]): Runner {

@@ -14,43 +14,44 @@ import { storable } from './storable.ts'
 import type { DeadDelivery, DeliveryRef, Job, Runner, RunnerHost } from './runner.ts'
 
 export interface PgBossOptions {
-  /** A started `PgBoss` of pg-boss 12.35 or later. It stays the user's, who stops it after `app.close()`. */
+  /** A started `PgBoss` of pg-boss 12.35 or later. The user stops it, after `app.close()`. */
   boss: PgBoss
   /**
-   * Its dead letter queue has this name with `-dead` behind it. Both are created where they are missing.
+   * The queue's name. The dead letter queue has the same name with `-dead` appended. Queues that are missing are created.
    *
    * @default 'openai-webhook'
    */
   queueName?: string
   /**
-   * Whether this process runs handlers; or how many deliveries at once (`concurrency`), how many of these are fetched and
-   * recorded together (`batchSize`, at most `concurrency`), and how often pg-boss is asked for what no notification has told of
-   * (`pollingIntervalSeconds`, 0.5 or more).
+   * Whether this process runs handlers, or an object: `concurrency` is the maximum number of deliveries that run at the same time, `batchSize`
+   * how many of them are fetched and recorded together (at most `concurrency`), and `pollingIntervalSeconds` how often pg-boss is asked for jobs
+   * that no notification has announced (seconds, 0.5 or more).
    *
-   * There are as many batches at once as fit into `concurrency`. The results of a batch are recorded once its last delivery has
-   * ended. Until then it takes up its share of `concurrency`, and a crash has all of it attempted again. Use more than 1 for handlers that take milliseconds.
+   * As many batches run at the same time as fit into `concurrency`. The results of a batch are recorded once its last delivery has ended. Until
+   * then the batch takes up its share of `concurrency`, and a crash causes the whole batch to be attempted again. Use a `batchSize` above 1 for
+   * handlers that take milliseconds.
    *
    * @default true, with a concurrency of 10, one by one, and every 2 s
    */
   worker?: boolean | { concurrency?: number, batchSize?: number, pollingIntervalSeconds?: number }
   /**
-   * How often the handlers of a delivery are started before it goes to the dead letter queue. A start counts when it ends in a crash,
-   * and so does one that then finds the dead process's claim still held in the store.
+   * How often the handlers of a delivery are started before it goes to the dead letter queue. A start counts even if it ends in a crash, and
+   * even if it finds the claim of the dead process still held in the store.
    *
    * @default 16
    */
   attempts?: number
   /**
-   * ms before the second attempt; pg-boss counts in whole seconds. The wait doubles with each attempt, up to an hour, and a random
-   * part of up to as much is added. 0: at once.
+   * ms before the second attempt, rounded up to whole seconds, because pg-boss counts in seconds. The wait doubles with each attempt, up to an
+   * hour, and a random part of up to the same length is added. 0: at once.
    *
    * @default 1_000
    */
   backoff?: number
   /**
-   * Seconds that a worker may be silent before another one attempts its deliveries, 10 or more; no shorter than
-   * `idempotency.lease`, or the next attempt may find the dead one's claim still held. pg-boss looks every
-   * `superviseIntervalSeconds`, and no sooner than `monitorIntervalSeconds` after the last look.
+   * Seconds that a worker may be silent before another worker attempts its deliveries, 10 or more. Use no less than `idempotency.lease`, because
+   * the next attempt may otherwise find the dead worker's claim still held. pg-boss looks for silent workers every `superviseIntervalSeconds`,
+   * and no sooner than `monitorIntervalSeconds` after the last look.
    *
    * @default 30
    */
@@ -63,9 +64,9 @@ export interface PgBossOptions {
   expireInSeconds?: number
 }
 
-/** What pg-boss keeps of a delivery. */
+/** A delivery as pg-boss keeps it. */
 interface QueuedDelivery {
-  /** Identifies a delivery, requeued or not. */
+  /** Identifies the delivery, and stays the same when it is requeued. */
   readonly key: string
   readonly type: string
   /** The job as JSON text, because jsonb refuses U+0000. */
@@ -74,7 +75,7 @@ interface QueuedDelivery {
 
 type QueuedJob = JobWithMetadata<QueuedDelivery>
 
-/** The result of an attempt, as JSON text for the same reason. */
+/** The result of a failed attempt. Kept as JSON text, because jsonb refuses U+0000. */
 type Failure = Pick<DeadDelivery, 'attempts' | 'errors' | 'finished' | 'remembered'> & Partial<Pick<DeadDelivery, 'diedAt'>>
 
 /** A delivery that pg-boss is about to record as dead. */
@@ -90,7 +91,7 @@ interface Slot {
   busy: boolean
 }
 
-/** Deliveries that are inserted by one statement. */
+/** Maximum number of deliveries that one statement inserts. */
 const GROUP = 100
 /** Seconds */
 const MAX_BACKOFF = 3_600
@@ -99,11 +100,11 @@ const MAX_EXPIRY = 86_400
 const KEPT = 315_360_000
 /** Characters */
 const MAX_SUMMARY = 1_000
-/** Jobs that pg-boss lists. */
+/** Maximum number of jobs that pg-boss is asked for. */
 const MAX_LIST = 100_000
-/** Starts after the last attempt: one of them ends the delivery as dead, once the store can say which handlers have succeeded. */
+/** Additional starts after the last attempt. One of them ends the delivery as dead, once the store can say which handlers have succeeded. */
 const LOOKS = 1_000
-/** Dead deliveries that pg-boss could not record. */
+/** Maximum number of dead deliveries that are remembered until pg-boss has recorded them. */
 const MAX_UNRECORDED = 1_000
 /** ms for which a job is polled until pg-boss has recorded it as dead. */
 const PATIENCE = 10_000
@@ -112,13 +113,13 @@ const QUEUE_NAME: Rule = { expected: 'letters, digits and _ - . /', accepts: val
 const WORKER_DEFAULTS = { concurrency: 10, batchSize: 1, pollingIntervalSeconds: 2 }
 
 /**
- * Puts a delivery into a queue of the user's pg-boss, in PostgreSQL, before it is acknowledged; workers in this process or in
- * others (`path: false`, the same handlers) run it. Attempts, backoff, heartbeats and dead letters are pg-boss's own. The
- * job's id is made of the endpoint, the tenant and the webhook-id, so that queueing a delivery twice queues it once.
+ * Puts a delivery into a queue of the user's pg-boss, in PostgreSQL, before it is acknowledged. Workers run it in this process or in others,
+ * with `path: false` and the same handlers. Attempts, backoff, heartbeats and dead letters are pg-boss's own. The job's id is made of the
+ * endpoint, the tenant and the webhook-id, so that a delivery that is queued twice is in the queue once.
  *
- * While PostgreSQL cannot be reached the sender is answered 503.
+ * While PostgreSQL cannot be reached, the sender is answered 503.
  *
- * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS; pg-boss's own error at boot, where it has not been started
+ * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS; pg-boss's own error at boot, if pg-boss has not been started
  */
 export function pgboss (options: PgBossOptions): Runner {
   assertNames('pgboss', options, ['boss', 'queueName', 'worker', 'attempts', 'backoff', 'heartbeatSeconds', 'expireInSeconds'])
@@ -148,15 +149,15 @@ export function pgboss (options: PgBossOptions): Runner {
   assertOption('pgboss', 'queueName', queueName, QUEUE_NAME)
   const deadName = `${queueName}-dead`
   const settings = {
-    // More than the attempts: where the last one has no result, because its process ended, a further start ends the delivery, and
-    // pg-boss must not give the job up before the store has said which handlers had succeeded.
+    // More than the attempts: if the last attempt has no result, because its process ended, a further start ends the delivery, and pg-boss must
+    // not give the job up before the store has said which handlers had succeeded.
     retryLimit: attempts + LOOKS,
     retryDelay: Math.ceil(backoff / 1_000),
     ...(backoff > 0 && { retryBackoff: true, retryDelayMax: MAX_BACKOFF }),
     heartbeatSeconds,
     expireInSeconds,
     retentionSeconds: KEPT,
-    // While pg-boss keeps the job, a delivery that comes again is not queued again.
+    // While pg-boss keeps the job, a delivery that is sent again is not queued again.
     deleteAfterSeconds: RETENTION / 1_000,
     deadLetter: deadName
   }
@@ -165,9 +166,9 @@ export function pgboss (options: PgBossOptions): Runner {
     return jobs.map(({ id }) => inserted.has(id!))
   })
   const slots: Slot[] = []
-  /** Dead deliveries that wait to be told until pg-boss has recorded them. */
+  /** Reports of dead deliveries that wait until pg-boss has recorded them. */
   const dying = new Set<Promise<void>>()
-  /** The same by the job's id. Where pg-boss cannot record one, the next start has it try again. */
+  /** Dead deliveries that are not recorded yet, by the job's id. If pg-boss cannot record one, the next start of the job makes it try again. */
   const unrecorded = new LRUCache<string, Death>({ max: MAX_UNRECORDED })
   const drained = new AbortController()
   setMaxListeners(0, drained.signal)
@@ -183,7 +184,7 @@ export function pgboss (options: PgBossOptions): Runner {
     host.report(error instanceof Error ? error : Object.assign(new Error(), error))
   }
 
-  /** @returns whether it was not there before */
+  /** @returns whether the job is new */
   async function enqueue (id: string, job: Job): Promise<boolean> {
     const data: QueuedDelivery = { key: idOf(job), type: storable(job.event.type), delivery: JSON.stringify(job) }
     const isNew = await insert({ ...settings, id, data })
@@ -191,7 +192,7 @@ export function pgboss (options: PgBossOptions): Runner {
     return isNew
   }
 
-  /** Wakes the workers, because pg-boss without LISTEN finds the job at its next poll. */
+  /** Wakes one idle worker, because pg-boss without LISTEN would find the job only at its next poll. */
   function wakeOne (): void {
     const inTurn = slots.map((_, nth) => slots[(nextSlot + nth) % slots.length]!)
     const idle = inTurn.findIndex(({ busy }) => !busy)
@@ -217,11 +218,12 @@ export function pgboss (options: PgBossOptions): Runner {
 
   async function handle (job: QueuedJob): Promise<JobResult> {
     const { id, data, output, retryCount, retryLimit } = job
-    // A job that a person has redriven has the queue's limit, and one that was retried by hand a higher one.
+    // A job that a person has redriven has the queue's limit, which does not include LOOKS. A job that was retried by hand has a higher limit
+    // than before.
     const attempts = retryLimit > LOOKS ? retryLimit - LOOKS : retryLimit
     const { attempts: ended = 0, ...left } = failureOf(output) ?? {}
     const queued = resumed(JSON.parse(data.delivery) as Job, left)
-    // Where the last attempt has no result of ours, its process died, or the job expired.
+    // If the last attempt left no result of ours, its process died or the job expired.
     const delivery = retryCount > ended ? host.interrupted?.(queued) ?? queued : queued
     const attempt = retryCount + 1
     if (attempt > attempts) return await giveUp(job, delivery, attempts)
@@ -235,7 +237,10 @@ export function pgboss (options: PgBossOptions): Runner {
     return { id, status: 'completed' }
   }
 
-  /** No attempt is left, and the last one has no result. The store may know which handlers had succeeded. */
+  /**
+   * Ends a job that has no attempt left and whose last attempt left no result. Asks the store first, which may know which handlers had
+   * succeeded.
+   */
   async function giveUp (job: QueuedJob, delivery: Job, attempts: number): Promise<JobResult> {
     const before = unrecorded.get(job.id)
     if (before !== undefined) return die({ ...before, job })
@@ -243,7 +248,7 @@ export function pgboss (options: PgBossOptions): Runner {
     try {
       known = await host.recorded?.(delivery)
     } catch (trouble) {
-      // It is looked at again after pg-boss's backoff. Waits, because that may be none.
+      // pg-boss starts the job again after its backoff. Waits first, because the backoff may be 0.
       host.report(trouble, delivery)
       await sleep(1_000)
       return { id: job.id, status: 'failed', ...(job.output !== null && { output: job.output }) }
@@ -261,13 +266,13 @@ export function pgboss (options: PgBossOptions): Runner {
     return { id: job.id, status: 'deadletter', output: outputOf({ attempts, errors, finished, ...(remembered !== undefined && { remembered }), diedAt }) }
   }
 
-  /** Polls, because pg-boss does not say when it has recorded a result. */
+  /** Reports a death once it is recorded. Polls, because pg-boss does not say when it has recorded a result. */
   async function tellOnceRecorded (death: Death): Promise<void> {
     const { job: { id, retryCount }, dead, error } = death
     for (let wait = 10; wait < PATIENCE; wait *= 2) {
       await sleep(wait, undefined, { ref: false, signal: drained.signal }).catch(() => {})
       const [job] = await boss.findJobs(queueName, { id }).catch(() => [])
-      // A later start tells by itself.
+      // A later start of the job reports its death itself.
       if (unrecorded.get(id) !== death) return
       if (job?.state === 'failed' && job.retryCount === retryCount) {
         unrecorded.delete(id)
@@ -278,11 +283,11 @@ export function pgboss (options: PgBossOptions): Runner {
     host.report(error, delivery, { attempt: attempts, attempts })
   }
 
-  /** A dead job, with what the store knows of it where pg-boss has given it up. */
+  /** Makes a dead delivery of a dead job. If pg-boss has given the job up without a result of ours, asks the store what had succeeded. */
   async function asLeft (job: QueuedJob): Promise<DeadDelivery> {
     const dead = deadOf(job)
     if (failureOf(job.sourceOutput) !== undefined) return dead
-    // It may be requeued before the app is ready.
+    // There is no host if the delivery is requeued before the app is ready.
     const { done, ...left } = await (host as RunnerHost | undefined)?.recorded?.(dead) ?? {}
     return { ...dead, ...left }
   }
@@ -298,7 +303,7 @@ export function pgboss (options: PgBossOptions): Runner {
       if (worker === false) return
       const options = { includeMetadata: true, batchSize, perJobResults: true, pollingIntervalSeconds, notifyPollingIntervalSeconds: pollingIntervalSeconds } as const
       for (let nth = 0; nth < Math.floor(concurrency / batchSize); nth++) {
-        // Calls work() once for each slot, because for several at once pg-boss returns the id of the first alone.
+        // Calls work() once for each slot, because pg-boss returns only the id of the first of several workers.
         const slot: Slot = { id: '', busy: false }
         slots.push(slot)
         slot.id = await boss.work<QueuedDelivery, JobResult[], typeof options>(queueName, options, async jobs => await handleBatch(slot, jobs))
@@ -314,7 +319,7 @@ export function pgboss (options: PgBossOptions): Runner {
         limit: Math.min(limit, MAX_LIST),
         ...(type !== undefined && { data: { type: storable(type) } })
       })
-      // Sorts and cuts, because before 12.38 pg-boss gives all of them, in any order.
+      // Sorts and cuts, because before 12.38 pg-boss returns all jobs, in any order.
       return jobs.sort((a, b) => timeOfDeath(a) - timeOfDeath(b)).slice(0, limit).map(deadOf)
     },
     async deadCount () {
@@ -325,7 +330,8 @@ export function pgboss (options: PgBossOptions): Runner {
       for (const job of await boss.findJobs<QueuedDelivery>(deadName, { queued: true, data: { key: idOf(delivery) } })) {
         const { attempts, errors, diedAt, finished, ...again } = await asLeft(job)
         if (!force) assertRemembered({ ...again, finished })
-        // The job's id is made of the dead letter's, so that several requeues, or one that a crash has cut off, make one job.
+        // The new job's id is made of the dead letter's id, so that several requeues make one job, as do a requeue that a crash has cut off and
+        // the next requeue.
         const isNew = await enqueue(uuidOf(`requeued ${job.id}`), resumed(again, { finished }))
         await boss.deleteJob(deadName, job.id)
         if (isNew) requeued = true
@@ -333,7 +339,7 @@ export function pgboss (options: PgBossOptions): Runner {
       return requeued
     },
     async close () {
-      if (!isStarted) return // another app may start it
+      if (!isStarted) return // another app may still start this runner
       closing = true
       await Promise.all(slots.map(async ({ id }) => await boss.offWork(queueName, { id, wait: true })))
       drained.abort()
@@ -351,7 +357,7 @@ function idOf (delivery: DeliveryRef): string {
   return uuidOf(keyOf(delivery))
 }
 
-/** Of version 8: the first bits of a SHA-256. */
+/** A UUID of version 8 from the first bits of a SHA-256. */
 function uuidOf (text: string): string {
   const bytes = createHash('sha256').update(text).digest().subarray(0, 16)
   bytes[6] = bytes[6]! & 0x0f | 0x80
@@ -359,7 +365,7 @@ function uuidOf (text: string): string {
   return bytes.toString('hex').replace(/^(.{8})(.{4})(.{4})(.{4})/, '$1-$2-$3-$4-')
 }
 
-/** A job that is none of ours fails alone. */
+/** The result of a job that is not one of ours. It fails alone, and not with its batch. */
 function failed ({ id }: QueuedJob, error: Error): JobResult {
   return { id, status: 'failed', output: error }
 }
@@ -379,12 +385,12 @@ function timeOfDeath ({ createdOn }: QueuedJob): number {
   return new Date(createdOn).getTime()
 }
 
-/** A job of the dead letter queue. */
+/** Makes a dead delivery of a job of the dead letter queue. */
 function deadOf (job: QueuedJob): DeadDelivery {
   const delivery = JSON.parse(job.data.delivery) as Job
   const failure = failureOf(job.sourceOutput)
   if (failure !== undefined) return { ...delivery, diedAt: timeOfDeath(job), ...failure }
-  // Given up by pg-boss or by a person, so without our result.
+  // pg-boss or a person has given the job up, so it has no result of ours.
   const { value } = (job.sourceOutput ?? {}) as { value?: { message?: string } }
   const error = Object.assign(new Error(value?.message ?? 'pg-boss failed the job'), { stack: '' })
   return deadDelivery(delivery, Number(job.sourceRetryCount) + 1, error, timeOfDeath(job))

@@ -9,32 +9,32 @@ export interface Job {
   /** The receiving route, whose handlers run. */
   readonly endpoint: string
   readonly event: { readonly type: string }
-  /** Strings of a tracer, such as W3C's `traceparent`. */
+  /** Strings that a tracer has added, such as W3C's `traceparent`. */
   readonly carrier?: Readonly<Record<string, string>>
-  /** The tenant, where a route serves many. */
+  /** The tenant, if the route serves many. */
   readonly tenant?: string
-  /** Set where its route has handlers of its own: a process that lacks the route must not complete it. */
+  /** Set if the route has event handlers of its own. A process that lacks the route must not complete the delivery. */
   readonly routeHandlers?: true
-  /** Handlers that succeeded in earlier attempts: they do not run again, whatever the store has forgotten. */
+  /** Handlers that succeeded in earlier attempts. They do not run again, even if the store has forgotten them. */
   readonly finished?: readonly string[]
-  /** Handlers that have used an inbox, each with the time until which that is sure to remember it, in ms since the epoch. */
+  /** Handlers that have used an inbox, each with the time until which the inbox is sure to remember it, in ms since the epoch. */
   readonly remembered?: Readonly<Record<string, number>>
 }
 
-/** Names a delivery. */
+/** Identifies a delivery. */
 export type DeliveryRef = Pick<Job, 'endpoint' | 'webhookId' | 'tenant'>
 
-/** The key of a delivery in stores and queues. Neither a URL, a tenant nor a webhook-id holds a space. */
+/** The key of a delivery in stores and queues. A space separates its parts, because neither a URL, a tenant nor a webhook-id contains one. */
 export function keyOf ({ endpoint, tenant, webhookId }: DeliveryRef): string {
   return tenant === undefined ? `${endpoint} ${webhookId}` : `${endpoint} ${tenant} ${webhookId}`
 }
 
-/** Why a delivery failed, cut where it is long. */
+/** One error with which an attempt ended. `message` is cut to 2,000 characters, and `stack` to 5,000. */
 export interface DeliveryError {
-  /** The handler that threw, by its name; `null` where it was no handler, such as a store that failed. */
+  /** The name of the handler that threw; `null` if no handler failed, but a store, for example. */
   readonly handler: string | null
   readonly message: string
-  /** As it was thrown, with its causes; empty where there is none. */
+  /** The stack of the error that was thrown, followed by the stacks of its causes; empty if there is none. */
   readonly stack: string
 }
 
@@ -42,9 +42,9 @@ export interface DeliveryError {
 export interface DeadDelivery extends Job {
   /** How often its handlers were started. */
   readonly attempts: number
-  /** What its last attempt ended with. */
+  /** The errors with which its last attempt ended, at most 20. */
   readonly errors: readonly DeliveryError[]
-  /** Handlers that have succeeded: when it is requeued, only the others run. */
+  /** Handlers that have succeeded. When the delivery is requeued, only the others run. */
   readonly finished: readonly string[]
   /** ms since the epoch */
   readonly diedAt: number
@@ -52,7 +52,8 @@ export interface DeadDelivery extends Job {
 
 export interface RequeueOptions {
   /**
-   * Also where an effect could happen twice, because the inbox that prevents it may no longer remember the delivery.
+   * Whether to requeue the delivery even if an effect could happen twice, because the inbox that prevents that may no longer remember the
+   * delivery.
    *
    * @default false
    */
@@ -67,50 +68,55 @@ export interface Attempts {
 
 export interface RunnerHost {
   /**
-   * Runs the handlers of one delivery that have not succeeded yet, and records what did.
-   * Rejects with FST_OPENAI_WEBHOOK_HANDLER_FAILED (its `cause` an AggregateError) when any failed, with
-   * FST_OPENAI_WEBHOOK_UNAVAILABLE when the idempotency store did, with FST_OPENAI_WEBHOOK_IN_PROGRESS when another process
-   * has the delivery, and with FST_OPENAI_WEBHOOK_MISSING_ROUTE when this one lacks its handlers: the job is then to be
-   * run again.
+   * Runs the handlers of one delivery that have not succeeded yet, and records each success. Rejects with one of these coded errors, after which
+   * the job is to be attempted again:
    *
-   * @param attempt how often the runner has started this job, this time included; for logs and channels
-   * @param onSuccess called once every handler has succeeded and as the store is told so, which makes one commit of both
-   *   where they share a database. It does not fail, and is waited for. Not called where another has processed the job.
+   * - FST_OPENAI_WEBHOOK_HANDLER_FAILED if a handler failed; the error's `cause` is an AggregateError
+   * - FST_OPENAI_WEBHOOK_UNAVAILABLE if the idempotency store failed
+   * - FST_OPENAI_WEBHOOK_IN_PROGRESS if another process has the delivery
+   * - FST_OPENAI_WEBHOOK_MISSING_ROUTE if this process lacks the route's handlers
+   *
+   * @param attempt how often the runner has started this job, including this time; for logs and channels
+   * @param onSuccess called once every handler has succeeded, at the moment when the store is told so, which makes one commit of both if they
+   *   share a database. `process` waits for it, and reports its error without failing the delivery. Not called if another process has processed
+   *   the job
    */
   process (job: Job, attempt?: number, onSuccess?: () => MaybePromise<void>): MaybePromise<void>
   /**
-   * To be called before `run` resolves, by a runner that calls `process` for this job here and soon: the claim on the
-   * delivery is kept for that. As for `dead`, the plugin has it.
+   * Keeps the claim on a delivery for a runner that soon calls `process` for this job in this process. To be called before `run` resolves. The
+   * plugin has this method; the host of a test may lack it.
    *
-   * @returns gives it back, where it is not called after all
+   * @returns a function that gives the claim back, to be called if the runner does not call `process` after all
    */
   keep? (job: Job): () => MaybePromise<void>
   /**
-   * Told of trouble that no sender hears of; and of a job that failed, as `process` rejected, and is to be run again.
+   * Reports trouble that no sender hears of, or a job that failed and is to be attempted again, with the error with which `process` rejected.
    *
-   * @param attempts of a job that failed
+   * @param attempts if a job failed
    */
   report (error: unknown, job?: Job, attempts?: Attempts): void
   /**
-   * Told once, when that is on record, that a job is not run again: `deadDelivery(job, attempts, error)`. The plugin has it;
-   * the host of a test may not.
+   * Reports that a job is dead: nothing attempts it again. To be called once, when the death is on record. The plugin has this method; the host
+   * of a test may lack it.
    *
-   * @param error as `process` rejected, or why there was no other attempt
+   * @param delivery made by `deadDelivery(job, attempts, error)`
+   * @param error with which `process` rejected, or why there was no further attempt
    */
   dead? (delivery: DeadDelivery, error: unknown): void
   /**
-   * To be asked before a further attempt of a job of which an earlier one has no end on record, such as one that ended with its
-   * process: any of its handlers may have used an inbox. As for `dead`, the plugin has it.
+   * To be called before a further attempt of a job if the end of an earlier attempt is not on record, for example because its process ended. Any
+   * handler of that attempt may have used an inbox. The plugin has this method; the host of a test may lack it.
    *
-   * @returns the job, with how long an inbox remembers each of them
+   * @returns the job with `remembered`: until when an inbox remembers each of its handlers
    */
   interrupted? (job: Job): Job
   /**
-   * What the idempotency store knows of a job whose last attempt ended with its process. Rejects as `process` does. As for
-   * `dead`, the plugin has it.
+   * Asks the idempotency store about a job whose last attempt ended with its process. Rejects with FST_OPENAI_WEBHOOK_UNAVAILABLE if the store
+   * failed, and with FST_OPENAI_WEBHOOK_IN_PROGRESS if another process has the delivery. The plugin has this method; the host of a test may lack
+   * it.
    *
-   * @returns whether it has been processed, or else the handlers that have succeeded, and how long an inbox that any of them
-   * may have used remembers it
+   * @returns `done`: whether the job has been processed. If not, `finished` has the handlers that have succeeded, and `remembered` says until
+   *   when an inbox that any handler may have used remembers the handler
    */
   recorded? (job: Job): MaybePromise<{ done: boolean } & Required<Pick<Job, 'finished'>> & Pick<Job, 'remembered'>>
 }
@@ -118,40 +124,40 @@ export interface RunnerHost {
 /**
  * Decides when and where handlers run.
  *
- * - `run` resolves when the delivery may be acknowledged, and rejects when it was not accepted; whatever has no coded
- *   error of its own is answered 503 `FST_OPENAI_WEBHOOK_UNAVAILABLE`.
- * - After `run` has resolved, the runner owes the job a `host.process`.
- * - `close` stops taking jobs and resolves when none of this process's is running. Its signal aborts when `closeTimeout`
- *   is over: nothing is waited for then.
- * - A runner that gives a job up tells `host.dead`; one that keeps it for a person to look at has `dead`, `deadCount` and
- *   `requeue`, which `app.openaiWebhook.deadLetters` and the metrics ask.
+ * - `run` resolves when the delivery may be acknowledged, and rejects if the runner does not accept it. The sender gets a coded error as it is;
+ *   any other error is answered 503 `FST_OPENAI_WEBHOOK_UNAVAILABLE`.
+ * - If `run` has resolved before the handlers have run, the runner must call `host.process` for the job later.
+ * - `close` stops the runner from taking jobs, and resolves when no job runs in this process. Its signal aborts when `closeTimeout` is over;
+ *   after that the plugin no longer waits.
+ * - A runner that gives a job up calls `host.dead`. A runner that keeps dead deliveries for a person has `dead`, `deadCount` and `requeue`,
+ *   which `app.openaiWebhook.deadLetters` and the metrics call.
  */
 export interface Runner {
   /** Called once, when the app is ready, before the first `run`. */
   start? (host: RunnerHost): MaybePromise<void>
-  /** @returns `'duplicate'` when it has this delivery already, in whatever state; then it owes nothing more */
+  /** @returns `'duplicate'` if the runner already has this delivery, in any state. It then need not call `host.process` again */
   run (job: Job): MaybePromise<void | 'duplicate'>
   close? (signal?: AbortSignal): MaybePromise<void>
-  /** The number of waiting deliveries. A runner with a queue has this; one without it runs the handlers in `run`. */
+  /** The number of waiting deliveries. A runner with a queue has this method; a runner without one runs the handlers in `run`. */
   depth? (): MaybePromise<number>
-  /** The dead deliveries, of one event type or of all, oldest first. @param limit default 100 */
+  /** The dead deliveries of one event type, or of all types, oldest first. @param limit default 100 */
   dead? (limit?: number, type?: string): MaybePromise<DeadDelivery[]>
   /** The number of dead deliveries. */
   deadCount? (): MaybePromise<number>
   /**
-   * Gives a dead delivery its attempts anew, with the `finished` that it died with. Unless by `force`, it rejects with
-   * FST_OPENAI_WEBHOOK_NEEDS_FORCE where `assertRemembered(delivery)` throws it.
+   * Gives a dead delivery its attempts anew, with its `finished` handlers. Without `force`, rejects with FST_OPENAI_WEBHOOK_NEEDS_FORCE if
+   * `assertRemembered(delivery)` throws it.
    *
-   * @returns whether there was one
+   * @returns whether there was such a delivery
    */
   requeue? (delivery: DeliveryRef, options?: RequeueOptions): MaybePromise<boolean>
 }
 
 /**
- * To run a delivery again is safe where handlers that used an inbox, and have not succeeded, are remembered there: one of them
- * may have taken effect all the same.
+ * Asserts that it is safe to run a delivery again: inboxes still remember every handler that has used one and is not known to have succeeded.
+ * Such a handler may have taken effect all the same.
  *
- * @throws FST_OPENAI_WEBHOOK_NEEDS_FORCE
+ * @throws FST_OPENAI_WEBHOOK_NEEDS_FORCE if an inbox may have forgotten such a handler
  */
 export function assertRemembered ({ webhookId, finished = [], remembered = {} }: Job): void {
   for (const [handler, until] of Object.entries(remembered)) {
@@ -159,13 +165,13 @@ export function assertRemembered ({ webhookId, finished = [], remembered = {} }:
   }
 }
 
-/** Tells a host that a delivery is dead; one that cannot hear it is told of the failure. */
+/** Reports a dead delivery to a host. A host without `dead` gets the error through `report`. */
 export function tellDead (host: RunnerHost, delivery: DeadDelivery, error: unknown): void {
   if (host.dead === undefined) host.report(error, delivery)
   else host.dead(delivery, error)
 }
 
-/** A runner that was closed answers everything 503. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
+/** Refuses a runner that an app has closed, because it would answer every delivery 503. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
 export function assertOpen (runner: string, closed: boolean): void {
   if (closed) throw new InvalidOptions(`${runner}: expected a runner that no app has closed: make one for each app`)
 }

@@ -1,9 +1,9 @@
-/** What PostgreSQL takes: neither U+0000 nor half a character. */
+/** Replaces what PostgreSQL refuses in a text: U+0000 and lone surrogates. */
 export function storable (text: string): string {
   return text.replaceAll(/[\0\ud800-\udfff]/gu, '\ufffd')
 }
 
-/** An error whose text PostgreSQL takes: the same one, where it does. */
+/** @returns an error whose message and stack PostgreSQL accepts: `error` itself if it accepts those already */
 export function storableError (error: Error): Error {
   const { message, stack = '' } = error
   if (storable(message + stack) === message + stack) return error
