@@ -19,8 +19,8 @@ export interface IdempotencyOptions {
   /** @default memoryStore() */
   store?: IdempotencyStore
   /**
-   * ms for which a claim holds without being renewed. It is renewed while handlers run, so this is how long a delivery
-   * stays locked after a process that was handling it has died.
+   * ms for which a claim lasts if it is not renewed. The plugin renews it while handlers run, so this is how long a delivery stays locked after
+   * its process has died.
    *
    * @default 30_000
    */
@@ -32,31 +32,33 @@ export interface IdempotencyOptions {
    */
   retention?: number
   /**
-   * Whether the handlers run once for what an event is about, and not once for each `webhook-id`: needed for `reconcile()`. To
-   * be the same in every process that shares the store.
+   * Whether the handlers run once for what an event says of a resource (its type and the id of the resource), and not once for each
+   * `webhook-id`. Applies to event types that occur at most once for a resource. Needed for `reconcile()`. Must be the same in every process
+   * that shares the store.
    *
    * @default false
    */
   reconcile?: boolean
 }
 
-/** What one route, or one call of `unwrap`, may have of its own. */
+/** Options that one route, or one call of `unwrap`, may override. */
 export interface EndpointOptions {
   /**
-   * The signing secret, several while one replaces another, or a function that fetches them: called at boot, and again
-   * at most once a minute when a signature matches none. `whsec_` + base64, else the UTF-8 bytes, as OpenAI's SDKs do.
+   * The signing secret, several secrets while one replaces another, or a function that fetches them. The function is called at boot, and again,
+   * at most once a minute, if a signature matches none of them. The key is the base64 after `whsec_`; without that prefix it is the UTF-8 bytes
+   * of the secret, as in OpenAI's SDKs.
    *
    * @default process.env.OPENAI_WEBHOOK_SECRET
    */
   secret?: Secret
   /**
-   * Seconds that the signed timestamp may differ from this server's clock, past and future.
+   * Seconds by which the signed timestamp may differ from this server's clock, past and future.
    *
    * @default 300
    */
   tolerance?: number
   /**
-   * Bytes.
+   * Maximum length of a body, in bytes. A longer body is answered 413.
    *
    * @default 65_536
    */
@@ -65,11 +67,12 @@ export interface EndpointOptions {
   verifier?: Verifier
 }
 
-/** What a receiving route may have of its own. */
+/** Options that a receiving route may override. */
 export interface ReceivingOptions extends EndpointOptions {
   /**
-   * ms from a request's headers until its whole body has arrived: else 408, and the connection is closed (HTTP/1.1) or the
-   * stream reset (HTTP/2). A shorter `requestTimeout` of Fastify's takes its place.
+   * ms from a request's headers until its whole body must have arrived. After that the request is answered 408
+   * (`FST_OPENAI_WEBHOOK_BODY_TIMEOUT`), and the connection is closed (HTTP/1.1) or the stream reset (HTTP/2). If Fastify's `requestTimeout` is
+   * shorter, it applies instead.
    *
    * @default 10_000
    */
@@ -78,7 +81,7 @@ export interface ReceivingOptions extends EndpointOptions {
 
 export interface OpenAIWebhookOptions extends ReceivingOptions {
   /**
-   * The route that receives; `false` for none.
+   * The path of the plugin's own receiving route; `false` for none.
    *
    * @default '/webhooks/openai'
    */
@@ -86,16 +89,20 @@ export interface OpenAIWebhookOptions extends ReceivingOptions {
   /** Put before `path`, as for any Fastify plugin. */
   prefix?: string
   /**
-   * The limits of @fastify/rate-limit for the plugin's own route, as its `config.rateLimit`; `false` where the app's
-   * shall not apply. They count deliveries whose headers are in order, before any is hashed.
+   * The limits of @fastify/rate-limit for the plugin's own route, as its `config.rateLimit`; `false` if the app's limits are not to apply. The
+   * limits count deliveries whose headers are valid, before any body is hashed.
    */
   rateLimit?: RateLimit
   /**
-   * Schemas of further event types, or other ones for known types: of TypeBox 0.34 or 1.x, or with Standard Schema (Zod, Valibot,
-   * ArkType), synchronous. They check an event and do not change it. Type them by merging `EventsOf` into `OpenAIWebhookEvents`.
+   * Schemas of additional event types, or other schemas for known types: of TypeBox 0.34 or 1.x, or with Standard Schema (Zod, Valibot,
+   * ArkType). They must be synchronous. They check an event and do not change it. To type these events, merge `EventsOf` into
+   * `OpenAIWebhookEvents`.
    */
   events?: Readonly<Record<string, AnySchema>>
-  /** `false`: a delivery that comes twice is processed twice. */
+  /**
+   * How deliveries are deduplicated. With `false`, a delivery that is sent again is processed again, unless it is still running in this process:
+   * then it joins that one.
+   */
   idempotency?: IdempotencyOptions | false
   /**
    * When and where handlers run.
@@ -104,78 +111,81 @@ export interface OpenAIWebhookOptions extends ReceivingOptions {
    */
   runner?: Runner
   /**
-   * ms after which the sender is answered 503 while the handlers run on; the retry joins them or finds their result.
+   * ms after which the sender is answered 503 (`FST_OPENAI_WEBHOOK_DEADLINE`) while the handlers keep running. The retry joins them or finds
+   * their result.
    *
    * @default 4_500
    */
   deadline?: number
   /**
-   * ms that `app.close()` waits for what is running before the handlers' `signal` aborts.
+   * ms for which `app.close()` waits for what is running. Then the handlers' `signal` aborts.
    *
    * @default 10_000
    */
   closeTimeout?: number
 }
 
-/** The tenants of a route, each with a signing secret of its own. */
+/** The tenants of a route, each with its own signing secret. */
 export interface TenantOptions {
   /**
-   * Names the tenant of a request, which is not verified yet: 1 to 256 visible ASCII characters. Whatever else it returns, or
-   * throws, is answered 401.
+   * Returns the name of a request's tenant: 1 to 256 visible ASCII characters. The request is not verified yet. If the function returns anything
+   * else, or throws, the sender is answered 401.
    *
-   * It must give one spelling per tenant: where `secret` finds `Acme` and `acme` alike, a delivery to one can be sent again to
-   * the other.
+   * The function must return one spelling for each tenant. If `secret` finds the same tenant for `Acme` and `acme`, a delivery to one can be
+   * sent again to the other.
    */
   of: (request: FastifyRequest & { params: any, query: any }) => string | null | undefined
   /**
-   * Fetches a tenant's signing secret, or several while one replaces another; `undefined` or `null` for an unknown tenant: 401.
-   * Where it fails, takes longer than the deadline or gives what is no secret, the sender is answered 503.
+   * Fetches a tenant's signing secret, or several secrets while one replaces another. Returns `undefined` or `null` for an unknown tenant, whose
+   * sender is answered 401. If the function fails, takes longer than the deadline or returns what is not a secret, the sender is answered 503.
    */
   secret: (tenant: string) => TenantSecret | Promise<TenantSecret>
   /**
-   * ms for which a secret is kept. After that it serves on while it is asked for again. It is also asked for again, at most once
-   * a minute, when no signature matches.
+   * ms for which a secret is kept. After that it stays in use while it is fetched again. It is also fetched again, at most once a minute, if no
+   * signature matches.
    *
    * @default 300_000
    */
   ttl?: number
   /**
-   * Tenants whose secrets are kept; beyond it the one that was not used for longest is forgotten.
+   * Maximum number of tenants whose secrets are kept. Beyond it, the tenant that was not used for the longest time is forgotten.
    *
    * @default 10_000
    */
   max?: number
 }
 
-/** A tenant's signing secret, or several while one replaces another. `undefined` and `null`: there is no such tenant. */
+/** A tenant's signing secret, or several while one replaces another. `undefined` and `null` mean that there is no such tenant. */
 export type TenantSecret = string | readonly string[] | null | undefined
 
 /** `config.openaiWebhook` of a marked route. */
 export interface RouteOverrides extends ReceivingOptions {
-  /** In place of `secret`: the route serves many tenants. */
+  /** Replaces `secret` on a route that serves many tenants. */
   tenant?: TenantOptions
   /** Handlers by event type or pattern. */
   on?: RouteHandlers
 }
 
-/** The type that @fastify/rate-limit gives `config.rateLimit`, where it is imported. */
+/** The type that @fastify/rate-limit gives to `config.rateLimit`, if that package is imported. */
 export type RateLimit = Required<FastifyContextConfig> extends { rateLimit: infer Limits } ? Limits : object | false
 
 export interface WebhookRouteOptions extends RouteOverrides {
-  /** Within the scope's prefix. */
+  /** The path of the route, within the scope's prefix. */
   url: string
-  /** Replies once the event handlers have succeeded; returns nothing → 200 `{"received":true}`. */
+  /**
+   * The route's own handler, which replies once the event handlers have succeeded. If it returns nothing, the answer is 200 `{"received":true}`.
+   */
   handler?: VerifiedHandler
   /** The limits of @fastify/rate-limit for this route, as its `config.rateLimit`. */
   rateLimit?: RateLimit
 }
 
-/** A route's handler, whose requests have passed verification. */
+/** A route's own handler. Its requests have passed verification. */
 export type VerifiedHandler = RouteHandlerMethod<
   RawServerDefault, RawRequestDefaultExpression, RawReplyDefaultExpression, RouteGenericInterface, { openaiWebhook: RouteOverrides }
 >
 
-/** The defaults of options. Each stands at its option too, as `@default`. */
+/** The defaults of options. Each is also written at its option, as `@default`. */
 export const DEFAULTS = {
   path: '/webhooks/openai',
   tolerance: 300,
@@ -200,10 +210,10 @@ const anything: Rule = { expected: 'anything', accepts: () => true }
 const rateLimit: Rule = { expected: 'an object of @fastify/rate-limit\'s route options, or false', accepts: value => value === false || isObject(value) }
 
 const endpointRules: Record<keyof Required<EndpointOptions>, Rule> = {
-  secret: anything, // has a coded error of its own
+  secret: anything, // checked elsewhere, with its own coded error
   tolerance: wholeNumber('seconds', 1),
   bodyLimit: wholeNumber('bytes', 1),
-  // A scheme that was not called is a function too, and would refuse every delivery.
+  // A verifier maker that was not called is a function too, and would refuse every delivery.
   verifier: { expected: 'a function such as standardWebhooks() returns', accepts: value => isFunction(value) && value !== standardWebhooks && value !== xOpenAISignature }
 }
 
@@ -241,7 +251,7 @@ const tenantRules: Record<keyof Required<TenantOptions>, Rule> = {
   of: { expected: 'a function of the request', accepts: isFunction },
   secret: { expected: 'a function of the tenant', accepts: isFunction },
   ttl: wholeNumber('ms', 1),
-  // What they take is reserved at boot.
+  // Limited, because the memory for the tenants is reserved at boot.
   max: wholeNumber('tenants', 1, 10_000_000)
 }
 
@@ -256,14 +266,14 @@ const idempotencyRules: Record<keyof Required<IdempotencyOptions>, Rule> = {
 const JSON_SCHEMA_KEYWORDS = ['type', 'properties', 'required', '$ref', 'allOf', 'anyOf', 'oneOf', 'const', 'enum']
 
 /**
- * Options of `register` that are not for the plugin. Fastify reads the first two. A test of an app that fastify-cli generated
- * gives the app the third, and such an app hands its options on to every plugin.
+ * Options of `register` that are not for the plugin. Fastify reads the first two. A test passes the third one to an app that fastify-cli
+ * generated, and such an app passes its options on to every plugin.
  */
 const FOREIGN_OPTIONS = ['logLevel', 'logSerializers', 'skipOverride']
 
 const each = (names: string[], place: (name: string) => string): Record<string, string> => Object.fromEntries(names.map(name => [name, place(name)]))
 
-/** What to do with an option that is known, and stands in the wrong place. */
+/** The advice for a known option that is in the wrong place. */
 const RIGHT_PLACES: Readonly<Record<string, string>> = {
   path: 'a route has `url`; `path` is an option of the plugin',
   prefix: 'a route has the prefix of its scope: call route() in a scope that is registered with { prefix }',
@@ -280,7 +290,7 @@ const RIGHT_PLACES: Readonly<Record<string, string>> = {
   ...each(['concurrency', 'attempts', 'backoff'], name => `it is an option of a runner that has it, as in { runner: durable(db, { ${name} }) }`)
 }
 
-/** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
+/** Checks the plugin's options. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
 export function assertOptions (options: unknown): asserts options is OpenAIWebhookOptions {
   assertOptionsBy(pluginRules, options, '', FOREIGN_OPTIONS)
   const { idempotency, runner, events = {} } = options as OpenAIWebhookOptions
@@ -293,19 +303,19 @@ export function assertOptions (options: unknown): asserts options is OpenAIWebho
   for (const [type, schema] of Object.entries(events)) assertSchema(type, schema)
 }
 
-/** Of `unwrap()`. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
+/** Checks the overrides of `unwrap()`. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
 export function assertUnwrapOptions (options: unknown): asserts options is EndpointOptions {
   const { bodyLimit, ...rules } = endpointRules
   assertOptionsBy(rules, options)
 }
 
-/** Of `config.openaiWebhook`. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
+/** Checks the overrides in `config.openaiWebhook`. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
 export function assertOverrides (options: unknown): asserts options is RouteOverrides {
   assertOptionsBy(overrideRules, options)
   assertTenant(options)
 }
 
-/** Of `.route()`. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
+/** Checks the options of `.route()`. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
 export function assertRouteOptions (options: unknown): asserts options is WebhookRouteOptions {
   assertOptionsBy(routeRules, options)
   assertTenant(options)
@@ -337,7 +347,7 @@ function assertSchema (type: string, schema: AnySchema): void {
   }
 }
 
-/** Names what was given in place of a schema. */
+/** Describes a value that was given instead of a schema. */
 function showSchema (value: unknown): string {
   if ((typeof value !== 'object' && typeof value !== 'function') || value === null) return show(value)
   const { '~standard': standard, constructor } = value as { '~standard'?: { version?: unknown }, constructor?: unknown }
