@@ -12,14 +12,14 @@ import type { DeliveryError } from '../runners/runner.ts'
 
 export interface DurableOptions {
   /**
-   * Deliveries whose handlers run at once.
+   * Maximum number of deliveries whose handlers run at the same time.
    *
    * @default 10
    */
   concurrency?: number
   /**
-   * How often the handlers of a delivery are started before it is kept as dead. A start counts when it ends in a crash.
-   * A crash also costs up to 200 waiting deliveries one attempt each, unless `attempts` is 1.
+   * How often the handlers of a delivery are started before it is kept as dead. A start counts even if it ends in a crash. A crash also costs up
+   * to 200 waiting deliveries one attempt each, unless `attempts` is 1.
    *
    * @default 16
    */
@@ -31,7 +31,8 @@ export interface DurableOptions {
    */
   backoff?: number
   /**
-   * ms for which an attempt holds without being renewed: so long after a crash its deliveries are attempted again.
+   * ms for which the lease of an attempt lasts if it is not renewed. This is how long after a crash the interrupted deliveries are attempted
+   * again.
    *
    * @default 30_000
    */
@@ -41,23 +42,26 @@ export interface DurableOptions {
 export interface DurableRunner extends Runner {
   /** The dead deliveries, oldest first. @param limit default 100 @param type of one event type alone */
   dead (limit?: number, type?: string): DeadDelivery[]
-  /** How many there are. */
+  /** The number of dead deliveries. */
   deadCount (): number
   /**
-   * Gives a dead delivery its attempts anew. Handlers that had succeeded do not run again. @returns whether there was one
+   * Gives a dead delivery its attempts anew. Handlers that had succeeded do not run again. @returns whether there was such a delivery
    *
    * @throws FST_OPENAI_WEBHOOK_NEEDS_FORCE
    */
   requeue (delivery: DeliveryRef, options?: RequeueOptions): boolean
 }
 
-/** Deliveries whose first attempt is recorded ahead, before there is room to run it. Otherwise each would cost two more commits. */
+/**
+ * Maximum number of deliveries whose first attempt is recorded ahead, before there is room to run it. Otherwise each would cost two more
+ * commits.
+ */
 const AHEAD = 200
 /** ms */
 const MAX_BACKOFF = 3_600_000
-/** ms between two looks at the file: after trouble, or for deliveries that another process has queued. */
+/** Longest time between two looks at the file, in ms. Looks are needed after trouble, and for deliveries that another process has queued. */
 const POLL_INTERVAL = 1_000
-/** Attempts */
+/** Maximum number of failed attempts that are remembered because they could not be recorded. */
 const MAX_UNRECORDED = 1_000
 /** The end of the lease of a job that another process has taken over. */
 const LOST = 0
@@ -72,7 +76,7 @@ interface Attempt extends Hold {
   readonly end: () => void
 }
 
-/** One whose handlers start as soon as there is room. */
+/** An attempt whose handlers start as soon as there is room. */
 interface Ahead {
   readonly attempt: Attempt
   readonly job: Job
@@ -80,14 +84,14 @@ interface Ahead {
 }
 
 /**
- * Commits a delivery to the user's SQLite file before it is acknowledged, and runs its handlers afterwards: again with
- * exponential backoff when they fail, and after a restart. At least once over a crash at any instant, with no server
- * beside it. Several processes on the machine may share the file.
+ * Commits a delivery to the user's SQLite file before it is acknowledged, and runs its handlers afterwards. If they fail, they are attempted
+ * again with exponential backoff; after a restart, unfinished deliveries are attempted again. The handlers run at least once, even if the
+ * process crashes at any moment. No server is needed. Several processes of one machine may share the file.
  *
- * Creates the table `openai_webhook_jobs`, sets the handle to WAL with one fsync a commit, and never closes it. A file
- * that is locked, full, read-only or deleted answers the sender 503.
+ * Creates the table `openai_webhook_jobs`, sets the handle to WAL with one fsync for each commit, and never closes the handle. While the file is
+ * locked, full, read-only or deleted, the sender is answered 503.
  *
- * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS, and SQLite's own error when the table cannot be made
+ * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS, and SQLite's own error if the table cannot be created
  */
 export function durable (db: SqliteDatabase, options: DurableOptions = {}): DurableRunner {
   assertNames('durable', options, ['concurrency', 'attempts', 'backoff', 'lease'])
@@ -103,13 +107,13 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
   let host: RunnerHost
   let isStarted = false
   let closing = false
-  /** By the job's key. */
+  /** The attempts of this process, by the job's key. */
   const active = new Map<string, Attempt>()
-  /** Those of them that wait for room, in order of arrival. */
+  /** The active attempts that wait for room, in the order of arrival. */
   const ahead = new Set<Ahead>()
-  /** What failed attempts ended with that could not be recorded, by the job's key. */
+  /** The errors of failed attempts that could not be recorded, by the job's key. */
   const unrecorded = new LRUCache<string, { count: number, error: unknown }>({ max: MAX_UNRECORDED })
-  /** Deliveries whose handlers run. */
+  /** Number of deliveries whose handlers run. */
   let running = 0
   let starting = false
   let scheduled = false
@@ -198,7 +202,7 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
     return isInterrupted ? host.interrupted?.(job) ?? job : job
   }
 
-  /** Takes a place among those that run at once. */
+  /** Adds an active attempt, whose lease is renewed from now on. */
   function hold (key: string, count: number): Attempt {
     let end!: () => void
     const ended = new Promise<void>(resolve => { end = resolve })
@@ -208,7 +212,7 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
     return attempt
   }
 
-  /** Begins the lease when it is written, since the write may have waited for a lock. */
+  /** Starts the lease at the time of the write, because the write may have waited for a lock. */
   function leased (attempt: Attempt): number {
     attempt.until = Date.now() + lease
     return attempt.until
@@ -223,7 +227,7 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
     try {
       await work()
     } catch (error) {
-      // The row cannot be read. It is looked at again once its lease has run out.
+      // The row cannot be read. The job is attempted again once its lease has run out.
       host.report(error)
     }
     letGo(attempt)
@@ -321,7 +325,7 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
     try {
       known = await host.recorded?.(job)
     } catch (trouble) {
-      // It is looked at again once its lease has run out.
+      // The store is asked again once the lease of the job has run out.
       return host.report(trouble, job)
     }
     const { done = false, ...left } = known ?? {}
@@ -331,8 +335,9 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
   }
 
   /**
-   * @param onRecord the errors of its last attempt, where they are on record
-   * @returns whether it is dead by now, and told
+   * @param ran whether the handlers ran in this attempt, so that a lost lease is reported
+   * @param onRecord the errors of the last attempt, if they are on record
+   * @returns whether the death is recorded and reported
    */
   async function die (job: Job, attempt: Attempt, error: unknown, ran = true, onRecord?: readonly DeliveryError[]): Promise<boolean> {
     const { key, count } = attempt
@@ -347,7 +352,10 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
     return recorded
   }
 
-  /** @returns whether it is recorded; if not, the job is attempted again once its lease has run out */
+  /**
+   * @param ran whether the handlers ran in this attempt, so that a lost lease is reported
+   * @returns whether the change is recorded. If not, the job is attempted again once its lease has run out
+   */
   async function record (job: Job, change: () => boolean, ran = true): Promise<boolean> {
     try {
       if (await write(change)) return true
@@ -396,7 +404,8 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
       if (closing) throw new Overloaded()
       const key = keyOf(job)
       const text = JSON.stringify(job)
-      // Jobs in the file come first. A last attempt is not counted before it starts.
+      // Jobs in the file come first. With one attempt, none is recorded ahead, because a crash would then use up an attempt that had not
+      // started.
       const most = attempts === 1 ? concurrency : concurrency + AHEAD
       if (!isStarted || behind || active.size >= most || active.has(key)) {
         behind = true
@@ -423,7 +432,7 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
       return undefined
     },
     async close () {
-      if (!isStarted) return // another app may start it
+      if (!isStarted) return // another app may still start this runner
       closing = true
       clearTimeout(timer)
       if (ahead.size > 0) giveBack([...ahead])
@@ -431,7 +440,7 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
     },
     depth: () => Math.max(0, jobs.count() - active.size + ahead.size),
     dead (limit = 100, type) {
-      // Some libraries end the process over a value of another kind.
+      // Checked, because some SQLite libraries end the process if a value is of another type.
       assertCount('durable: dead()', 'limit', limit, 1)
       return deadJobs.list(limit, { type })
     },

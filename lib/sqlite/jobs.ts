@@ -92,7 +92,7 @@ export function pendingJobs (database: Database) {
     },
     /** @param attempts 1 to count the attempt, which happens before it runs, so that a delivery that kills the process is dead in the end */
     take: ({ key, due }: PendingRow, attempts: 0 | 1, until: number) => changed(take.run(attempts, until, key, due)),
-    /** Gives back a job whose attempt was counted but not made. */
+    /** Gives back a job whose attempt was counted but not started. */
     giveBack: (hold: Hold) => changed(giveBack.run(Date.now(), ...held(hold))),
     renew: (hold: Hold, until: number) => changed(renew.run(until, ...held(hold))),
     postpone: (hold: Hold, due: number, error: unknown, failure: Failure) => changed(postpone.run(due, lineOf(error), JSON.stringify(failure), ...held(hold))),
@@ -169,7 +169,7 @@ export class DeadJobs {
     return count
   }
 
-  /** Makes a dead job pending again. @returns whether there was one @throws FST_OPENAI_WEBHOOK_NEEDS_FORCE */
+  /** Makes a dead job pending again. @returns whether there was such a job @throws FST_OPENAI_WEBHOOK_NEEDS_FORCE */
   revive (delivery: DeliveryRef, force: boolean): boolean {
     const [row] = this.#find.all(keyOf(delivery)) as DeadRow[]
     if (row !== undefined && !force) assertRemembered(read(row))
