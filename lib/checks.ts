@@ -92,7 +92,7 @@ export function workerOptions<Options extends object> (caller: string, worker: b
   if (typeof worker === 'boolean') return {}
   if (typeof worker !== 'object' || worker === null) throw new InvalidOptions(`${caller}: expected worker to be true, false or an object, got ${kind(worker)}`)
   assertNames(`${caller}: worker`, worker, names)
-  return worker
+  return Object.fromEntries(Object.entries(worker).filter(([, value]) => value !== undefined)) as Partial<Options>
 }
 
 const kind = (value: unknown): string => value === null ? 'null' : `a value of type ${typeof value}`

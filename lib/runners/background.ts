@@ -54,25 +54,16 @@ export function background (options: BackgroundOptions = {}): Runner {
     // Waits a turn, so that the acknowledgement leaves before a handler can block the event loop.
     await new Promise(resolve => setImmediate(resolve))
     try {
-      await processed(job)
+      await host.process(job)
     } catch (error) {
-      // Reported as trouble and not as dead, because the handlers may still succeed in the process that has the delivery.
-      if (error instanceof InProgress) host.report(error, job)
-      else tellDead(host, deadDelivery(job, 1, error), error)
+      if (!(error instanceof InProgress)) tellDead(host, deadDelivery(job, 1, error), error)
+      // Another process has the delivery, and its handlers may succeed there or fail. This process has acknowledged the delivery, so it tries again
+      // after the others that wait.
+      else if (!closing) waiting.set(key, inContext(() => runOne(key, job)))
+      else host.report(error, job)
     }
     running.delete(key)
     startNext()
-  }
-
-  /** Tries again while another process has the delivery, because its handlers may fail there, and this process has acknowledged it. */
-  async function processed (job: Job): Promise<void> {
-    for (;;) {
-      try {
-        return await host.process(job)
-      } catch (error) {
-        if (!(error instanceof InProgress) || closing) throw error
-      }
-    }
   }
 
   return {

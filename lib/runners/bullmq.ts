@@ -154,6 +154,7 @@ export function bullmq (options: BullMQOptions): Runner {
   assertOption('bullmq', 'removeOnComplete', removeOnComplete, KEPT)
   assertOption('bullmq', 'removeOnFail', removeOnFail, KEPT)
   for (const [name, value] of Object.entries(settingsOfWorker)) if (value !== undefined) assertCount('bullmq', `worker.${name}`, value, 1)
+  const isUsers = 'disconnect' in connection
   let queue: Queue<QueuedData> | undefined
   let processor: Worker<QueuedData> | undefined
   let host: RunnerHost
@@ -309,14 +310,16 @@ export function bullmq (options: BullMQOptions): Runner {
       const gaveUp = new Promise<void>(resolve => {
         signal?.addEventListener('abort', () => {
           isGivenUp = true
-          // BullMQ would wait for a Redis that cannot be reached, and its attempts to connect would keep the process alive.
-          processor?.disconnect().catch(() => {})
-          queue?.disconnect().catch(() => {})
+          // BullMQ waits for a Redis that cannot be reached, and its attempts to connect would keep the process alive. The user's own connection
+          // stays as it is.
+          if (!isUsers) for (const each of [processor, queue]) each?.disconnect().catch(() => {})
           resolve()
         }, { once: true })
       })
-      // Not close() yet, because it would wait for the running jobs, and renew their locks, for as long as they run.
-      await Promise.race([Promise.allSettled([processor?.pause()]), gaveUp])
+      // BullMQ has no public way to stop waiting: close() waits for the running jobs, and renews their locks, for as long as they run, and pause()
+      // connects again after they have ended, to a Redis that nobody uses any more.
+      await Promise.allSettled([processor?.pause(true)])
+      await Promise.race([Promise.allSettled([processor?.['whenCurrentJobsFinished'](false)]), gaveUp])
       await processor?.close(isGivenUp)
       await queue?.close()
     },

@@ -274,7 +274,7 @@ t.test('a delivery that another process has', async t => {
     }
     await runner.start?.(host)
     await runner.run(job)
-    await new Promise(resolve => setImmediate(() => setImmediate(resolve)))
+    while (outcomes.length > 0) await new Promise(resolve => setImmediate(resolve))
     await runner.close?.()
     return heard
   }
@@ -284,6 +284,21 @@ t.test('a delivery that another process has', async t => {
   t.same(await attempted([new InProgress(), new Error('the handler failed')]), ['attempt', 'attempt', 'dead the handler failed'], 'fails here once it was given up there')
   t.same(await attempted([new InProgress(), new InProgress()], (runner, left) => { if (left === 0) runner.close?.() }),
     ['attempt', 'attempt', 'trouble FST_OPENAI_WEBHOOK_IN_PROGRESS'], 'is not told as dead where the app closes meanwhile')
+
+  const order: string[] = []
+  const runner = background({ concurrency: 2 })
+  await runner.start?.({
+    async process ({ webhookId }) {
+      order.push(webhookId)
+      if (webhookId !== 'wh_other' && order.length < 12) throw new InProgress()
+    },
+    report () {}
+  })
+  for (const webhookId of ['wh_1', 'wh_2', 'wh_other']) await runner.run({ ...job, webhookId })
+  t.equal(await runner.run(job), 'duplicate')
+  while (order.length < 12) await new Promise(resolve => setImmediate(resolve))
+  await runner.close?.()
+  t.same(order.slice(0, 3), ['wh_1', 'wh_2', 'wh_other'], 'holds up no other')
 })
 
 t.test('closing', async t => {

@@ -1,6 +1,7 @@
 import { once } from 'node:events'
 import { join } from 'node:path'
 import { Queue, Worker } from 'bullmq'
+import { Redis } from 'ioredis'
 import t from 'tap'
 import { bullmq } from '../../lib/runners/bullmq.ts'
 import type { BullMQOptions } from '../../lib/runners/bullmq.ts'
@@ -302,14 +303,33 @@ t.test('bullmq', { skip }, async t => {
     const effects = join(t.testdir(), 'effects')
     const receiving = await queueing(t, server.port, { worker: false })
     const options = { effects, runner: 'bullmq', redisPort: server.port, path: false, worker: { lockDuration: 500, stalledInterval: 250 } } as const
+    const late = await Member.start(t, { ...options, hangs: 1_000, closeTimeout: 100 })
+    t.equal(await answer(receiving.app, batchFailed('wh_late')), '200')
+    await until('the job to be started', () => effectsIn(effects).length === 1)
+    await late.close() // once the handler has ended
+    t.same(late.told, [])
     const hung = await Member.start(t, { ...options, hangs: true, closeTimeout: 100 })
     t.equal(await answer(receiving.app, batchFailed('wh_hung')), '200')
-    await until('the job to be started', () => effectsIn(effects).length === 1)
+    await until('the job to be started', () => effectsIn(effects).some(({ webhookId, pid }) => webhookId === 'wh_hung' && pid === hung.pid))
     await hung.close()
     t.same(hung.told, [])
     const other = await Member.start(t, options)
-    await until('the job to be taken over', () => effectsIn(effects).some(({ pid }) => pid === other.pid))
+    await until('the jobs to be taken over', () => ['wh_late', 'wh_hung'].every(id => effectsIn(effects).some(({ webhookId, pid }) => webhookId === id && pid === other.pid)))
     await other.close()
+  })
+
+  t.test('a connection of the user\'s own stays open, also where a handler runs on', async t => {
+    const server = await RedisServer.start(t)
+    const connection = new Redis(server.port, '127.0.0.1', { maxRetriesPerRequest: null })
+    t.teardown(() => { connection.disconnect() })
+    const state = await queueing(t, server.port, { connection }, { closeTimeout: 100 })
+    const running = deferred()
+    state.work = async () => { await running.promise }
+    t.equal(await answer(state.app, batchFailed('wh_1')), '200')
+    await until('the handler to run', () => state.ran.length === 1)
+    await state.app.close()
+    t.equal(await connection.ping(), 'PONG')
+    running.resolve()
   })
 
   t.test('several people requeue the same deliveries at once, which die again meanwhile', async t => {

@@ -172,8 +172,8 @@ export interface MemberOptions {
   blockedUntil?: string
   /** Whether the handler fails at its end. */
   fails?: boolean
-  /** Whether the handler never ends. */
-  hangs?: boolean
+  /** Whether the handler never ends, or ms after which it does. */
+  hangs?: boolean | number
   /** ms */
   closeTimeout?: number
 }

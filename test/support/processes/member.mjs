@@ -59,7 +59,7 @@ app.openaiWebhook.on('batch.failed', async (_event, { webhookId }) => {
   // The event loop is blocked, so no lease is renewed in the meantime.
   if (blockedUntil !== undefined) while (!existsSync(blockedUntil));
   else await new Promise(resolve => setImmediate(resolve))
-  if (hangs) await new Promise(() => {})
+  if (hangs) await new Promise(resolve => { if (typeof hangs === 'number') setTimeout(resolve, hangs) })
   if (fails) throw new Error('the handler failed')
 }, { name: 'effect' })
 app.openaiWebhook.onError(error => { process.send({ error: error.message }) })
