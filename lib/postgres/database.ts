@@ -121,15 +121,17 @@ class Pooled implements Database {
   }
 
   async query (text: string, values: readonly Value[]): Promise<any[]> {
-    return await this.#withClient(async client => {
-      for (let attempt = 1; ; attempt++) {
-        try {
-          return await this.#run(client, text, values)
-        } catch (error) {
-          if (attempt === MAX_ATTEMPTS || !isConflict(error)) throw error
-        }
-      }
-    })
+    return await this.#withClient(async client => await this.#runAgain(client, text, values, MAX_ATTEMPTS))
+  }
+
+  /** Sends a statement again while it conflicts with others. @param times it may be sent */
+  async #runAgain (client: PgClient, text: string, values: readonly Value[], times: number): Promise<any[]> {
+    try {
+      return await this.#run(client, text, values)
+    } catch (error) {
+      if (times === 1 || !isConflict(error)) throw error
+      return await this.#runAgain(client, text, values, times - 1)
+    }
   }
 
   async script (sql: string): Promise<void> {
