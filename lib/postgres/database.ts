@@ -1,4 +1,5 @@
 import { setTimeout as sleep } from 'node:timers/promises'
+import { codeOf } from '../coded.ts'
 import { InvalidOptions } from '../errors.ts'
 import { within } from '../within.ts'
 import { ALONE, scriptOf } from './migration.ts'
@@ -82,7 +83,7 @@ function isLite (db: unknown): db is PgLite {
 
 /** Whether the session is read-only. If that was the default of its database or role when the session began, the session stays read-only. */
 function isReadOnly (error: unknown): boolean {
-  return (error as { code?: unknown } | null | undefined)?.code === '25006'
+  return codeOf(error) === '25006'
 }
 
 /**
@@ -90,7 +91,8 @@ function isReadOnly (error: unknown): boolean {
  * a deadlock. The statement has written nothing, so it can be sent again.
  */
 function isConflict (error: unknown): boolean {
-  return ['40001', '40P01'].includes((error as { code?: unknown } | null | undefined)?.code as string)
+  const code = codeOf(error)
+  return code === '40001' || code === '40P01'
 }
 
 /** The query for the outcome of a transaction. */

@@ -191,7 +191,7 @@ async function deliver (ended: Ended, { url, secret, timeout }: Plan, signal: Ab
 /** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS, FST_OPENAI_WEBHOOK_INVALID_SECRET */
 function planOf (options: ReconcileOptions): Plan {
   // If a misspelt `dryrun` were ignored, the events would be delivered.
-  assertNames('reconcile()', options, ['url', 'secret', 'since', 'types', 'evals', 'dryRun', 'timeout', 'signal', 'onProgress'])
+  assertNames('reconcile()', options, ['url', 'since', ...Object.keys(RULES) as Array<keyof typeof RULES>])
   for (const [name, rule] of Object.entries(RULES)) assertOption('reconcile()', name, options[name as keyof typeof RULES], rule)
   const { url, secret = process.env['OPENAI_WEBHOOK_SECRET'], since, types, evals = [], dryRun = false, timeout = TIMEOUT } = options
   const wanted = new Set(types === undefined ? FAMILY_NAMES.flatMap(typesOf) : types.flatMap(listable))

@@ -1,9 +1,10 @@
 import { DelayedError, ErrorCode, Queue, UnrecoverableError, Worker } from 'bullmq'
 import type { BackoffOptions, ConnectionOptions, JobsOptions, KeepJobs, WorkerOptions } from 'bullmq'
 import type { Job as BullMQJob } from 'bullmq'
+import { codeOf } from '../coded.ts'
 import { InvalidOptions, Overloaded, Unavailable } from '../errors.ts'
 import { grouped } from '../grouped.ts'
-import { causeOf, deadDelivery, describeFailure, resumed } from './handler-failures.ts'
+import { causeOf, deadDelivery, describeFailure, errorOf, resumed } from './handler-failures.ts'
 import { RETENTION } from '../stores/store.ts'
 import { assertCount, assertNames, assertOption, isObject, workerOptions } from '../checks.ts'
 import type { Rule } from '../checks.ts'
@@ -300,7 +301,7 @@ export function bullmq (options: BullMQOptions): Runner {
         return true
       } catch (error) {
         // Another caller has requeued the job, and it may have died again since.
-        if ((error as { code?: unknown }).code === ErrorCode.JobNotInState || !await job.isFailed()) return false
+        if (codeOf(error) === ErrorCode.JobNotInState || !await job.isFailed()) return false
         throw error
       }
     },
@@ -351,7 +352,7 @@ function toError (error: unknown): Error {
 function deadOf (job: QueuedJob): DeadDelivery {
   const { attemptsStarted, failedReason, stacktrace, finishedOn } = job
   const { failure } = queuedOf(job)
-  const error = Object.assign(new Error(failedReason), { stack: [stacktrace].flat().at(-1) })
+  const error = errorOf(failedReason, [stacktrace].flat().at(-1))
   const dead = deadDelivery(deliveryOf(job), attemptsStarted, error, finishedOn)
   return failure?.attempt === attemptsStarted ? { ...dead, attempts: failure.starts ?? attemptsStarted, errors: failure.errors } : dead
 }

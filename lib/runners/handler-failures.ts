@@ -81,6 +81,11 @@ export function resumed (job: Job, { finished = [], remembered }: { finished?: J
   return { ...job, ...(finished.length > 0 && { finished }), ...(remembered !== undefined && { remembered }) }
 }
 
+/** Restores an error from its message and stack, as a queue or a dead letter keeps them. */
+export function errorOf (message: string, stack: string | null | undefined): Error {
+  return Object.assign(new Error(message), { stack })
+}
+
 /** Describes an error for keeping. Cuts its texts, and does not fail if a getter throws. */
 export function describe (handler: string | null, error: unknown): DeliveryError {
   return { handler, message: textOf(error, MAX_MESSAGE), stack: stackOf(error) }

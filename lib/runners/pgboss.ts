@@ -8,7 +8,7 @@ import { RETENTION } from '../stores/store.ts'
 import { assertCount, assertNames, assertOption, workerOptions } from '../checks.ts'
 import type { Rule } from '../checks.ts'
 import { grouped } from '../grouped.ts'
-import { deadDelivery, describeFailure, resumed } from './handler-failures.ts'
+import { deadDelivery, describeFailure, errorOf, resumed } from './handler-failures.ts'
 import { assertOpen, assertRemembered, keyOf, tellDead } from './runner.ts'
 import { storable } from './storable.ts'
 import type { DeadDelivery, DeliveryRef, Job, Runner, RunnerHost } from './runner.ts'
@@ -392,6 +392,6 @@ function deadOf (job: QueuedJob): DeadDelivery {
   if (failure !== undefined) return { ...delivery, diedAt: timeOfDeath(job), ...failure }
   // pg-boss or a person has given the job up, so it has no result of ours.
   const { value } = (job.sourceOutput ?? {}) as { value?: { message?: string } }
-  const error = Object.assign(new Error(value?.message ?? 'pg-boss failed the job'), { stack: '' })
+  const error = errorOf(value?.message ?? 'pg-boss failed the job', '')
   return deadDelivery(delivery, Number(job.sourceRetryCount) + 1, error, timeOfDeath(job))
 }

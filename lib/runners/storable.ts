@@ -1,3 +1,5 @@
+import { errorOf } from './handler-failures.ts'
+
 /** Replaces what PostgreSQL refuses in a text: U+0000 and lone surrogates. */
 export function storable (text: string): string {
   return text.replaceAll(/[\0\ud800-\udfff]/gu, '\ufffd')
@@ -7,5 +9,5 @@ export function storable (text: string): string {
 export function storableError (error: Error): Error {
   const { message, stack = '' } = error
   if (storable(message + stack) === message + stack) return error
-  return Object.assign(new Error(storable(message)), { stack: storable(stack) })
+  return errorOf(storable(message), storable(stack))
 }

@@ -2,7 +2,7 @@ import { LRUCache } from 'lru-cache'
 import { inContext } from '../async-context.ts'
 import { assertCount, assertNames } from '../checks.ts'
 import { Overloaded } from '../errors.ts'
-import { deadDelivery, describeFailure, resumed } from '../runners/handler-failures.ts'
+import { deadDelivery, describeFailure, errorOf, resumed } from '../runners/handler-failures.ts'
 import { assertOpen, keyOf, tellDead } from '../runners/runner.ts'
 import type { DeadDelivery, DeliveryRef, Job, RequeueOptions, Runner, RunnerHost } from '../runners/runner.ts'
 import type { SqliteDatabase } from './database.ts'
@@ -318,7 +318,7 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
     const { attempt: ended, errors: [first] = [], errors } = parseFailure(row.failure)
     if (ended === attempt.count && first !== undefined) {
       // The last attempt has ended, and `attempts` has been lowered since.
-      await die(job, attempt, Object.assign(new Error(first.message), { stack: first.stack }), false, errors)
+      await die(job, attempt, errorOf(first.message, first.stack), false, errors)
       return
     }
     let known
