@@ -1,7 +1,6 @@
 // npm test and npm run test:long: run tap. Coverage is checked if nothing is missing here. Arguments are test files or options of tap.
 import { spawnSync } from 'node:child_process'
 import { mkdirSync, readFileSync, readdirSync, writeFileSync } from 'node:fs'
-import { dirname } from 'node:path'
 import { chromiumMissing, nginxMissing, postgresMissing, prometheusMissing, redisMissing } from './missing.ts'
 import { missing as missingHandles } from './sqlite.mjs'
 
@@ -20,12 +19,8 @@ const LONG = FILES.filter(file => file.startsWith('test/long/'))
 const SIZED = FILES.filter(file => !LONG.includes(file) && readFileSync(file, 'utf8').includes('support/size.ts'))
 const SHARING = FILES.filter(file => !LONG.includes(file) && !ALONE.includes(file))
 
-const ROOMS = [...new Set(SHARING.map(file => dirname(file)))]
-/** The files of one folder share a process. `entry` imports the files of a process. */
-const shared = Array.from({ length: PROCESSES }, (_, nth) => {
-  const rooms = ROOMS.filter((_, n) => n % PROCESSES === nth)
-  return { entry: `.tap/shared/${nth}.mjs`, files: SHARING.filter(file => rooms.includes(dirname(file))) }
-})
+/** `entry` imports the files of a process. */
+const shared = Array.from({ length: PROCESSES }, (_, nth) => ({ entry: `.tap/shared/${nth}.mjs`, files: SHARING.filter((_, n) => n % PROCESSES === nth) }))
 
 const missing = [redisMissing, prometheusMissing, postgresMissing].filter(reason => reason !== false)
 const isWhole = files.length === 0 && !isLong
@@ -33,11 +28,12 @@ const tap = ['run', ...args]
 if (isWhole) {
   mkdirSync('.tap/shared', { recursive: true })
   for (const { entry, files } of shared) writeFileSync(entry, files.map(file => `import '../../${file}'\n`).join(''))
-  tap.push(...ALONE, ...shared.map(({ entry }) => entry))
+  tap.push(...shared.map(({ entry }) => entry), ...ALONE)
 } else if (files.length === 0) tap.push(...SIZED, ...LONG)
 // Only npm test without skipped tests covers every line of lib.
 if (!isWhole || missing.length > 0) tap.push('--disable-coverage', '--allow-empty-coverage')
-if (isLong) tap.push('--timeout=3600')
+// The tests that kill processes need a core for them.
+if (isLong) tap.push('--timeout=3600', '--jobs=2')
 
 const { status } = spawnSync(process.execPath, ['node_modules/tap/dist/esm/run.mjs', ...tap], {
   stdio: 'inherit',
