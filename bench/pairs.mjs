@@ -14,18 +14,14 @@ const PAIRS = [
   ['durable', 'sqlite', 4_000],
   ['bullmq', 'memory', 2_000],
   ['bullmq', 'redis', 2_000],
-  ['pgboss', 'memory', 2_000],
-  ['pgboss-batches', 'memory', 2_000]
+  ['pgboss', 'memory', 2_000]
 ].map(([runner, store, count]) => ({ runner, store, count }))
 
 export const contenderOf = ({ runner, store }, options) => variant({ runner, store, handler: 'async', ...options })
 
-/** How a runner is called, when its name alone does not say it. */
-const CALLS = { 'pgboss-batches': 'pgboss({ worker: { concurrency: 20, batchSize: 10 } })' }
+export const labelOf = ({ runner, store }) => `\`${runner}()\`, ${store}`
 
-export const labelOf = ({ runner, store }) => `\`${CALLS[runner] ?? `${runner}()`}\`, ${store}`
-
-const needs = ({ runner, store }) => runner === 'bullmq' || store === 'redis' ? 'redis' : runner.startsWith('pgboss') || store === 'postgres' ? 'postgres' : undefined
+const needs = ({ runner, store }) => runner === 'bullmq' || store === 'redis' ? 'redis' : runner === 'pgboss' || store === 'postgres' ? 'postgres' : undefined
 
 /** @returns the pairs whose server is available, and a line for each other pair that says why it is left out */
 export function pairsThere (bench, pairs = PAIRS) {

@@ -39,7 +39,7 @@ function lines (results) {
   return [
     `**A delivery** takes ${ratio(compared(ours, hmac).median)} times the CPU of a handler that checks the signature with \`node:crypto\` and does nothing else. With a logger it takes ${ratio(compared(logged, own).median)} times, and with a logger and metrics ${ratio(compared(metered, own).median)} times, the CPU of that handler with a logger.`,
     `**Durable**, with every commit on disk before the answer: ${[...rate('inline', 'sqlite'), ...rate('durable', 'sqlite'), ...rate('inline', 'postgres')].join(', ')} handled a second, of ${whole(first.rate)} in memory.`,
-    `**Queues**: ${[...rate('durable', 'memory'), ...rate('bullmq', 'memory'), ...rate('pgboss', 'memory'), ...rate('pgboss-batches', 'memory')].join(', ')}, with the worker, the server and the sender on the same cores.`,
+    `**Queues**: ${[...rate('durable', 'memory'), ...rate('bullmq', 'memory'), ...rate('pgboss', 'memory')].join(', ')}, with the worker, the server and the sender on the same cores.`,
     `**At 1,000 deliveries a second**, 99 of 100 are answered within ${decimals(slowest.p99, 0)} ms with the slowest pair, ${labelOf(slowest)}.`,
     `**A flood** of unsigned requests takes ${ratio(compared(small['ours-sync unsigned'], small.constant).median)} times the CPU of a route that answers 401 with a constant. Remembering 100,000 ids takes ${decimals((memory.remembered.after.live - memory.forgotten.after.live) / 1e6, 0)} MB.`
   ]

@@ -1,4 +1,13 @@
 import { inContext } from './async-context.ts'
+import { within } from './within.ts'
+
+/** ms after which a call no longer counts, because it may hang. */
+const HANGS = 1_000
+
+interface Options {
+  readonly isShared?: (error: unknown) => boolean
+  readonly atOnce?: number
+}
 
 interface Waiting<Item, Result> {
   readonly item: Item
@@ -12,10 +21,13 @@ interface Waiting<Item, Result> {
  *
  * @param most maximum number of items in a call
  * @param all returns a result for each item, in the order of the items
- * @param isShared whether the call for each item would fail with the same error, so that none is made
+ * @param options.isShared whether the call for each item would fail with the same error, so that none is made
+ * @param options.atOnce maximum number of calls at the same time. The items that come meanwhile share the next call. A call that hangs does not
+ * count.
  */
-export function grouped<Item, Result> (most: number, all: (items: Item[]) => Promise<Result[]>, isShared: (error: unknown) => boolean = () => false): (item: Item) => Promise<Result> {
-  let waiting: Array<Waiting<Item, Result>> = []
+export function grouped<Item, Result> (most: number, all: (items: Item[]) => Promise<Result[]>, { isShared = () => false, atOnce = Infinity }: Options = {}): (item: Item) => Promise<Result> {
+  const waiting: Array<Waiting<Item, Result>> = []
+  let calls = 0
 
   async function call (group: ReadonlyArray<Waiting<Item, Result>>): Promise<void> {
     try {
@@ -29,12 +41,16 @@ export function grouped<Item, Result> (most: number, all: (items: Item[]) => Pro
 
   // The items come from many requests, so the call must not run in the async context of one of them.
   const callAll = inContext(() => {
-    const every = waiting
-    waiting = []
-    while (every.length > 0) call(every.splice(0, most))
+    while (waiting.length > 0 && calls < atOnce) {
+      calls++
+      within(call(waiting.splice(0, most)), HANGS, () => {}).then(() => {
+        calls--
+        callAll()
+      })
+    }
   })
 
   return async item => await new Promise((resolve, reject) => {
-    if (waiting.push({ item, resolve, reject }) === 1) setImmediate(callAll)
+    if (waiting.push({ item, resolve, reject }) === 1 && calls < atOnce) setImmediate(callAll)
   })
 }

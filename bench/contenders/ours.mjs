@@ -150,13 +150,13 @@ const remember = {
   }
 }
 
-async function pgboss ({ postgresUrl }, worker) {
+async function pgboss ({ postgresUrl }) {
   const { PgBoss } = await import('pg-boss')
   const { pgboss } = await import('fastify-openai-webhook/pgboss')
   const boss = new PgBoss({ connectionString: postgresUrl, useListenNotify: true })
   boss.on('error', error => { console.error(error) })
   await boss.start()
-  return pgboss({ boss, worker, queueName: `bench-${process.pid}` })
+  return pgboss({ boss, queueName: `bench-${process.pid}` })
 }
 
 const runners = {
@@ -164,7 +164,6 @@ const runners = {
   background: async () => (await import('fastify-openai-webhook')).background({ maxQueue: 100_000 }), // enough for all deliveries of a round at full load
   durable: async resources => (await import('fastify-openai-webhook/sqlite')).durable(await openDatabase(resources)),
   pgboss,
-  'pgboss-batches': async resources => await pgboss(resources, { concurrency: 20, batchSize: 10 }),
   async bullmq ({ redisPort }) {
     const { bullmq } = await import('fastify-openai-webhook/bullmq')
     return bullmq({ connection: { port: redisPort, host: '127.0.0.1' }, queueName: `bench-${process.pid}` })

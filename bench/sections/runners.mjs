@@ -11,7 +11,7 @@ export const name = 'runners'
  */
 const LIMITS = [
   ['inline', 'sqlite', 0.5, 2.5], ['durable', 'memory', 0.5, 2.5], ['durable', 'sqlite', 0.35, 2.5],
-  ['bullmq', 'memory', 0.45], ['inline', 'postgres', 0.25], ['pgboss', 'memory', 0.25], ['pgboss-batches', 'memory', 0.25]
+  ['bullmq', 'memory', 0.45], ['inline', 'postgres', 0.25], ['pgboss', 'memory', 0.25]
 ]
 
 export async function run (bench) {

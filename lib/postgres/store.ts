@@ -116,7 +116,7 @@ export function postgresStore (db: PgPool | PgLite, options: PostgresStoreOption
       left = left.filter(each => now.get(each.key) !== each)
     }
     return asked.map(each => rows.get(each))
-  }, error => error instanceof NoAnswer)
+  }, { isShared: error => error instanceof NoAnswer })
   const beginOne = forMany(begin)
   const completeOne = forMany(complete)
 

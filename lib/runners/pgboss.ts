@@ -9,6 +9,7 @@ import { assertCount, assertNames, assertOption, workerOptions } from '../checks
 import type { Rule } from '../checks.ts'
 import { grouped } from '../grouped.ts'
 import { deadDelivery, describeFailure, errorOf, resumed } from './handler-failures.ts'
+import { pgbossWorkers } from './pgboss-workers.ts'
 import { assertOpen, assertRemembered, keyOf, tellDead } from './runner.ts'
 import { storable } from './storable.ts'
 import type { DeadDelivery, DeliveryRef, Job, Runner, RunnerHost } from './runner.ts'
@@ -24,14 +25,14 @@ export interface PgBossOptions {
   queueName?: string
   /**
    * Whether this process runs handlers, or an object: `concurrency` is the maximum number of deliveries that run at the same time, `batchSize`
-   * how many of them are fetched and recorded together (at most `concurrency`), and `pollingIntervalSeconds` how often pg-boss is asked for jobs
-   * that no notification has announced (seconds, 0.5 or more).
+   * the maximum number that is fetched together, and `pollingIntervalSeconds` how often pg-boss is asked for jobs that no notification has
+   * announced (seconds, 0.5 or more).
    *
-   * As many batches run at the same time as fit into `concurrency`. The results of a batch are recorded once its last delivery has ended. Until
-   * then the batch takes up its share of `concurrency`, and a crash causes the whole batch to be attempted again. Use a `batchSize` above 1 for
-   * handlers that take milliseconds.
+   * Deliveries that are fetched together are recorded together, unless they take longer than 10 ms. Then they are recorded as they end, and others
+   * are fetched for their places. A delivery that dies is recorded once all of its batch have ended. More deliveries than `concurrency` are
+   * fetched only while full batches end within 10 ms, and not if `attempts` is 1. A crash causes all unrecorded deliveries to be attempted again.
    *
-   * @default true, with a concurrency of 10, one by one, and every 2 s
+   * @default true, with a concurrency of 10, up to 50 (or `concurrency`) together, and every 2 s
    */
   worker?: boolean | { concurrency?: number, batchSize?: number, pollingIntervalSeconds?: number }
   /**
@@ -85,14 +86,10 @@ interface Death {
   readonly error: unknown
 }
 
-/** A worker of pg-boss that waits for a batch of jobs or runs one. */
-interface Slot {
-  id: string
-  busy: boolean
-}
-
 /** Maximum number of deliveries that one statement inserts. */
 const GROUP = 100
+/** Maximum number of these statements at the same time: PostgreSQL commits them one after the other, because each notifies the workers. */
+const INSERTS = 2
 /** Seconds */
 const MAX_BACKOFF = 3_600
 const MAX_EXPIRY = 86_400
@@ -110,7 +107,8 @@ const MAX_UNRECORDED = 1_000
 const PATIENCE = 10_000
 /** pg-boss's own rule. */
 const QUEUE_NAME: Rule = { expected: 'letters, digits and _ - . /', accepts: value => typeof value === 'string' && /^[\w.\-/]+$/.test(value) }
-const WORKER_DEFAULTS = { concurrency: 10, batchSize: 1, pollingIntervalSeconds: 2 }
+const BATCH = 50
+const WORKER_DEFAULTS = { concurrency: 10, pollingIntervalSeconds: 2 }
 
 /**
  * Puts a delivery into a queue of the user's pg-boss, in PostgreSQL, before it is acknowledged. Workers run it in this process or in others,
@@ -132,7 +130,7 @@ export function pgboss (options: PgBossOptions): Runner {
     heartbeatSeconds = 30,
     expireInSeconds = 3_600
   } = options
-  const { concurrency, batchSize, pollingIntervalSeconds } = { ...WORKER_DEFAULTS, ...workerOptions('pgboss', worker, ['concurrency', 'batchSize', 'pollingIntervalSeconds']) }
+  const { concurrency, batchSize = Math.max(concurrency, BATCH), pollingIntervalSeconds } = { ...WORKER_DEFAULTS, ...workerOptions('pgboss', worker, ['concurrency', 'batchSize', 'pollingIntervalSeconds']) }
   if (typeof boss?.previewRedrive !== 'function' || typeof boss.work !== 'function') {
     throw new InvalidOptions('pgboss: expected boss to be a PgBoss, of pg-boss 12.35 or later')
   }
@@ -144,7 +142,6 @@ export function pgboss (options: PgBossOptions): Runner {
   if (expireInSeconds > MAX_EXPIRY) throw new InvalidOptions(`pgboss: expected expireInSeconds to be at most ${MAX_EXPIRY}, got ${expireInSeconds}`)
   assertCount('pgboss', 'worker.concurrency', concurrency, 1)
   assertCount('pgboss', 'worker.batchSize', batchSize, 1)
-  if (batchSize > concurrency) throw new InvalidOptions(`pgboss: expected worker.batchSize to be at most worker.concurrency, ${concurrency}, got ${batchSize}`)
   if (!(pollingIntervalSeconds >= 0.5)) throw new InvalidOptions('pgboss: expected worker.pollingIntervalSeconds to be a number, 0.5 or more')
   assertOption('pgboss', 'queueName', queueName, QUEUE_NAME)
   const deadName = `${queueName}-dead`
@@ -164,15 +161,24 @@ export function pgboss (options: PgBossOptions): Runner {
   const insert = grouped<JobInsert, boolean>(GROUP, async jobs => {
     const inserted = new Set(await boss.insert(queueName, jobs, { returnId: true }))
     return jobs.map(({ id }) => inserted.has(id!))
-  })
-  const slots: Slot[] = []
+  }, { atOnce: INSERTS })
   /** Reports of dead deliveries that wait until pg-boss has recorded them. */
   const dying = new Set<Promise<void>>()
   /** Dead deliveries that are not recorded yet, by the job's id. If pg-boss cannot record one, the next start of the job makes it try again. */
   const unrecorded = new LRUCache<string, Death>({ max: MAX_UNRECORDED })
   const drained = new AbortController()
   setMaxListeners(0, drained.signal)
-  let nextSlot = 0
+  const workers = pgbossWorkers<QueuedDelivery>({
+    boss,
+    queueName,
+    concurrency,
+    // A crash uses up the only attempt of deliveries that wait.
+    batchSize: attempts === 1 ? Math.min(batchSize, concurrency) : batchSize,
+    pollingIntervalSeconds,
+    handle: async job => await handle(job).catch(error => failed(job, error)),
+    onRecord: tellOfDead,
+    onError
+  })
   let host: RunnerHost
   let isStarted = false
   let closing = false
@@ -188,32 +194,18 @@ export function pgboss (options: PgBossOptions): Runner {
   async function enqueue (id: string, job: Job): Promise<boolean> {
     const data: QueuedDelivery = { key: idOf(job), type: storable(job.event.type), delivery: JSON.stringify(job) }
     const isNew = await insert({ ...settings, id, data })
-    if (isNew) wakeOne()
+    if (isNew) workers.wake()
     return isNew
   }
 
-  /** Wakes one idle worker, because pg-boss without LISTEN would find the job only at its next poll. */
-  function wakeOne (): void {
-    const inTurn = slots.map((_, nth) => slots[(nextSlot + nth) % slots.length]!)
-    const idle = inTurn.findIndex(({ busy }) => !busy)
-    if (idle === -1) return
-    nextSlot = (nextSlot + idle + 1) % slots.length
-    boss.notifyWorker(inTurn[idle]!.id)
-  }
-
-  async function handleBatch (slot: Slot, jobs: readonly QueuedJob[]): Promise<JobResult[]> {
-    slot.busy = true
-    const results = await Promise.all(jobs.map(async job => await handle(job).catch(error => failed(job, error))))
+  /** Reports the deaths in a batch once pg-boss has recorded them. */
+  function tellOfDead (jobs: readonly QueuedJob[]): void {
     for (const job of jobs) {
       const death = unrecorded.get(job.id)
       if (death?.job !== job) continue // it has not died in this start
       const telling = tellOnceRecorded(death).finally(() => dying.delete(telling))
       dying.add(telling)
     }
-    slot.busy = false
-    // Asks again at once, because there may be more jobs and pg-boss would wait for its next poll.
-    boss.notifyWorker(slot.id)
-    return results
   }
 
   async function handle (job: QueuedJob): Promise<JobResult> {
@@ -301,13 +293,7 @@ export function pgboss (options: PgBossOptions): Runner {
       await boss.createQueue(deadName, { retentionSeconds: KEPT })
       await boss.createQueue(queueName, { ...settings, retryLimit: attempts, notify: true })
       if (worker === false) return
-      const options = { includeMetadata: true, batchSize, perJobResults: true, pollingIntervalSeconds, notifyPollingIntervalSeconds: pollingIntervalSeconds } as const
-      for (let nth = 0; nth < Math.floor(concurrency / batchSize); nth++) {
-        // Calls work() once for each slot, because pg-boss returns only the id of the first of several workers.
-        const slot: Slot = { id: '', busy: false }
-        slots.push(slot)
-        slot.id = await boss.work<QueuedDelivery, JobResult[], typeof options>(queueName, options, async jobs => await handleBatch(slot, jobs))
-      }
+      await workers.start()
     },
     async run (job) {
       if (closing || !isStarted) throw new Overloaded()
@@ -341,7 +327,7 @@ export function pgboss (options: PgBossOptions): Runner {
     async close () {
       if (!isStarted) return // another app may still start this runner
       closing = true
-      await Promise.all(slots.map(async ({ id }) => await boss.offWork(queueName, { id, wait: true })))
+      await workers.close()
       drained.abort()
       await Promise.all(dying)
       boss.off('error', onError)

@@ -38,6 +38,11 @@ async function states (boss: PgBoss, name: string): Promise<Record<string, numbe
   return counts
 }
 
+/** The id of the worker that fetches jobs of a queue. */
+function workerOf (boss: PgBoss, name: string): string {
+  return boss.getWipData().find(worker => worker.name === name && worker.state === 'active')!.id
+}
+
 /** As if what is running had been silent for an hour, or had been running for one, and pg-boss looked for such. */
 async function lapsed (boss: PgBoss, pool: pg.Pool, name: string, column: 'heartbeat_on' | 'started_on' = 'heartbeat_on'): Promise<void> {
   await pool.query(`UPDATE pgboss.job SET ${column} = now() - interval '2 hours' WHERE name = $1`, [name])
@@ -87,6 +92,39 @@ t.test('queued once', { skip }, async t => {
     t.same(await Promise.all(['wh_0', 'wh_new', 'wh_bad', 'wh_other'].map(run)), ['duplicate', undefined, 'it cannot be queued', undefined])
     t.same(calls, [4, 1, 1, 1, 1])
     t.equal(await runner.depth!(), 152)
+  })
+
+  t.test('what comes while two statements are under way shares the next one, and does not wait for statements that hang', async t => {
+    const boss = await startedBoss(t, server)
+    const calls: string[][] = []
+    const answers: Array<ReturnType<typeof deferred<void>>> = []
+    boss.insert = async (_name: string, jobs: JobInsert[]) => {
+      calls.push(jobs.map(({ data }) => (JSON.parse((data as { delivery: string }).delivery) as Job).webhookId))
+      answers.push(deferred<void>())
+      await answers.at(-1)!.promise
+      return jobs.map(({ id }) => id!)
+    }
+    const runner = pgboss({ boss, worker: false, queueName: newQueue() })
+    await runner.start!({ process () {}, report () {} })
+    const runs: Array<Promise<unknown>> = []
+    const come = async (...ids: string[]): Promise<void> => {
+      for (const webhookId of ids) runs.push(Promise.resolve(runner.run({ webhookId, timestamp: 1, endpoint: ENDPOINT, event: { type: 'batch.failed' } })))
+      await new Promise(resolve => setImmediate(resolve))
+      await new Promise(resolve => setImmediate(resolve))
+    }
+    await come('wh_1')
+    await come('wh_2')
+    await come('wh_3')
+    await come('wh_4', 'wh_5')
+    t.same(calls, [['wh_1'], ['wh_2']])
+    answers[0]!.resolve()
+    await until('the next statement', () => calls.length === 3)
+    await come('wh_6')
+    t.same(calls, [['wh_1'], ['wh_2'], ['wh_3', 'wh_4', 'wh_5']])
+    await until('those that hang to count no longer', () => calls.length === 4)
+    t.same(calls[3], ['wh_6'])
+    for (const each of answers) each.resolve()
+    t.same(await Promise.all(runs), runs.map(() => undefined))
   })
 
   t.test('with whatever JSON can say', async t => {
@@ -151,35 +189,144 @@ t.test('workers', { skip }, async t => {
     t.equal(most, 1)
   })
 
-  t.test('in batches: as many at once as were asked for, recorded together', async t => {
+  t.test('many that take no time are fetched together, and no more of them run at once than may', async t => {
+    const boss = await startedBoss(t, server)
+    const receiving = await queueing(t, boss, { worker: false })
+    const { queueName } = receiving
+    const ids = Array.from({ length: 120 }, (_, i) => `wh_${i}`)
+    await Promise.all(ids.map(async id => { t.equal(await answer(receiving.app, batchFailed(id)), '200') }))
+    const sizes = t.capture(boss, 'work', boss.work)
+    let [running, most] = [0, 0]
+    const ran: string[] = []
+    const runner = pgboss({ boss, queueName, worker: { concurrency: 2, ...NO_POLLING } })
+    await runner.start!({
+      report () {},
+      async process ({ webhookId }) {
+        most = Math.max(most, ++running)
+        await Promise.resolve()
+        running--
+        ran.push(webhookId)
+      }
+    })
+    await until('all to run', () => ran.length === ids.length)
+    await runner.close!()
+    t.same(ran.sort(), ids.sort())
+    t.equal(most, 2)
+    const options = sizes().map(({ args }) => (args[1] as { batchSize: number }).batchSize)
+    t.equal(options[0], 2)
+    t.ok(options.includes(50), options.join())
+    t.same(await states(boss, queueName), { completed: ids.length })
+  })
+
+  t.test('none is fetched ahead where a crash would use up its only attempt', async t => {
+    const boss = await startedBoss(t, server)
+    const sizes = t.capture(boss, 'work', boss.work)
+    const state = await queueing(t, boss, { attempts: 1, worker: { concurrency: 2, ...NO_POLLING } })
+    const ids = Array.from({ length: 20 }, (_, i) => `wh_${i}`)
+    await Promise.all(ids.map(async id => await answer(state.app, batchFailed(id))))
+    await until('all to run', () => state.ran.length === ids.length)
+    t.ok(sizes().every(({ args }) => (args[1] as { batchSize: number }).batchSize <= 2))
+  })
+
+  t.test('a slow one holds up no other: they are recorded and attempted again beside it, and more are fetched', async t => {
+    const boss = await startedBoss(t, server)
+    const receiving = await queueing(t, boss, { worker: false, attempts: 2, backoff: 0 })
+    const { queueName } = receiving
+    const deliver = async (id: string): Promise<void> => { t.equal(await answer(receiving.app, batchFailed(id)), '200') }
+    for (const id of ['wh_slow', 'wh_fails_once', 'wh_quick', 'wh_fourth']) await deliver(id)
+    const [finish, end] = [deferred(), deferred()]
+    let [running, most] = [0, 0]
+    const ran: string[] = []
+    const app = await build(t, { runner: pgboss({ boss, queueName, worker: { concurrency: 3, ...NO_POLLING } }) })
+    app.openaiWebhook.on('batch.failed', async (_event, { webhookId }) => {
+      most = Math.max(most, ++running)
+      try {
+        if (webhookId === 'wh_slow') await finish.promise
+        if (webhookId === 'wh_ends') await end.promise
+        ran.push(webhookId)
+        if (webhookId === 'wh_fails_once' && ran.indexOf(webhookId) === ran.length - 1) throw new Error('no such customer')
+      } finally {
+        running--
+      }
+    })
+    await app.ready()
+    await until('all others to be done', async () => (await states(boss, queueName))['completed'] === 3)
+    t.same(await states(boss, queueName), { active: 1, completed: 3 })
+    t.same(ran.sort(), ['wh_fails_once', 'wh_fails_once', 'wh_fourth', 'wh_quick'])
+
+    for (const id of ['wh_ends', 'wh_more', 'wh_and_more']) await deliver(id)
+    boss.notifyWorker(workerOf(boss, queueName))
+    await until('what came since to be done', async () => (await states(boss, queueName))['completed'] === 5)
+    t.same(await states(boss, queueName), { active: 2, completed: 5 })
+    end.resolve()
+    await until('it to be recorded', async () => (await states(boss, queueName))['completed'] === 6)
+    t.same(await states(boss, queueName), { active: 1, completed: 6 })
+    finish.resolve()
+    await until('it to be recorded too', async () => (await states(boss, queueName))['completed'] === 7)
+    t.ok(most <= 3, String(most))
+    await app.close()
+  })
+
+  t.test('one that dies is recorded, and told, once the last of its batch has ended', async t => {
     const boss = await startedBoss(t, server)
     const receiving = await queueing(t, boss, { worker: false, attempts: 1 })
     const { queueName } = receiving
-    const ids = ['wh_fails', 'wh_slow', 'wh_third', 'wh_fourth', 'wh_fifth']
-    for (const id of ids) t.equal(await answer(receiving.app, batchFailed(id)), '200')
+    for (const id of ['wh_slow', 'wh_dies', 'wh_third']) t.equal(await answer(receiving.app, batchFailed(id)), '200')
+    const working = await queueing(t, boss, { queueName, worker: { concurrency: 2, ...NO_POLLING } })
     const finish = deferred()
-    const app = await build(t, { runner: pgboss({ boss, queueName, worker: { concurrency: 5, batchSize: 2, ...NO_POLLING } }) })
-    const died: string[] = []
-    const running = new Set<string>()
-    const workers = t.capture(boss, 'work', boss.work)
-    app.openaiWebhook
-      .on('batch.failed', async (_event, { webhookId }) => {
-        running.add(webhookId)
-        if (webhookId === 'wh_slow') await finish.promise
-        running.delete(webhookId)
-        if (webhookId === 'wh_fails') throw new Error('no such customer')
-      })
-      .onDead(({ webhookId }) => { died.push(webhookId) })
-    await app.ready()
-    await until('all others to be done', async () => (await states(boss, queueName))['completed'] === 3)
-    t.same(await states(boss, queueName), { active: 2, completed: 3 }, 'what shares a batch with one that runs is not recorded')
-    t.same(died, [], 'nor told')
-    t.same([...running], ['wh_slow'])
+    working.work = async () => {
+      const id = working.ran.at(-1)
+      if (id === 'wh_slow') await finish.promise
+      if (id === 'wh_dies') throw new Error('no such customer')
+    }
+    await until('what came after it to be done', async () => (await states(boss, queueName))['completed'] === 1)
+    t.same(await states(boss, queueName), { active: 2, completed: 1 })
+    t.same(working.died, [])
     finish.resolve()
-    await until('it to be told', () => died.length === 1)
-    t.same(await states(boss, queueName), { completed: 4, failed: 1 })
-    t.same(died, ['wh_fails'])
-    t.equal(workers().length, 2, 'with two at once each, of the five that may run')
+    await until('it to be told', () => working.died.length === 1)
+    t.same(await states(boss, queueName), { completed: 2, failed: 1 })
+    t.match(working.died, [{ webhookId: 'wh_dies', errors: [{ message: 'no such customer' }] }])
+  })
+
+  t.test('what cannot be recorded at once is recorded with its batch', async t => {
+    const boss = await startedBoss(t, server)
+    const receiving = await queueing(t, boss, { worker: false })
+    const { queueName } = receiving
+    for (const id of ['wh_slow', 'wh_quick', 'wh_third']) t.equal(await answer(receiving.app, batchFailed(id)), '200')
+    const complete = boss.complete.bind(boss)
+    const refused = deferred()
+    boss.complete = async () => {
+      boss.complete = complete
+      refused.resolve()
+      throw new Error('not now')
+    }
+    const working = await queueing(t, boss, { queueName, worker: { concurrency: 2, ...NO_POLLING } })
+    const finish = deferred()
+    working.work = async () => { if (working.ran.at(-1) === 'wh_slow') await finish.promise }
+    await refused.promise
+    await until('the next to be done', async () => (await states(boss, queueName))['completed'] === 1)
+    t.same(await states(boss, queueName), { active: 2, completed: 1 })
+    finish.resolve()
+    await until('all to be done', async () => (await states(boss, queueName))['completed'] === 3)
+    t.equal(working.ran.length, 3)
+  })
+
+  t.test('a PgBoss that was stopped too soon is told of, and ends the app all the same', async t => {
+    const boss = await startedBoss(t, server)
+    const state = await queueing(t, boss, { worker: { concurrency: 1 } })
+    const [begun, finish] = [deferred(), deferred()]
+    state.work = async () => {
+      begun.resolve()
+      await finish.promise
+    }
+    t.equal(await answer(state.app, batchFailed('wh_1')), '200')
+    await begun.promise
+    await until('its worker to fetch no more', () => boss.getWipData().every(({ state }) => state === 'stopping'))
+    boss.work = async () => { throw new Error('Workers are disabled. pg-boss is stopped') }
+    finish.resolve()
+    await until('it to be told', () => state.told.some(message => message.includes('pg-boss is stopped')))
+    await state.app.close()
+    t.same(await states(boss, state.queueName), { completed: 1 })
   })
 
   t.test('a job that is none of ours fails alone', async t => {
