@@ -60,7 +60,7 @@ const results = {
     remembered: { before: { live: 10e6, rss: 50e6 }, after: { live: 36.5e6, rss: 90e6 } },
     forgotten: { before: { live: 9e6, rss: 50e6 }, after: { live: 12e6, rss: 80e6 } }
   },
-  runners: { rounds: 2, results: [{ runner: 'inline', store: 'memory', count: 100, ...measured(20) }, { runner: 'inline', store: 'sqlite', count: 100, ...measured(25) }, { runner: 'bullmq', store: 'memory', count: 100, ...measured(50) }], leftOut: ['`pgboss()`, memory: there is no PostgreSQL'] },
+  runners: { rounds: 2, count: 100, results: [{ runner: 'inline', store: 'memory', ...measured(20) }, { runner: 'inline', store: 'sqlite', ...measured(25) }, { runner: 'bullmq', store: 'memory', ...measured(50) }], leftOut: ['`pgboss()`, memory: there is no PostgreSQL'] },
   steady: { rounds: 2, count: 100, results: [{ runner: 'inline', store: 'memory', ...measured(20), cpu: 20 }, { runner: 'inline', store: 'sqlite', ...measured(251), cpu: 40 }], leftOut: [] },
   growth: {
     connections: [{ runner: 'inline', store: 'memory', rates: [1, 10, 50, 200, 1_000] }],
