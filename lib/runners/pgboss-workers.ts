@@ -1,5 +1,4 @@
 import type { JobResult, JobWithMetadata, PgBoss } from 'pg-boss'
-import { grouped } from '../grouped.ts'
 import { within } from '../within.ts'
 
 export interface WorkersOptions<Data> {
@@ -7,12 +6,14 @@ export interface WorkersOptions<Data> {
   readonly queueName: string
   /** Maximum number of jobs that run at the same time. */
   readonly concurrency: number
-  /** Maximum number of jobs that are fetched together. Those beyond `concurrency` wait here. */
+  /** Maximum number of jobs that are fetched together. */
   readonly batchSize: number
   /** Seconds */
   readonly pollingIntervalSeconds: number
   /** Runs a job. Never rejects. */
   readonly handle: (job: JobWithMetadata<Data>) => Promise<JobResult>
+  /** Records the result of a job before its batch has ended. Never rejects: if it fails, pg-boss records the result with the batch. */
+  readonly record: (job: JobWithMetadata<Data>, result: JobResult) => Promise<void>
   /** Called when pg-boss is about to record the results of a batch. */
   readonly onRecord: (jobs: ReadonlyArray<JobWithMetadata<Data>>) => void
   readonly onError: (error: Error) => void
@@ -38,37 +39,25 @@ interface Worker {
 
 /** ms that a batch may take until its jobs are recorded one by one. */
 const QUICK = 10
-/** Maximum number of jobs that one statement completes. */
-const GROUP = 100
 
 /**
- * Runs the jobs of a queue in batches: one statement fetches a batch, and one records it. pg-boss records a batch once its last job has ended, so
- * a slow job would hold up the others. Therefore, if a batch is not over at once, its worker fetches no more, its jobs are recorded as they end,
- * and another worker fetches for the places that are free.
+ * Runs the jobs of a queue in batches: one statement fetches as many as there are free places, and one records them. pg-boss records a batch once
+ * its last job has ended, so a slow job would hold up the others. Therefore, if a batch is not over at once, its worker fetches no more, its jobs
+ * are recorded as they end, and another worker fetches for the free places.
  */
 export function pgbossWorkers<Data extends object> (options: WorkersOptions<Data>): Workers {
-  const { boss, queueName, concurrency, batchSize, pollingIntervalSeconds, handle, onRecord, onError } = options
+  const { boss, queueName, concurrency, batchSize, pollingIntervalSeconds, handle, record, onRecord, onError } = options
   /** The worker that fetches. There is none while every place is taken. */
   let fetching: Worker | undefined
-  /** Workers that fetch no more, until their last batch is recorded. */
-  const ending = new Map<Worker, Promise<void>>()
-  const complete = grouped<JobWithMetadata<Data>, unknown>(GROUP, async jobs => {
-    await boss.complete(queueName, jobs)
-    return jobs
-  })
+  /** The ends of workers that fetch no more. They end once their last batch is recorded. */
+  const ending = new Set<Promise<void>>()
   /** Number of jobs that run. */
   let running = 0
-  /** Starts the jobs that wait for a place. */
-  const waiting: Array<() => void> = []
-  /** Whether more jobs are fetched than may run. No other process can run those that wait here, so they must be many and take no time. */
-  let isAhead = false
   let closing = false
 
-  const sizeOfBatch = (): number => isAhead ? batchSize : Math.min(concurrency - running - waiting.length, batchSize)
-
   async function fetch (): Promise<void> {
-    const size = sizeOfBatch()
-    if (closing || fetching !== undefined || size <= 0) return
+    const size = Math.min(concurrency - running, batchSize)
+    if (closing || fetching !== undefined || size < 1) return
     const settings = { includeMetadata: true, batchSize: size, perJobResults: true, pollingIntervalSeconds, notifyPollingIntervalSeconds: pollingIntervalSeconds } as const
     const started = boss.work<Data, JobResult[], typeof settings>(queueName, settings, async jobs => await runBatch(worker, jobs))
     const worker: Worker = { id: '', started, size }
@@ -76,7 +65,9 @@ export function pgbossWorkers<Data extends object> (options: WorkersOptions<Data
     try {
       worker.id = await started
     } catch (error) {
+      // The user has stopped pg-boss.
       fetching = undefined
+      closing = true
       throw error
     }
   }
@@ -86,20 +77,23 @@ export function pgbossWorkers<Data extends object> (options: WorkersOptions<Data
     if (fetching !== undefined) boss.notifyWorker(fetching.id)
   }
 
-  /** Makes a worker end after its batch, and another one fetch. */
+  /** Makes the worker that fetches end after its batch, and another one fetch. */
   function replace (worker: Worker): void {
+    if (fetching !== worker) return // close() has replaced it
     fetching = undefined
     // pg-boss would stop all workers of the queue if the id were empty.
-    const ended = worker.started.then(async id => await boss.offWork(queueName, { id, wait: true }))
-    ending.set(worker, ended.finally(() => ending.delete(worker)))
+    const end = worker.started.then(async id => await boss.offWork(queueName, { id, wait: true })).finally(() => ending.delete(end))
+    ending.add(end)
     fetch().catch(onError)
   }
 
   async function runBatch (worker: Worker, jobs: ReadonlyArray<JobWithMetadata<Data>>): Promise<JobResult[]> {
+    running += jobs.length
     let isSlow = false
     const ended: Array<() => Promise<void>> = []
     const results = Promise.all(jobs.map(async job => {
-      const result = await inPlace(job)
+      const result = await handle(job)
+      running--
       if (isSlow) {
         await record(job, result)
         fetch().catch(onError)
@@ -107,39 +101,14 @@ export function pgbossWorkers<Data extends object> (options: WorkersOptions<Data
       return result
     }))
     await within(results, QUICK, () => { isSlow = true })
-    const isFull = jobs.length === worker.size
-    isAhead = isFull && !isSlow
     if (isSlow) {
-      if (fetching === worker) replace(worker) // or close() has done it
+      replace(worker)
       for (const recorded of ended) recorded()
     } else if ((await results).some(({ status }) => status === 'failed')) wake() // it may be attempted again once it is recorded
-    else if (fetching === worker && worker.size !== sizeOfBatch()) replace(worker)
-    else if (isFull) wake()
+    else if (jobs.length === worker.size) replace(worker) // there may be more, and another worker can fetch them while this one records
     await results
     onRecord(jobs)
     return await results
-  }
-
-  /** Runs a job once there is a place for it. */
-  async function inPlace (job: JobWithMetadata<Data>): Promise<JobResult> {
-    if (running < concurrency) running++
-    else await new Promise<void>(resolve => waiting.push(resolve))
-    const result = await handle(job)
-    const next = waiting.shift()
-    if (next === undefined) running--
-    else next()
-    return result
-  }
-
-  /** Records the result of a job before its batch has ended. pg-boss records it with the batch if that fails, or if it is a death. */
-  async function record (job: JobWithMetadata<Data>, { status, output }: JobResult): Promise<void> {
-    try {
-      if (status === 'completed') await complete(job)
-      else if (status === 'failed') {
-        await boss.fail(queueName, job, output)
-        wake()
-      }
-    } catch {}
   }
 
   return {
@@ -148,7 +117,7 @@ export function pgbossWorkers<Data extends object> (options: WorkersOptions<Data
     async close () {
       closing = true
       if (fetching !== undefined) replace(fetching)
-      await Promise.all(ending.values())
+      await Promise.all(ending)
     }
   }
 }

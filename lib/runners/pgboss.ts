@@ -25,14 +25,13 @@ export interface PgBossOptions {
   queueName?: string
   /**
    * Whether this process runs handlers, or an object: `concurrency` is the maximum number of deliveries that run at the same time, `batchSize`
-   * the maximum number that is fetched together, and `pollingIntervalSeconds` how often pg-boss is asked for jobs that no notification has
-   * announced (seconds, 0.5 or more).
+   * the maximum number that is fetched together (at most `concurrency`), and `pollingIntervalSeconds` how often pg-boss is asked for jobs that no
+   * notification has announced (seconds, 0.5 or more).
    *
-   * Deliveries that are fetched together are recorded together, unless they take longer than 10 ms. Then they are recorded as they end, and others
-   * are fetched for their places. A delivery that dies is recorded once all of its batch have ended. More deliveries than `concurrency` are
-   * fetched only while full batches end within 10 ms, and not if `attempts` is 1. A crash causes all unrecorded deliveries to be attempted again.
+   * Deliveries that are fetched together are recorded together. If they take longer than 10 ms, each is recorded as soon as it has ended, and
+   * others are fetched for the places that are free.
    *
-   * @default true, with a concurrency of 10, up to 50 (or `concurrency`) together, and every 2 s
+   * @default true, with a concurrency of 10, as many in a batch, and every 2 s
    */
   worker?: boolean | { concurrency?: number, batchSize?: number, pollingIntervalSeconds?: number }
   /**
@@ -107,7 +106,6 @@ const MAX_UNRECORDED = 1_000
 const PATIENCE = 10_000
 /** pg-boss's own rule. */
 const QUEUE_NAME: Rule = { expected: 'letters, digits and _ - . /', accepts: value => typeof value === 'string' && /^[\w.\-/]+$/.test(value) }
-const BATCH = 50
 const WORKER_DEFAULTS = { concurrency: 10, pollingIntervalSeconds: 2 }
 
 /**
@@ -130,7 +128,7 @@ export function pgboss (options: PgBossOptions): Runner {
     heartbeatSeconds = 30,
     expireInSeconds = 3_600
   } = options
-  const { concurrency, batchSize = Math.max(concurrency, BATCH), pollingIntervalSeconds } = { ...WORKER_DEFAULTS, ...workerOptions('pgboss', worker, ['concurrency', 'batchSize', 'pollingIntervalSeconds']) }
+  const { concurrency, batchSize = concurrency, pollingIntervalSeconds } = { ...WORKER_DEFAULTS, ...workerOptions('pgboss', worker, ['concurrency', 'batchSize', 'pollingIntervalSeconds']) }
   if (typeof boss?.previewRedrive !== 'function' || typeof boss.work !== 'function') {
     throw new InvalidOptions('pgboss: expected boss to be a PgBoss, of pg-boss 12.35 or later')
   }
@@ -142,6 +140,7 @@ export function pgboss (options: PgBossOptions): Runner {
   if (expireInSeconds > MAX_EXPIRY) throw new InvalidOptions(`pgboss: expected expireInSeconds to be at most ${MAX_EXPIRY}, got ${expireInSeconds}`)
   assertCount('pgboss', 'worker.concurrency', concurrency, 1)
   assertCount('pgboss', 'worker.batchSize', batchSize, 1)
+  if (batchSize > concurrency) throw new InvalidOptions(`pgboss: expected worker.batchSize to be at most worker.concurrency, ${concurrency}, got ${batchSize}`)
   if (!(pollingIntervalSeconds >= 0.5)) throw new InvalidOptions('pgboss: expected worker.pollingIntervalSeconds to be a number, 0.5 or more')
   assertOption('pgboss', 'queueName', queueName, QUEUE_NAME)
   const deadName = `${queueName}-dead`
@@ -162,6 +161,10 @@ export function pgboss (options: PgBossOptions): Runner {
     const inserted = new Set(await boss.insert(queueName, jobs, { returnId: true }))
     return jobs.map(({ id }) => inserted.has(id!))
   }, { atOnce: INSERTS })
+  const complete = grouped<QueuedJob, QueuedJob>(GROUP, async jobs => {
+    await boss.complete(queueName, jobs)
+    return jobs
+  })
   /** Reports of dead deliveries that wait until pg-boss has recorded them. */
   const dying = new Set<Promise<void>>()
   /** Dead deliveries that are not recorded yet, by the job's id. If pg-boss cannot record one, the next start of the job makes it try again. */
@@ -172,10 +175,10 @@ export function pgboss (options: PgBossOptions): Runner {
     boss,
     queueName,
     concurrency,
-    // A crash uses up the only attempt of deliveries that wait.
-    batchSize: attempts === 1 ? Math.min(batchSize, concurrency) : batchSize,
+    batchSize,
     pollingIntervalSeconds,
     handle: async job => await handle(job).catch(error => failed(job, error)),
+    record,
     onRecord: tellOfDead,
     onError
   })
@@ -209,10 +212,8 @@ export function pgboss (options: PgBossOptions): Runner {
   }
 
   async function handle (job: QueuedJob): Promise<JobResult> {
-    const { id, data, output, retryCount, retryLimit } = job
-    // A job that a person has redriven has the queue's limit, which does not include LOOKS. A job that was retried by hand has a higher limit
-    // than before.
-    const attempts = retryLimit > LOOKS ? retryLimit - LOOKS : retryLimit
+    const { id, data, output, retryCount } = job
+    const attempts = attemptsOf(job)
     const { attempts: ended = 0, ...left } = failureOf(output) ?? {}
     const queued = resumed(JSON.parse(data.delivery) as Job, left)
     // If the last attempt left no result of ours, its process died or the job expired.
@@ -230,12 +231,16 @@ export function pgboss (options: PgBossOptions): Runner {
   }
 
   /**
-   * Ends a job that has no attempt left and whose last attempt left no result. Asks the store first, which may know which handlers had
-   * succeeded.
+   * Ends a job that has no attempt left. If its last attempt left no result, asks the store first, which may know which handlers had succeeded.
    */
   async function giveUp (job: QueuedJob, delivery: Job, attempts: number): Promise<JobResult> {
     const before = unrecorded.get(job.id)
     if (before !== undefined) return die({ ...before, job })
+    const { attempts: ended = 0, errors: [first] = [], errors = [] } = failureOf(job.output) ?? {}
+    if (ended >= attempts && first !== undefined) {
+      const error = errorOf(first.message, first.stack)
+      return die({ job, dead: { ...deadDelivery(delivery, attempts, error), errors }, error })
+    }
     let known
     try {
       known = await host.recorded?.(delivery)
@@ -249,6 +254,21 @@ export function pgboss (options: PgBossOptions): Runner {
     if (done) return { id: job.id, status: 'completed' }
     const error = new Error('the process ended, or the job expired, while the handlers ran')
     return die({ job, dead: deadDelivery({ ...delivery, ...left }, attempts, error), error })
+  }
+
+  /** Records the result of a job before its batch has ended. If that fails, pg-boss records it with the batch. */
+  async function record (job: QueuedJob, { status, output }: JobResult): Promise<void> {
+    try {
+      if (status === 'completed') {
+        await complete(job)
+        return
+      }
+      // pg-boss can record a death only with its batch. So the job is started once more, and its death is recorded with that batch.
+      if (status === 'deadletter' && job.retryCount >= attemptsOf(job)) return
+      await boss.fail(queueName, job, output)
+      if (status === 'deadletter') await boss.update(queueName, undefined, { id: job.id, startAfter: new Date() })
+      workers.wake()
+    } catch {}
   }
 
   function die (death: Death): JobResult {
@@ -349,6 +369,13 @@ function uuidOf (text: string): string {
   bytes[6] = bytes[6]! & 0x0f | 0x80
   bytes[8] = bytes[8]! & 0x3f | 0x80
   return bytes.toString('hex').replace(/^(.{8})(.{4})(.{4})(.{4})/, '$1-$2-$3-$4-')
+}
+
+/** How often the handlers of a job are started. */
+function attemptsOf ({ retryLimit }: QueuedJob): number {
+  // A job that a person has redriven has the queue's limit, which does not include LOOKS. A job that was retried by hand has a higher limit than
+  // before.
+  return retryLimit > LOOKS ? retryLimit - LOOKS : retryLimit
 }
 
 /** The result of a job that is not one of ours. It fails alone, and not with its batch. */

@@ -38,9 +38,9 @@ async function states (boss: PgBoss, name: string): Promise<Record<string, numbe
   return counts
 }
 
-/** The id of the worker that fetches jobs of a queue. */
-function workerOf (boss: PgBoss, name: string): string {
-  return boss.getWipData().find(worker => worker.name === name && worker.state === 'active')!.id
+/** As NOTIFY does for jobs that another process has queued. */
+function notify (boss: PgBoss, queueName: string): void {
+  for (const { id, name } of boss.getWipData()) if (name === queueName) boss.notifyWorker(id)
 }
 
 /** As if what is running had been silent for an hour, or had been running for one, and pg-boss looked for such. */
@@ -189,43 +189,38 @@ t.test('workers', { skip }, async t => {
     t.equal(most, 1)
   })
 
-  t.test('many that take no time are fetched together, and no more of them run at once than may', async t => {
+  t.test('as many are fetched together as may run at once', async t => {
     const boss = await startedBoss(t, server)
     const receiving = await queueing(t, boss, { worker: false })
     const { queueName } = receiving
-    const ids = Array.from({ length: 120 }, (_, i) => `wh_${i}`)
+    const ids = Array.from({ length: 60 }, (_, i) => `wh_${i}`)
     await Promise.all(ids.map(async id => { t.equal(await answer(receiving.app, batchFailed(id)), '200') }))
-    const sizes = t.capture(boss, 'work', boss.work)
+    const calls = t.capture(boss, 'work', boss.work)
     let [running, most] = [0, 0]
     const ran: string[] = []
-    const runner = pgboss({ boss, queueName, worker: { concurrency: 2, ...NO_POLLING } })
-    await runner.start!({
-      report () {},
-      async process ({ webhookId }) {
-        most = Math.max(most, ++running)
-        await Promise.resolve()
-        running--
-        ran.push(webhookId)
-      }
-    })
-    await until('all to run', () => ran.length === ids.length)
-    await runner.close!()
-    t.same(ran.sort(), ids.sort())
-    t.equal(most, 2)
-    const options = sizes().map(({ args }) => (args[1] as { batchSize: number }).batchSize)
-    t.equal(options[0], 2)
-    t.ok(options.includes(50), options.join())
-    t.same(await states(boss, queueName), { completed: ids.length })
-  })
-
-  t.test('none is fetched ahead where a crash would use up its only attempt', async t => {
-    const boss = await startedBoss(t, server)
-    const sizes = t.capture(boss, 'work', boss.work)
-    const state = await queueing(t, boss, { attempts: 1, worker: { concurrency: 2, ...NO_POLLING } })
-    const ids = Array.from({ length: 20 }, (_, i) => `wh_${i}`)
-    await Promise.all(ids.map(async id => await answer(state.app, batchFailed(id))))
-    await until('all to run', () => state.ran.length === ids.length)
-    t.ok(sizes().every(({ args }) => (args[1] as { batchSize: number }).batchSize <= 2))
+    for (const [concurrency, batchSize] of [[3, undefined], [4, 2]] as const) {
+      const runner = pgboss({ boss, queueName, worker: { concurrency, ...(batchSize !== undefined && { batchSize }), ...NO_POLLING } })
+      await runner.start!({
+        report () {},
+        async process ({ webhookId }) {
+          most = Math.max(most, ++running)
+          await new Promise(resolve => setImmediate(resolve))
+          running--
+          ran.push(webhookId)
+        }
+      })
+      await until('all to run', () => ran.length === ids.length)
+      await runner.close!()
+      t.same(ran.sort(), ids.sort())
+      const size = batchSize ?? concurrency
+      t.equal(most, size)
+      t.ok(calls().every(({ args }) => (args[1] as { batchSize: number }).batchSize <= size))
+      t.same(await states(boss, queueName), { completed: ids.length })
+      await boss.deleteAllJobs(queueName)
+      await Promise.all(ids.map(async id => { t.equal(await answer(receiving.app, batchFailed(`${id}_again`)), '200') }))
+      ids.splice(0, ids.length, ...ids.map(id => `${id}_again`))
+      most = ran.length = 0
+    }
   })
 
   t.test('a slow one holds up no other: they are recorded and attempted again beside it, and more are fetched', async t => {
@@ -255,7 +250,7 @@ t.test('workers', { skip }, async t => {
     t.same(ran.sort(), ['wh_fails_once', 'wh_fails_once', 'wh_fourth', 'wh_quick'])
 
     for (const id of ['wh_ends', 'wh_more', 'wh_and_more']) await deliver(id)
-    boss.notifyWorker(workerOf(boss, queueName))
+    notify(boss, queueName)
     await until('what came since to be done', async () => (await states(boss, queueName))['completed'] === 5)
     t.same(await states(boss, queueName), { active: 2, completed: 5 })
     end.resolve()
@@ -267,25 +262,53 @@ t.test('workers', { skip }, async t => {
     await app.close()
   })
 
-  t.test('one that dies is recorded, and told, once the last of its batch has ended', async t => {
+  t.test('one that dies beside a slow one is recorded and told at once', async t => {
     const boss = await startedBoss(t, server)
-    const receiving = await queueing(t, boss, { worker: false, attempts: 1 })
+    const receiving = await queueing(t, boss, { worker: false, attempts: 1, backoff: 60_000 })
     const { queueName } = receiving
-    for (const id of ['wh_slow', 'wh_dies', 'wh_third']) t.equal(await answer(receiving.app, batchFailed(id)), '200')
+    for (const id of ['wh_slow', 'wh_dies']) t.equal(await answer(receiving.app, batchFailed(id)), '200')
     const working = await queueing(t, boss, { queueName, worker: { concurrency: 2, ...NO_POLLING } })
     const finish = deferred()
     working.work = async () => {
-      const id = working.ran.at(-1)
-      if (id === 'wh_slow') await finish.promise
-      if (id === 'wh_dies') throw new Error('no such customer')
+      if (working.ran.at(-1) === 'wh_slow') await finish.promise
+      else throw new Error('no such customer')
     }
-    await until('what came after it to be done', async () => (await states(boss, queueName))['completed'] === 1)
-    t.same(await states(boss, queueName), { active: 2, completed: 1 })
-    t.same(working.died, [])
+    await until('it to be told', () => working.died.length === 1)
+    t.same(await states(boss, queueName), { active: 1, failed: 1 })
+    t.match(working.died, [{ webhookId: 'wh_dies', attempts: 1, errors: [{ message: 'no such customer' }] }])
+    t.match(await working.app.openaiWebhook.deadLetters.list(), working.died)
+    finish.resolve()
+    await until('the other to be done', async () => (await states(boss, queueName))['completed'] === 1)
+    t.same(working.ran.sort(), ['wh_dies', 'wh_slow'])
+    t.equal(working.died.length, 1)
+  })
+
+  t.test('one that dies again beside a slow one is recorded with that one', async t => {
+    const boss = await startedBoss(t, server)
+    const receiving = await queueing(t, boss, { worker: false, attempts: 1, backoff: 0 })
+    const { queueName } = receiving
+    t.equal(await answer(receiving.app, batchFailed('wh_dies')), '200')
+    const [job] = await boss.fetch(queueName)
+    const failure = { attempts: 1, errors: [{ handler: 'work', message: 'no such customer', stack: 'Error: no such customer\n    at work' }], finished: [] }
+    await boss.fail(queueName, job!.id, { failure: JSON.stringify(failure) })
+    t.equal(await answer(receiving.app, batchFailed('wh_slow')), '200')
+    const working = await queueing(t, boss, { queueName, worker: { concurrency: 3, ...NO_POLLING } })
+    const [begun, finish] = [deferred(), deferred()]
+    working.work = async () => {
+      begun.resolve()
+      await finish.promise
+    }
+    await begun.promise
+    t.equal(await answer(receiving.app, batchFailed('wh_after')), '200')
+    await until('the next to run', () => {
+      notify(boss, queueName)
+      return working.ran.length === 2
+    })
+    t.same(await states(boss, queueName), { active: 3 })
     finish.resolve()
     await until('it to be told', () => working.died.length === 1)
-    t.same(await states(boss, queueName), { completed: 2, failed: 1 })
-    t.match(working.died, [{ webhookId: 'wh_dies', errors: [{ message: 'no such customer' }] }])
+    t.match(working.died, [{ webhookId: 'wh_dies', attempts: 1, errors: failure.errors }], 'with what its last attempt had ended with')
+    t.same(working.ran.sort(), ['wh_after', 'wh_slow'])
   })
 
   t.test('what cannot be recorded at once is recorded with its batch', async t => {
