@@ -1,6 +1,6 @@
 import type { FastifyBaseLogger, FastifyRequest } from 'fastify'
 import { channels } from './channels.ts'
-import { statusOf } from './coded.ts'
+import { codeOf, statusOf } from './coded.ts'
 import { InvalidEvent, InvalidSignature, UnknownTenant } from './errors.ts'
 import { causeOf, isHandlersFailure } from './runners/handler-failures.ts'
 import { RefusalLog, logError, logFields, write } from './log.ts'
@@ -38,7 +38,7 @@ export class Failures {
     const statusCode = statusOf(error)
     // The error of a database or gRPC client in a hook of the app may have a number as its code.
     const code = typeof given === 'string' || typeof given === 'number' ? String(given).slice(0, MAX_CODE) : 'UNKNOWN'
-    const { endpoint, tenant, webhookId, event } = delivery
+    const { endpoint, webhookId } = delivery
     if (cause === undefined) this.#refusals.write(request.log, code, statusCode, delivery, message)
     else if (statusCode >= 500 && webhookId !== undefined) logError(request.log, cause, { code, ...logFields(delivery) }, message)
     else if (statusCode >= 500) this.#refusals.failed(request.log, code, cause, delivery, message)
@@ -46,6 +46,18 @@ export class Failures {
     else if (error instanceof InvalidEvent) this.#refusals.failed(request.log, code, cause, delivery, 'a schema failed, and the delivery was refused', 'SCHEMA_FAILED')
     else if (error instanceof UnknownTenant) this.#refusals.failed(request.log, code, cause, { endpoint }, 'tenant.of failed, and the delivery was refused', 'TENANT_OF_FAILED')
     else this.#refusals.write(request.log, code, statusCode, delivery, message)
+    this.#tell(code, statusCode, error, delivery, request)
+  }
+
+  /** Handles a delivery whose route's own handler has not answered 2xx. @param statusCode of that answer */
+  ownFailed (error: Error, delivery: Refused, request: FastifyRequest, statusCode: number): void {
+    const code = String(codeOf(error))
+    logError(request.log, error.cause ?? error, { code, ...logFields(delivery) }, error.message)
+    this.#tell(code, statusCode, error, delivery, request)
+  }
+
+  #tell (code: string, statusCode: number, error: unknown, delivery: Refused, request: FastifyRequest): void {
+    const { endpoint, tenant, webhookId, event } = delivery
     if (channels.refused.hasSubscribers) {
       channels.refused.publish({ endpoint, tenant, webhookId, event, code, statusCode, error, request })
     }

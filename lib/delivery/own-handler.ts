@@ -17,7 +17,7 @@ type Started = FastifyRequest & { [STARTED]?: OwnHandler }
 
 /** The onSend hook of a route with an own handler. It records the own handler's answer before the sender gets the answer. */
 export function recordAnswer (request: FastifyRequest, reply: FastifyReply, payload: unknown, done: (error?: Error) => void): void {
-  const recorded = (request as Started)[STARTED]?.answers(isSuccessful(payload, reply.statusCode), isText(payload))
+  const recorded = (request as Started)[STARTED]?.answers(isResponse(payload) ? payload.status : reply.statusCode, isText(payload))
   if (!isPromise<void>(recorded)) return done()
   // `done` throws if a header cannot be sent. Before 5.11 Fastify catches nothing after an asynchronous hook, so the process would end.
   const send = (): void => {
@@ -51,6 +51,8 @@ export class OwnHandler {
   #call: 'begins' | 'runs' | 'returned' | 'threw' = 'begins'
   /** The error that the handler threw instead of answering. */
   #thrown: unknown
+  /** The status code of the answer, if it is not that of the deadline or of Fastify's `handlerTimeout`. */
+  statusCode: number | undefined
   /** Whether the plugin or Fastify is sending the error of the deadline or of `handlerTimeout`. */
   #isRefusing = false
   /** That error. Only error handlers get it, so only an error handler can send it again. */
@@ -126,15 +128,17 @@ export class OwnHandler {
   /**
    * Called before an answer is sent, whether by the own handler or by others.
    *
-   * @param isWhole whether the answer can no longer fail: a stream may fail, and a Response has its own status
+   * @param isWhole whether the answer can no longer fail: a stream may fail
    * @returns a promise if the answer has to wait for the record
    */
-  answers (succeeded: boolean, isWhole: boolean): MaybePromise<void> {
+  answers (statusCode: number, isWhole: boolean): MaybePromise<void> {
     const { state } = this.#standing
+    const succeeded = isSuccess(statusCode)
     switch (state.at) {
       case 'open':
       case 'replying':
       case 'cut off':
+        this.statusCode = statusCode
         if (succeeded && !isWhole) return watchDestroy(this.#reply.raw, () => this.#broke())
         // The answer may be that of a hook of the app while the handler still runs. It is recorded once the handler has ended, because a retry
         // must not run the handler while it still runs.
@@ -345,6 +349,7 @@ export class OwnHandler {
       const { state } = this.#standing
       if (state.at !== 'replying') return
       const left = isOut(raw)
+      if (left) this.statusCode = sentStatusOf(raw)
       const judge = left ? () => isSuccess(sentStatusOf(raw)) : state.judge
       const hasEnded = this.#call === 'returned' || this.#call === 'threw'
       if (!hasEnded && !(left && judge())) this.#standing.move({ at: 'cut off', judge })

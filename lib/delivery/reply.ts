@@ -3,7 +3,7 @@ import { DeadlineExceeded, Unavailable } from '../errors.ts'
 import type { Failures } from '../failures.ts'
 import { logError } from '../log.ts'
 import { acknowledge, closeConnection, refuse } from '../pipeline/acknowledge.ts'
-import { isAnswerHeld } from '../pipeline/answer.ts'
+import { isAnswerHeld, isSuccess } from '../pipeline/answer.ts'
 import type { Refused } from '../registry.ts'
 import type { VerifiedRequest } from '../request.ts'
 import { OwnHandler } from './own-handler.ts'
@@ -81,7 +81,9 @@ export class Reply implements Sender {
     // In the state `recorded`, the own handler has answered.
     if (at !== 'recorded') this.#standing.move({ at: 'closed' })
     if (verdict.outcome === 'refused') {
+      const answered = at === 'recorded' ? this.#own!.statusCode : undefined
       if (at === 'open') this.#refuse(verdict.error)
+      else if (answered !== undefined && !isSuccess(answered)) this.options.failures.ownFailed(verdict.error, this.#delivery, this.request, answered)
       else this.options.failures.late(verdict.error, this.#delivery, this.request)
     } else if (at === 'open') {
       this.#send(() => { acknowledge(this.reply, verdict.outcome) })

@@ -1,6 +1,7 @@
 import type { FastifyInstance, FastifyReply, FastifyRequest, RouteHandlerMethod } from 'fastify'
 import t from 'tap'
-import type { OpenAIWebhookOptions } from '../../lib/index.ts'
+import { channels } from '../../lib/index.ts'
+import type { OpenAIWebhookOptions, RefusedMessage } from '../../lib/index.ts'
 import { build, post, sign, stoppedClock, thin } from '../support/deliveries.ts'
 import { capturedLog, deferred, handled, listen, redelivered, send, watchedStore } from '../support/observe.ts'
 
@@ -130,7 +131,8 @@ t.test('the store hears of the answer before the sender does', async t => {
 /** Fastify has text serialized as well where the type is JSON, and throws what the serializer throws. */
 const unserializable = (reply: FastifyReply): FastifyReply => reply.type('application/json').serializer(() => { throw new Error('no text') })
 
-const failures: Record<string, [RouteHandlerMethod, number]> = {
+/** Handlers, how they are answered, and the status that is told where that is another one. */
+const failures: Record<string, [RouteHandlerMethod, answered: number, told?: number]> = {
   'answers 4xx': [async (_request, reply) => reply.code(422).send({ retry: true }), 422],
   'answers 3xx': [async (_request, reply) => reply.redirect('/elsewhere'), 302],
   'answers 5xx without a body': [(_request, reply) => { reply.code(503).send() }, 503],
@@ -146,13 +148,22 @@ const failures: Record<string, [RouteHandlerMethod, number]> = {
   'returns nothing, with a serializer that fails': [async (_request, reply) => { unserializable(reply) }, 500],
   'returns nothing at once, with a serializer that fails': [(_request, reply) => { unserializable(reply) }, 500],
   // Fastify throws after its onSend hooks what it cannot write: the store has heard of the failure by then.
-  'sends a failure that has no text': [async (_request, reply) => reply.code(400).type('text/plain').send({ no: 'text' }), 500]
+  'sends a failure that has no text': [async (_request, reply) => reply.code(400).type('text/plain').send({ no: 'text' }), 500, 400],
+  'returns a Response that fails': [async () => new Response('busy', { status: 409 }), 409],
+  'writes its failure to the raw response': [async (_request, reply) => {
+    reply.hijack()
+    reply.raw.writeHead(507).end()
+  }, 507]
 }
 
-for (const [name, [handler, expected]] of Object.entries(failures)) {
-  t.test(`a handler that ${name} runs again`, async t => {
+for (const [name, [handler, expected, told = expected]] of Object.entries(failures)) {
+  t.test(`a handler that ${name} is told of like a refusal, and runs again`, async t => {
+    const refusals: unknown[] = []
+    const listener = ({ code, statusCode, webhookId }: RefusedMessage): void => { refusals.push([code, statusCode, webhookId]) }
+    channels.refused.subscribe(listener)
+    t.teardown(() => channels.refused.unsubscribe(listener))
     let broken = true
-    const { app, runs } = await route(t, function (request, reply) {
+    const { app, runs, log } = await route(t, function (request, reply) {
       return broken ? handler.call(this, request, reply) : { done: true }
     })
     const delivery = sign(thin('batch.failed'))
@@ -161,6 +172,10 @@ for (const [name, [handler, expected]] of Object.entries(failures)) {
     t.equal((await post(app, redelivered(delivery), '/own')).statusCode, expected)
     broken = false
     t.equal(await answer(app, redelivered(delivery)), '200 {"done":true}')
+    const code = 'FST_OPENAI_WEBHOOK_HANDLER_FAILED'
+    const webhookId = delivery.headers['webhook-id']
+    t.same(refusals, [[code, told, webhookId], [code, told, webhookId]])
+    t.match(log.lines.filter(({ msg }) => msg === 'an event handler failed'), [{ code, webhookId, err: Object }, { code, webhookId, err: Object }])
     t.equal(await answer(app, redelivered(delivery)), DUPLICATE)
     t.equal(runs(), 3)
   })
