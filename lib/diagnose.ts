@@ -1,4 +1,6 @@
 import { createHmac, createSecretKey } from 'node:crypto'
+import { assertOption } from './checks.ts'
+import type { Rule } from './checks.ts'
 import { bodyCandidates, bodyFacts, isEvent } from './diagnose/bodies.ts'
 import { causes as catalogue, found, merged, messageOf } from './diagnose/causes.ts'
 import type { Cause, Found } from './diagnose/causes.ts'
@@ -10,6 +12,9 @@ import { xOpenAISignature } from './verifiers/x-openai-signature.ts'
 
 export type { Cause } from './diagnose/causes.ts'
 export type { DiagnoseHeaders } from './diagnose/headers.ts'
+
+/** Not NaN, which a mistyped date gives, and with which every timestamp would be in time. */
+const NUMBER: Rule = { expected: 'a finite number', accepts: Number.isFinite }
 
 export interface DiagnoseOptions {
   /** The headers as node:http has them, as a `Headers` object, or as pairs of name and value. */
@@ -84,8 +89,12 @@ const QUICK: Bounds = { hmacs: 300, hashed: 262_144, body: 4_096, everySecret: f
  * Finds out why a delivery does not verify, by undoing the usual mistakes until the signature matches. The result contains no secret, no
  * expected signature and nothing of the payload. A diagnosis may take seconds of CPU time: call it for a few deliveries and not for each
  * request.
+ *
+ * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS for `now` and `tolerance`
  */
 export function diagnose (options: DiagnoseOptions): Diagnosis {
+  assertOption('diagnose()', 'now', options.now, NUMBER)
+  assertOption('diagnose()', 'tolerance', options.tolerance, NUMBER)
   return diagnoseWithin(THOROUGH, options)
 }
 

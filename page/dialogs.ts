@@ -149,7 +149,8 @@ export function AgainDialog ({ id, type, url, onClose, say }: AgainProps): VNode
     <${Dialog} title=${`Deliver ${type} again?`} confirm="Deliver" onClose=${onClose}
       onConfirm=${async () => await repeat(id, type, say)}>
       <p>The same bytes go to <code>${url}</code> once more, signed anew and with a new webhook-id. To the app it is another
-      delivery, so <strong>its handlers run again and their effects repeat</strong>.</p>
+      delivery, so <strong>its handlers run again and their effects repeat</strong>, unless the app handles each resource once
+      (<code>idempotency.reconcile</code>) and has handled this one.</p>
     <//>`
 }
 

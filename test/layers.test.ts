@@ -22,8 +22,8 @@ const LAYERS = [
   ['handlers.ts'],
   ['stores', 'request.ts', 'verifiers'],
   ['events', 'checks.ts', 'coded.ts', 'deadline.ts', 'handler-name.ts', 'log.ts'],
-  ['errors.ts', 'grouped.ts', 'nearest.ts', 'pruning.ts', 'maybe-promise.ts', 'typebox.ts', 'within.ts'],
-  ['async-context.ts']
+  ['errors.ts', 'grouped.ts', 'nearest.ts', 'pruning.ts', 'maybe-promise.ts', 'typebox.ts'],
+  ['async-context.ts', 'within.ts']
 ]
 
 const files = readdirSync('lib', { recursive: true, encoding: 'utf8' }).filter(file => file.endsWith('.ts'))

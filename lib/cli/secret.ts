@@ -1,5 +1,5 @@
 import { readFile } from 'node:fs/promises'
-import { CommandError, text } from './command.ts'
+import { CommandError, text, usageError } from './command.ts'
 import type { Arguments, Terminal } from './command.ts'
 
 /** The options of a command that needs the signing secret. */
@@ -15,8 +15,9 @@ export const secretHelp = `  --secret-file FILE   read the signing secret from a
 /** Reads the signing secret exactly as it was given. @throws CommandError when none was given, or its file cannot be read */
 export async function readSecret (args: Arguments, { env }: Terminal): Promise<string> {
   const given = text(args, 'secret')
-  if (given !== undefined) return given
   const file = text(args, 'secret-file')
+  if (given !== undefined && file !== undefined) throw usageError('--secret and --secret-file both say the secret: give one of them')
+  if (given !== undefined) return given
   if (file !== undefined) return await readText(file)
   const { OPENAI_WEBHOOK_SECRET: secret } = env
   if (secret === undefined || secret === '') {

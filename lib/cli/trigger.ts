@@ -6,7 +6,7 @@ import { readSigningSecret, sendOptions, sender } from './send.ts'
 import type { Answer, Sender } from './send.ts'
 import { milliseconds, paint, paintStatus, progress, told } from './table.ts'
 import { nearestType } from '../nearest.ts'
-import { sampleEvent, sampleTypes } from '../testing/sample.ts'
+import { newSample, sampleTypes } from '../testing/sample.ts'
 import type { SampleType } from '../testing/sample.ts'
 import { newWebhookId, sign } from '../testing/sign.ts'
 
@@ -147,11 +147,11 @@ function parseField (given: string): Field {
 
 /** @throws CommandError when a path leads through a value that is not an object */
 function makeEvent (type: SampleType, fields: readonly Field[]): object {
-  const event = sampleEvent(type)
+  const event = newSample(type)
   for (const { path, value } of fields) {
     let at: object = event
     for (const [i, key] of path.slice(0, -1).entries()) {
-      const inner: unknown = Object.hasOwn(at, key) ? at[key as never] : setField(at, key, {})
+      const inner: unknown = Object.hasOwn(at, key) ? at[key as never] : setField(at, key, isIndex(path[i + 1]!) ? [] : {})
       if (typeof inner !== 'object' || inner === null) {
         throw usageError(`--data: ${path.slice(0, i + 1).join('.')} of ${type} is not an object, so it has no ${path[i + 1]}`)
       }
@@ -161,6 +161,8 @@ function makeEvent (type: SampleType, fields: readonly Field[]): object {
   }
   return event
 }
+
+const isIndex = (key: string): boolean => /^\d+$/.test(key)
 
 /** Defines the property, because assigning to `__proto__` would set the prototype. */
 function setField (target: object, key: string, value: unknown): unknown {

@@ -4,7 +4,7 @@ import type { DeadLetters } from '../dead-letters.ts'
 import type { Verification } from '../pipeline/verify.ts'
 import type { Endpoint } from '../routes/endpoint.ts'
 import type { Routes } from '../routes/routes.ts'
-import { sampleEvent, sampleTypes } from '../testing/sample.ts'
+import { newSample, sampleEvent, sampleTypes } from '../testing/sample.ts'
 import type { SampleType } from '../testing/sample.ts'
 import { newWebhookId } from '../testing/sign.ts'
 import { signerOf } from '../verifiers/verifier.ts'
@@ -41,7 +41,7 @@ export class Actions {
     const { events } = this.#options.routes
     if (!Object.hasOwn(events, type)) throw new ActionFault(404, 'no such event type')
     const event = sampleTypes.includes(type as SampleType)
-      ? sampleEvent(type as SampleType)
+      ? newSample(type as SampleType)
       // For a type of the user's own, the fields of `data` are unknown.
       : { ...sampleEvent('batch.completed'), type, data: {} }
     return JSON.stringify(event, null, 2)

@@ -135,7 +135,7 @@ export class Claims {
   /** Checks the answer, because a user's store may return anything, and a delivery whose claim cannot be settled would hang. */
   #checked (key: string, job: Job, claim: Claim): Begun {
     if (claim.state === 'done' || claim.state === 'running') return claim
-    if (claim.state !== 'claimed' || !Array.isArray(claim.finished)) {
+    if (claim.state !== 'claimed' || typeof claim.token !== 'string' || !Array.isArray(claim.finished)) {
       throw new TypeError('expected the store\'s begin() to answer { state: "claimed", token, finished }, { state: "running" } or { state: "done" }')
     }
     // One timer renews all claims, and stops when there are none. A quick delivery is over before the timer fires.

@@ -35,6 +35,14 @@ export function sampleEvent<Type extends SampleType> (type: Type, overrides: Dee
   return merge(event, overrides) as SampleEvents[Type]
 }
 
+/** A sample about a resource of its own: with `idempotency.reconcile`, a second event of one resource would be a duplicate. */
+export function newSample (type: SampleType): SampleEvents[SampleType] {
+  const event = sampleEvent(type)
+  const data = event.data as { id?: string }
+  if (data.id !== undefined) data.id = data.id.replace(/\w{12}$/, randomUUID().slice(-12))
+  return event
+}
+
 function merge (into: Record<string, unknown>, from: object): Record<string, unknown> {
   for (const [key, value] of Object.entries(from)) {
     const present = into[key]

@@ -3,7 +3,7 @@ import type { IncomingMessage, RequestListener, ServerResponse } from 'node:http
 import { createServer as createSecureServer } from 'node:https'
 import { createServer as createSocketServer } from 'node:net'
 import type { AddressInfo, Server, Socket } from 'node:net'
-import { readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs'
+import { closeSync, existsSync, openSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { once } from 'node:events'
 import type { FastifyInstance } from 'fastify'
@@ -19,7 +19,7 @@ import { background, guideEvents } from '../../lib/index.ts'
 import type { OpenAIWebhookOptions } from '../../lib/index.ts'
 import { durable } from '../../lib/sqlite/index.ts'
 import { sampleTypes, sign } from '../../lib/testing/index.ts'
-import { launch, launchSource, start } from '../support/command.ts'
+import { launch, launchSource, runSource, start } from '../support/command.ts'
 import type { Session } from '../support/command.ts'
 import { build, SECRET, thin } from '../support/deliveries.ts'
 import { readDocument } from '../support/docs.ts'
@@ -119,6 +119,12 @@ t.test('tells its version', async t => {
   for (const word of ['--version', '-v']) t.same(await run(t, [word]), { code: 0, out: `${version}\n`, err: '' })
 })
 
+t.test('output that cannot be written is a failure, and said', { skip: existsSync('/dev/full') ? false : 'needs /dev/full, which this system has not' }, async t => {
+  const full = openSync('/dev/full', 'w')
+  t.teardown(() => closeSync(full))
+  t.match(runSource(['--version'], full), { status: 1, stderr: 'openai-webhook: cannot write the output: ENOSPC\n' })
+})
+
 t.test('wrong usage is one line on stderr and exit code 2', async t => {
   const to = ['--url', 'http://127.0.0.1:9/hook']
   const wrong: Array<[argv: string[], told: string]> = [
@@ -126,6 +132,7 @@ t.test('wrong usage is one line on stderr and exit code 2', async t => {
     [['constructor'], 'unknown command "constructor" (see --help)'],
     [['help', 'lisen'], 'unknown command "lisen", did you mean "listen"? (see --help)'],
     [['trigger', 'all', '--ulr', 'x'], 'Unknown option \'--ulr\', did you mean "--url"? (see --help)'],
+    [['trigger', 'all', '--secret', 'a', '--secret-file', 'b', ...to], '--secret and --secret-file both say the secret: give one of them (see --help)'],
     [['trigger', 'all', '--zzzzzzzz'], 'Unknown option \'--zzzzzzzz\' (see --help)'],
     [['trigger', 'all', '--url'], 'Option \'--url <value>\' argument missing (see --help)'],
     [['trigger', 'all', '--url', '--json'], 'Option \'--url\' argument is ambiguous. (see --help)'],
@@ -237,6 +244,13 @@ t.test('trigger takes families and types, each once', async t => {
   t.same(got, ['video.completed', 'video.failed', 'eval.run.failed'])
 })
 
+t.test('trigger tells of a resource of its own with each delivery', async t => {
+  const { url } = await receiver(t, { idempotency: { reconcile: true } })
+  const { code, out } = await run(t, ['trigger', 'batch.completed', 'video.failed', 'fine_tuning.job.succeeded', '--count', '3', '--url', url])
+  t.equal(code, 0)
+  t.same(out.match(/received|duplicate/g), Array(9).fill('received'))
+})
+
 t.test('trigger --json is an object a line, and a summary', async t => {
   const { url } = await receiver(t)
   const { code, out } = await run(t, ['trigger', 'video.*', '--url', url, '--json'], { isTTY: true })
@@ -255,10 +269,10 @@ t.test('trigger --data sets fields of the event', async t => {
       response.end('{}')
     })
   })
-  const data = ['data.id=batch_1', 'data.request_counts.failed=7', 'data.errors=["a",{"b":null}]', 'data.errors.1.b=x=y\n', 'data.note=', 'id="1"', 'data.__proto__.x=true']
+  const data = ['data.id=batch_1', 'data.request_counts.failed=7', 'data.errors=["a",{"b":null}]', 'data.errors.1.b=x=y\n', 'data.note=', 'data.list.0.a=7', 'id="1"', 'data.__proto__.x=true']
   t.equal((await run(t, ['trigger', 'batch.in_progress', '--url', url, ...data.flatMap(each => ['--data', each])])).code, 0)
   const [event] = bodies
-  t.match(event, { id: '1', type: 'batch.in_progress', data: { id: 'batch_1', request_counts: { total: Number, failed: 7 }, errors: ['a', { b: 'x=y\n' }], note: '' } })
+  t.match(event, { id: '1', type: 'batch.in_progress', data: { id: 'batch_1', request_counts: { total: Number, failed: 7 }, errors: ['a', { b: 'x=y\n' }], note: '', list: [{ a: 7 }] } })
   const sent = event!['data'] as object
   t.ok(Object.hasOwn(sent, '__proto__'), 'as any other name')
   t.notOk('x' in {}, 'nothing here has changed')

@@ -46,6 +46,17 @@ t.test('a handler that never ends', async t => {
   })
 })
 
+t.test('a claim that a store has not made whole starts no handler', async t => {
+  const claims = [undefined, null, {}, { state: 'taken' }, { state: 'claimed', finished: [] }, { state: 'claimed', token: 7, finished: [] }, { state: 'claimed', token: '1' }, { state: 'claimed', token: '1', finished: 'a' }]
+  for (const claim of claims) {
+    const app = await build(t, { idempotency: { store: { ...memoryStore(), begin: () => claim as never } } })
+    let runs = 0
+    app.openaiWebhook.on('batch.failed', () => { runs++ })
+    t.match((await post(app, sign(thin('batch.failed')))).json(), { code: 'FST_OPENAI_WEBHOOK_UNAVAILABLE' })
+    t.equal(runs, 0)
+  }
+})
+
 t.test('a connection that is kept alive does not keep a closing app open', async t => {
   for (const [name, { url, ends, status }] of Object.entries({
     'a handler that never ends': { url: '/webhooks/openai', ends: false, status: 503 },

@@ -462,6 +462,15 @@ t.test('verifies what the plugin verifies, and nothing else', async t => {
   t.ok(accepted > 0.1 * SEEDS && accepted < 0.9 * SEEDS, `${accepted} of ${SEEDS} verify`)
 })
 
+t.test('a time or a tolerance that is no number is refused: with NaN every timestamp would be right', async t => {
+  const { delivery } = healthy(1)
+  for (const wrong of [NaN, Infinity, 'x', null, new Date(NaN)] as never[]) {
+    for (const name of ['now', 'tolerance']) {
+      t.throws(() => diagnose({ ...delivery, [name]: wrong }), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: new RegExp(`^diagnose\\(\\): expected ${name} to be a finite number, got`) })
+    }
+  }
+})
+
 t.test('headers in every form', async t => {
   const { 'webhook-id': id, 'webhook-timestamp': timestamp, 'webhook-signature': signature } = signed()
   const forms: Array<DiagnoseOptions['headers']> = [

@@ -1,4 +1,4 @@
-import { spawn } from 'node:child_process'
+import { spawn, spawnSync } from 'node:child_process'
 import type { ChildProcessByStdio } from 'node:child_process'
 import { once } from 'node:events'
 import { join } from 'node:path'
@@ -97,9 +97,17 @@ export function launch (t: Teardown, argv: readonly string[], { env = {}, cwd }:
 
 /** Like `launch`, but from lib/ with the loaders of the test runner, so that the coverage counts. */
 export function launchSource (t: Teardown, argv: readonly string[], env: Environment = {}): Session {
+  return started(t, spawn(process.execPath, ofSource(argv), { env: { ...process.env, NO_COLOR: '', ...env }, cwd: ROOT, stdio: ['ignore', 'pipe', 'pipe'] }))
+}
+
+/** Like `launchSource`, with an open file as stdout. */
+export function runSource (argv: readonly string[], stdout: number): { status: number | null, stderr: string } {
+  return spawnSync(process.execPath, ofSource(argv), { cwd: ROOT, stdio: ['ignore', stdout, 'pipe'], encoding: 'utf8' })
+}
+
+function ofSource (argv: readonly string[]): string[] {
   const loader = new URL('typescript.js', import.meta.url).href
-  const args = [`--import=${loader}`, ...process.execArgv, join(ROOT, 'lib/cli/bin.ts'), ...argv]
-  return started(t, spawn(process.execPath, args, { env: { ...process.env, NO_COLOR: '', ...env }, cwd: ROOT, stdio: ['ignore', 'pipe', 'pipe'] }))
+  return [`--import=${loader}`, ...process.execArgv, join(ROOT, 'lib/cli/bin.ts'), ...argv]
 }
 
 function started (t: Teardown, child: ChildProcessByStdio<null, Readable, Readable>): Session {
