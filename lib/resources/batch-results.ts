@@ -76,7 +76,7 @@ export async function * batchResults<Client extends BatchClient> (
   signal?.throwIfAborted()
   const requestOptions = signal === undefined ? {} : { signal }
   const batch = 'type' in of ? await batchOf(client, of, requestOptions) : of
-  if (!isBatch(batch)) throw new InvalidOptions('batchResults(): expected a batch as the API gives it, got an object with neither an endpoint, a status nor the id of a file: retrieve the batch first')
+  if (!isBatch(batch)) throw new InvalidOptions('batchResults(): expected a batch as the API gives it, got an object that has none of endpoint, status and the ids of files: retrieve the batch first')
   if (batch.status !== undefined && !ENDED.includes(batch.status)) throw new BatchNotEnded()
 
   for (const [file, id] of [['output', batch.output_file_id], ['error', batch.error_file_id]] as const) {
@@ -95,7 +95,7 @@ export async function * batchResults<Client extends BatchClient> (
 }
 
 /** Any other object would have no results, and the handler would succeed. */
-const isBatch = ({ endpoint, status, output_file_id: output, error_file_id: error }: BatchLike): boolean => [endpoint, status, output, error].some(value => typeof value === 'string')
+const isBatch = (batch: BatchLike): boolean => ['endpoint', 'status', 'output_file_id', 'error_file_id'].some(name => name in batch)
 
 async function batchOf (client: BatchClient, event: BatchEvent, options: { signal?: AbortSignal }): Promise<BatchLike> {
   if (kindOf(event.type) !== 'batch') throw new NoResource(event.type, `batchResults() expects a batch or an event of one; ${insteadOf(event.type)}`)
