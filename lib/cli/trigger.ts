@@ -151,7 +151,7 @@ function makeEvent (type: SampleType, fields: readonly Field[]): object {
   for (const { path, value } of fields) {
     let at: object = event
     for (const [i, key] of path.slice(0, -1).entries()) {
-      const inner: unknown = Object.hasOwn(at, key) ? at[key as never] : setField(at, key, isIndex(path[i + 1]!) ? [] : {})
+      const inner: unknown = Object.hasOwn(at, key) ? at[key as never] : setField(at, key, path[i + 1] === '0' ? [] : {})
       if (typeof inner !== 'object' || inner === null) {
         throw usageError(`--data: ${path.slice(0, i + 1).join('.')} of ${type} is not an object, so it has no ${path[i + 1]}`)
       }
@@ -162,10 +162,9 @@ function makeEvent (type: SampleType, fields: readonly Field[]): object {
   return event
 }
 
-const isIndex = (key: string): boolean => /^\d+$/.test(key)
-
-/** Defines the property, because assigning to `__proto__` would set the prototype. */
+/** Defines the property, because assigning to `__proto__` would set the prototype. @throws CommandError when an array has no such index */
 function setField (target: object, key: string, value: unknown): unknown {
+  if (Array.isArray(target) && !(/^(?:0|[1-9]\d*)$/.test(key) && Number(key) <= target.length)) throw usageError(`--data: expected an index of an array, 0 to ${target.length}, got "${key}"`)
   Object.defineProperty(target, key, { value, writable: true, enumerable: true, configurable: true })
   return value
 }

@@ -8,6 +8,7 @@ import type { Refused } from '../registry.ts'
 import type { VerifiedRequest } from '../request.ts'
 import { OwnHandler } from './own-handler.ts'
 import type { Receiver } from './receive.ts'
+import { sentStatusOf } from './raw-response.ts'
 import { Standing } from './standing.ts'
 import type { Sender, Verdict, Work } from './work.ts'
 
@@ -81,7 +82,7 @@ export class Reply implements Sender {
     // In the state `recorded`, the own handler has answered.
     if (at !== 'recorded') this.#standing.move({ at: 'closed' })
     if (verdict.outcome === 'refused') {
-      const answered = at === 'recorded' ? this.#own!.statusCode : undefined
+      const answered = at === 'recorded' ? this.#statusOfOwn : undefined
       if (at === 'open') this.#refuse(verdict.error)
       else if (answered !== undefined && !isSuccess(answered)) this.options.failures.ownFailed(verdict.error, this.#delivery, this.request, answered)
       else this.options.failures.late(verdict.error, this.#delivery, this.request)
@@ -96,6 +97,13 @@ export class Reply implements Sender {
     else if (!this.#own.giveUp()) return
     this.#work?.forgetSender(this)
     this.#refuse(this.#work?.state.at === 'claiming' ? new Unavailable() : new DeadlineExceeded())
+  }
+
+  /** The status of the own handler's answer; `undefined` if the sender gets none. Fastify's `handlerTimeout` may answer while it is recorded. */
+  get #statusOfOwn (): number | undefined {
+    const { raw } = this.reply
+    const { statusCode } = this.#own!
+    return statusCode !== undefined && raw.headersSent ? sentStatusOf(raw) : statusCode
   }
 
   get #delivery (): Refused {

@@ -39,6 +39,8 @@ interface Worker {
 
 /** ms that a batch may take until its jobs are recorded one by one. */
 const QUICK = 10
+/** ms after which free places are used although a result is not recorded yet. */
+const PATIENCE = 1_000
 
 /**
  * Runs the jobs of a queue in batches: one statement fetches as many as there are free places, and one records them. pg-boss records a batch once
@@ -93,17 +95,22 @@ export function pgbossWorkers<Data extends object> (options: WorkersOptions<Data
     const ended: Array<() => Promise<void>> = []
     const results = Promise.all(jobs.map(async job => {
       const result = await handle(job)
+      const recorded = async (): Promise<void> => { await record(job, result) }
+      if (!isSlow) {
+        running--
+        ended.push(recorded)
+        return result
+      }
+      // The place is free once the result is recorded: a job that has died takes it to have its death recorded.
+      await recorded()
       running--
-      if (isSlow) {
-        await record(job, result)
-        fetch().catch(onError)
-      } else ended.push(async () => await record(job, result))
+      fetch().catch(onError)
       return result
     }))
     await within(results, QUICK, () => { isSlow = true })
     if (isSlow) {
+      await within(Promise.all(ended.map(async recorded => { await recorded() })), PATIENCE, () => {})
       replace(worker)
-      for (const recorded of ended) recorded()
     } else if ((await results).some(({ status }) => status === 'failed')) wake() // it may be attempted again once it is recorded
     else if (jobs.length === worker.size) replace(worker) // there may be more, and another worker can fetch them while this one records
     await results

@@ -256,7 +256,7 @@ export function pgboss (options: PgBossOptions): Runner {
     return die({ job, dead: deadDelivery({ ...delivery, ...left }, attempts, error), error })
   }
 
-  /** Records the result of a job before its batch has ended. If that fails, pg-boss records it with the batch. */
+  /** Records the result of a job before its batch has ended. If that fails, it is recorded with the batch, or a death after the job's backoff. */
   async function record (job: QueuedJob, { status, output }: JobResult): Promise<void> {
     try {
       if (status === 'completed') {
@@ -264,7 +264,6 @@ export function pgboss (options: PgBossOptions): Runner {
         return
       }
       // pg-boss can record a death only with its batch. So the job is started once more, and its death is recorded with that batch.
-      if (status === 'deadletter' && job.retryCount >= attemptsOf(job)) return
       await boss.fail(queueName, job, output)
       if (status === 'deadletter') await boss.update(queueName, undefined, { id: job.id, startAfter: new Date() })
       workers.wake()

@@ -39,7 +39,7 @@ export function sampleEvent<Type extends SampleType> (type: Type, overrides: Dee
 export function newSample (type: SampleType): SampleEvents[SampleType] {
   const event = sampleEvent(type)
   const data = event.data as { id?: string }
-  if (data.id !== undefined) data.id = data.id.replace(/\w{12}$/, randomUUID().slice(-12))
+  if (data.id !== undefined) data.id = data.id.replace(/\w{6,12}$/, end => randomUUID().slice(-end.length))
   return event
 }
 

@@ -150,6 +150,8 @@ t.test('wrong usage is one line on stderr and exit code 2', async t => {
     [['trigger', 'all', '--rate', '0.5', ...to], '--rate: expected a whole number, 1 or more, got "0.5" (see --help)'],
     [['trigger', 'all', '--timeout', '2147483648', ...to], '--timeout: expected at most 2147483647 ms, got 2147483648 (see --help)'],
     [['trigger', 'all', '--data', 'data.id', ...to], '--data: expected PATH=VALUE such as data.id=batch_1, got "data.id" (see --help)'],
+    [['trigger', 'all', '--data', 'data.list.0=a', '--data', 'data.list.foo=b', ...to], '--data: expected an index of an array, 0 to 1, got "foo" (see --help)'],
+    [['trigger', 'all', '--data', 'data.list.0=a', '--data', 'data.list.4294967294.b=c', ...to], '--data: expected an index of an array, 0 to 1, got "4294967294" (see --help)'],
     [['trigger', 'all', '--data', '=1', ...to], '--data: expected PATH=VALUE such as data.id=batch_1, got "=1" (see --help)'],
     [['trigger', 'all', '--data', 'data..id=1', ...to], '--data: expected PATH=VALUE such as data.id=batch_1, got "data..id=1" (see --help)'],
     [['trigger', 'batch.failed', '--data', 'data.id.x=1', ...to], '--data: data.id of batch.failed is not an object, so it has no x (see --help)'],
@@ -269,10 +271,10 @@ t.test('trigger --data sets fields of the event', async t => {
       response.end('{}')
     })
   })
-  const data = ['data.id=batch_1', 'data.request_counts.failed=7', 'data.errors=["a",{"b":null}]', 'data.errors.1.b=x=y\n', 'data.note=', 'data.list.0.a=7', 'id="1"', 'data.__proto__.x=true']
+  const data = ['data.id=batch_1', 'data.request_counts.failed=7', 'data.errors=["a",{"b":null}]', 'data.errors.1.b=x=y\n', 'data.note=', 'data.list.0.a=7', 'data.list.1=b', 'data.metadata.12=c', 'id="1"', 'data.__proto__.x=true']
   t.equal((await run(t, ['trigger', 'batch.in_progress', '--url', url, ...data.flatMap(each => ['--data', each])])).code, 0)
   const [event] = bodies
-  t.match(event, { id: '1', type: 'batch.in_progress', data: { id: 'batch_1', request_counts: { total: Number, failed: 7 }, errors: ['a', { b: 'x=y\n' }], note: '', list: [{ a: 7 }] } })
+  t.match(event, { id: '1', type: 'batch.in_progress', data: { id: 'batch_1', request_counts: { total: Number, failed: 7 }, errors: ['a', { b: 'x=y\n' }], note: '', list: [{ a: 7 }, 'b'], metadata: { 12: 'c' } } })
   const sent = event!['data'] as object
   t.ok(Object.hasOwn(sent, '__proto__'), 'as any other name')
   t.notOk('x' in {}, 'nothing here has changed')
