@@ -95,27 +95,26 @@ export function pgbossWorkers<Data extends object> (options: WorkersOptions<Data
     const ended: Array<() => Promise<void>> = []
     const results = Promise.all(jobs.map(async job => {
       const result = await handle(job)
-      const recorded = async (): Promise<void> => { await record(job, result) }
-      if (!isSlow) {
+      if (isSlow) {
+        // The place is free once the result is recorded: a job that has died takes it to have its death recorded.
+        await record(job, result)
         running--
-        ended.push(recorded)
-        return result
+        fetch().catch(onError)
+      } else {
+        running--
+        ended.push(async () => await record(job, result))
       }
-      // The place is free once the result is recorded: a job that has died takes it to have its death recorded.
-      await recorded()
-      running--
-      fetch().catch(onError)
       return result
     }))
     await within(results, QUICK, () => { isSlow = true })
     if (isSlow) {
-      await within(Promise.all(ended.map(async recorded => { await recorded() })), PATIENCE, () => {})
+      await within(Promise.all(ended.map(async recordEnded => await recordEnded())), PATIENCE, () => {})
       replace(worker)
     } else if ((await results).some(({ status }) => status === 'failed')) wake() // it may be attempted again once it is recorded
     else if (jobs.length === worker.size) replace(worker) // there may be more, and another worker can fetch them while this one records
-    await results
+    const all = await results
     onRecord(jobs)
-    return await results
+    return all
   }
 
   return {

@@ -136,8 +136,8 @@ t.test('what cannot serve is told when it is given', async t => {
     t.throws(() => pgboss({ boss, [option]: least - 1 }), { code, message: `pgboss: expected ${option} to be a whole number, ${least} or more, got ${least - 1}` })
     t.ok(pgboss({ boss, [option]: least }))
   }
-  t.throws(() => pgboss({ boss, worker: { batchSize: 11 } }), { code, message: 'pgboss: expected worker.batchSize to be at most worker.concurrency, 10, got 11' })
   t.throws(() => pgboss({ boss, worker: { batchSize: 0 } }), { code, message: 'pgboss: expected worker.batchSize to be a whole number, 1 or more, got 0' })
+  t.throws(() => pgboss({ boss, worker: { batchSize: 11 } }), { code, message: 'pgboss: expected worker.batchSize to be at most worker.concurrency, 10, got 11' })
   t.throws(() => pgboss({ boss, expireInSeconds: 86_401 }), { code, message: 'pgboss: expected expireInSeconds to be at most 86400, got 86401' })
   t.throws(() => pgboss({ boss, worker: { concurrency: 0 } }), { code, message: /worker\.concurrency/ })
   for (const pollingIntervalSeconds of [0.4, Number.NaN, 'x' as never]) t.throws(() => pgboss({ boss, worker: { pollingIntervalSeconds } }), { code, message: /worker\.pollingIntervalSeconds/ })
