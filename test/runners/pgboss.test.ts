@@ -395,6 +395,20 @@ t.test('workers', { skip }, async t => {
     t.same([first.ran, next.ran], [['wh_running'], ['wh_waiting']])
   })
 
+  t.test('closed by a handler, it takes no further job', async t => {
+    const boss = await startedBoss(t, server)
+    const receiving = await queueing(t, boss, { worker: false })
+    for (const id of ['wh_1', 'wh_2']) t.equal(await answer(receiving.app, batchFailed(id)), '200')
+    const runner = pgboss({ boss, queueName: receiving.queueName, worker: { concurrency: 1 } })
+    const closed = deferred<Promise<void>>()
+    await runner.start!({
+      report () {},
+      process () { closed.resolve(Promise.resolve(runner.close!())) }
+    })
+    await closed.promise
+    t.same(await states(boss, receiving.queueName), { completed: 1, created: 1 })
+  })
+
   t.test('one that is killed while it runs a job: another process does it, once it has been silent for too long', async t => {
     const boss = await startedBoss(t, server)
     const effects = join(t.testdir(), 'effects')
