@@ -13,7 +13,7 @@ const candidates = () => ({
 
 export async function run (bench) {
   bench.log('the inspector')
-  const plan = bench.scaled({ count: 2_000, warmUp: 12_000, rounds: 12, generations: 3 })
+  const plan = bench.scaled({ count: 1_000, warmUp: 12_000, rounds: 40, generations: 3 })
   return { plan, variants: await bench.compare(candidates(), { ...plan, templates: [eventOf(200)] }) }
 }
 

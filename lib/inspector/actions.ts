@@ -60,7 +60,7 @@ export class Actions {
     const endpoint = this.#endpoint(url)
     if (endpoint === undefined) return 'this process has no such route'
     // Signing an unverified payload would pass a stranger's data to the handlers.
-    if (headers !== undefined && Number.isNaN(verifiedAt)) return 'it was not verified, so nobody knows whose it is'
+    if (headers !== undefined && verifiedAt === undefined) return 'it was not verified, so nobody knows whose it is'
     if (headers === undefined && (isPattern(url) || tenant !== undefined)) return 'it came out of a queue, which does not say at which URL it arrived'
     return obstacleOf(endpoint)
   }

@@ -7,7 +7,7 @@ import { fixOf, logError } from '../log.ts'
 import type { Verification } from '../pipeline/verify.ts'
 import type { DeadDelivery, DeliveryError } from '../runners/runner.ts'
 import { standardWebhooks } from '../verifiers/standard-webhooks.ts'
-import { round, rowOf } from './entry.ts'
+import { msOf, rowOf } from './entry.ts'
 import type { Attempt, Entry, Refusal } from './entry.ts'
 import type { AttemptInfo, DeadInfo, Detail, DiagnosisInfo, ErrorInfo, Row, StepInfo, StepName } from './messages.ts'
 import type { InspectorOptions } from './options.ts'
@@ -58,16 +58,16 @@ export function deadOf ({ endpoint, webhookId, tenant, event, attempts, diedAt, 
 
 const errorOf = ({ handler, message, stack }: DeliveryError): ErrorInfo => ({ handler, message, stack })
 
-function attemptOf ({ number, at, queued, ms, outcome, handlers, finished, errors }: Attempt): AttemptInfo {
+function attemptOf ({ number, at, queued, duration, outcome, handlers, finished, errors }: Attempt): AttemptInfo {
   return {
     number,
     at,
     queued,
-    ms: ms === undefined ? null : round(ms),
+    ms: msOf(duration),
     outcome,
     handlers: [
       ...finished.map(name => ({ name, outcome: 'skipped', ms: null }) as const),
-      ...handlers.map(({ name, outcome, ms }) => ({ name, outcome, ms: ms === undefined ? null : round(ms) }))
+      ...handlers.map(({ name, outcome, duration }) => ({ name, outcome, ms: msOf(duration) }))
     ],
     errors: errors.map(errorOf)
   }
@@ -75,14 +75,14 @@ function attemptOf ({ number, at, queued, ms, outcome, handlers, finished, error
 
 /** The steps of a delivery, each of which starts at the end of the one before. The first step without an end has failed or is running. */
 function stepsOf (entry: Entry): StepInfo[] {
-  const { startedAt, capturedAt, verifiedAt, validatedAt, deduplicatedAt, dispatchedAt, answeredAt, webhookId } = entry
-  const ends: ReadonlyArray<readonly [StepName, number]> = [
+  const { capturedAt, verifiedAt, validatedAt, deduplicatedAt, dispatchedAt, answeredAt, webhookId } = entry
+  const ends: ReadonlyArray<readonly [StepName, number | undefined]> = [
     ['capture', capturedAt], ['verify', verifiedAt], ['validate', validatedAt], ['deduplicate', deduplicatedAt], ['dispatch', dispatchedAt]
   ]
   const steps: StepInfo[] = []
-  let from = startedAt
+  let from = 0
   for (const [name, to] of ends) {
-    if (Number.isNaN(to)) break
+    if (to === undefined) break
     steps.push(step(name, from, to))
     from = to
   }
@@ -92,17 +92,16 @@ function stepsOf (entry: Entry): StepInfo[] {
   if (next !== undefined && failed) {
     const isVerify = next[0] === 'capture' && isOfHeaders(entry)
     const name = isVerify ? 'verify' : next[0]
-    steps.push({ name, from: since(from), to: Number.isNaN(answeredAt) ? null : since(answeredAt), failed: true })
-  } else if (!Number.isNaN(answeredAt)) {
+    steps.push({ name, from: msOf(from), to: msOf(answeredAt), failed: true })
+  } else if (answeredAt !== undefined) {
     // The deadline may cause the answer before the handlers end.
     const last = Math.min(from, answeredAt)
     steps.push(step('acknowledge', last, answeredAt))
   }
   return steps
-
-  function since (at: number): number { return round(at - startedAt) }
-  function step (name: StepName, from: number, to: number): StepInfo { return { name, from: since(from), to: since(to), failed: false } }
 }
+
+const step = (name: StepName, from: number, to: number): StepInfo => ({ name, from: msOf(from), to: msOf(to), failed: false })
 
 const HEADER_CODES: readonly string[] = ['MISSING_HEADER', 'INVALID_ID', 'INVALID_TIMESTAMP', 'TIMESTAMP_OUT_OF_TOLERANCE'].map(name => `FST_OPENAI_WEBHOOK_${name}`)
 

@@ -2,6 +2,7 @@ import type { IncomingHttpHeaders } from 'node:http'
 import type { DuplicateMessage } from '../channels.ts'
 import type { DeadDelivery, DeliveryError } from '../runners/runner.ts'
 import type { DeliveryState, Row } from './messages.ts'
+import type { Pages } from './pages.ts'
 
 /** The most attempts that are kept of one delivery. The oldest are dropped. */
 const MAX_ATTEMPTS = 10
@@ -11,13 +12,16 @@ export const MAX_HANDLERS = 100
 const MAX_TEXT = 256
 /** The most bytes of a body. A larger body is not kept. */
 const MAX_BODY = 1_048_576
+/** The most bytes of a body that is copied into a page. */
+const MAX_COPIED = 4_096
 /** Bytes that a delivery takes without its headers, its body and its errors. */
 const OWN_SIZE = 2_048
 
 export interface HandlerRun {
   readonly name: string
   outcome: 'running' | 'succeeded' | 'failed'
-  ms: number | undefined
+  /** Whole µs. */
+  duration: number | undefined
 }
 
 export interface Attempt {
@@ -28,7 +32,8 @@ export interface Attempt {
   readonly handlers: readonly HandlerRun[]
   readonly finished: readonly string[]
   outcome: 'running' | 'processed' | 'failed'
-  ms: number | undefined
+  /** Whole µs. */
+  duration: number | undefined
   errors: readonly DeliveryError[]
 }
 
@@ -46,6 +51,8 @@ export interface Sent {
   id: number | undefined
 }
 
+const NO_ATTEMPTS: readonly Attempt[] = []
+
 /** One delivery in the inspector: a request, or a job out of a queue whose request this process has not received. */
 export class Entry {
   state: DeliveryState = 'received'
@@ -55,11 +62,9 @@ export class Entry {
   type: string | undefined = undefined
   resource: string | undefined = undefined
   tenant: string | undefined = undefined
-  /** The bytes that arrived. For a job, its event serialised again. */
-  rawBody: Buffer | undefined = undefined
   refusal: Refusal | undefined = undefined
   duplicate: DuplicateMessage['state'] | undefined = undefined
-  attempts: Attempt[] = []
+  attempts: readonly Attempt[] = NO_ATTEMPTS
   /** How often the handlers were started. */
   started = 0
   death: DeadDelivery | undefined = undefined
@@ -71,15 +76,19 @@ export class Entry {
   kept = false
   /** The approximate size in bytes. */
   size = OWN_SIZE
-  // The end of each step, in ms of `performance.now()`. NaN until the step has ended.
-  capturedAt = NaN
-  verifiedAt = NaN
-  validatedAt = NaN
-  deduplicatedAt = NaN
-  dispatchedAt = NaN
-  answeredAt = NaN
-  /** The duration of the last attempt in ms, when this process did not receive the request and so measures no answer. */
-  ms: number | undefined = undefined
+  // The end of each step, in whole µs after `startedAt`. Whole numbers, because V8 makes an object of each fraction.
+  capturedAt: number | undefined = undefined
+  verifiedAt: number | undefined = undefined
+  validatedAt: number | undefined = undefined
+  deduplicatedAt: number | undefined = undefined
+  dispatchedAt: number | undefined = undefined
+  answeredAt: number | undefined = undefined
+  /** The duration of the last attempt in whole µs, when this process did not receive the request and so measures no answer. */
+  duration: number | undefined = undefined
+  // The body is a part of `#bytes`. No Buffer of its own is kept, because each one costs V8 more than the copy into a page.
+  #bytes: Buffer | undefined = undefined
+  #from = 0
+  #to = 0
   #claimed: { type: string | undefined } | undefined = undefined
 
   /**
@@ -98,17 +107,42 @@ export class Entry {
     if (headers !== undefined) this.size += sizeOf(headers) + url.length
   }
 
+  /** Whole µs since the arrival. */
+  elapsed (): number {
+    return Math.round((performance.now() - this.startedAt) * 1_000)
+  }
+
+  /** The bytes that arrived. For a job, its event serialised again. `undefined` if they are not kept. */
+  get rawBody (): Buffer | undefined {
+    return this.#bytes?.subarray(this.#from, this.#to)
+  }
+
   keepBody (rawBody: Buffer): void {
-    // The body may be a slice of a larger buffer, which stays in memory as a whole.
-    const size = rawBody.buffer.byteLength
+    const { length } = rawBody
+    // A body that is not copied may be a slice of a larger buffer, which stays in memory as a whole.
+    const size = length > MAX_COPIED ? rawBody.buffer.byteLength : length
     if (size > MAX_BODY) return
-    this.rawBody = rawBody
+    this.#bytes = rawBody
+    this.#to = length
     this.size += size
   }
 
+  /** Called when a ring takes the entry. */
+  copyBody (pages: Pages): void {
+    if (this.#bytes === undefined || this.#to > MAX_COPIED) return
+    this.#from = pages.copy(this.#bytes)
+    this.#to += this.#from
+    this.#bytes = pages.page
+  }
+
+  /** Called when a ring drops the entry. Its handlers may run for long, and would keep the page in memory. */
+  dropBody (): void {
+    this.#bytes = undefined
+  }
+
   keepAttempt (attempt: Attempt): void {
-    if (this.attempts.length === MAX_ATTEMPTS) this.attempts.shift()
-    this.attempts.push(attempt)
+    // A literal, because push() would make room for 17 attempts.
+    this.attempts = this.attempts.length === 0 ? [attempt] : [...this.attempts.slice(1 - MAX_ATTEMPTS), attempt]
     this.started = attempt.number
   }
 
@@ -146,7 +180,7 @@ export function resourceOf ({ data }: { readonly data?: unknown }): string | und
 }
 
 export function rowOf (entry: Entry): Row {
-  const { id, at, type, webhookId, endpoint, tenant, resource, state, status, refusal, started, answeredAt, startedAt, ms, sent } = entry
+  const { id, at, type, webhookId, endpoint, tenant, resource, state, status, refusal, started, answeredAt, duration = answeredAt, sent } = entry
   const verified = webhookId !== undefined
   return {
     id,
@@ -160,12 +194,14 @@ export function rowOf (entry: Entry): Row {
     status: status ?? null,
     code: refusal?.code ?? null,
     attempts: started,
-    ms: ms ?? (Number.isNaN(answeredAt) ? null : round(answeredAt - startedAt)),
+    ms: msOf(duration),
     own: sent !== undefined,
     again: sent?.again ?? null
   }
 }
 
-export function round (ms: number): number {
-  return Math.round(ms * 1_000) / 1_000
+export function msOf (duration: number): number
+export function msOf (duration: number | undefined): number | null
+export function msOf (duration: number | undefined): number | null {
+  return duration === undefined ? null : duration / 1_000
 }

@@ -124,45 +124,47 @@ export class Journal implements Observer {
 
   captured (request: FastifyRequest, rawBody: Buffer): void {
     const entry = this.#entryOf(request)
-    entry.capturedAt = performance.now()
+    entry.capturedAt = entry.elapsed()
     entry.keepBody(rawBody)
   }
 
   verified (request: FastifyRequest): void {
-    this.#entryOf(request).verifiedAt = performance.now()
+    const entry = this.#entryOf(request)
+    entry.verifiedAt = entry.elapsed()
   }
 
   validated (request: VerifiedRequest): void {
     const entry = this.#entryOf(request)
     const { webhookId, timestamp, event, tenant } = request.openaiWebhook as VerifiedRequest['openaiWebhook'] & { readonly tenant?: string }
-    entry.validatedAt = performance.now()
+    entry.validatedAt = entry.elapsed()
     name(entry, { webhookId, timestamp, event, tenant })
     this.#keep(this.deliveries, entry)
   }
 
   deduplicated (request: VerifiedRequest): void {
-    this.#entryOf(request).deduplicatedAt = performance.now()
+    const entry = this.#entryOf(request)
+    entry.deduplicatedAt = entry.elapsed()
   }
 
   duplicate (request: VerifiedRequest, state: DuplicateMessage['state']): void {
     const entry = this.#entryOf(request)
-    if (Number.isNaN(entry.deduplicatedAt)) entry.deduplicatedAt = performance.now()
+    entry.deduplicatedAt ??= entry.elapsed()
     entry.duplicate = state
     this.#move(entry, 'duplicate')
   }
 
   queued (job: Job, request: VerifiedRequest): void {
     const entry = this.#entryOf(request)
-    entry.dispatchedAt = performance.now()
+    entry.dispatchedAt = entry.elapsed()
     if (entry.kept) this.#queued.set(keyOf(job), entry)
     this.#move(entry, 'queued')
   }
 
   started ({ job, request, attempt, handlers, finished, replies }: AttemptStart): ObservedAttempt {
     const entry = request === undefined ? this.#entryOfJob(job) : this.#entryOf(request)
-    const startedAt = performance.now()
-    const runs: HandlerRun[] = handlers.slice(0, MAX_HANDLERS).map(({ name }) => ({ name, outcome: 'running', ms: undefined }))
-    const own: HandlerRun | undefined = replies ? { name: OWN_HANDLER, outcome: 'running', ms: undefined } : undefined
+    const startedAt = entry.elapsed()
+    const runs = (handlers.length > MAX_HANDLERS ? handlers.slice(0, MAX_HANDLERS) : handlers).map(runOf)
+    const own = replies ? runOf({ name: OWN_HANDLER }) : undefined
     if (own !== undefined) runs.push(own)
     const record: Attempt = {
       number: Math.max(attempt ?? 0, entry.started + 1),
@@ -171,7 +173,7 @@ export class Journal implements Observer {
       handlers: runs,
       finished,
       outcome: 'running',
-      ms: undefined,
+      duration: undefined,
       errors: []
     }
     entry.keepAttempt(record)
@@ -269,7 +271,7 @@ export class Journal implements Observer {
   }
 
   #over (entry: Entry, { headersSent, statusCode }: ServerResponse): void {
-    entry.answeredAt = performance.now()
+    entry.answeredAt = entry.elapsed()
     // No headers were sent if the sender disconnected before the answer.
     if (headersSent) entry.status = statusCode
     if (entry.state === 'received') {
@@ -294,6 +296,7 @@ class Run implements ObservedAttempt {
     readonly attempt: Attempt,
     readonly own: HandlerRun | undefined,
     readonly queued: boolean,
+    /** Whole µs after the arrival. */
     readonly startedAt: number,
     readonly job: Job
   ) {}
@@ -309,10 +312,10 @@ class Run implements ObservedAttempt {
   ended (error?: unknown): void {
     const { journal, entry, attempt, own, queued, startedAt, job } = this
     this.#end(own, error === undefined ? 'succeeded' : 'failed')
-    attempt.ms = performance.now() - startedAt
-    if (!queued) entry.dispatchedAt = startedAt + attempt.ms
+    attempt.duration = entry.elapsed() - startedAt
+    if (!queued) entry.dispatchedAt = startedAt + attempt.duration
     // When this process received the request, its row shows the time until the answer, which did not wait for the queue.
-    else if (entry.headers === undefined) entry.ms = attempt.ms
+    else if (entry.headers === undefined) entry.duration = attempt.duration
     journal.ended(entry, { attempt, job, error })
   }
 
@@ -324,9 +327,11 @@ class Run implements ObservedAttempt {
   #end (run: HandlerRun | undefined, outcome: 'succeeded' | 'failed'): void {
     if (run === undefined) return
     run.outcome = outcome
-    run.ms = performance.now() - this.startedAt
+    run.duration = this.entry.elapsed() - this.startedAt
   }
 }
+
+const runOf = ({ name }: { readonly name: string }): HandlerRun => ({ name, outcome: 'running', duration: undefined })
 
 /** The signature in either scheme. */
 const signatureOf = ({ 'webhook-signature': standard, 'x-openai-signature': older }: IncomingHttpHeaders): string => String(standard ?? older)

@@ -1,10 +1,13 @@
 import type { Entry } from './entry.ts'
+import { Pages } from './pages.ts'
 
 /** The last deliveries, bounded by their number and their size in bytes. */
 export class Ring {
   readonly #entries: Array<Entry | undefined>
   readonly #maxBytes: number
   readonly #dropped: (entry: Entry) => void
+  /** Not shared between rings, because a delivery that one ring keeps for long would hold a page of the other. */
+  readonly #pages = new Pages()
   #first = 0
   #size = 0
   #bytes = 0
@@ -24,6 +27,7 @@ export class Ring {
     this.#size++
     this.#bytes += entry.size
     entry.kept = true
+    entry.copyBody(this.#pages)
     this.#shrink()
   }
 
@@ -50,6 +54,7 @@ export class Ring {
     this.#size--
     this.#bytes -= entry.size
     entry.kept = false
+    entry.dropBody()
     this.#dropped(entry)
   }
 }

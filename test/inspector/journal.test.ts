@@ -150,6 +150,46 @@ t.test('a flood of refused deliveries displaces no delivery, and no more than a 
   t.equal((await app.inject('/openai-webhook/api/deliveries/1')).statusCode, 404)
 })
 
+t.test('the bytes of each delivery are those that arrived, whatever their sizes and what a handler does to them', async t => {
+  const app = await inspected(t, {}, { max: 200 })
+  app.openaiWebhook.on('batch.failed', (_event, { request }) => { request!.openaiWebhook.rawBody.fill('x') })
+  const sizes = Array.from({ length: 120 }, (_, i) => i % 10 === 0 ? 20_000 + i : 30 * i)
+  const sent = sizes.map(size => sign({ ...thin('batch.failed'), padding: 'p'.repeat(size) }))
+  const bodies = sent.map(({ body }) => Buffer.from(body))
+  // Copied, because app.inject() hands over the very buffer that the handler fills.
+  for (const { headers, body } of sent) await post(app, { headers, body: Buffer.from(body) })
+  for (const [index, body] of bodies.entries()) {
+    // A large body is not copied: it is what the handler made of it.
+    if (body.length > 4_096) continue
+    t.same(Buffer.from((await detailOf(app, index + 1)).body!.base64, 'base64'), body)
+  }
+})
+
+t.test('a small body is kept, and counted by its own bytes, whatever buffer it is a part of', async t => {
+  const app = await inspected(t)
+  const { headers, body } = sign(thin('batch.failed'))
+  const large = Buffer.alloc(2_000_000)
+  body.copy(large, 500)
+  await post(app, { headers, body: large.subarray(500, 500 + body.length) })
+  t.same(Buffer.from((await detailOf(app)).body!.base64, 'base64'), body)
+  t.ok(journalOf(app).deliveries.bytes < 10_000)
+})
+
+t.test('a delivery that is dropped while its handlers run holds no body', async t => {
+  const app = await inspected(t, {}, { max: 1 })
+  const end = deferred()
+  app.openaiWebhook.on('batch.completed', () => end.promise)
+  const running = post(app, sign(thin('batch.completed')))
+  await until(() => states(app)[0] === 'running')
+  const [entry] = [...journalOf(app).deliveries]
+  t.ok(entry!.rawBody!.length > 0)
+  await post(app, sign(thin('batch.failed')))
+  t.equal(entry!.rawBody, undefined)
+  end.resolve()
+  t.equal((await running).statusCode, 200)
+  t.same(states(app), ['processed'])
+})
+
 t.test('16 MB are kept at most, whatever the bodies and the errors', async t => {
   const app = await inspected(t, { bodyLimit: 3_000_000 }, { max: 10_000 })
   app.openaiWebhook.on('batch.failed', () => { throw new Error('e'.repeat(100_000)) })
