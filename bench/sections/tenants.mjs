@@ -8,7 +8,7 @@ export const name = 'tenants'
 export async function run (bench) {
   bench.log('tenants')
   const candidates = Object.fromEntries([1, 10_000].map(tenants => [tenants.toLocaleString('en'), variant({ tenants }, { plan: { tenants } })]))
-  const plan = bench.scaled({ count: 20_000, warmUp: 48_000, rounds: 8, generations: 4 })
+  const plan = bench.scaled({ count: 5_000, warmUp: 48_000, rounds: 32, generations: 4 })
   return { plan, variants: await bench.compare(candidates, { ...plan, templates: [eventOf(200)] }) }
 }
 
