@@ -31,7 +31,7 @@ export class Watch {
   readonly #work: Work
   readonly #log: FastifyBaseLogger | undefined
   readonly #handlers: number
-  readonly #startedAt = performance.now()
+  readonly #startedAt: number
   readonly observed: ObservedAttempt | undefined
 
   /** @returns `undefined` if there is no inspector and the level `info` is not logged, so that no object is created for the delivery */
@@ -45,6 +45,7 @@ export class Watch {
     const { job, sender, attempt, finished } = work
     this.#work = work
     this.#log = log
+    this.#startedAt = log === undefined ? 0 : performance.now()
     this.#handlers = handlers.length
     this.observed = observer?.started({ job, request: sender?.request, attempt, handlers, finished, replies: sender?.ownHandler !== undefined })
   }

@@ -23,7 +23,7 @@ export interface DetailParts {
 
 /** Everything that is known about one delivery, as the page shows it. */
 export function detailOf (entry: Entry, { verification, others, deliver, redact, log }: DetailParts): Detail {
-  const { url, timestamp, headers, rawBody, refusal, duplicate, attempts, death } = entry
+  const { at, url, timestamp, headers, rawBody, refusal, duplicate, attempts, death } = entry
   return {
     row: rowOf(entry),
     url,
@@ -34,7 +34,7 @@ export function detailOf (entry: Entry, { verification, others, deliver, redact,
     refusal: refusal === undefined ? null : refusalOf(entry, refusal),
     diagnosis: diagnosisOf(entry, verification),
     duplicate: duplicate ?? null,
-    attempts: attempts.map(attemptOf),
+    attempts: attempts.map(attempt => attemptOf(attempt, at)),
     death: death === undefined ? null : { at: death.diedAt, attempts: death.attempts, errors: death.errors.map(errorOf) },
     others,
     deliver,
@@ -58,10 +58,11 @@ export function deadOf ({ endpoint, webhookId, tenant, event, attempts, diedAt, 
 
 const errorOf = ({ handler, message, stack }: DeliveryError): ErrorInfo => ({ handler, message, stack })
 
-function attemptOf ({ number, at, queued, duration, outcome, handlers, finished, errors }: Attempt): AttemptInfo {
+/** @param arrivedAt ms since the epoch */
+function attemptOf ({ number, startedAt, queued, duration, outcome, handlers, finished, errors }: Attempt, arrivedAt: number): AttemptInfo {
   return {
     number,
-    at,
+    at: Math.floor(arrivedAt + msOf(startedAt)),
     queued,
     ms: msOf(duration),
     outcome,

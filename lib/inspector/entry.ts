@@ -26,8 +26,8 @@ export interface HandlerRun {
 
 export interface Attempt {
   readonly number: number
-  /** When the attempt started, in ms since the epoch. */
-  readonly at: number
+  /** Whole µs after the arrival of the delivery. */
+  readonly startedAt: number
   readonly queued: boolean
   readonly handlers: readonly HandlerRun[]
   readonly finished: readonly string[]

@@ -162,13 +162,12 @@ export class Journal implements Observer {
 
   started ({ job, request, attempt, handlers, finished, replies }: AttemptStart): ObservedAttempt {
     const entry = request === undefined ? this.#entryOfJob(job) : this.#entryOf(request)
-    const startedAt = entry.elapsed()
     const runs = (handlers.length > MAX_HANDLERS ? handlers.slice(0, MAX_HANDLERS) : handlers).map(runOf)
     const own = replies ? runOf({ name: OWN_HANDLER }) : undefined
     if (own !== undefined) runs.push(own)
     const record: Attempt = {
       number: Math.max(attempt ?? 0, entry.started + 1),
-      at: Date.now(),
+      startedAt: entry.elapsed(),
       queued: request === undefined,
       handlers: runs,
       finished,
@@ -178,7 +177,7 @@ export class Journal implements Observer {
     }
     entry.keepAttempt(record)
     this.#move(entry, 'running')
-    return new Run(this, entry, record, own, request === undefined, startedAt, job)
+    return new Run(this, entry, record, own, job)
   }
 
   /** Called when the handlers have ended. */
@@ -295,9 +294,6 @@ class Run implements ObservedAttempt {
     readonly entry: Entry,
     readonly attempt: Attempt,
     readonly own: HandlerRun | undefined,
-    readonly queued: boolean,
-    /** Whole µs after the arrival. */
-    readonly startedAt: number,
     readonly job: Job
   ) {}
 
@@ -310,10 +306,10 @@ class Run implements ObservedAttempt {
   }
 
   ended (error?: unknown): void {
-    const { journal, entry, attempt, own, queued, startedAt, job } = this
+    const { journal, entry, attempt, own, job } = this
     this.#end(own, error === undefined ? 'succeeded' : 'failed')
-    attempt.duration = entry.elapsed() - startedAt
-    if (!queued) entry.dispatchedAt = startedAt + attempt.duration
+    attempt.duration = entry.elapsed() - attempt.startedAt
+    if (!attempt.queued) entry.dispatchedAt = attempt.startedAt + attempt.duration
     // When this process received the request, its row shows the time until the answer, which did not wait for the queue.
     else if (entry.headers === undefined) entry.duration = attempt.duration
     journal.ended(entry, { attempt, job, error })
@@ -327,7 +323,7 @@ class Run implements ObservedAttempt {
   #end (run: HandlerRun | undefined, outcome: 'succeeded' | 'failed'): void {
     if (run === undefined) return
     run.outcome = outcome
-    run.duration = this.entry.elapsed() - this.startedAt
+    run.duration = this.entry.elapsed() - this.attempt.startedAt
   }
 }
 

@@ -40,6 +40,7 @@ t.test('a delivery that is processed: its row, its steps in order, its handlers,
   }
   t.equal(last, row!.ms)
   t.match(attempts, [{ number: 1, queued: false, outcome: 'processed', errors: [], handlers: [{ name: 'first', outcome: 'succeeded', ms: Number }, { name: 'second', outcome: 'succeeded', ms: Number }] }])
+  t.ok(attempts[0]!.at >= row!.at && attempts[0]!.at <= Date.now())
   t.same(Buffer.from(body!.base64, 'base64'), delivery.body)
   t.match(new Map(headers), new Map([['webhook-id', delivery.headers['webhook-id']]]))
   t.match({ refusal, diagnosis, death, scheme, deliver, url }, { refusal: null, diagnosis: null, death: null, scheme: 'standard', deliver: { again: null, edited: null }, url: '/webhooks/openai' })
