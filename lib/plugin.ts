@@ -1,8 +1,9 @@
 import type { FastifyInstance, RegisterOptions } from 'fastify'
 import fp from 'fastify-plugin'
+import { LONGEST_TIMER } from './checks.ts'
 import { RunnerDeadLetters } from './dead-letters.ts'
 import type { DeadLetters } from './dead-letters.ts'
-import { drain, withinPluginTimeout } from './delivery/drain.ts'
+import { drain } from './delivery/drain.ts'
 import { Handling } from './delivery/handling.ts'
 import { Queued } from './delivery/queued.ts'
 import { Receiver } from './delivery/receive.ts'
@@ -33,6 +34,7 @@ import { memoryStore } from './stores/memory.ts'
 import { noStore } from './stores/none.ts'
 import type { OpenAIWebhook } from './api.ts'
 import { Verifications } from './routes/verifications.ts'
+import { within } from './within.ts'
 
 // `options` has no default, because Fastify always passes an object, and its types cannot infer the options from an optional parameter.
 async function openaiWebhook (instance: FastifyInstance, options: OpenAIWebhookOptions): Promise<void> {
@@ -58,9 +60,10 @@ async function openaiWebhook (instance: FastifyInstance, options: OpenAIWebhookO
   guarded.addHook('onRequest', guard(routes.failures))
   instance.addHook('onRoute', function (route) { protectMarked(routes, this, route) })
   instance.addHook('onReady', start)
-  // preClose runs before every onClose hook, so that the app's databases are still open while the handlers are drained.
+  // preClose runs before every onClose hook, so that the app's databases are still open while the handlers are drained. Fastify fails a hook that
+  // takes longer than `pluginTimeout` (ms; 0: no limit), so this one waits for 80 % of that, and onClose for the rest.
   const { pluginTimeout = 0 } = instance.initialConfig
-  instance.addHook('preClose', async () => await withinPluginTimeout(close(), pluginTimeout))
+  instance.addHook('preClose', async () => await within(close(), pluginTimeout * 0.8 || LONGEST_TIMER, () => {}))
   instance.addHook('onClose', close)
 
   const path = options.path ?? DEFAULTS.path
@@ -131,7 +134,7 @@ function assemble (instance: FastifyInstance, options: OpenAIWebhookOptions, com
     async close () {
       // If another registration uses the runner, this one has failed to start and must not close it.
       const isOurs = isStarted || !runnersInUse.has(runner)
-      closed ??= drain({ works, claims, runner: isOurs ? runner : undefined, failures, abort, closeTimeout: options.closeTimeout ?? DEFAULTS.closeTimeout }).then(() => {
+      closed ??= drain(works, claims, isOurs ? runner : undefined, failures, abort, options.closeTimeout ?? DEFAULTS.closeTimeout).then(() => {
         if (isOurs) runnersInUse.delete(runner)
         bounds.close()
         failures.flush()
