@@ -96,7 +96,7 @@ function assemble (instance: FastifyInstance, options: OpenAIWebhookOptions, com
   const endpoints = new Endpoints(registry)
   const onTrouble = (error: unknown, delivery?: FailureInfo): void => failures.trouble(error, delivery)
   const claims = new Claims({ store: options.idempotency === false ? noStore : store ?? memoryStore(), lease, retention, reconcile, onTrouble })
-  const handling = new Handling({ works, claims, log: instance.log, observation, signal: abort.signal, handlersOf: name => endpoints.handlersOf(name), lacks: name => endpoints.lacks(name) })
+  const handling = new Handling(works, claims, endpoints, instance.log, observation, abort.signal)
   const deadline = options.deadline ?? DEFAULTS.deadline
   const verifications = new Verifications(options, { patience: deadline, warn: message => { instance.log.warn(message) }, onTrouble })
   const bounds = new Bounds(options, instance)

@@ -18,33 +18,28 @@ import { Context } from './context.ts'
 import { Watch, isTraced, traceDelivery } from './observe.ts'
 import type { State, Work, Works } from './work.ts'
 
-export interface HandlingOptions {
-  readonly works: Works
-  readonly claims: Claims
+/** The handlers of the endpoints. */
+interface HandlerTables {
   /** The handlers of an endpoint; only the app's handlers if this process does not have the route. */
-  readonly handlersOf: (endpoint: string) => HandlerTable
+  handlersOf (endpoint: string): HandlerTable
   /** Whether this process has routes, and the endpoint is none of them. */
-  readonly lacks: (endpoint: string) => boolean
-  readonly log: FastifyBaseLogger
-  readonly observation: Observation
-  /** Aborts when the app is closing and `closeTimeout` is over. */
-  readonly signal: AbortSignal
+  lacks (endpoint: string): boolean
 }
 
 /** Runs the handlers of a claimed delivery and records how they end. */
 export class Handling {
-  readonly #options: HandlingOptions
-
-  constructor (options: HandlingOptions) {
-    this.#options = options
-  }
-
-  lacks (endpoint: string): boolean {
-    return this.#options.lacks(endpoint)
-  }
+  /** @param signal aborts when the app is closing and `closeTimeout` is over */
+  constructor (
+    readonly works: Works,
+    readonly claims: Claims,
+    readonly endpoints: HandlerTables,
+    readonly log: FastifyBaseLogger,
+    readonly observation: Observation,
+    readonly signal: AbortSignal
+  ) {}
 
   hasRouteHandlers (endpoint: string): boolean {
-    return this.#options.handlersOf(endpoint).hasRouteHandlers
+    return this.endpoints.handlersOf(endpoint).hasRouteHandlers
   }
 
   /** Starts the handlers that have not succeeded yet. Rejects with FST_OPENAI_WEBHOOK_HANDLER_FAILED if one fails. */
@@ -57,7 +52,7 @@ export class Handling {
     work.remembered = job.remembered
     const handlers = finished.length === 0 ? all : all.filter(({ name }) => !finished.includes(name))
     if (channels.unhandled.hasSubscribers) this.#tellUnhandled(work)
-    const watch = Watch.over(work, handlers, this.#options.log, this.#options.observation)
+    const watch = Watch.over(work, handlers, this.log, this.observation)
     work.end = watch === undefined ? this.#run(work, handlers) : this.#watched(work, handlers, watch)
     return work.end
   }
@@ -76,7 +71,7 @@ export class Handling {
   }
 
   #handle (work: Work, handlers: readonly Handler[], observed?: ObservedAttempt): MaybePromise<void> {
-    const { claims, log, signal } = this.#options
+    const { claims, log, signal } = this
     const { claim } = work.state as Extract<State, { at: 'handling' }>
     const replies = work.sender?.ownHandler !== undefined
     const failures = dispatch(handlers, work.job.event, new Context(work, log, signal), (handler, isLast) =>
@@ -100,7 +95,7 @@ export class Handling {
 
   /** Records how the handlers have ended, and then throws `failure` if there is one. */
   #settle (work: Work, claim: Held, failure?: Error): MaybePromise<void> {
-    const { claims, works } = this.#options
+    const { claims, works } = this
     return then(failure === undefined ? this.#complete(work, claim) : claims.release(claim), () => {
       work.move({ at: 'over', succeeded: failure === undefined })
       if (work.canBeForgotten) works.forget(works.received, work)
@@ -113,7 +108,7 @@ export class Handling {
    * of them.
    */
   #complete ({ onSuccess }: Work, claim: Held): MaybePromise<void> {
-    const completed = this.#options.claims.complete(claim)
+    const completed = this.claims.complete(claim)
     return onSuccess === undefined ? completed : then(onSuccess(), () => completed)
   }
 
@@ -131,16 +126,16 @@ export class Handling {
   mayBeRemembered ({ endpoint, event, timestamp, remembered }: Job): Job['remembered'] {
     const retention = shortestRetention()
     if (retention === undefined) return remembered
-    const handlers = this.#options.handlersOf(endpoint).for(event.type)
+    const handlers = this.endpoints.handlersOf(endpoint).for(event.type)
     return { ...Object.fromEntries(handlers.map(({ name }) => [name, timestamp * 1_000 + retention])), ...remembered }
   }
 
   #handlers ({ job }: Work): readonly Handler[] {
-    return this.#options.handlersOf(job.endpoint).for(job.event.type)
+    return this.endpoints.handlersOf(job.endpoint).for(job.event.type)
   }
 
   #tellUnhandled ({ job, sender }: Work): void {
-    const isHandled = sender?.ownHandler !== undefined || this.#options.handlersOf(job.endpoint).handles(job.event.type)
+    const isHandled = sender?.ownHandler !== undefined || this.endpoints.handlersOf(job.endpoint).handles(job.event.type)
     if (!isHandled) channels.unhandled.publish(job)
   }
 }

@@ -86,7 +86,7 @@ export class Queued implements RunnerHost {
 
   async #processQueued (job: Job, attempt: number | undefined, onSuccess: (() => MaybePromise<void>) | undefined): Promise<void> {
     if (job.routeHandlers === true && !this.handling.hasRouteHandlers(job.endpoint)) throw new MissingRoute(job.endpoint)
-    if (this.handling.lacks(job.endpoint)) this.failures.foreign(job)
+    if (this.handling.endpoints.lacks(job.endpoint)) this.failures.foreign(job)
     await this.#whenFree(job, attempt, async work => {
       work.onSuccess = onSuccess
       await this.handling.start(work)

@@ -92,7 +92,7 @@ t.test('a runner that asks again for a job before it is acknowledged is told how
     const table = new HandlerTable([list], new Set([TYPE]))
     const works = new Works()
     const claims = new Claims({ store: memoryStore(), lease: 60_000, retention: 60_000, onTrouble () {} })
-    const handling = new Handling({ works, claims, handlersOf: () => table, lacks: () => false, log: silent, observation: new Observation(), signal: new AbortController().signal })
+    const handling = new Handling(works, claims, { handlersOf: () => table, lacks: () => false }, silent, new Observation(), new AbortController().signal)
     const host = new Queued(works, claims, handling, {} as Failures)
     const ends: string[] = []
     const attempt = async (job: Job): Promise<void> => {
@@ -203,7 +203,7 @@ async function follow (plan: Plan, scheduler: fc.Scheduler): Promise<void> {
 
   const works = new Works()
   const claims = new Claims({ store, lease: 60_000, retention: 60_000, onTrouble () {} })
-  const handling = new Handling({ works, claims, handlersOf: () => table, lacks: () => false, log: silent, observation: new Observation(), signal: new AbortController().signal })
+  const handling = new Handling(works, claims, { handlersOf: () => table, lacks: () => false }, silent, new Observation(), new AbortController().signal)
   const host = new Queued(works, claims, handling, {} as Failures)
   const queued: Array<Promise<unknown>> = []
   const attempt = async (job: Job): Promise<void> => {
