@@ -3,6 +3,7 @@ import { channels } from './channels.ts'
 import { codeOf, statusOf } from './coded.ts'
 import { InvalidEvent, InvalidSignature, UnknownTenant } from './errors.ts'
 import { causeOf, isHandlersFailure } from './runners/handler-failures.ts'
+import { tryOr } from './maybe-promise.ts'
 import { RefusalLog, logError, logFields, write } from './log.ts'
 import type { Observation } from './observation.ts'
 import type { FailureInfo, Refused, Registry } from './registry.ts'
@@ -108,12 +109,12 @@ export class Failures {
     if (channels.dead.hasSubscribers) channels.dead.publish(delivery)
     this.#observation.observer?.dead(delivery)
     this.report(error, infoOf(delivery))
-    this.#registry.tellDead(delivery, thrown => logError(this.#log, thrown, logFields(delivery), 'an onDead handler failed'))
+    for (const handler of this.#registry.deadHandlers) tryOr(() => handler(delivery), thrown => logError(this.#log, thrown, logFields(delivery), 'an onDead handler failed'))
   }
 
-  /** Reports to the `onError` handlers only. */
+  /** Reports to the `onError` handlers only. What they throw does not fail the delivery. */
   report (error: unknown, info: FailureInfo, log = this.#log): void {
-    this.#registry.report(error, info, thrown => logError(log, thrown, {}, 'an onError handler failed'))
+    for (const handler of this.#registry.errorHandlers) tryOr(() => handler(error as Error, info), thrown => logError(log, thrown, {}, 'an onError handler failed'))
   }
 
   /** Logs now how many refusals were counted but not logged. */

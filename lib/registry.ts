@@ -4,7 +4,6 @@ import { AlreadyStarted, InvalidOptions } from './errors.ts'
 import { guideEvents } from './events/index.ts'
 import { assertHandlerName, givenName } from './handler-name.ts'
 import { nearestType } from './nearest.ts'
-import { tryOr } from './maybe-promise.ts'
 import type { EventContext, Handler } from './handlers.ts'
 import type { DeadDelivery } from './runners/runner.ts'
 
@@ -138,16 +137,6 @@ export class Registry {
 
   assertOpen (method: string): void {
     if (this.closed) throw new AlreadyStarted(method)
-  }
-
-  /** Calls every `onError` handler. What a handler throws goes to `fallback` and never fails the delivery. */
-  report (error: unknown, info: FailureInfo, fallback: (error: unknown) => void): void {
-    for (const handler of this.errorHandlers) tryOr(() => handler(error as Error, info), fallback)
-  }
-
-  /** Calls every `onDead` handler. What a handler throws goes to `fallback`. */
-  tellDead (delivery: DeadDelivery, fallback: (error: unknown) => void): void {
-    for (const handler of this.deadHandlers) tryOr(() => handler(delivery), fallback)
   }
 }
 
