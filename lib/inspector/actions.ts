@@ -7,7 +7,7 @@ import type { Routes } from '../routes/routes.ts'
 import { newSample, sampleEvent, sampleTypes } from '../testing/sample.ts'
 import type { SampleType } from '../testing/sample.ts'
 import { newWebhookId } from '../testing/sign.ts'
-import { signerOf } from '../verifiers/verifier.ts'
+import { schemeOf } from '../verifiers/verifier.ts'
 import type { Entry } from './entry.ts'
 import type { Journal } from './journal.ts'
 import type { Delivered, Detail, Obstacle, Repeated } from './messages.ts'
@@ -52,7 +52,7 @@ export class Actions {
     const edited = this.#obstacle(entry)
     const again = edited ?? (entry.rawBody === undefined
       ? 'its body is not kept'
-      : signerOf(this.#endpoint(entry.endpoint)!.verifier)!.namedByEvent ? 'its verifier names a delivery by its event, so the same event would be a duplicate: edit its id' : null)
+      : schemeOf(this.#endpoint(entry.endpoint)!.verifier)!.namedByEvent ? 'its verifier names a delivery by its event, so the same event would be a duplicate: edit its id' : null)
     return { again, edited }
   }
 
@@ -100,7 +100,7 @@ export class Actions {
   async #deliver (name: string, url: string, tenant: string | undefined, headers: IncomingHttpHeaders, body: Buffer, repeated?: { again: number, webhookId: string | undefined }): Promise<Repeated> {
     const { instance, journal } = this.#options
     const { verifier, keyring } = await verificationOf(this.#endpoint(name)!, tenant)
-    const { sign, namedByEvent } = signerOf(verifier)!
+    const { sign, namedByEvent } = schemeOf(verifier)!
     const webhookId = namedByEvent ? idOf(body) : newWebhookId()
     if (namedByEvent && repeated !== undefined && webhookId === repeated.webhookId) throw new ActionFault(409, 'its verifier names a delivery by its event: edit the event\'s id, or it is a duplicate')
     const signed = sign(body, { webhookId: webhookId ?? '', timestamp: Math.floor(Date.now() / 1_000) }, keyring.keys[0]!)
@@ -133,7 +133,7 @@ export class Actions {
 const MOST_REQUEUED = 1_000
 
 export function obstacleOf ({ verifier }: Endpoint): Obstacle {
-  return signerOf(verifier) === undefined ? 'its verifier is your own, which cannot sign' : null
+  return schemeOf(verifier) === undefined ? 'its verifier is your own, which cannot sign' : null
 }
 
 /** How deliveries of an endpoint, or of one of its tenants, are verified. @throws ActionFault */

@@ -4,7 +4,7 @@ import { InvalidId, InvalidSignature, InvalidTimestamp, TimestampOutOfTolerance 
 import type { Keys } from '../verifiers/keyring.ts'
 import { isPromise } from '../maybe-promise.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
-import { judgeOf } from '../verifiers/verifier.ts'
+import { schemeOf } from '../verifiers/verifier.ts'
 import type { Judge, SignedDelivery, Verified, Verifier } from '../verifiers/verifier.ts'
 
 export interface Verification {
@@ -18,7 +18,7 @@ export interface Verification {
 }
 
 export function verificationBy (verifier: Verifier, keyring: Keys, tolerance: number): Verification {
-  const { judge, judgeHeaders } = judgeOf(verifier) ?? usersJudge(verifier)
+  const { judge, judgeHeaders } = schemeOf(verifier) ?? usersJudge(verifier)
   return { verifier, judge, judgeHeaders, keyring, tolerance }
 }
 

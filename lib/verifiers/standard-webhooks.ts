@@ -19,7 +19,7 @@ export function standardWebhooks (...given: unknown[]): Verifier {
   return verifier
 }
 
-const verifier = verifierOf({ judge, judgeHeaders }, { sign, namedByEvent: false })
+const verifier = verifierOf({ judge, judgeHeaders, sign, namedByEvent: false })
 
 // Visible ASCII without "." and ",". With a "." in the id, the signed text `id.timestamp.body` could be split at another place, so that an old
 // delivery would pass as a fresh one. A "," may come from node:http, which joins repeated headers with it.

@@ -61,28 +61,21 @@ export interface Signer {
 }
 
 // Not properties of the verifier, because a verifier that wraps another one may copy its properties.
-const judges = new WeakMap<Verifier, Judge>()
-const signers = new WeakMap<Verifier, Signer>()
+const schemes = new WeakMap<Verifier, Judge & Signer>()
 
 /** Makes a verifier that throws the errors that the judge returns. */
-export function verifierOf (judge: Judge, signer: Signer, properties: Pick<Verifier, 'keyBytes'> = {}): Verifier {
+export function verifierOf (scheme: Judge & Signer, properties: Pick<Verifier, 'keyBytes'> = {}): Verifier {
   const verifier = Object.assign(
-    (delivery: SignedDelivery, keys: readonly KeyObject[]) => orThrow(judge.judge(delivery, keys)),
-    { checkHeaders: (headers: IncomingHttpHeaders) => orThrow(judge.judgeHeaders(headers)), ...properties }
+    (delivery: SignedDelivery, keys: readonly KeyObject[]) => orThrow(scheme.judge(delivery, keys)),
+    { checkHeaders: (headers: IncomingHttpHeaders) => orThrow(scheme.judgeHeaders(headers)), ...properties }
   )
-  judges.set(verifier, judge)
-  signers.set(verifier, signer)
+  schemes.set(verifier, scheme)
   return verifier
 }
 
-/** The judge that one of our verifiers was made from; `undefined` for a user's verifier. */
-export function judgeOf (verifier: Verifier): Judge | undefined {
-  return judges.get(verifier)
-}
-
-/** The signer for one of our verifiers; `undefined` for a user's verifier. */
-export function signerOf (verifier: Verifier): Signer | undefined {
-  return signers.get(verifier)
+/** What one of our verifiers was made from; `undefined` for a user's verifier. */
+export function schemeOf (verifier: Verifier): (Judge & Signer) | undefined {
+  return schemes.get(verifier)
 }
 
 function orThrow<T> (answer: T | Error): T {

@@ -24,7 +24,7 @@ export function xOpenAISignature (...given: unknown[]): Verifier {
   return verifier
 }
 
-const verifier = verifierOf({ judge, judgeHeaders }, { sign, namedByEvent: true }, { keyBytes })
+const verifier = verifierOf({ judge, judgeHeaders, sign, namedByEvent: true }, { keyBytes })
 
 function keyBytes (secret: string): Buffer {
   return Buffer.from(secret)
