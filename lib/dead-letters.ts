@@ -34,40 +34,31 @@ export interface DeadLetters {
 }
 
 /** The dead letters of any runner that keeps them. */
-export class RunnerDeadLetters implements DeadLetters {
-  readonly #runner: Runner
-
-  constructor (runner: Runner) {
-    this.#runner = runner
-  }
-
-  async list (options: DeadLettersOptions = {}): Promise<DeadDelivery[]> {
-    const { dead } = this.#runner
-    if (dead === undefined) throw new NoDeadLetters()
-    assertNames('deadLetters.list()', options, ['limit', 'type'])
-    const { limit = 100, type } = options
-    if (!Number.isSafeInteger(limit) || limit < 1) throw new InvalidOptions('deadLetters.list(): expected limit to be a whole number of deliveries, 1 or more')
-    if (type !== undefined && typeof type !== 'string') throw new InvalidOptions('deadLetters.list(): expected type to be an event type, such as "batch.completed"')
-    return await dead.call(this.#runner, limit, type)
-  }
-
-  async count (): Promise<number> {
-    const { deadCount } = this.#runner
-    if (deadCount === undefined) throw new NoDeadLetters()
-    return await deadCount.call(this.#runner)
-  }
-
-  async requeue (delivery: DeliveryRef, options: RequeueOptions = {}): Promise<boolean> {
-    const { requeue } = this.#runner
-    if (requeue === undefined) throw new NoDeadLetters()
-    assertNames('deadLetters.requeue()', options, ['force'])
-    const { force = false } = options
-    // A string such as 'false' would count as true.
-    if (typeof force !== 'boolean') throw new InvalidOptions(`deadLetters.requeue(): expected force to be true or false, got a value of type ${typeof force}`)
-    const { endpoint, webhookId, tenant } = (delivery ?? {}) as Partial<DeliveryRef>
-    if (typeof endpoint !== 'string' || typeof webhookId !== 'string') {
-      throw new InvalidOptions('deadLetters.requeue(): expected { endpoint, webhookId }, such as a delivery of list()')
+export function deadLettersOf (runner: Runner): DeadLetters {
+  return {
+    async list (options = {}) {
+      if (runner.dead === undefined) throw new NoDeadLetters()
+      assertNames('deadLetters.list()', options, ['limit', 'type'])
+      const { limit = 100, type } = options
+      if (!Number.isSafeInteger(limit) || limit < 1) throw new InvalidOptions('deadLetters.list(): expected limit to be a whole number of deliveries, 1 or more')
+      if (type !== undefined && typeof type !== 'string') throw new InvalidOptions('deadLetters.list(): expected type to be an event type, such as "batch.completed"')
+      return await runner.dead(limit, type)
+    },
+    async count () {
+      if (runner.deadCount === undefined) throw new NoDeadLetters()
+      return await runner.deadCount()
+    },
+    async requeue (delivery, options = {}) {
+      if (runner.requeue === undefined) throw new NoDeadLetters()
+      assertNames('deadLetters.requeue()', options, ['force'])
+      const { force = false } = options
+      // A string such as 'false' would count as true.
+      if (typeof force !== 'boolean') throw new InvalidOptions(`deadLetters.requeue(): expected force to be true or false, got a value of type ${typeof force}`)
+      const { endpoint, webhookId, tenant } = (delivery ?? {}) as Partial<DeliveryRef>
+      if (typeof endpoint !== 'string' || typeof webhookId !== 'string') {
+        throw new InvalidOptions('deadLetters.requeue(): expected { endpoint, webhookId }, such as a delivery of list()')
+      }
+      return await runner.requeue({ endpoint, webhookId, ...(tenant !== undefined && { tenant }) }, { force })
     }
-    return await requeue.call(this.#runner, { endpoint, webhookId, ...(tenant !== undefined && { tenant }) }, { force })
   }
 }

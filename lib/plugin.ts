@@ -1,7 +1,7 @@
 import type { FastifyInstance, RegisterOptions } from 'fastify'
 import fp from 'fastify-plugin'
 import { LONGEST_TIMER } from './checks.ts'
-import { RunnerDeadLetters } from './dead-letters.ts'
+import { deadLettersOf } from './dead-letters.ts'
 import type { DeadLetters } from './dead-letters.ts'
 import { drain } from './delivery/drain.ts'
 import { Handling } from './delivery/handling.ts'
@@ -119,7 +119,7 @@ function assemble (instance: FastifyInstance, options: OpenAIWebhookOptions, com
 
   return {
     routes,
-    deadLetters: new RunnerDeadLetters(runner),
+    deadLetters: deadLettersOf(runner),
     async start () {
       for (const settle of routes.settles) settle()
       await verifications.load()

@@ -1,7 +1,7 @@
 import t from 'tap'
 import { webhookTracing } from '../lib/otel.ts'
 import { background, inline, memoryStore, standardWebhooks, xOpenAISignature } from '../lib/index.ts'
-import { RunnerDeadLetters } from '../lib/dead-letters.ts'
+import { deadLettersOf } from '../lib/dead-letters.ts'
 import { webhookMetrics } from '../lib/metrics.ts'
 import { migration, postgresInbox, postgresStore } from '../lib/postgres/index.ts'
 import { batchResults, reconcile, retrieve } from '../lib/resources/index.ts'
@@ -15,7 +15,7 @@ import { build } from './support/deliveries.ts'
 t.test('an option that nobody would read is refused, wherever options are taken', async t => {
   const none = undefined as never
   const app = await build(t)
-  const deadLetters = new RunnerDeadLetters({ dead: () => [], requeue: () => true } as never)
+  const deadLetters = deadLettersOf({ dead: () => [], requeue: () => true } as never)
   const takers: Array<[name: string, known: string, take: (options: never) => unknown]> = [
     ['background', 'maxQueue', background],
     ['durable', 'attempts', options => durable(none, options)],
