@@ -2,7 +2,6 @@ import type { FastifyInstance, RegisterOptions } from 'fastify'
 import fp from 'fastify-plugin'
 import { LONGEST_TIMER } from './checks.ts'
 import { deadLettersOf } from './dead-letters.ts'
-import type { DeadLetters } from './dead-letters.ts'
 import { drain } from './delivery/drain.ts'
 import { Handling } from './delivery/handling.ts'
 import { Queued } from './delivery/queued.ts'
@@ -77,14 +76,7 @@ async function openaiWebhook (instance: FastifyInstance, options: OpenAIWebhookO
   }
 }
 
-interface Registration {
-  readonly routes: Routes
-  readonly deadLetters: DeadLetters
-  readonly start: () => Promise<void>
-  readonly close: () => Promise<void>
-}
-
-function assemble (instance: FastifyInstance, options: OpenAIWebhookOptions, compilers: Compilers): Registration {
+function assemble (instance: FastifyInstance, options: OpenAIWebhookOptions, compilers: Compilers) {
   const { store, lease = DEFAULTS.lease, retention = DEFAULTS.retention, reconcile = DEFAULTS.reconcile } = options.idempotency || {}
   const events = { ...officialEvents, ...options.events }
   const runner = options.runner ?? inline()
@@ -120,7 +112,7 @@ function assemble (instance: FastifyInstance, options: OpenAIWebhookOptions, com
   return {
     routes,
     deadLetters: deadLettersOf(runner),
-    async start () {
+    async start (): Promise<void> {
       for (const settle of routes.settles) settle()
       await verifications.load()
       registry.closed = true
@@ -131,7 +123,7 @@ function assemble (instance: FastifyInstance, options: OpenAIWebhookOptions, com
       isStarted = true
       await runner.start?.(new Queued(works, claims, handling, failures))
     },
-    async close () {
+    async close (): Promise<void> {
       // If another registration uses the runner, this one has failed to start and must not close it.
       const isOurs = isStarted || !runnersInUse.has(runner)
       closed ??= drain(works, claims, isOurs ? runner : undefined, failures, abort, options.closeTimeout ?? DEFAULTS.closeTimeout).then(() => {
