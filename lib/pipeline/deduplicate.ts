@@ -94,8 +94,9 @@ export class Claims {
   holds (claim: Held): boolean { return this.#held.has(claim) && (claim.resource === undefined || this.#held.has(claim.resource)) }
 
   checkpoint (claim: Held, handler: string): MaybePromise<void> {
-    if (claim.resource === undefined) return this.#checkpoint(claim, handler)
-    return both(this.#checkpoint(claim.resource, handler), this.#checkpoint(claim, handler))
+    const { store, onTrouble } = this.#options
+    const { key, job, token, resource } = claim
+    return both(resource && this.checkpoint(resource, handler), tryOr(() => store.checkpoint(key, token, handler), error => onTrouble(error, job)))
   }
 
   /**
@@ -103,33 +104,22 @@ export class Claims {
    * are made in one turn, so that a store that groups its writes makes one commit of them.
    */
   complete (claim: Held): MaybePromise<void> {
-    if (claim.resource === undefined) return this.#complete(claim)
-    return both(this.#complete(claim.resource), this.#complete(claim))
+    const { store, retention, onTrouble } = this.#options
+    const { key, job, token, resource } = claim
+    const resourceCompleted = resource && this.complete(resource)
+    // A claim that is no longer held was reported as lost when its renewal failed.
+    const isHeld = this.#held.delete(claim)
+    return both(resourceCompleted, tryOr<void>(() => then(store.complete(key, token, retention), held => {
+      if (held === false && isHeld) onTrouble(this.#lost(claim, 'before its success was on record: what took it over may run it again'), job)
+    }), error => onTrouble(error, job)))
   }
 
   release (claim: Held): MaybePromise<void> {
-    if (claim.resource === undefined) return this.#release(claim)
-    return both(this.#release(claim.resource), this.#release(claim))
-  }
-
-  #checkpoint ({ key, job, token }: Held, handler: string): MaybePromise<void> {
     const { store, onTrouble } = this.#options
-    return tryOr(() => store.checkpoint(key, token, handler), error => onTrouble(error, job))
-  }
-
-  #complete (claim: Held): MaybePromise<void> {
-    const { store, retention, onTrouble } = this.#options
-    // A claim that is no longer held was reported as lost when its renewal failed.
-    const isHeld = this.#held.delete(claim)
-    return tryOr<void>(() => then(store.complete(claim.key, claim.token, retention), held => {
-      if (held === false && isHeld) onTrouble(this.#lost(claim, 'before its success was on record: what took it over may run it again'), claim.job)
-    }), error => onTrouble(error, claim.job))
-  }
-
-  #release (claim: Held): MaybePromise<void> {
-    const { store, onTrouble } = this.#options
+    const { key, job, token, resource } = claim
+    const resourceReleased = resource && this.release(resource)
     this.#held.delete(claim)
-    return tryOr(() => store.release(claim.key, claim.token), error => onTrouble(error, claim.job))
+    return both(resourceReleased, tryOr(() => store.release(key, token), error => onTrouble(error, job)))
   }
 
   /** Checks the answer, because a user's store may return anything, and a delivery whose claim cannot be settled would hang. */
@@ -197,7 +187,7 @@ function unavailable (cause: unknown): never {
 }
 
 function both (first: MaybePromise<void>, second: MaybePromise<void>): MaybePromise<void> {
-  return then(first, () => second)
+  return first === undefined ? second : then(first, () => second)
 }
 
 /** The names of both lists, without duplicates. */
