@@ -14,7 +14,7 @@ import type { Observation } from '../observation.ts'
 import type { WebhookEvent } from '../events/map.ts'
 import type { Delivery, VerifiedRequest } from '../request.ts'
 import type { Endpoint } from './endpoint.ts'
-import { Explainer } from './explain.ts'
+import { explainer } from './explain.ts'
 
 type Done = (error?: Error) => void
 
@@ -37,7 +37,7 @@ export class Authentication {
   readonly #validators: Validators
   readonly #failures: Failures
   readonly #observation: Observation
-  readonly #explainer: Explainer
+  readonly #explain: ReturnType<typeof explainer>
   /**
    * Errors that have been logged and reported, and the errors sent in their place. Kept by identity, because a user's verifier may throw an
    * error with any code.
@@ -48,7 +48,7 @@ export class Authentication {
     this.#validators = validators
     this.#failures = failures
     this.#observation = observation
-    this.#explainer = new Explainer(failures)
+    this.#explain = explainer(failures)
   }
 
   /** Makes the onRequest hook, which refuses requests by their headers alone. */
@@ -72,7 +72,7 @@ export class Authentication {
 
     const settle = (authentic: Authentic | Error): void => {
       if (authentic instanceof Error) {
-        this.#explainer.explain(authentic, name, verification, request, rawBody)
+        this.#explain(authentic, name, verification, request, rawBody)
         return this.#refuse(authentic, endpoint, request, reply, done, { tenant })
       }
       const { webhookId, timestamp, event, secretIndex } = authentic

@@ -9,21 +9,15 @@ const DETAILED = new Set(['debug', 'trace'])
 /** Minimum ms between two diagnoses for one endpoint. A diagnosis costs as much as many deliveries. */
 const INTERVAL = 10_000
 
-/** Logs at debug level why a signature does not match. The sender is not told. */
-export class Explainer {
-  readonly #failures: Failures
-  readonly #explainedAt = new Map<string, number>()
-
-  constructor (failures: Failures) {
-    this.#failures = failures
-  }
-
-  explain (refusal: Error, name: string, { verifier, keyring, tolerance }: Verification, { headers, log }: FastifyRequest, rawBody: Buffer): void {
+/** Makes a function that logs at debug level why a signature does not match. The sender is not told. */
+export function explainer (failures: Failures) {
+  const explainedAt = new Map<string, number>()
+  return (refusal: Error, name: string, { verifier, keyring, tolerance }: Verification, { headers, log }: FastifyRequest, rawBody: Buffer): void => {
     if (!(refusal instanceof InvalidSignature) || !DETAILED.has(log.level) || verifier !== standardWebhooks()) return
     const now = Date.now()
     // Math.abs: a clock that is set back must not suppress diagnoses until it has caught up.
-    if (Math.abs(now - (this.#explainedAt.get(name) ?? 0)) < INTERVAL) return
-    this.#explainedAt.set(name, now)
+    if (Math.abs(now - (explainedAt.get(name) ?? 0)) < INTERVAL) return
+    explainedAt.set(name, now)
     const tell = async (): Promise<void> => {
       // Imported on demand, because few apps log at debug level.
       const { diagnoseQuickly } = await import('../diagnose.ts')
@@ -32,6 +26,6 @@ export class Explainer {
       log.debug({ endpoint: name, cause: finding?.cause, fix: finding?.fix }, `the signature does not match: ${finding?.message ?? likely}`)
     }
     // setImmediate: the answer must neither wait for the diagnosis nor fail with it.
-    setImmediate(() => { tell().catch(error => this.#failures.report(error, { endpoint: name })) })
+    setImmediate(() => { tell().catch(error => failures.report(error, { endpoint: name })) })
   }
 }
