@@ -16,17 +16,11 @@ const MAX_FOREIGN = 100
 
 /** The only place where a failure is logged, published and reported to the `onError` handlers. */
 export class Failures {
-  readonly #log: FastifyBaseLogger
-  readonly #registry: Registry
   readonly #refusals: RefusalLog
-  readonly #observation: Observation
   readonly #foreign = new Set<string>()
 
   /** @param log for failures outside a request */
-  constructor (log: FastifyBaseLogger, registry: Registry, observation: Observation) {
-    this.#log = log
-    this.#observation = observation
-    this.#registry = registry
+  constructor (readonly log: FastifyBaseLogger, readonly registry: Registry, readonly observation: Observation) {
     this.#refusals = new RefusalLog(log)
   }
 
@@ -62,7 +56,7 @@ export class Failures {
     if (channels.refused.hasSubscribers) {
       channels.refused.publish({ endpoint, tenant, webhookId, event, code, statusCode, error, request })
     }
-    this.#observation.observer?.refused({ code, statusCode, error }, delivery, request)
+    this.observation.observer?.refused({ code, statusCode, error }, delivery, request)
     this.report(error, delivery, request.log)
   }
 
@@ -79,7 +73,7 @@ export class Failures {
 
   /** Handles a failure that no sender is told about, such as that of a store after the handlers have run. */
   trouble (error: unknown, delivery: FailureInfo = {}, attempt?: number): void {
-    logError(this.#log, error, logFields(delivery, attempt), 'webhook trouble')
+    logError(this.log, error, logFields(delivery, attempt), 'webhook trouble')
     const { endpoint, tenant, webhookId, event } = delivery
     if (channels.trouble.hasSubscribers) channels.trouble.publish({ error, endpoint, tenant, webhookId, event })
     this.report(error, infoOf(delivery))
@@ -92,29 +86,29 @@ export class Failures {
   foreign ({ endpoint }: Job): void {
     if (this.#foreign.has(endpoint) || this.#foreign.size === MAX_FOREIGN) return
     this.#foreign.add(endpoint)
-    write(this.#log, 'warn', { endpoint }, 'the queue has deliveries of an endpoint that this process does not have, and the handlers of the app run for them')
+    write(this.log, 'warn', { endpoint }, 'the queue has deliveries of an endpoint that this process does not have, and the handlers of the app run for them')
   }
 
   /** Handles trouble that a runner reports, or a job whose handlers failed after the delivery was acknowledged. */
   ofRunner (error: unknown, job?: Job, attempts?: Attempts): void {
     if (job === undefined || !isHandlersFailure(error)) return this.trouble(error, job, attempts?.attempt)
     const fate = attempts === undefined ? '' : ' and will be attempted again'
-    logError(this.#log, causeOf(error), { ...logFields(job, attempts?.attempt), attempts: attempts?.attempts }, `webhook delivery failed${fate}`)
+    logError(this.log, causeOf(error), { ...logFields(job, attempts?.attempt), attempts: attempts?.attempts }, `webhook delivery failed${fate}`)
     this.report(error, infoOf(job))
   }
 
   /** Handles a delivery whose attempts are used up. */
   dead (delivery: DeadDelivery, error: unknown): void {
-    logError(this.#log, causeOf(error), logFields(delivery, delivery.attempts), 'webhook delivery is dead')
+    logError(this.log, causeOf(error), logFields(delivery, delivery.attempts), 'webhook delivery is dead')
     if (channels.dead.hasSubscribers) channels.dead.publish(delivery)
-    this.#observation.observer?.dead(delivery)
+    this.observation.observer?.dead(delivery)
     this.report(error, infoOf(delivery))
-    for (const handler of this.#registry.deadHandlers) tryOr(() => handler(delivery), thrown => logError(this.#log, thrown, logFields(delivery), 'an onDead handler failed'))
+    for (const handler of this.registry.deadHandlers) tryOr(() => handler(delivery), thrown => logError(this.log, thrown, logFields(delivery), 'an onDead handler failed'))
   }
 
   /** Reports to the `onError` handlers only. What they throw does not fail the delivery. */
-  report (error: unknown, info: FailureInfo, log = this.#log): void {
-    for (const handler of this.#registry.errorHandlers) tryOr(() => handler(error as Error, info), thrown => logError(log, thrown, {}, 'an onError handler failed'))
+  report (error: unknown, info: FailureInfo, log = this.log): void {
+    for (const handler of this.registry.errorHandlers) tryOr(() => handler(error as Error, info), thrown => logError(log, thrown, {}, 'an onError handler failed'))
   }
 
   /** Logs now how many refusals were counted but not logged. */

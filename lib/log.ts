@@ -116,15 +116,12 @@ interface Window {
 
 /** Logs refused deliveries at `warn`, without the payload. The number of lines is limited, so that a flood of forgeries cannot fill a disk. */
 export class RefusalLog {
-  readonly #log: FastifyBaseLogger
   readonly #windows = new Map<string, Window>()
   // Bound here, because the line at the end of a window is about many requests, and must not be logged in the async context of one of them.
   readonly #endOutside = inContext((key: string) => this.#end(key))
 
   /** @param log for the lines at the end of windows */
-  constructor (log: FastifyBaseLogger) {
-    this.#log = log
-  }
+  constructor (readonly log: FastifyBaseLogger) {}
 
   /** @param message of the error */
   write (log: FastifyBaseLogger, code: string, statusCode: number, delivery: Described & { endpoint: string }, message: string): void {
@@ -175,6 +172,6 @@ export class RefusalLog {
     const { timer, code, endpoint, tenants, suppressed } = this.#windows.get(key)!
     clearTimeout(timer)
     this.#windows.delete(key)
-    if (suppressed > 0) write(this.#log, 'warn', { code, endpoint, tenants: tenants && [...tenants], suppressed }, `${suppressed} more webhook deliveries refused`)
+    if (suppressed > 0) write(this.log, 'warn', { code, endpoint, tenants: tenants && [...tenants], suppressed }, `${suppressed} more webhook deliveries refused`)
   }
 }

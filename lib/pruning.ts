@@ -7,16 +7,13 @@ export const PRUNE_LIMIT = 100
 
 /** Deletes expired rows in the background and in step with inserts, so that a table holds only live rows, whatever the rate of inserts. */
 export class Pruning {
-  readonly #prune: () => Promise<number>
   // Starts at 0, so that a process that inserts only a few rows prunes too.
   #left = 0
   #running: Promise<void> | undefined
   #closed = false
 
   /** @param prune deletes up to PRUNE_LIMIT expired rows, and returns how many */
-  constructor (prune: () => Promise<number>) {
-    this.#prune = prune
-  }
+  constructor (readonly prune: () => Promise<number>) {}
 
   /** To be called after each insert. @param onFailure called when a pruning fails. The next pruning tries again */
   inserted (onFailure: (error: unknown) => void): void {
@@ -29,7 +26,7 @@ export class Pruning {
     try {
       // Waits for the end of a synchronous transaction that the insert may be part of.
       do await new Promise(resolve => setImmediate(resolve))
-      while (!this.#closed && await this.#prune() === PRUNE_LIMIT)
+      while (!this.#closed && await this.prune() === PRUNE_LIMIT)
     } catch (error) {
       onFailure(error)
     }

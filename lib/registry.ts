@@ -45,21 +45,13 @@ interface Registration {
 
 /** A list of handlers by event type: the app's, or one route's. */
 export class HandlerList {
-  readonly #known: ReadonlySet<string>
-  readonly #label: string
-  /** Whether this is the list of a route, and not the app's. */
-  readonly isRoutes: boolean
   readonly names = new Set<string>()
   readonly #matching: Registration[] = []
   readonly any: Handler[] = []
   readonly unhandled: Handler[] = []
 
-  /** @param label keeps the names of a route's handlers apart from the app's */
-  constructor (known: ReadonlySet<string>, label: string) {
-    this.#known = known
-    this.#label = label
-    this.isRoutes = label !== ''
-  }
+  /** @param label keeps the names of a route's handlers apart from the app's; empty for the app's */
+  constructor (readonly known: ReadonlySet<string>, readonly label: string) {}
 
   on (types: string | readonly string[], fn: AnyHandler, scope: FastifyInstance, options?: HandlerOptions): void {
     const list = typeof types === 'string' ? [types] : types
@@ -91,7 +83,7 @@ export class HandlerList {
     if (typeof fn !== 'function') throw new InvalidOptions(`${method}(): expected a handler function, got ${fn === null ? 'null' : typeof fn}`)
     assertNames(`${method}()`, options, ['name'])
     const given = givenName(fn)
-    const name = options.name ?? given ?? `${this.#label}#${this.names.size}`
+    const name = options.name ?? given ?? `${this.label}#${this.names.size}`
     assertHandlerName(method, name)
     // The inbox records the handler under the name that once() got.
     if (given !== undefined && name !== given) throw new InvalidOptions(`${method}(): expected the name that once() gave the handler, "${given}", or none, got "${name}"`)
@@ -103,11 +95,11 @@ export class HandlerList {
   #assertKnown (type: unknown): void {
     if (typeof type !== 'string') throw new InvalidOptions(`on(): expected an event type (a string), got ${typeof type}`)
     const known = type.endsWith('.*')
-      ? [...this.#known].some(name => matches(type, name))
-      : this.#known.has(type)
+      ? [...this.known].some(name => matches(type, name))
+      : this.known.has(type)
     if (known) return
     // A handler for a misspelt type would never run, while its events would be acknowledged.
-    throw new InvalidOptions(`on(): ${adviceOnType(type, [...this.#known])}`)
+    throw new InvalidOptions(`on(): ${adviceOnType(type, [...this.known])}`)
   }
 }
 
@@ -163,7 +155,7 @@ export class HandlerTable {
     const any = lists.flatMap(list => list.any)
     const unhandled = lists.flatMap(list => list.unhandled)
     this.#unknown = [...any, ...unhandled]
-    this.hasRouteHandlers = lists.some(list => list.isRoutes && list.names.size > 0)
+    this.hasRouteHandlers = lists.some(list => list.label !== '' && list.names.size > 0)
     for (const type of known) {
       const matching = lists.flatMap(list => list.matching(type))
       this.#byType.set(type, matching.length > 0 ? [...any, ...matching] : this.#unknown)

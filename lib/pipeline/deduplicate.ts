@@ -43,15 +43,12 @@ export interface ClaimsOptions {
  * delivery has failed. Their errors are reported as trouble, and at worst a later duplicate finds the delivery unfinished.
  */
 export class Claims {
-  readonly #options: ClaimsOptions
   readonly #held = new HeldClaims()
   #timer: NodeJS.Timeout | undefined
   // Bound here, because the timer serves the claims of many requests. It must neither run in the async context of one nor keep it in memory.
-  readonly #startTimer = inContext(() => setInterval(() => this.#renewAll(), this.#options.lease / 3).unref())
+  readonly #startTimer = inContext(() => setInterval(() => this.#renewAll(), this.options.lease / 3).unref())
 
-  constructor (options: ClaimsOptions) {
-    this.#options = options
-  }
+  constructor (readonly options: ClaimsOptions) {}
 
   /**
    * Claims a delivery and, with `reconcile`, the resource that its event is about, so that the handlers run once even if two deliveries report
@@ -60,7 +57,7 @@ export class Claims {
    * @throws FST_OPENAI_WEBHOOK_UNAVAILABLE
    */
   begin (key: string, job: Job): MaybePromise<Begun> {
-    const resource = this.#options.reconcile === true ? resourceKeyOf(job) : undefined
+    const resource = this.options.reconcile === true ? resourceKeyOf(job) : undefined
     return resource === undefined ? this.#begin(key, job) : this.#beginBoth(key, resource, job)
   }
 
@@ -86,7 +83,7 @@ export class Claims {
   }
 
   #begin (key: string, job: Job): MaybePromise<Begun> {
-    const { store, lease } = this.#options
+    const { store, lease } = this.options
     return tryOr<Begun>(() => then(store.begin(key, lease), claim => this.#checked(key, job, claim)), unavailable)
   }
 
@@ -94,7 +91,7 @@ export class Claims {
   holds (claim: Held): boolean { return this.#held.has(claim) && (claim.resource === undefined || this.#held.has(claim.resource)) }
 
   checkpoint (claim: Held, handler: string): MaybePromise<void> {
-    const { store, onTrouble } = this.#options
+    const { store, onTrouble } = this.options
     const { key, job, token, resource } = claim
     return both(resource && this.checkpoint(resource, handler), tryOr(() => store.checkpoint(key, token, handler), error => onTrouble(error, job)))
   }
@@ -104,7 +101,7 @@ export class Claims {
    * are made in one turn, so that a store that groups its writes makes one commit of them.
    */
   complete (claim: Held): MaybePromise<void> {
-    const { store, retention, onTrouble } = this.#options
+    const { store, retention, onTrouble } = this.options
     const { key, job, token, resource } = claim
     const resourceCompleted = resource && this.complete(resource)
     // A claim that is no longer held was reported as lost when its renewal failed.
@@ -115,7 +112,7 @@ export class Claims {
   }
 
   release (claim: Held): MaybePromise<void> {
-    const { store, onTrouble } = this.#options
+    const { store, onTrouble } = this.options
     const { key, job, token, resource } = claim
     const resourceReleased = resource && this.release(resource)
     this.#held.delete(claim)
@@ -141,20 +138,20 @@ export class Claims {
     // Reported once per round, because a store that cannot be reached fails all renewals, which may be hundreds.
     let isTold = false
     const onFailure = (error: unknown, { job }: Held): void => {
-      if (!isTold) this.#options.onTrouble(error, job)
+      if (!isTold) this.options.onTrouble(error, job)
       isTold = true
     }
     for (const claim of [...this.#held.all]) tryOr<void>(async () => await this.#renew(claim), error => onFailure(error, claim))
   }
 
   async #renew (claim: Held): Promise<void> {
-    const { store, lease, onTrouble } = this.#options
+    const { store, lease, onTrouble } = this.options
     const extended = await store.extend(claim.key, claim.token, lease)
     if (!extended && this.#held.delete(claim)) onTrouble(this.#lost(claim, 'before it could be renewed'), claim.job)
   }
 
   #lost ({ key }: Held, before: string): Error {
-    return new Error(`the claim on ${key} was lost: its lease of ${this.#options.lease} ms ran out ${before}`)
+    return new Error(`the claim on ${key} was lost: its lease of ${this.options.lease} ms ran out ${before}`)
   }
 }
 

@@ -34,9 +34,6 @@ interface Known {
 
 /** The verify and validate steps: they turn a request into a trusted delivery, or refuse it. */
 export class Authentication {
-  readonly #validators: Validators
-  readonly #failures: Failures
-  readonly #observation: Observation
   readonly #explain: ReturnType<typeof explainer>
   /**
    * Errors that have been logged and reported, and the errors sent in their place. Kept by identity, because a user's verifier may throw an
@@ -44,17 +41,14 @@ export class Authentication {
    */
   readonly #told = new WeakSet<object>()
 
-  constructor (validators: Validators, failures: Failures, observation: Observation) {
-    this.#validators = validators
-    this.#failures = failures
-    this.#observation = observation
+  constructor (readonly validators: Validators, readonly failures: Failures, readonly observation: Observation) {
     this.#explain = explainer(failures)
   }
 
   /** Makes the onRequest hook, which refuses requests by their headers alone. */
   admit (endpoint: Endpoint) {
     return (request: FastifyRequest, reply: FastifyReply, done: Done): void => {
-      this.#observation.observer?.arrived(request, reply, endpoint.name)
+      this.observation.observer?.arrived(request, reply, endpoint.name)
       const fault = headerFault(endpoint, request.headers)
       if (fault !== undefined) this.#tell(fault, endpoint, request)
       done(fault)
@@ -63,7 +57,7 @@ export class Authentication {
 
   /** Sets `request.openaiWebhook` and calls `done`, or calls `done` with the error that refuses the request. */
   authenticate (endpoint: Endpoint, request: FastifyRequest, reply: FastifyReply, rawBody: Buffer, done: Done): void {
-    const { observer } = this.#observation
+    const { observer } = this.observation
     observer?.captured(request, rawBody)
     const { name, tenants } = endpoint
     const tenant = tenants?.nameOf(request)
@@ -107,14 +101,14 @@ export class Authentication {
       if (verified instanceof Error) return verified
       onVerified?.()
       const { webhookId, timestamp, keyIndex } = verified
-      return { webhookId, timestamp, event: validate(rawBody, this.#validators) as WebhookEvent | Error, secretIndex: keyIndex }
+      return { webhookId, timestamp, event: validate(rawBody, this.validators) as WebhookEvent | Error, secretIndex: keyIndex }
     })
   }
 
   /** Logs, publishes and reports the refusal of a request whose event is not known. */
   #tell (error: Error, { name }: Endpoint, request: FastifyRequest, { tenant, webhookId }: Known = {}): void {
     this.#told.add(error)
-    this.#failures.refused(error, { endpoint: name, ...(tenant !== undefined && { tenant }), ...(webhookId !== undefined && { webhookId }) }, request)
+    this.failures.refused(error, { endpoint: name, ...(tenant !== undefined && { tenant }), ...(webhookId !== undefined && { webhookId }) }, request)
   }
 
   #refuse (error: Error, endpoint: Endpoint, request: FastifyRequest, reply: FastifyReply, done: Done, known?: Known): void {

@@ -6,13 +6,11 @@ import type { BodyBounds } from '../pipeline/capture.ts'
 
 /** The limits on bodies, which apply before their sender is known. */
 export class Bounds {
-  readonly #options: ReceivingOptions
   readonly #requestTimeout: number
   /** Keyed by ms. */
   readonly #deadlines = new Map<number, Deadline>()
 
-  constructor (options: ReceivingOptions, { initialConfig }: FastifyInstance) {
-    this.#options = options
+  constructor (readonly options: ReceivingOptions, { initialConfig }: FastifyInstance) {
     // `requestTimeout` is applied here as well, because Node checks it only every 30 s, and not at all under HTTP/2.
     const { requestTimeout = 0 } = initialConfig as { requestTimeout?: number }
     this.#requestTimeout = requestTimeout > 0 ? requestTimeout : Infinity
@@ -20,10 +18,10 @@ export class Bounds {
 
   /** @param ofRoute Fastify's `bodyLimit` option of a marked route, in bytes */
   of ({ bodyLimit, bodyTimeout }: ReceivingOptions, ofRoute?: number): BodyBounds {
-    const ms = Math.min(bodyTimeout ?? this.#options.bodyTimeout ?? DEFAULTS.bodyTimeout, this.#requestTimeout)
+    const ms = Math.min(bodyTimeout ?? this.options.bodyTimeout ?? DEFAULTS.bodyTimeout, this.#requestTimeout)
     let deadline = this.#deadlines.get(ms)
     if (deadline === undefined) this.#deadlines.set(ms, deadline = new Deadline(ms))
-    return { limit: bodyLimit ?? ofRoute ?? this.#options.bodyLimit ?? DEFAULTS.bodyLimit, deadline }
+    return { limit: bodyLimit ?? ofRoute ?? this.options.bodyLimit ?? DEFAULTS.bodyLimit, deadline }
   }
 
   /** To be called when the app is closing. A body that is still arriving must not keep the app open, because OpenAI sends the delivery again. */

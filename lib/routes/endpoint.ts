@@ -16,15 +16,12 @@ export type Endpoint = Verification & {
 
 /** The receiving routes of one registration of the plugin, and their handlers. */
 export class Endpoints {
-  readonly #registry: Registry
   readonly #all = new Map<string, Endpoint>()
   readonly #lists = new Map<string, readonly HandlerList[]>()
   readonly #tables = new Map<string, HandlerTable>()
   #appTable: HandlerTable | undefined
 
-  constructor (registry: Registry) {
-    this.#registry = registry
-  }
+  constructor (readonly registry: Registry) {}
 
   /** @throws FST_OPENAI_WEBHOOK_INVALID_ROUTE */
   add (name: string, verification: Verification, lists: readonly HandlerList[], tenants?: Tenants): Endpoint {
@@ -40,7 +37,7 @@ export class Endpoints {
 
   /** Makes a list of the handlers in a route's `on`. */
   listOf (on: RouteOverrides['on'], scope: FastifyInstance): HandlerList {
-    const list = new HandlerList(this.#registry.known, 'route')
+    const list = new HandlerList(this.registry.known, 'route')
     for (const [type, handlers] of Object.entries(on ?? {})) {
       for (const handler of toArray(handlers)) list.on(type, handler as never, scope)
     }
@@ -49,7 +46,7 @@ export class Endpoints {
 
   /** Computes the handlers for each event type. To be called when no more handlers can be added. */
   settle (): void {
-    for (const [name, lists] of this.#lists) this.#tables.set(name, new HandlerTable(lists, this.#registry.known))
+    for (const [name, lists] of this.#lists) this.#tables.set(name, new HandlerTable(lists, this.registry.known))
   }
 
   /** Whether the registration has routes, and this endpoint is none of them. A worker has no routes. */
@@ -59,6 +56,6 @@ export class Endpoints {
 
   handlersOf (name: string): HandlerTable {
     // A worker process may lack the route that received the job. It then runs the app's handlers.
-    return this.#tables.get(name) ?? (this.#appTable ??= new HandlerTable([this.#registry.app], this.#registry.known))
+    return this.#tables.get(name) ?? (this.#appTable ??= new HandlerTable([this.registry.app], this.registry.known))
   }
 }
