@@ -5,8 +5,9 @@ import { InvalidEvent, InvalidSignature, UnknownTenant } from './errors.ts'
 import { causeOf, isHandlersFailure } from './runners/handler-failures.ts'
 import { tryOr } from './maybe-promise.ts'
 import { RefusalLog, logError, logFields, write } from './log.ts'
+import type { Described, Refused } from './log.ts'
 import type { Observation } from './observation.ts'
-import type { FailureInfo, Refused, Registry } from './registry.ts'
+import type { FailureInfo, Registry } from './registry.ts'
 import type { Attempts, DeadDelivery, Job } from './runners/runner.ts'
 
 /** Maximum number of characters in a code, because a user's verifier may throw an error with any code. */
@@ -72,11 +73,11 @@ export class Failures {
   }
 
   /** Handles a failure that no sender is told about, such as that of a store after the handlers have run. */
-  trouble (error: unknown, delivery: FailureInfo = {}, attempt?: number): void {
+  trouble (error: unknown, delivery: Described = {}, attempt?: number): void {
     logError(this.log, error, logFields(delivery, attempt), 'webhook trouble')
     const { endpoint, tenant, webhookId, event } = delivery
     if (channels.trouble.hasSubscribers) channels.trouble.publish({ error, endpoint, tenant, webhookId, event })
-    this.report(error, infoOf(delivery))
+    this.report(error, delivery)
   }
 
   /**
@@ -94,7 +95,7 @@ export class Failures {
     if (job === undefined || !isHandlersFailure(error)) return this.trouble(error, job, attempts?.attempt)
     const fate = attempts === undefined ? '' : ' and will be attempted again'
     logError(this.log, causeOf(error), { ...logFields(job, attempts?.attempt), attempts: attempts?.attempts }, `webhook delivery failed${fate}`)
-    this.report(error, infoOf(job))
+    this.report(error, job)
   }
 
   /** Handles a delivery whose attempts are used up. */
@@ -102,13 +103,13 @@ export class Failures {
     logError(this.log, causeOf(error), logFields(delivery, delivery.attempts), 'webhook delivery is dead')
     if (channels.dead.hasSubscribers) channels.dead.publish(delivery)
     this.observation.observer?.dead(delivery)
-    this.report(error, infoOf(delivery))
+    this.report(error, delivery)
     for (const handler of this.registry.deadHandlers) tryOr(() => handler(delivery), thrown => logError(this.log, thrown, logFields(delivery), 'an onDead handler failed'))
   }
 
   /** Reports to the `onError` handlers only. What they throw does not fail the delivery. */
-  report (error: unknown, info: FailureInfo, log = this.log): void {
-    for (const handler of this.registry.errorHandlers) tryOr(() => handler(error as Error, info), thrown => logError(log, thrown, {}, 'an onError handler failed'))
+  report (error: unknown, delivery: Described, log = this.log): void {
+    for (const handler of this.registry.errorHandlers) tryOr(() => handler(error as Error, infoOf(delivery)), thrown => logError(log, thrown, {}, 'an onError handler failed'))
   }
 
   /** Logs now how many refusals were counted but not logged. */
@@ -117,7 +118,7 @@ export class Failures {
   }
 }
 
-function infoOf ({ endpoint, tenant, webhookId, event }: FailureInfo): FailureInfo {
+function infoOf ({ endpoint, tenant, webhookId, event }: Described): FailureInfo {
   return {
     ...(endpoint !== undefined && { endpoint }),
     ...(tenant !== undefined && { tenant }),

@@ -49,12 +49,16 @@ const MAX_REASON = 1_000
 
 const nameOf = (value: unknown): string | undefined => typeof value === 'string' ? value.slice(0, MAX_NAME) : undefined
 
-interface Described {
+/** What is known about a delivery. */
+export interface Described {
   readonly endpoint?: string | undefined
   readonly tenant?: string | undefined
   readonly webhookId?: string | undefined
   readonly event?: { readonly type: string, readonly id?: unknown } | undefined
 }
+
+/** What is known about a delivery that is not answered 200. */
+export type Refused = Described & { readonly endpoint: string }
 
 /** The fields of every line about a delivery. A caller may set more of them, because spreading them into another object costs a delivery 4 µs. */
 export function logFields ({ endpoint, tenant, webhookId, event }: Described, attempt?: number): Record<string, unknown> {
@@ -124,7 +128,7 @@ export class RefusalLog {
   constructor (readonly log: FastifyBaseLogger) {}
 
   /** @param message of the error */
-  write (log: FastifyBaseLogger, code: string, statusCode: number, delivery: Described & { endpoint: string }, message: string): void {
+  write (log: FastifyBaseLogger, code: string, statusCode: number, delivery: Refused, message: string): void {
     if (!this.#hasRoom(log, code, delivery)) return
     write(log, 'warn', { code, statusCode, ...logFields(delivery), reason: REASONED.includes(code) ? message.slice(0, MAX_REASON) : undefined, fix: fixOf(code, delivery.tenant !== undefined) }, 'webhook delivery refused')
   }
@@ -134,7 +138,7 @@ export class RefusalLog {
    *
    * @param counted names the window
    */
-  failed (log: FastifyBaseLogger, code: string, cause: unknown, delivery: Described & { endpoint: string }, message: string, counted = code): void {
+  failed (log: FastifyBaseLogger, code: string, cause: unknown, delivery: Refused, message: string, counted = code): void {
     if (this.#hasRoom(log, counted, delivery)) logError(log, cause, { code, ...logFields(delivery) }, message)
   }
 
@@ -144,7 +148,7 @@ export class RefusalLog {
   }
 
   /** Whether the window has room for another line. */
-  #hasRoom (log: FastifyBaseLogger, code: string, { endpoint, tenant }: Described & { endpoint: string }): boolean {
+  #hasRoom (log: FastifyBaseLogger, code: string, { endpoint, tenant }: Refused): boolean {
     if (!logs(log, 'warn')) return false
     const own = `${code} ${endpoint}`
     const isOther = this.#windows.size >= MAX_WINDOWS && !this.#windows.has(own)

@@ -1,7 +1,7 @@
 import type { FastifyReply, FastifyRequest } from 'fastify'
 import type { DuplicateMessage } from './channels.ts'
 import type { Handler } from './handlers.ts'
-import type { Refused } from './registry.ts'
+import type { Refused } from './log.ts'
 import type { VerifiedRequest } from './request.ts'
 import type { DeadDelivery, Job } from './runners/runner.ts'
 

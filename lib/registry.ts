@@ -33,11 +33,6 @@ export interface FailureInfo {
   event?: { readonly type: string }
 }
 
-/** What is known about a delivery that is not answered 200. */
-export interface Refused extends FailureInfo {
-  readonly endpoint: string
-}
-
 interface Registration {
   pattern: string
   handler: Handler

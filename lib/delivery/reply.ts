@@ -4,7 +4,6 @@ import type { Failures } from '../failures.ts'
 import { logError } from '../log.ts'
 import { acknowledge, closeConnection, refuse } from '../pipeline/acknowledge.ts'
 import { isAnswerHeld, isSuccess } from '../pipeline/answer.ts'
-import type { Refused } from '../registry.ts'
 import type { VerifiedRequest } from '../request.ts'
 import { OwnHandler } from './own-handler.ts'
 import type { Receiver } from './receive.ts'
@@ -84,8 +83,8 @@ export class Reply implements Sender {
     if (verdict.outcome === 'refused') {
       const answered = at === 'recorded' ? this.#statusOfOwn : undefined
       if (at === 'open') this.#refuse(verdict.error)
-      else if (answered !== undefined && !isSuccess(answered)) this.options.failures.ownFailed(verdict.error, this.#delivery, this.request, answered)
-      else this.options.failures.late(verdict.error, this.#delivery, this.request)
+      else if (answered !== undefined && !isSuccess(answered)) this.options.failures.ownFailed(verdict.error, this.request.openaiWebhook, this.request, answered)
+      else this.options.failures.late(verdict.error, this.request.openaiWebhook, this.request)
     } else if (at === 'open') {
       this.#send(() => { acknowledge(this.reply, verdict.outcome) })
     }
@@ -106,13 +105,8 @@ export class Reply implements Sender {
     return statusCode !== undefined && raw.headersSent ? sentStatusOf(raw) : statusCode
   }
 
-  get #delivery (): Refused {
-    const { endpoint, webhookId, tenant, event } = this.request.openaiWebhook
-    return { endpoint, ...(tenant !== undefined && { tenant }), webhookId, event }
-  }
-
   #refuse (error: Error): void {
-    this.options.failures.refused(error, this.#delivery, this.request)
+    this.options.failures.refused(error, this.request.openaiWebhook, this.request)
     const send = (): void => { refuse(this.reply, error) }
     this.#send(() => { if (this.#own === undefined) send(); else this.#own.refuse(send) })
   }

@@ -108,7 +108,7 @@ export class Authentication {
   /** Logs, publishes and reports the refusal of a request whose event is not known. */
   #tell (error: Error, { name }: Endpoint, request: FastifyRequest, { tenant, webhookId }: Known = {}): void {
     this.#told.add(error)
-    this.failures.refused(error, { endpoint: name, ...(tenant !== undefined && { tenant }), ...(webhookId !== undefined && { webhookId }) }, request)
+    this.failures.refused(error, { endpoint: name, tenant, webhookId }, request)
   }
 
   #refuse (error: Error, endpoint: Endpoint, request: FastifyRequest, reply: FastifyReply, done: Done, known?: Known): void {
