@@ -4,7 +4,6 @@ import type { Verification } from '../pipeline/verify.ts'
 import { HandlerList, HandlerTable } from '../registry.ts'
 import type { Registry } from '../registry.ts'
 import type { RouteOverrides } from '../options.ts'
-import { toArray } from './hooks.ts'
 import type { Tenants } from './tenants.ts'
 
 /** A receiving route: how it verifies, and the URL that names it in jobs, logs and idempotency keys. */
@@ -38,8 +37,8 @@ export class Endpoints {
   /** Makes a list of the handlers in a route's `on`. */
   listOf (on: RouteOverrides['on'], scope: FastifyInstance): HandlerList {
     const list = new HandlerList(this.registry.known, 'route')
-    for (const [type, handlers] of Object.entries(on ?? {})) {
-      for (const handler of toArray(handlers)) list.on(type, handler as never, scope)
+    for (const [type, handlers = []] of Object.entries(on ?? {})) {
+      for (const handler of [handlers].flat()) list.on(type, handler as never, scope)
     }
     return list
   }

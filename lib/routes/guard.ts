@@ -1,7 +1,6 @@
 import type { FastifyRequest, RouteHandlerMethod, RouteOptions } from 'fastify'
 import { InvalidRoute, UnprotectedRoute } from '../errors.ts'
 import type { Failures } from '../failures.ts'
-import { toArray } from './hooks.ts'
 
 /** Key in a route's config whose value is the hook that the plugin has added to the route. */
 export const PROTECTED = Symbol('openai-webhook.protected')
@@ -36,7 +35,7 @@ export const unverified = (url: string): Error => new UnprotectedRoute(`POST ${u
 /** Whether the route has the plugin's hook itself. A route that was given the config of a protected route has only the mark. */
 export function isProtected ({ config, onRequest, preParsing }: RouteOptions): boolean {
   const mark = (config as { [PROTECTED]?: unknown } | undefined)?.[PROTECTED]
-  return mark !== undefined && [...toArray<unknown>(onRequest), ...toArray<unknown>(preParsing)].includes(mark)
+  return mark !== undefined && [onRequest, preParsing].flat<unknown[]>().includes(mark)
 }
 
 /**

@@ -11,7 +11,6 @@ import { keepRefusal, markRefused, refuseErrors } from '../pipeline/answer.ts'
 import type { RouteErrorHandler } from '../pipeline/answer.ts'
 import type { Endpoint } from './endpoint.ts'
 import { PROTECTED, isProtected, unverified } from './guard.ts'
-import { toArray } from './hooks.ts'
 import { deliver } from './routes.ts'
 import type { Routes } from './routes.ts'
 import { assertSpelling } from './watch.ts'
@@ -35,15 +34,15 @@ export function protectMarked (routes: Routes, scope: FastifyInstance, route: Ro
   const capture = captureAndAuthenticate(routes, endpoint, body)
   route.config = { ...route.config, [PROTECTED]: capture } as FastifyContextConfig
   route.bodyLimit = body.limit
-  route.onRequest = [authentication.admit(endpoint), ...toArray(route.onRequest)]
-  route.preParsing = [capture, ...toArray(route.preParsing)]
+  route.onRequest = [authentication.admit(endpoint), route.onRequest ?? []].flat()
+  route.preParsing = [capture, route.preParsing ?? []].flat()
   // Added only if the route has such hooks itself. Otherwise assertVerified would follow the app's last hook, and Fastify treats an odd
   // `done('')` as an error only in the last hook.
-  if (route.preValidation !== undefined) route.preValidation = [assertVerified, ...toArray(route.preValidation)]
-  if (route.preHandler !== undefined) route.preHandler = [assertVerified, ...toArray(route.preHandler)]
-  route.onSend = [...toArray(route.onSend), keepRefusal((request, statusCode) => failures.unprocessed(endpoint.name, request, statusCode)), recordAnswer]
+  if (route.preValidation !== undefined) route.preValidation = [assertVerified, route.preValidation].flat()
+  if (route.preHandler !== undefined) route.preHandler = [assertVerified, route.preHandler].flat()
+  route.onSend = [route.onSend ?? [], keepRefusal((request, statusCode) => failures.unprocessed(endpoint.name, request, statusCode)), recordAnswer].flat()
   route.errorHandler = refuseErrors(route.errorHandler as RouteErrorHandler | undefined)
-  route.onError = [...toArray(route.onError), (request, reply, error, done) => {
+  route.onError = [...[route.onError ?? []].flat(), (request, reply, error, done) => {
     markRefused(error, request, reply)
     boundRefused(request, reply, error, body)
     done()
