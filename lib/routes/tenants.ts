@@ -35,28 +35,20 @@ class Tenant implements Verification, Keys {
   readonly tolerance: number
   /** The tenant is its own keyring, which `verify` asks to refresh. */
   readonly keyring: Keys = this
-  readonly #tenants: Tenants
-  readonly name: string
-  keys: readonly KeyObject[]
   /** When the secret was last asked for, in ms on the monotonic clock. A whole number, which V8 can store in the object itself. */
   askedAt = Math.floor(performance.now())
-  /** ms after `askedAt` for which the secret is used without asking for it again. */
-  holdsFor: number
   asking: Promise<boolean> | undefined
 
-  constructor (tenants: Tenants, name: string, { verifier, judge, judgeHeaders, tolerance }: Verification, keys: readonly KeyObject[], ttl: number) {
-    this.#tenants = tenants
-    this.name = name
+  /** @param holdsFor ms after `askedAt` for which the secret is used without asking for it again */
+  constructor (readonly tenants: Tenants, readonly name: string, { verifier, judge, judgeHeaders, tolerance }: Verification, public keys: readonly KeyObject[], public holdsFor: number) {
     this.verifier = verifier
     this.judge = judge
     this.judgeHeaders = judgeHeaders
     this.tolerance = tolerance
-    this.keys = keys
-    this.holdsFor = ttl
   }
 
   refresh (): Promise<boolean> | undefined {
-    return this.#tenants.refresh(this, REFRESH_INTERVAL)
+    return this.tenants.refresh(this, REFRESH_INTERVAL)
   }
 }
 
