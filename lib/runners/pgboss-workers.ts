@@ -19,15 +19,6 @@ export interface WorkersOptions<Data> {
   readonly onError: (error: Error) => void
 }
 
-export interface Workers {
-  /** @throws pg-boss's own error if it has been stopped */
-  start (): Promise<void>
-  /** Makes pg-boss ask for jobs at once. Without LISTEN it would find a new job at its next poll. */
-  wake (): void
-  /** Ends once the running jobs have ended and are recorded. */
-  close (): Promise<void>
-}
-
 /** A worker of pg-boss. */
 interface Worker {
   id: string
@@ -47,7 +38,7 @@ const PATIENCE = 1_000
  * its last job has ended, so a slow job would hold up the others. Therefore, if a batch is not over at once, its worker fetches no more, its jobs
  * are recorded as they end, and another worker fetches for the free places.
  */
-export function pgbossWorkers<Data extends object> (options: WorkersOptions<Data>): Workers {
+export function pgbossWorkers<Data extends object> (options: WorkersOptions<Data>) {
   const { boss, queueName, concurrency, batchSize, pollingIntervalSeconds, handle, record, onRecord, onError } = options
   /** The worker that fetches. There is none while every place is taken. */
   let fetching: Worker | undefined
@@ -57,6 +48,7 @@ export function pgbossWorkers<Data extends object> (options: WorkersOptions<Data
   let running = 0
   let closing = false
 
+  /** @throws pg-boss's own error if it has been stopped */
   async function fetch (): Promise<void> {
     const size = Math.min(concurrency - running, batchSize)
     if (closing || fetching !== undefined || size < 1) return
@@ -74,7 +66,7 @@ export function pgbossWorkers<Data extends object> (options: WorkersOptions<Data
     }
   }
 
-  /** Makes the worker that fetches do so again at once, and not at its next poll. */
+  /** Makes the worker that fetches do so again at once. Without LISTEN it would find a new job at its next poll. */
   function wake (): void {
     if (fetching !== undefined) boss.notifyWorker(fetching.id)
   }
@@ -120,7 +112,8 @@ export function pgbossWorkers<Data extends object> (options: WorkersOptions<Data
   return {
     start: fetch,
     wake,
-    async close () {
+    /** Ends once the running jobs have ended and are recorded. */
+    async close (): Promise<void> {
       closing = true
       if (fetching !== undefined) replace(fetching)
       await Promise.all(ending)

@@ -177,7 +177,8 @@ export function pgboss (options: PgBossOptions): Runner {
     concurrency,
     batchSize,
     pollingIntervalSeconds,
-    handle: async job => await handle(job).catch(error => failed(job, error)),
+    // What is thrown here is not the end of an attempt. The job fails alone, and not with its batch.
+    handle: async job => await handle(job).catch(error => ({ id: job.id, status: 'failed', output: error })),
     record,
     onRecord: tellOfDead,
     onError
@@ -375,11 +376,6 @@ function attemptsOf ({ retryLimit }: QueuedJob): number {
   // A job that a person has redriven has the queue's limit, which does not include LOOKS. A job that was retried by hand has a higher limit than
   // before.
   return retryLimit > LOOKS ? retryLimit - LOOKS : retryLimit
-}
-
-/** The result of a job that is not one of ours. It fails alone, and not with its batch. */
-function failed ({ id }: QueuedJob, error: Error): JobResult {
-  return { id, status: 'failed', output: error }
 }
 
 /** The result of an attempt, with a line for people who look at the queue. */
