@@ -129,14 +129,13 @@ export class Registry {
 
 /** The handlers of one endpoint by event type. They are computed when the app is ready, so that a request only looks them up. */
 export class HandlerTable {
+  /** Has the types that an `on` handler matches. */
   readonly #byType = new Map<string, readonly Handler[]>()
-  /** Known types that an `on` handler matches. */
-  readonly #handled = new Set<string>()
   /**
-   * The handlers of unknown types. A family such as `batch.*` does not match unknown types, because its handlers are typed by the known types,
+   * The handlers of all other types. A family such as `batch.*` does not match unknown types, because its handlers are typed by the known types,
    * and the shape of an unknown type has not been checked.
    */
-  readonly #unknown: readonly Handler[]
+  readonly #others: readonly Handler[]
   /** Whether the route has its own event handlers in addition to the app's. */
   readonly hasRouteHandlers: boolean
 
@@ -149,21 +148,20 @@ export class HandlerTable {
     }
     const any = lists.flatMap(list => list.any)
     const unhandled = lists.flatMap(list => list.unhandled)
-    this.#unknown = [...any, ...unhandled]
+    this.#others = [...any, ...unhandled]
     this.hasRouteHandlers = lists.some(list => list.label !== '' && list.names.size > 0)
     for (const type of known) {
       const matching = lists.flatMap(list => list.matching(type))
-      this.#byType.set(type, matching.length > 0 ? [...any, ...matching] : this.#unknown)
-      if (matching.length > 0) this.#handled.add(type)
+      if (matching.length > 0) this.#byType.set(type, [...any, ...matching])
     }
   }
 
   for (type: string): readonly Handler[] {
-    return this.#byType.get(type) ?? this.#unknown
+    return this.#byType.get(type) ?? this.#others
   }
 
   /** Whether an `on` handler matches the type. */
   handles (type: string): boolean {
-    return this.#handled.has(type)
+    return this.#byType.has(type)
   }
 }
