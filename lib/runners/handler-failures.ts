@@ -67,13 +67,10 @@ export function causeOf (error: unknown): unknown {
 /** Describes a failed attempt, as a dead letter keeps it. @param error with which `host.process` rejected */
 export function describeFailure (job: Job, error: unknown): Pick<DeadDelivery, 'errors' | 'finished' | 'remembered'> {
   const handlers = failed.get(error as Error)
-  if (handlers !== undefined) {
-    const { failures, finished, remembered } = handlers
-    const errors = failures.slice(0, MAX_ERRORS).map(({ handler, error }) => describe(handler, error))
-    return { errors, finished, ...(remembered !== undefined && { remembered }) }
-  }
-  const { finished = [], remembered } = job
-  return { errors: [describe(null, causeOf(error))], finished, ...(remembered !== undefined && { remembered }) }
+  const failures = handlers?.failures ?? [{ handler: null, error: causeOf(error) }]
+  const { finished = [], remembered } = handlers ?? job
+  const errors = failures.slice(0, MAX_ERRORS).map(({ handler, error }) => describe(handler, error))
+  return { errors, finished, ...(remembered !== undefined && { remembered }) }
 }
 
 /** Adds to a job the finished handlers and the inbox records of its earlier attempts. */
