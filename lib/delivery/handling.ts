@@ -6,11 +6,9 @@ import type { HandlerFailure } from '../runners/handler-failures.ts'
 import { union } from '../pipeline/deduplicate.ts'
 import type { Claims, Held } from '../pipeline/deduplicate.ts'
 import { dispatch } from '../pipeline/dispatch.ts'
-import { shortestRetention } from '../inbox/inbox.ts'
 import { OWN_HANDLER } from '../handlers.ts'
 import type { Handler } from '../handlers.ts'
 import type { Observation, ObservedAttempt } from '../observation.ts'
-import type { Job } from '../runners/runner.ts'
 import type { HandlerTable } from '../registry.ts'
 import { after, then, tryOr } from '../maybe-promise.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
@@ -37,10 +35,6 @@ export class Handling {
     readonly observation: Observation,
     readonly signal: AbortSignal
   ) {}
-
-  hasRouteHandlers (endpoint: string): boolean {
-    return this.endpoints.handlersOf(endpoint).hasRouteHandlers
-  }
 
   /** Starts the handlers that have not succeeded yet. Rejects with FST_OPENAI_WEBHOOK_HANDLER_FAILED if one fails. */
   start (work: Work): MaybePromise<void> {
@@ -117,17 +111,6 @@ export class Handling {
     const handlers = this.#handlers(work)
     const succeeded = handlers.map(({ name }) => name).filter(name => !failures.some(({ handler }) => handler === name))
     return handlersFailed(failures, handlers.length, union(work.finished, succeeded), work.remembered)
-  }
-
-  /**
-   * Until when an inbox is sure to remember each handler of an attempt that ended with its process, in ms since the epoch. Any handler may have
-   * used any inbox, so the shortest retention counts.
-   */
-  mayBeRemembered ({ endpoint, event, timestamp, remembered }: Job): Job['remembered'] {
-    const retention = shortestRetention()
-    if (retention === undefined) return remembered
-    const handlers = this.endpoints.handlersOf(endpoint).for(event.type)
-    return { ...Object.fromEntries(handlers.map(({ name }) => [name, timestamp * 1_000 + retention])), ...remembered }
   }
 
   #handlers ({ job }: Work): readonly Handler[] {

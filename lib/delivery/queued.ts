@@ -1,4 +1,5 @@
 import { InProgress, MissingRoute } from '../errors.ts'
+import { shortestRetention } from '../inbox/inbox.ts'
 import type { Failures } from '../failures.ts'
 import { union } from '../pipeline/deduplicate.ts'
 import type { Claims, Held } from '../pipeline/deduplicate.ts'
@@ -69,8 +70,12 @@ export class Queued implements RunnerHost {
   }
 
   interrupted (job: Job): Job {
-    const remembered = this.handling.mayBeRemembered(job)
-    return remembered === undefined ? job : { ...job, remembered }
+    // Any handler may have used any inbox, so the shortest retention counts.
+    const retention = shortestRetention()
+    if (retention === undefined) return job
+    const { endpoint, event, timestamp, remembered } = job
+    const handlers = this.handling.endpoints.handlersOf(endpoint).for(event.type)
+    return { ...job, remembered: { ...Object.fromEntries(handlers.map(({ name }) => [name, timestamp * 1_000 + retention])), ...remembered } }
   }
 
   async recorded (job: Job): Promise<{ done: boolean } & Required<Pick<Job, 'finished'>> & Pick<Job, 'remembered'>> {
@@ -85,7 +90,7 @@ export class Queued implements RunnerHost {
   }
 
   async #processQueued (job: Job, attempt: number | undefined, onSuccess: (() => MaybePromise<void>) | undefined): Promise<void> {
-    if (job.routeHandlers === true && !this.handling.hasRouteHandlers(job.endpoint)) throw new MissingRoute(job.endpoint)
+    if (job.routeHandlers === true && !this.handling.endpoints.handlersOf(job.endpoint).hasRouteHandlers) throw new MissingRoute(job.endpoint)
     if (this.handling.endpoints.lacks(job.endpoint)) this.failures.foreign(job)
     await this.#whenFree(job, attempt, async work => {
       work.onSuccess = onSuccess
