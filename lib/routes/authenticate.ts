@@ -3,6 +3,7 @@ import type { FastifyReply, FastifyRequest } from 'fastify'
 import { channels } from '../channels.ts'
 import { InvalidSignature, Overloaded, Unavailable, UnknownTenant } from '../errors.ts'
 import type { Failures } from '../failures.ts'
+import type { Refused } from '../log.ts'
 import { retryLater } from '../pipeline/acknowledge.ts'
 import { validate } from '../pipeline/validate.ts'
 import type { Validators } from '../pipeline/validators.ts'
@@ -25,12 +26,8 @@ type Authentic = Pick<Delivery, 'webhookId' | 'timestamp'> & {
   readonly secretIndex: number | undefined
 }
 
-/** What is known about a refused delivery. */
-interface Known {
-  readonly tenant?: string | undefined
-  /** Set if the signature matched. */
-  readonly webhookId?: string
-}
+/** What is known about a refused delivery. The webhook-id is set if the signature matched. */
+type Known = Pick<Refused, 'tenant' | 'webhookId'>
 
 /** The verify and validate steps: they turn a request into a trusted delivery, or refuse it. */
 export class Authentication {
@@ -39,7 +36,7 @@ export class Authentication {
    * Errors that have been logged and reported, and the errors sent in their place. Kept by identity, because a user's verifier may throw an
    * error with any code.
    */
-  readonly #told = new WeakSet<object>()
+  readonly told = new WeakSet<object>()
 
   constructor (readonly validators: Validators, readonly failures: Failures, readonly observation: Observation) {
     this.#explain = explainer(failures)
@@ -107,7 +104,7 @@ export class Authentication {
 
   /** Logs, publishes and reports the refusal of a request whose event is not known. */
   #tell (error: Error, { name }: Endpoint, request: FastifyRequest, { tenant, webhookId }: Known = {}): void {
-    this.#told.add(error)
+    this.told.add(error)
     this.failures.refused(error, { endpoint: name, tenant, webhookId }, request)
   }
 
@@ -116,12 +113,7 @@ export class Authentication {
     if (error instanceof Unavailable || error instanceof Overloaded) retryLater(reply)
     if (!(error instanceof UnknownTenant)) return done(error)
     const answer = new InvalidSignature()
-    this.#told.add(answer)
+    this.told.add(answer)
     done(answer)
-  }
-
-  /** Whether this error, or the error that it stands for, has been logged and reported. */
-  hasTold (error: Error): boolean {
-    return this.#told.has(error)
   }
 }
