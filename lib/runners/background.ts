@@ -20,13 +20,18 @@ export interface BackgroundOptions {
   maxQueue?: number
 }
 
+interface Waiting {
+  readonly job: Job
+  readonly run: () => Promise<void>
+}
+
 /**
  * Acknowledges a delivery at once, and runs its handlers afterwards in this process.
  *
  * A delivery that was acknowledged and has not run yet is in memory only. A crash loses it, and OpenAI does not send it again, because it was
  * answered 200. A delivery that fails is not attempted again either: it is reported as dead to the log, `onDead` and `onError`, and nothing
- * keeps it. `app.close()` runs the queued deliveries first, up to `closeTimeout`. If that is not enough, use `durable()`, `bullmq()` or
- * `pgboss()`.
+ * keeps it. `app.close()` runs the queued deliveries first, up to `closeTimeout`, and then reports those that have not started as dead. If that is
+ * not enough, use `durable()`, `bullmq()` or `pgboss()`.
  *
  * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS
  */
@@ -36,30 +41,43 @@ export function background (options: BackgroundOptions = {}): Runner {
   assertCount('background', 'concurrency', concurrency, 1)
   assertCount('background', 'maxQueue', maxQueue, 0)
   // By key, so that a delivery that is sent again while it waits or runs is not queued twice. `waiting` is in the order of arrival.
-  const waiting = new Map<string, () => Promise<void>>()
+  const waiting = new Map<string, Waiting>()
   const running = new Map<string, Promise<void>>()
   let host: RunnerHost
   let isStarted = false
   let closing = false
+  /** Whether `closeTimeout` is over. The app then closes what handlers use, so no handler may start. */
+  let isOver = false
 
   function startNext (): void {
-    for (const [key, run] of waiting) {
+    for (const [key, { run }] of waiting) {
       if (running.size >= concurrency) return
       waiting.delete(key)
       running.set(key, run())
     }
   }
 
+  function wait (key: string, job: Job): void {
+    // Bound here, because the end of another delivery may start this one, in the async context of that delivery's request.
+    waiting.set(key, { job, run: inContext(() => runOne(key, job)) })
+  }
+
+  function tellLost (job: Job): void {
+    const error = new Error('closeTimeout was over before the handlers could start: the delivery is lost, because background() has it in memory only')
+    tellDead(host, deadDelivery(job, 0, error), error)
+  }
+
   async function runOne (key: string, job: Job): Promise<void> {
     // Waits a turn, so that the acknowledgement leaves before a handler can block the event loop.
     await new Promise(resolve => setImmediate(resolve))
     try {
-      await host.process(job)
+      if (isOver) tellLost(job)
+      else await host.process(job)
     } catch (error) {
       if (!(error instanceof InProgress)) tellDead(host, deadDelivery(job, 1, error), error)
       // Another process has the delivery, and its handlers may succeed there or fail. This process has acknowledged the delivery, so it tries again
       // after the others that wait.
-      else if (!closing) waiting.set(key, inContext(() => runOne(key, job)))
+      else if (!closing) wait(key, job)
       else host.report(error, job)
     }
     running.delete(key)
@@ -76,14 +94,18 @@ export function background (options: BackgroundOptions = {}): Runner {
       const key = keyOf(job)
       if (waiting.has(key) || running.has(key)) return 'duplicate'
       if (closing || (running.size >= concurrency && waiting.size >= maxQueue)) throw new Overloaded()
-      // Bound here, because the end of another delivery may start this one, in the async context of that delivery's request.
-      waiting.set(key, inContext(() => runOne(key, job)))
+      wait(key, job)
       startNext()
       return undefined
     },
-    async close () {
+    async close (signal) {
       if (!isStarted) return // another app may still start this runner
       closing = true
+      signal?.addEventListener('abort', () => {
+        isOver = true
+        for (const { job } of waiting.values()) tellLost(job)
+        waiting.clear()
+      })
       while (running.size > 0) await Promise.all(running.values())
     },
     depth: () => waiting.size

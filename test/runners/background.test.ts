@@ -2,7 +2,7 @@ import t from 'tap'
 import { background, memoryStore } from '../../lib/index.ts'
 import type { BackgroundOptions, IdempotencyStore } from '../../lib/index.ts'
 import { InProgress } from '../../lib/errors.ts'
-import type { Job, RunnerHost } from '../../lib/runners/runner.ts'
+import type { DeadDelivery, Job, RunnerHost } from '../../lib/runners/runner.ts'
 import { build, post, sign, thin } from '../support/deliveries.ts'
 import type { Signed } from '../support/deliveries.ts'
 import { capturedLog, codeOf, deferred, redelivered } from '../support/observe.ts'
@@ -349,6 +349,45 @@ t.test('closing', async t => {
     const { aborted } = await signal.promise
     await app.close()
     t.same([aborted, (await signal.promise).aborted], [false, true])
+  })
+
+  t.test('starts nothing once closeTimeout is over, and tells what is lost', async t => {
+    const app = await build(t, { runner: background({ concurrency: 1 }), closeTimeout: 20 })
+    const started: string[] = []
+    const dead: DeadDelivery[] = []
+    const errors: unknown[] = []
+    app.openaiWebhook.onDead(delivery => { dead.push(delivery) }).onError(error => { errors.push(error) })
+    let isClosed = false
+    app.addHook('onClose', async () => { isClosed = true })
+    const end = deferred()
+    app.openaiWebhook.on('batch.failed', async (_event, { webhookId }) => {
+      started.push(`${webhookId} ${isClosed}`)
+      await end.promise
+    })
+    for (const id of ['wh_1', 'wh_2', 'wh_3']) t.equal((await post(app, delivery(id))).statusCode, 200)
+    await app.close()
+    t.match(dead, ['wh_2', 'wh_3'].map(webhookId => ({ webhookId, attempts: 0, errors: [{ handler: null, message: /^closeTimeout was over before the handlers could start/ }] })))
+    t.equal(errors.length, 2)
+    end.resolve()
+    await new Promise(resolve => setImmediate(() => setImmediate(resolve)))
+    t.same(started, ['wh_1 false'])
+    t.equal(dead.length, 2)
+  })
+
+  t.test('a delivery whose turn has come as closeTimeout ends is not started either', async t => {
+    const runner = background({ concurrency: 1 })
+    const told: string[] = []
+    await runner.start?.({
+      process () { told.push('started') },
+      report () { told.push('trouble') },
+      dead ({ webhookId, attempts }) { told.push(`${webhookId} dead, ${attempts} attempts`) }
+    })
+    for (const webhookId of ['wh_1', 'wh_2']) await runner.run({ webhookId, timestamp: 1, endpoint: '/', event: { type: 'batch.failed' } })
+    const abort = new AbortController()
+    const closed = runner.close?.(abort.signal)
+    abort.abort()
+    await closed
+    t.same(told, ['wh_2 dead, 0 attempts', 'wh_1 dead, 0 attempts'])
   })
 
   t.test('with nothing to do, or before anything was started', async t => {
