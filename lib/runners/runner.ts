@@ -24,9 +24,15 @@ export interface Job {
 /** Identifies a delivery. */
 export type DeliveryRef = Pick<Job, 'endpoint' | 'webhookId' | 'tenant'>
 
-/** The key of a delivery in stores and queues. A space separates its parts, because neither a URL, a tenant nor a webhook-id contains one. */
+/** The key of a delivery in stores and queues. A space separates its parts, because none of them contains one. */
 export function keyOf ({ endpoint, tenant, webhookId }: DeliveryRef): string {
-  return tenant === undefined ? `${endpoint} ${webhookId}` : `${endpoint} ${tenant} ${webhookId}`
+  const route = partOf(endpoint)
+  return tenant === undefined ? `${route} ${webhookId}` : `${route} ${tenant} ${webhookId}`
+}
+
+/** An endpoint as a part of a key. The URL of a route may be declared with a space, which a request writes as `%20`. */
+export function partOf (endpoint: string): string {
+  return endpoint.includes(' ') ? encodeURIComponent(endpoint) : endpoint
 }
 
 /** One error with which an attempt ended. `message` is cut to 2,000 characters, and `stack` to 5,000. */

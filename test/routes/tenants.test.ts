@@ -55,6 +55,22 @@ function errorsOf (app: FastifyInstance): string[] {
 /** A turn of the event loop, after which a secret that was asked for in the background is there. */
 const turn = async (): Promise<void> => await new Promise(resolve => { setImmediate(resolve) })
 
+t.test('a route whose URL has a space shares no key with a tenant of another route', async t => {
+  for (const reconcile of [false, true]) {
+    const app = await build(t, { idempotency: { reconcile } })
+    const ran: string[] = []
+    app.openaiWebhook.on('batch.failed', (_event, { endpoint, tenant }) => { ran.push(`${endpoint}|${tenant}`) })
+    app.openaiWebhook.route({ url: '/x', tenant: { of: () => 'y', secret: () => SECRET } })
+    app.openaiWebhook.route({ url: '/x y' })
+    app.openaiWebhook.route({ url: '/x y z' })
+    app.openaiWebhook.route({ url: '/x z', tenant: { of: () => 'y', secret: () => SECRET } })
+    const delivery = sign(thin('batch.failed', { id: 'batch_1' }))
+    for (const url of ['/x', '/x%20y', '/x%20y%20z', '/x%20z']) t.equal(await outcome(app, delivery, url), RECEIVED)
+    t.same(ran, ['/x|y', '/x y|undefined', '/x y z|undefined', '/x z|y'])
+    t.equal(await outcome(app, delivery, '/x%20y'), '200 {"received":true,"duplicate":true}')
+  }
+})
+
 t.test('a secret of one tenant never verifies for another', async t => {
   const names = ['acme', 'globex', 'initech', 'Acme', 'acme2']
   const sent = (secret: string): Signed => sign(thin('batch.failed'), { secret })
