@@ -74,14 +74,14 @@ export async function * batchResults<Client extends BatchClient> (
   assertOption('batchResults()', 'lineLimit', lineLimit, wholeNumber('bytes', 1))
   if (typeof of !== 'object' || of === null) throw new InvalidOptions(`batchResults(): expected a batch or an event of one, got a value of type ${typeof of}`)
   signal?.throwIfAborted()
-  const requestOptions = signal === undefined ? {} : { signal }
-  const batch = 'type' in of ? await batchOf(client, of, requestOptions) : of
-  if (!isBatch(batch)) throw new InvalidOptions('batchResults(): expected a batch as the API gives it, got an object that has none of endpoint, status and the ids of files: retrieve the batch first')
+  const batch = 'type' in of ? await orReason(batchOf(client, of, signal === undefined ? {} : { signal }), signal) : of
+  if (!isBatch(batch)) throw new InvalidOptions('batchResults(): expected a batch as the API gives it, got a value that has none of endpoint, status and the ids of files: retrieve the batch first')
   if (batch.status !== undefined && !ENDED.includes(batch.status)) throw new BatchNotEnded()
 
   for (const [file, id] of [['output', batch.output_file_id], ['error', batch.error_file_id]] as const) {
     if (id === undefined || id === null) continue
-    const open = (headers: Record<string, string>): PromiseLike<FileAnswer> => client.files.content(id, { ...requestOptions, headers })
+    const open = async (headers: Record<string, string>, by: AbortSignal | undefined): Promise<FileAnswer | null> =>
+      await orReason(client.files.content(id, { headers, ...(by !== undefined && { signal: by }) }), signal)
     const lines = new Lines(lineLimit)
     for await (const chunk of bytesOf({ file, open, idleTimeout, signal })) {
       for (const line of lines.push(chunk)) {
@@ -94,13 +94,24 @@ export async function * batchResults<Client extends BatchClient> (
   }
 }
 
-/** Any other object would have no results, and the handler would succeed. */
-const isBatch = (batch: BatchLike): boolean => ['endpoint', 'status', 'output_file_id', 'error_file_id'].some(name => name in batch)
+/** Any other object would have no results, and the handler would succeed. A proxy may answer with a page. */
+const isBatch = (batch: unknown): batch is BatchLike =>
+  typeof batch === 'object' && batch !== null && ['endpoint', 'status', 'output_file_id', 'error_file_id'].some(name => name in batch)
 
-async function batchOf (client: BatchClient, event: BatchEvent, options: { signal?: AbortSignal }): Promise<BatchLike> {
+/** The SDK rejects with an error of its own when the signal aborts. */
+async function orReason<T> (asked: PromiseLike<T>, signal: AbortSignal | undefined): Promise<T> {
+  try {
+    return await asked
+  } catch (error) {
+    signal?.throwIfAborted()
+    throw error
+  }
+}
+
+async function batchOf (client: BatchClient, event: BatchEvent, options: { signal?: AbortSignal }): Promise<unknown> {
   if (kindOf(event.type) !== 'batch') throw new NoResource(event.type, `batchResults() expects a batch or an event of one; ${insteadOf(event.type)}`)
   assertId('batchResults(): expected event.data.id', (event as { data?: { id?: unknown } }).data?.id)
-  return await retrieve(client, event, options) as unknown as BatchLike
+  return await retrieve(client, event, options)
 }
 
 /** Whether a line holds nothing but JSON white space. */

@@ -13,13 +13,16 @@ interface Reader {
   cancel (): Promise<void>
 }
 
-export interface BytesOptions {
+interface Limits {
   readonly file: BatchFile
-  /** Requests the file, with these headers in addition to the SDK's own. */
-  readonly open: (headers: Record<string, string>) => PromiseLike<FileAnswer>
   /** ms without a byte after which reading is given up. */
   readonly idleTimeout: number
   readonly signal: AbortSignal | undefined
+}
+
+export interface BytesOptions extends Limits {
+  /** Requests the file, with these headers in addition to the SDK's own. */
+  readonly open: (headers: Record<string, string>, signal: AbortSignal | undefined) => Promise<FileAnswer | null>
 }
 
 /** The most times in a row that a body is resumed without receiving a byte. */
@@ -37,7 +40,7 @@ type Read = { readonly value: Uint8Array } | { readonly end: true, readonly caus
 export async function * bytesOf ({ file, open, idleTimeout, signal }: BytesOptions): AsyncGenerator<Uint8Array, void, undefined> {
   // A range counts the bytes of the encoded body, so the file is requested unencoded. fetch() requests this encoding by itself when there
   // is a Range header.
-  const answer = await open({ 'Accept-Encoding': 'identity' })
+  const answer = bodied(await open({ 'Accept-Encoding': 'identity' }, signal), 0)
   const { headers } = answer
   const resumable = isIdentity(headers) && headers.get('accept-ranges') !== 'none'
   const etag = headers.get('etag')
@@ -70,24 +73,52 @@ export async function * bytesOf ({ file, open, idleTimeout, signal }: BytesOptio
 
   async function resume (from: number): Promise<Reader> {
     const ifRange = etag === null || etag.startsWith('W/') ? {} : { 'If-Range': etag }
-    let resumed
+    const stop = new AbortController()
+    const either = signal === undefined ? stop.signal : AbortSignal.any([signal, stop.signal])
+    let given
     try {
-      resumed = await open({ Range: `bytes=${from}-`, ...ifRange })
+      given = await inTime(open({ Range: `bytes=${from}-`, ...ifRange }, either), { file, idleTimeout, signal })
     } catch (cause) {
+      stop.abort()
       signal?.throwIfAborted()
-      throw new BatchBroken(file, from, { cause })
+      throw cause instanceof BatchStalled ? cause : new BatchBroken(file, from, { cause })
     }
-    const rest = readerOf(resumed)
-    // Status 200 would carry the whole file, or another file.
-    if (resumed.status === 206 && isRangeFrom(resumed.headers.get('content-range'), from, total)) return rest
-    end(rest)
-    throw new BatchBroken(file, from, { cause: new Error(`asked for the rest, the server answered ${resumed.status} with the content-range ${resumed.headers.get('content-range') ?? '(none)'}`) })
+    const resumed = bodied(given, from)
+    const fault = faultOf(resumed, from)
+    if (fault === undefined) return readerOf(resumed)
+    end(readerOf(resumed))
+    throw new BatchBroken(file, from, { cause: new Error(`asked for the rest, the server answered ${fault}`) })
+  }
+
+  /** Why an answer does not hold the rest of the same file. Status 200 would carry the whole file, or another file. */
+  function faultOf ({ status, headers }: FileAnswer, from: number): string | undefined {
+    const range = headers.get('content-range')
+    if (status !== 206 || !isRangeFrom(range, from, total)) return `${status} with the content-range ${range ?? '(none)'}`
+    if (!isIdentity(headers)) return `with the content-encoding ${headers.get('content-encoding')!}`
+    const now = headers.get('etag')
+    // A server may ignore If-Range, and a weak ETag cannot be sent in it.
+    return etag !== null && now !== null && now !== etag ? 'with another etag: the file has changed' : undefined
+  }
+
+  function bodied (given: FileAnswer | null, from: number): FileAnswer {
+    if (given?.body == null) throw new BatchBroken(file, from, { cause: new Error('the server answered without a body') })
+    return given
   }
 }
 
 /** Reads once. The timer runs only while the server is waited for, and not while the consumer works. */
-async function next (reader: Reader, { file, idleTimeout, signal }: Omit<BytesOptions, 'open'>): Promise<Read> {
+async function next (reader: Reader, limits: Limits): Promise<Read> {
+  const { signal } = limits
   signal?.throwIfAborted()
+  // The SDK may pass the signal to the body, whose read then fails too.
+  return await inTime(reader.read().then(({ value }): Read => value === undefined ? { end: true } : { value }, (cause): Read => {
+    signal?.throwIfAborted()
+    return { end: true, cause }
+  }), limits)
+}
+
+/** Settles as `asked` does, but rejects once `idleTimeout` is over, and with the reason of the signal. */
+async function inTime<T> (asked: Promise<T>, { file, idleTimeout, signal }: Limits): Promise<T> {
   let timer: NodeJS.Timeout | undefined
   let onAbort: (() => void) | undefined
   const stopped = new Promise<never>((_resolve, reject) => {
@@ -95,13 +126,8 @@ async function next (reader: Reader, { file, idleTimeout, signal }: Omit<BytesOp
     onAbort = () => reject(signal!.reason)
     signal?.addEventListener('abort', onAbort)
   })
-  // The SDK may pass the signal to the body, whose read then fails too.
-  const read = reader.read().then(({ value }): Read => value === undefined ? { end: true } : { value }, (cause): Read => {
-    signal?.throwIfAborted()
-    return { end: true, cause }
-  })
   try {
-    return await Promise.race([read, stopped])
+    return await Promise.race([asked, stopped])
   } finally {
     clearTimeout(timer)
     signal?.removeEventListener('abort', onAbort!)

@@ -289,6 +289,16 @@ t.test('where the server does not resume it, it is broken', async t => {
     'another part': { then: reply => partly(reply, MANY.subarray(990), { 'content-range': `bytes 990-${MANY.length - 1}/${MANY.length}` }, 206) },
     'of a file of another length': { then: reply => partly(reply, MANY.subarray(1_000), { 'content-range': `bytes 1000-${MANY.length}/${MANY.length + 1}` }, 206) },
     'a part of no place': { then: reply => partly(reply, MANY.subarray(1_000), {}, 206) },
+    'of another version of the file': {
+      first: { etag: 'W/"1"' },
+      then: reply => partly(reply, MANY.subarray(1_000), { 'content-range': `bytes 1000-${MANY.length - 1}/${MANY.length}`, etag: 'W/"2"' }, 206),
+      cause: { message: 'asked for the rest, the server answered with another etag: the file has changed' }
+    },
+    'a part in another encoding': {
+      then: reply => partly(reply, MANY.subarray(1_000), { 'content-range': `bytes 1000-${MANY.length - 1}/${MANY.length}`, 'content-encoding': 'x-own' }, 206),
+      cause: { message: 'asked for the rest, the server answered with the content-encoding x-own' }
+    },
+    'no body': { then: reply => reply.code(204).send(), cause: { message: 'the server answered without a body' } },
     'a refusal': { then: reply => reply.code(416).send({ error: { message: 'no', type: 'x', param: null, code: null } }) },
     'ranges that it says it has not': { first: { 'accept-ranges': 'none' }, then: () => {}, asked: 1 },
     'an encoding, whose bytes are others': { first: { 'content-encoding': 'x-own' }, then: () => {}, asked: 1 },
@@ -317,6 +327,47 @@ t.test('the signal ends a resumption too', async t => {
     else abort.abort(new Error('closing'))
   })
   t.match((await fails({ signal: abort.signal })).error, { message: 'closing' })
+})
+
+t.test('a resumption that the server does not answer ends at idleTimeout, and its connection with it', async t => {
+  const { serve, fails } = await setUp(t)
+  let gone: Promise<unknown> | undefined
+  serve(reply => {
+    reply.hijack()
+    if (reply.request.headers.range === undefined) reply.raw.writeHead(200).write(MANY.subarray(0, 1_000), () => reply.raw.destroy())
+    else gone = once(reply.raw, 'close')
+  })
+  const { read, error } = await fails({ idleTimeout: 200, signal: new AbortController().signal })
+  t.ok(read.length > 0)
+  t.match(error, { code: 'FST_OPENAI_WEBHOOK_BATCH_STALLED' })
+  await gone
+})
+
+t.test('the signal ends the wait for headers with its reason', async t => {
+  for (const path of ['GET /v1/batches/batch_1', 'GET /v1/files/file-1/content']) {
+    const { server, fails } = await setUp(t)
+    const abort = new AbortController()
+    let gone: Promise<unknown> | undefined
+    server.resources.set(path, (reply: FastifyReply) => {
+      reply.hijack()
+      gone = once(reply.raw, 'close')
+      abort.abort(new Error('closing'))
+    })
+    t.match((await fails({ signal: abort.signal })).error, { message: 'closing' }, path)
+    await gone
+  }
+})
+
+t.test('an answer that is no batch, or no file', async t => {
+  const { fails, server, serve } = await setUp(t)
+  serve(reply => reply.code(204).send())
+  t.match((await fails()).error, { code: 'FST_OPENAI_WEBHOOK_BATCH_BROKEN', cause: { message: 'the server answered without a body' } })
+  for (const answer of [(reply: FastifyReply) => reply.code(204).send(), (reply: FastifyReply) => reply.type('text/html').send('<h1>secret</h1>')]) {
+    server.resources.set('GET /v1/batches/batch_1', answer)
+    const { error } = await fails()
+    t.match(error, { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: /^batchResults\(\): expected a batch as the API gives it/ })
+    t.notMatch(error, { message: /secret/ })
+  }
 })
 
 t.test('an answer that was whole when it broke is whole, and one that ends early is not', async t => {
