@@ -108,6 +108,8 @@ export function SampleDialog ({ types, endpoints, onClose, say }: { types: reado
       <p>There is no receiving route here whose deliveries can be signed: its verifier is your own.</p>
     <//>`
   }
+  const isPattern = /[:*]/.test(endpoint)
+  const hasTenants = signing.some(each => each.url === endpoint && each.tenants)
   return html`
     <${Dialog} title="Send a signed sample" confirm="Deliver" disabled=${text === ''} onClose=${onClose}
       onConfirm=${async () => { say(told(type, await api.deliver(endpoint, url, tenant, text))) }}>
@@ -119,10 +121,10 @@ export function SampleDialog ({ types, endpoints, onClose, say }: { types: reado
       ${signing.length > 1 && html`<label class="wide">Endpoint
         <select value=${endpoint} onChange=${choose}>${signing.map(each => html`<option value=${each.url}>${each.url}</option>`)}</select>
       </label>`}
-      ${/[:*]/.test(endpoint) && html`<label class="wide">URL, with its parameters filled in
+      ${(isPattern || hasTenants) && html`<label class="wide">${isPattern ? 'URL, with its parameters filled in' : 'URL'}
         <input type="text" value=${url} onInput=${(event: Event) => setUrl((event.target as HTMLInputElement).value)} />
       </label>`}
-      ${signing.some(each => each.url === endpoint && each.tenants) && html`<label class="wide">Tenant
+      ${hasTenants && html`<label class="wide">Tenant
         <input type="text" value=${tenant} onInput=${(event: Event) => setTenant((event.target as HTMLInputElement).value)} />
       </label>`}
       <${Editor} text=${text} onEdit=${setText} />

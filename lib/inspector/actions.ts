@@ -151,9 +151,11 @@ export const isPattern = (url: string): boolean => /[:*]/.test(url)
 const parametersOf = (url: string): string[] => [...url.matchAll(/(?<!:):\w+/g)].map(([parameter]) => parameter)
 
 function fits (endpoint: string, url: string): boolean {
-  if (!isPattern(endpoint)) return url === endpoint
+  if (url.length > 2_000) return false
+  // A query may name the tenant.
+  if (!isPattern(endpoint)) return url === endpoint || (url.startsWith(`${endpoint}?`) && !/[\s#]/.test(url))
   const [fixed] = endpoint.split(/[:*]/)
-  return url.length <= 2_000 && url.startsWith(fixed!) && !/[\s#]|\/\.\.?(?:\/|$)/.test(url)
+  return url.startsWith(fixed!) && !/[\s#]|\/\.\.?(?:\/|$)/.test(url)
 }
 
 /** These headers describe the connection, the framing of the body or the signature, so the new request has its own. */

@@ -1,4 +1,4 @@
-import type { IncomingHttpHeaders, ServerResponse } from 'node:http'
+import type { IncomingHttpHeaders, IncomingMessage, ServerResponse } from 'node:http'
 import type { FastifyReply, FastifyRequest } from 'fastify'
 import type { DuplicateMessage } from '../channels.ts'
 import { DeadlineExceeded, HandlerFailed } from '../errors.ts'
@@ -229,7 +229,9 @@ export class Journal implements Observer {
   }
 
   #note (request: FastifyRequest, endpoint: string): Entry {
-    const entry = new Entry(++this.#lastId, Date.now(), performance.now(), endpoint, request.url, request.headers)
+    // The URL that the sender used, because Fastify's rewriteUrl is applied to a repeated delivery too.
+    const { url, originalUrl = url! } = request.raw as IncomingMessage & { originalUrl?: string }
+    const entry = new Entry(++this.#lastId, Date.now(), performance.now(), endpoint, originalUrl, request.headers)
     ;(request as Noted)[ENTRY] = entry
     if (this.#sent.size > 0) this.#recognise(entry, signatureOf(request.headers))
     return entry

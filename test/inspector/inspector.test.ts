@@ -408,6 +408,28 @@ t.test('many tenants behind one route: shown, diagnosed and delivered to by name
   t.same(got, ['acme', 'acme', 'acme'])
 })
 
+t.test('deliver again: where the app rewrites URLs, to the URL that the sender used', async t => {
+  const rewriteUrl = ({ url = '' }: { url?: string | undefined }): string => url.startsWith('/hooks/') ? `/v1${url}` : url
+  const app = await inspected(t, { path: '/v1/hooks/openai' }, {}, { rewriteUrl })
+  t.equal((await post(app, sign(thin('batch.failed')), '/hooks/openai?from=test')).statusCode, 200)
+  t.equal((await detailOf(app)).url, '/hooks/openai?from=test')
+  t.match((await act(app, 'again', { id: 1 })).json(), { status: 200, id: 2 })
+  t.equal((await detailOf(app)).url, '/hooks/openai?from=test')
+})
+
+t.test('a sample to a tenant that is named by the query', async t => {
+  const app = await inspected(t)
+  const got: unknown[] = []
+  app.openaiWebhook.onAny((_event, { tenant }) => { got.push(tenant) })
+  app.openaiWebhook.route({ url: '/tenants', tenant: { of: request => (request.query as { t: string }).t, secret: name => name === 'acme' ? SECRET : undefined } })
+  const body = sign(thin('batch.failed')).body.toString()
+  const send = async (url: string): Promise<number> => (await act(app, 'deliver', { endpoint: '/tenants', url, tenant: 'acme', body })).json().status
+  t.equal(await send('/tenants?t=acme'), 200)
+  t.equal(await send('/tenants?t=globex'), 401)
+  for (const url of ['/tenants?t= acme', '/tenants?t=acme#there', '/tenants/acme', `/tenants?t=${'x'.repeat(2_000)}`]) t.equal(await send(url), undefined, url)
+  t.same(got, ['acme'])
+})
+
 t.test('a secret that is not known yet', async t => {
   const app = await inspected(t, { secret: async () => SECRET })
   await app.ready()
