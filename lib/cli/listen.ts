@@ -9,7 +9,7 @@ import { CommandError, EXIT, count, text, usageError } from './command.ts'
 import type { Arguments, Command, Terminal } from './command.ts'
 import { formatSaved } from './saved.ts'
 import { readSecret, secretHelp, secretOptions } from './secret.ts'
-import { Sender, checkSecret, endToEnd, timeout, url } from './send.ts'
+import { ANSWER_LIMIT, Sender, checkSecret, endToEnd, timeout, url } from './send.ts'
 import { milliseconds, paint, paintStatus, printable, told } from './table.ts'
 import { guideEvents } from '../events/index.ts'
 import { Deadline } from '../deadline.ts'
@@ -128,7 +128,7 @@ interface Arrival {
   bytes: Buffer
   file: string | undefined
   answer: string
-  /** Why the receiver of `--forward-to` did not answer. */
+  /** Why the sender did not get the answer of the receiver of `--forward-to`. */
   trouble: string | undefined
 }
 
@@ -191,7 +191,12 @@ async function forward (to: Sender, request: FastifyRequest, reply: FastifyReply
   let failure
   try {
     const { status, code, headers, body } = await to.send(headerLines(request), arrival.bytes)
-    if (status !== undefined) return reply.code(status).headers(Object.fromEntries(endToEnd(Object.entries(headers)))).send(body)
+    if (status !== undefined && body !== undefined) return reply.code(status).headers(Object.fromEntries(endToEnd(Object.entries(headers)))).send(body)
+    if (status !== undefined) {
+      // The receiver has the delivery, so the sender must learn its status and not send again.
+      arrival.trouble = `the receiver's answer is longer than ${ANSWER_LIMIT} bytes, so its status alone was passed on`
+      return reply.code(status).send()
+    }
     failure = `the receiver did not answer: ${code!}`
   } catch (error) {
     failure = (error as CommandError).message

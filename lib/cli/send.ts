@@ -26,11 +26,12 @@ export interface Answer {
   readonly duplicate: boolean
   readonly ms: number
   readonly headers: IncomingHttpHeaders
-  readonly body: Buffer
+  /** `undefined` when it is longer than ANSWER_LIMIT. */
+  readonly body: Buffer | undefined
 }
 
 /** The most bytes of an answer that are read, far more than a receiver sends. */
-const ANSWER_LIMIT = 1_048_576
+export const ANSWER_LIMIT = 1_048_576
 
 /** Headers of one connection and not of the delivery. node:http adds its own. */
 const hopByHop = new Set(['host', 'connection', 'keep-alive', 'proxy-connection', 'te', 'trailer', 'transfer-encoding', 'upgrade', 'content-length', 'expect'])
@@ -82,7 +83,7 @@ export class Sender {
       answered = true
       const { statusCode: status, headers } = response
       const answer = await readAnswer(response)
-      return { status, ...meaningOf(answer.toString()), ms: performance.now() - started, headers, body: answer }
+      return { status, ...meaningOf(answer?.toString() ?? ''), ms: performance.now() - started, headers, body: answer }
     } catch (error) {
       const code = timedOut ? 'TIMEOUT' : String((error as NodeJS.ErrnoException).code)
       // The receiver had closed a connection that was kept alive.
@@ -121,13 +122,14 @@ const explanations: Readonly<Record<string, string>> = {
   ERR_SSL_WRONG_VERSION_NUMBER: 'it does not speak https'
 }
 
-async function readAnswer (response: IncomingMessage): Promise<Buffer> {
+/** Returns `undefined` for a body that is longer than ANSWER_LIMIT. */
+async function readAnswer (response: IncomingMessage): Promise<Buffer | undefined> {
   const chunks: Buffer[] = []
   let length = 0
   for await (const chunk of response as AsyncIterable<Buffer>) {
     chunks.push(chunk)
     length += chunk.length
-    if (length > ANSWER_LIMIT) break // leaving the loop closes the connection
+    if (length > ANSWER_LIMIT) return undefined // leaving the loop closes the connection
   }
   return Buffer.concat(chunks)
 }
