@@ -322,7 +322,11 @@ export function bullmq (options: BullMQOptions): Runner {
       await Promise.allSettled([processor?.pause(true)])
       await Promise.race([Promise.allSettled([processor?.['whenCurrentJobsFinished'](false)]), gaveUp])
       await processor?.close(isGivenUp)
-      await queue?.close()
+      if (isUsers || backend !== undefined) return await queue?.close()
+      // close() asks Redis to end the connection, and if Redis is down, the connection would try to come back for ever. So it is ended first,
+      // and close() may fail for that reason alone.
+      queue?.disconnect().catch(() => {})
+      await queue?.close().catch(() => {})
     },
     async depth () {
       return await queue?.getJobCountByTypes('waiting', 'prioritized', 'delayed') ?? 0

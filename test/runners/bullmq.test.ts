@@ -249,25 +249,28 @@ t.test('bullmq', { skip }, async t => {
     t.same(next.ran, ['wh_waiting'])
   })
 
-  t.test('app.close() ends by `closeTimeout` while Redis is down, and leaves nothing that tries to connect', async t => {
-    const server = await RedisServer.start(t)
-    const { app } = await queueing(t, server.port, {}, { closeTimeout: 200 })
-    await server.stop()
-    t.equal(await answer(app, batchFailed()), DEADLINE)
-    await app.close()
+  for (const [name, options, connection] of [['a worker', {}, {}], ['a receiver', { worker: false }, {}], ['a receiver that queues nothing offline', { worker: false }, { enableOfflineQueue: false }]] as const) {
+    t.test(`app.close() ends by \`closeTimeout\` while Redis is down, and leaves nothing that tries to connect: ${name}`, async t => {
+      const server = await RedisServer.start(t)
+      const { app } = await queueing(t, server.port, { connection: { port: server.port, host: '127.0.0.1', retryStrategy: () => 50, ...connection }, ...options }, { closeTimeout: 200 })
+      await deliverUntil200(app, batchFailed())
+      await server.stop()
+      t.match(await answer(app, batchFailed()), /^503 /)
+      await app.close()
 
-    // Its connections are gone too, and do not come back with Redis.
-    const control = redisClient(t, server.port, IMPATIENT)
-    await server.start()
-    for (let i = 0; i < 3; i++) {
+      // Its connections are gone too, and do not come back with Redis.
+      const control = redisClient(t, server.port, IMPATIENT)
+      await server.start()
+      for (let i = 0; i < 3; i++) {
+        await until('the control to be connected', () => control.status === 'ready')
+        const closed = once(control, 'close')
+        control.disconnect(true)
+        await closed
+      }
       await until('the control to be connected', () => control.status === 'ready')
-      const closed = once(control, 'close')
-      control.disconnect(true)
-      await closed
-    }
-    await until('the control to be connected', () => control.status === 'ready')
-    t.equal(String(await control.client('LIST')).trim().split('\n').length, 1)
-  })
+      t.equal(String(await control.client('LIST')).trim().split('\n').length, 1)
+    })
+  }
 
   t.test('a worker in its own process runs the same handlers', async t => {
     const server = await RedisServer.start(t)
