@@ -64,7 +64,7 @@ async function importSDK (load: () => Promise<SDK>): Promise<SDK> {
 
 const ADVICE: Readonly<Record<number, string>> = {
   401: ' (the API key was refused: see OPENAI_API_KEY)',
-  404: ' (is the id right, and the API key of the project that has it?)'
+  404: ' (is the id right, and the API key that of a project that has it and may use this API?)'
 }
 
 function explain (error: unknown, { APIConnectionError, APIError, APIUserAbortError }: SDK, baseURL: string, conceal: (shown: string) => string): string {

@@ -280,11 +280,11 @@ t.test('errors of the API are one line with status, code and message', async t =
   t.same(await ask(server, 'list', { env: { OPENAI_API_KEY: 'sk-wrong' } }),
     said('401 invalid_api_key: Incorrect API key provided: [API key]. (the API key was refused: see OPENAI_API_KEY)'), 'the key is not printed, though the API quotes it')
   t.same(await ask(server, 'update whe_none --name x'),
-    said("404 webhook_endpoint_not_found: No webhook endpoint found with id 'whe_none'. (is the id right, and the API key of the project that has it?)"))
+    said("404 webhook_endpoint_not_found: No webhook endpoint found with id 'whe_none'. (is the id right, and the API key that of a project that has it and may use this API?)"))
   t.same(await ask(server, 'list', { env: { OPENAI_BASE_URL: server.url.replace('/v1', '') } }), {
     code: EXIT.failed,
     out: '',
-    err: `openai-webhook: ${server.url.replace('/v1', '')} answered 404 invalid_request_error: Invalid URL (GET /webhook_endpoints) (is the id right, and the API key of the project that has it?)\n`
+    err: `openai-webhook: ${server.url.replace('/v1', '')} answered 404 invalid_request_error: Invalid URL (GET /webhook_endpoints) (is the id right, and the API key that of a project that has it and may use this API?)\n`
   })
   t.same(await answered(403, { error: { message: 'Missing scopes:\n  api.webhooks.write', type: null, param: null, code: null } }), said('403: Missing scopes: api.webhooks.write'))
   const page = await answered(502, `<html>\n\u001b[2J${'x'.repeat(5000)}`)
