@@ -194,8 +194,9 @@ async function forward (to: Sender, request: FastifyRequest, reply: FastifyReply
     if (status !== undefined && body !== undefined) return reply.code(status).headers(Object.fromEntries(endToEnd(Object.entries(headers)))).send(body)
     if (status !== undefined) {
       // The receiver has the delivery, so the sender must learn its status and not send again.
-      arrival.trouble = `the receiver's answer is longer than ${ANSWER_LIMIT} bytes, so its status alone was passed on`
-      return reply.code(status).send()
+      arrival.trouble = `the receiver's answer is longer than ${ANSWER_LIMIT} bytes, so it was passed on without its body`
+      const kept = endToEnd(Object.entries(headers)).filter(([name]) => !name.startsWith('content-'))
+      return reply.code(status).headers(Object.fromEntries(kept)).send()
     }
     failure = `the receiver did not answer: ${code!}`
   } catch (error) {
@@ -268,7 +269,7 @@ function print (request: FastifyRequest, reply: FastifyReply, arrival: Arrival, 
   // These fields are unverified when the delivery was refused.
   const { type, data } = parseObject(arrival.bytes.toString())
   const webhookId = request.headers['webhook-id']
-  const hint = answer.status === 200 ? undefined : hintFor(request, arrival, answer.code, textOf(message), settings)
+  const hint = answer.status === 200 && arrival.trouble === undefined ? undefined : hintFor(request, arrival, answer.code, textOf(message), settings)
   if (settings.json) {
     terminal.out(`${JSON.stringify({
       time: new Date().toISOString(),

@@ -1,6 +1,6 @@
 import type { FastifyBaseLogger } from 'fastify'
 import { channels } from '../channels.ts'
-import { HandlerFailed } from '../errors.ts'
+import { HandlerFailed, Overloaded } from '../errors.ts'
 import { handlersFailed } from '../runners/handler-failures.ts'
 import type { HandlerFailure } from '../runners/handler-failures.ts'
 import { union } from '../pipeline/deduplicate.ts'
@@ -36,8 +36,13 @@ export class Handling {
     readonly signal: AbortSignal
   ) {}
 
-  /** Starts the handlers that have not succeeded yet. Rejects with FST_OPENAI_WEBHOOK_HANDLER_FAILED if one fails. */
+  /**
+   * Starts the handlers that have not succeeded yet. Rejects with FST_OPENAI_WEBHOOK_HANDLER_FAILED if one fails.
+   *
+   * @throws FST_OPENAI_WEBHOOK_OVERLOADED if `closeTimeout` is over, and the app closes what handlers use
+   */
   start (work: Work): MaybePromise<void> {
+    if (this.signal.aborted) throw new Overloaded()
     const { job } = work
     const { claim } = work.state as Extract<State, { at: 'claimed' }>
     work.move({ at: 'handling', claim })

@@ -92,8 +92,9 @@ export class Queued implements RunnerHost {
   async #processQueued (job: Job, attempt: number | undefined, onSuccess: (() => MaybePromise<void>) | undefined): Promise<void> {
     if (job.routeHandlers === true && !this.handling.endpoints.handlersOf(job.endpoint).hasRouteHandlers) throw new MissingRoute(job.endpoint)
     if (this.handling.endpoints.lacks(job.endpoint)) this.failures.foreign(job)
-    await this.#whenFree(job, attempt, async work => {
+    await this.#whenFree(job, attempt, async (work, claim) => {
       work.onSuccess = onSuccess
+      if (this.handling.signal.aborted) await this.claims.release(claim)
       await this.handling.start(work)
     })
   }

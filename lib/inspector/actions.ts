@@ -150,12 +150,31 @@ export const isPattern = (url: string): boolean => /[:*]/.test(url)
 /** The parameters `:name` of a URL. A doubled colon is a literal one. */
 const parametersOf = (url: string): string[] => [...url.matchAll(/(?<!:):\w+/g)].map(([parameter]) => parameter)
 
+/** Whether an endpoint's route may get a URL, so that the page reaches no other route of the app. A query may name the tenant. */
 function fits (endpoint: string, url: string): boolean {
-  if (url.length > 2_000) return false
-  // A query may name the tenant.
-  if (!isPattern(endpoint)) return url === endpoint || (url.startsWith(`${endpoint}?`) && !/[\s#]/.test(url))
-  const [fixed] = endpoint.split(/[:*]/)
-  return url.startsWith(fixed!) && !/[\s#]|\/\.\.?(?:\/|$)/.test(url)
+  // inject() reads `\` as `/` and leaves out control characters.
+  if (url.length > 2_000 || /[\p{Cc}\\#]/u.test(url)) return false
+  const path = decoded(url.split('?')[0]!)
+  return !/\/\.\.?(?:\/|$)/.test(path) && pathsOf(endpoint).test(path)
+}
+
+function decoded (path: string): string {
+  try {
+    return decodeURIComponent(path)
+  } catch {
+    return path
+  }
+}
+
+/** The paths of a route: `:name`, also with a regular expression of its own, is a part of a path, `*` is any rest, and `::` is a colon. */
+function pathsOf (endpoint: string): RegExp {
+  const parts = endpoint.split(/(::|:\w+(?:\((?:[^()]|\([^()]*\))*\))?|\*)/)
+  const sources = parts.map(part => {
+    if (part === '::') return ':'
+    if (part === '*') return '.*'
+    return part.startsWith(':') ? '[^/]+' : part.replace(/[.+?^${}()|[\]\\]/g, '\\$&')
+  })
+  return new RegExp(`^${sources.join('')}$`)
 }
 
 /** These headers describe the connection, the framing of the body or the signature, so the new request has its own. */

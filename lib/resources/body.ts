@@ -97,7 +97,7 @@ export async function * bytesOf ({ file, open, idleTimeout, signal }: BytesOptio
     if (!isIdentity(headers)) return `with the content-encoding ${headers.get('content-encoding')!}`
     const now = headers.get('etag')
     // A server may ignore If-Range, and a weak ETag cannot be sent in it.
-    return etag !== null && now !== null && now !== etag ? 'with another etag: the file has changed' : undefined
+    return etag !== null && now !== null && opaque(now) !== opaque(etag) ? 'with another etag: the file has changed' : undefined
   }
 
   function bodied (given: FileAnswer | null, from: number): FileAnswer {
@@ -146,6 +146,9 @@ function readerOf ({ body }: FileAnswer): Reader {
 function isIdentity (headers: FileAnswer['headers']): boolean {
   return (headers.get('content-encoding') ?? 'identity') === 'identity'
 }
+
+/** An ETag without its mark of weakness, which a proxy may add to some answers. */
+const opaque = (etag: string): string => etag.replace(/^W\//, '')
 
 function lengthOf (header: string | null): number | undefined {
   return header !== null && /^\d+$/.test(header) ? Number(header) : undefined

@@ -2,7 +2,7 @@ import { inContext } from '../async-context.ts'
 import { assertCount, assertNames } from '../checks.ts'
 import { InProgress, Overloaded } from '../errors.ts'
 import { deadDelivery } from './handler-failures.ts'
-import { assertOpen, keyOf, tellDead } from './runner.ts'
+import { assertOpen, keyOf, onAbort, tellDead } from './runner.ts'
 import type { Job, Runner, RunnerHost } from './runner.ts'
 
 export interface BackgroundOptions {
@@ -74,7 +74,8 @@ export function background (options: BackgroundOptions = {}): Runner {
       if (isOver) tellLost(job)
       else await host.process(job)
     } catch (error) {
-      if (!(error instanceof InProgress)) tellDead(host, deadDelivery(job, 1, error), error)
+      if (error instanceof Overloaded) tellLost(job)
+      else if (!(error instanceof InProgress)) tellDead(host, deadDelivery(job, 1, error), error)
       // Another process has the delivery, and its handlers may succeed there or fail. This process has acknowledged the delivery, so it tries again
       // after the others that wait.
       else if (!closing) wait(key, job)
@@ -101,7 +102,7 @@ export function background (options: BackgroundOptions = {}): Runner {
     async close (signal) {
       if (!isStarted) return // another app may still start this runner
       closing = true
-      signal?.addEventListener('abort', () => {
+      onAbort(signal, () => {
         isOver = true
         for (const { job } of waiting.values()) tellLost(job)
         waiting.clear()

@@ -8,7 +8,7 @@ import { causeOf, deadDelivery, describeFailure, errorOf, resumed } from './hand
 import { RETENTION } from '../stores/store.ts'
 import { assertCount, assertNames, assertOption, isObject, workerOptions } from '../checks.ts'
 import type { Rule } from '../checks.ts'
-import { assertOpen, assertRemembered, keyOf, tellDead } from './runner.ts'
+import { assertOpen, assertRemembered, keyOf, onAbort, tellDead } from './runner.ts'
 import { storableError } from './storable.ts'
 import type { DeadDelivery, DeliveryError, DeliveryRef, Job, Runner, RunnerHost } from './runner.ts'
 
@@ -309,24 +309,26 @@ export function bullmq (options: BullMQOptions): Runner {
       if (!isStarted) return // another app may still start this runner
       closing = true
       const gaveUp = new Promise<void>(resolve => {
-        signal?.addEventListener('abort', () => {
+        onAbort(signal, () => {
           isGivenUp = true
           // BullMQ waits for a Redis that cannot be reached, and its attempts to connect would keep the process alive. The user's own connection
           // stays as it is.
           if (!isUsers) for (const each of [processor, queue]) each?.disconnect().catch(() => {})
           resolve()
-        }, { once: true })
+        })
       })
       // BullMQ has no public way to stop waiting: close() waits for the running jobs, and renews their locks, for as long as they run, and pause()
       // connects again after they have ended, to a Redis that nobody uses any more.
       await Promise.allSettled([processor?.pause(true)])
       await Promise.race([Promise.allSettled([processor?.['whenCurrentJobsFinished'](false)]), gaveUp])
       await processor?.close(isGivenUp)
-      if (isUsers || backend !== undefined) return await queue?.close()
-      // close() asks Redis to end the connection, and if Redis is down, the connection would try to come back for ever. So it is ended first,
-      // and close() may fail for that reason alone.
-      queue?.disconnect().catch(() => {})
-      await queue?.close().catch(() => {})
+      try {
+        await queue?.close()
+      } catch (error) {
+        if (isUsers) throw error
+        // Redis is down and could not be asked to end the connection, which would try to come back for ever.
+        queue?.disconnect().catch(() => {})
+      }
     },
     async depth () {
       return await queue?.getJobCountByTypes('waiting', 'prioritized', 'delayed') ?? 0

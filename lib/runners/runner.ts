@@ -81,6 +81,7 @@ export interface RunnerHost {
    * - FST_OPENAI_WEBHOOK_UNAVAILABLE if the idempotency store failed
    * - FST_OPENAI_WEBHOOK_IN_PROGRESS if another process has the delivery
    * - FST_OPENAI_WEBHOOK_MISSING_ROUTE if this process lacks the route's handlers
+   * - FST_OPENAI_WEBHOOK_OVERLOADED if `closeTimeout` was over before the handlers could start
    *
    * @param attempt how often the runner has started this job, including this time; for logs and channels
    * @param onSuccess called once every handler has succeeded, at the moment when the store is told so, which makes one commit of both if they
@@ -175,6 +176,12 @@ export function assertRemembered ({ webhookId, finished = [], remembered = {} }:
 export function tellDead (host: RunnerHost, delivery: DeadDelivery, error: unknown): void {
   if (host.dead === undefined) host.report(error, delivery)
   else host.dead(delivery, error)
+}
+
+/** Calls `then` when the signal of `close` aborts, or at once if it has: a user's runner may call the `close` of another one late. */
+export function onAbort (signal: AbortSignal | undefined, then: () => void): void {
+  if (signal?.aborted === true) then()
+  else signal?.addEventListener('abort', then, { once: true })
 }
 
 /** Refuses a runner that an app has closed, because it would answer every delivery 503. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */

@@ -1,5 +1,5 @@
 import t from 'tap'
-import { inline } from '../../lib/index.ts'
+import { background, inline, memoryStore } from '../../lib/index.ts'
 import type { IdempotencyStore, OpenAIWebhookOptions } from '../../lib/index.ts'
 import { build, post, sign, stoppedClock, thin } from '../support/deliveries.ts'
 import { capturedLog, deferred, dial, head, listen, messageOf, send, watchedStore } from '../support/observe.ts'
@@ -157,6 +157,49 @@ t.test('a handler that does not end', async t => {
     await app.close()
     t.ok(signal!.aborted)
   })
+})
+
+t.test('a delivery whose store answers once closeTimeout is over is not started', async t => {
+  for (const [name, runner, answered] of [['inline', inline(), 503], ['background', background(), 200], ['the route\'s own handler', inline(), 503]] as const) {
+    const asked = deferred()
+    const granted = deferred()
+    const memory = memoryStore()
+    let begins = 0
+    const released: string[] = []
+    const store: IdempotencyStore = {
+      ...memory,
+      async begin (key, lease) {
+        // With background(), the first claim is that of the request, and the second one that of the handlers.
+        if (++begins === (name === 'background' ? 2 : 1)) {
+          asked.resolve()
+          await granted.promise
+        }
+        return await memory.begin(key, lease)
+      },
+      async release (key, token) {
+        released.push(key)
+        await memory.release(key, token)
+      }
+    }
+    const app = await build(t, { runner, closeTimeout: 20, idempotency: { store } })
+    const told: string[] = []
+    const over = deferred()
+    app.openaiWebhook.on('batch.failed', () => { told.push('started') })
+    app.openaiWebhook.onDead(({ attempts }) => {
+      told.push(`dead, ${attempts} attempts`)
+      over.resolve()
+    })
+    app.openaiWebhook.route({ url: '/own', handler: async () => { told.push('own handler started') } })
+    const answer = post(app, sign(thin('batch.failed')), name === 'the route\'s own handler' ? '/own' : '/webhooks/openai')
+    await asked.promise
+    await app.close()
+    const releasedBefore = released.length
+    granted.resolve()
+    t.equal((await answer).statusCode, answered, name)
+    if (name === 'background') await over.promise
+    t.same(told, name === 'background' ? ['dead, 0 attempts'] : [], name)
+    t.equal(released.length, releasedBefore + 1, 'another process may claim it at once')
+  }
 })
 
 t.test('a runner that cannot close is reported, and the app closes', async t => {

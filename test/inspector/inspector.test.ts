@@ -1,4 +1,4 @@
-import { request as httpRequest } from 'node:http'
+import { createServer, request as httpRequest } from 'node:http'
 import { connect as connectHttp2 } from 'node:http2'
 import { connect } from 'node:net'
 import type { AddressInfo } from 'node:net'
@@ -7,7 +7,7 @@ import { mkdtempSync, readFileSync, rmSync, statSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import Fastify from 'fastify'
-import type { FastifyInstance, FastifyRequest } from 'fastify'
+import type { FastifyInstance, FastifyRequest, FastifyServerOptions } from 'fastify'
 import Database from 'libsql'
 import t from 'tap'
 import { Type } from '@sinclair/typebox'
@@ -374,7 +374,9 @@ t.test('samples of every type, those of the user\'s included, to the endpoint th
   t.equal(await send('/webhooks/openai', '/hooks/acme'), 400)
   t.equal(await send('/hooks/:project', '/hooks/:project'), 400)
   t.equal(await send('/hooks/:project', '/other'), 400)
-  t.equal(await send('/hooks/:project', '/hooks/../other'), 400)
+  for (const url of ['/hooks/../other', '/hooks/%2e%2e/other', '/hooks/.%2E/other', '/hooks/..\\other', '/hooks/x\\..\\..\\other', '/hooks/.\t./other', '/hooks/..?', '/hooks/a/b', '/hooks/', '//evil/hooks/a', 'http://evil/hooks/a']) {
+    t.equal(await send('/hooks/:project', url), 400, url)
+  }
   t.equal(await send('/hooks/:project', `/hooks/${'x'.repeat(2_001)}`), 400)
   t.equal(await send('/nowhere', '/nowhere'), 404)
   const again = await act(app, 'again', { id: rowsOf(app).at(-1)!.id })
@@ -417,6 +419,33 @@ t.test('deliver again: where the app rewrites URLs, to the URL that the sender u
   t.equal((await detailOf(app)).url, '/hooks/openai?from=test')
 })
 
+t.test('deliver again: where a mount has cut off the beginning of the URL, to the app itself', async t => {
+  const mount: FastifyServerOptions['serverFactory'] = handler => createServer((request, response) => {
+    Object.assign(request, { originalUrl: request.url, url: request.url!.replace('/hooks', '') })
+    handler(request, response)
+  })
+  const app = await inspected(t, {}, {}, { serverFactory: mount })
+  await app.listen({ port: 0, host: '127.0.0.1' })
+  const { headers, body } = sign(thin('batch.failed'))
+  const { port } = app.server.address() as AddressInfo
+  t.equal((await fetch(`http://127.0.0.1:${port}/hooks/webhooks/openai`, { method: 'POST', headers, body })).status, 200)
+  t.match((await act(app, 'again', { id: 1 })).json(), { status: 200, id: 2 })
+})
+
+t.test('a sample to each form of URL that a route may have', async t => {
+  const app = await inspected(t)
+  const got: string[] = []
+  app.openaiWebhook.onAny((_event, { endpoint }) => { got.push(endpoint) })
+  const body = sign(thin('batch.failed')).body.toString()
+  const forms = { '/a b': ['/a b?t=1', '/a%20b'], '/f-:id(^\\d+$)/x': ['/f-12/x'], '/lit::x/:y.json': ['/lit:x/5.json'], '/all/*': ['/all/a/b'], '/:a-:b/(c)': ['/1-2/(c)'], '/100%': ['/100%'] }
+  for (const url of Object.keys(forms)) app.openaiWebhook.route({ url, secret: SECRET })
+  for (const [endpoint, urls] of Object.entries(forms)) {
+    for (const url of urls) t.equal((await act(app, 'deliver', { endpoint, url, body })).statusCode, 200, url)
+    for (const url of ['/other', '/a bc', '/f-12/y', '/lit:x/5-json', '/all', '/1/(c)', '/1-2/3/(c)']) t.equal((await act(app, 'deliver', { endpoint, url, body })).statusCode, 400, `${endpoint} ${url}`)
+  }
+  t.ok(got.length >= 5)
+})
+
 t.test('a sample to a tenant that is named by the query', async t => {
   const app = await inspected(t)
   const got: unknown[] = []
@@ -426,7 +455,7 @@ t.test('a sample to a tenant that is named by the query', async t => {
   const send = async (url: string): Promise<number> => (await act(app, 'deliver', { endpoint: '/tenants', url, tenant: 'acme', body })).json().status
   t.equal(await send('/tenants?t=acme'), 200)
   t.equal(await send('/tenants?t=globex'), 401)
-  for (const url of ['/tenants?t= acme', '/tenants?t=acme#there', '/tenants/acme', `/tenants?t=${'x'.repeat(2_000)}`]) t.equal(await send(url), undefined, url)
+  for (const url of ['/tenants?t=acme#there', '/tenants/acme', `/tenants?t=${'x'.repeat(2_000)}`]) t.equal(await send(url), undefined, url)
   t.same(got, ['acme'])
 })
 

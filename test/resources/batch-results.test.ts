@@ -272,6 +272,18 @@ t.test('a body that breaks off is resumed where it broke, with no line twice', a
   t.equal(server.requests.at(-1)!.headers['if-range'], undefined)
 })
 
+t.test('an ETag that is weak in one answer and strong in the other is that of the same file', async t => {
+  const { read, serve } = await setUp(t)
+  for (const [first, then] of [['W/"1"', '"1"'], ['"1"', 'W/"1"']] as const) {
+    serve(reply => {
+      reply.hijack()
+      if (reply.request.headers.range === undefined) reply.raw.writeHead(200, { 'content-length': MANY.length, etag: first }).write(MANY.subarray(0, 1_000), () => reply.raw.destroy())
+      else reply.raw.writeHead(206, { 'content-range': `bytes 1000-${MANY.length - 1}/${MANY.length}`, etag: then }).end(MANY.subarray(1_000))
+    })
+    t.same((await read()).map(({ customId }) => customId), ALL)
+  }
+})
+
 t.test('a body of unknown length is resumed likewise', async t => {
   const { read, serve } = await setUp(t)
   serve(reply => {

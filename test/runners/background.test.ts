@@ -390,6 +390,26 @@ t.test('closing', async t => {
     t.same(told, ['wh_2 dead, 0 attempts', 'wh_1 dead, 0 attempts'])
   })
 
+  t.test('a runner that is told late that closeTimeout is over starts nothing either', async t => {
+    const runner = background({ concurrency: 1 })
+    const end = deferred()
+    const told: string[] = []
+    await runner.start?.({
+      async process ({ webhookId }) {
+        told.push(`${webhookId} started`)
+        await end.promise
+      },
+      report () { told.push('trouble') },
+      dead ({ webhookId }) { told.push(`${webhookId} dead`) }
+    })
+    for (const webhookId of ['wh_1', 'wh_2']) await runner.run({ webhookId, timestamp: 1, endpoint: '/', event: { type: 'batch.failed' } })
+    await new Promise(resolve => setImmediate(resolve))
+    const closed = runner.close?.(AbortSignal.abort())
+    end.resolve()
+    await closed
+    t.same(told, ['wh_1 started', 'wh_2 dead'])
+  })
+
   t.test('with nothing to do, or before anything was started', async t => {
     const app = await build(t, { runner: background() })
     await app.ready()

@@ -75,6 +75,23 @@ t.test('bullmq', { skip }, async t => {
     await runner.close!()
   })
 
+  await t.test('what is being queued when the app closes is queued and acknowledged', async t => {
+    const server = await RedisServer.start(t)
+    const { app } = await queueing(t, server.port, { worker: false })
+    t.equal(await answer(app, batchFailed()), '200')
+    const { addBulk } = Queue.prototype
+    let closed: Promise<void> | undefined
+    t.intercept(Queue.prototype, 'addBulk', {
+      value: async function (this: Queue, jobs: Parameters<typeof addBulk>[0]) {
+        const added = addBulk.call(this, jobs)
+        closed = app.close()
+        return await added
+      }
+    })
+    t.equal(await answer(app, batchFailed()), '200')
+    await closed
+  })
+
   await t.test('a delivery of each tenant, with the same webhook-id', async t => {
     const { port } = await RedisServer.start(t)
     await keepsTenantsApart(t, { runner: bullmq({ connection: { port, host: '127.0.0.1' }, attempts: 1 }) })
