@@ -352,6 +352,23 @@ t.test('bullmq', { skip }, async t => {
     running.resolve()
   })
 
+  t.test('a connection of the user\'s own stays open where the queue cannot be closed', async t => {
+    const server = await RedisServer.start(t)
+    const connection = redisClient(t, server.port)
+    const { app, told } = await queueing(t, server.port, { connection, worker: false })
+    await deliverUntil200(app, batchFailed())
+    const { close } = Queue.prototype
+    t.intercept(Queue.prototype, 'close', {
+      value: async function (this: Queue) {
+        await close.call(this)
+        throw new Error('cannot close')
+      }
+    })
+    await app.close()
+    t.match(told, [/cannot close/])
+    t.equal(await connection.ping(), 'PONG')
+  })
+
   t.test('several people requeue the same deliveries at once, which die again meanwhile', async t => {
     const server = await RedisServer.start(t)
     const apps = await Promise.all([1, 2, 3].map(async () => (await queueing(t, server.port, { attempts: 1, worker: { concurrency: 20 } }))))
