@@ -163,6 +163,8 @@ export function bullmq (options: BullMQOptions): Runner {
   let closing = false
   /** Whether `closeTimeout` is over. */
   let isGivenUp = false
+  /** The jobs that this process runs. BullMQ's own wait for them fails when Redis goes down. */
+  const running = new Set<Promise<void>>()
   /** The errors with which attempts of this process ended, by the error that BullMQ was given instead. */
   const thrown = new WeakMap<Error, Error>()
 
@@ -260,7 +262,11 @@ export function bullmq (options: BullMQOptions): Runner {
       // If its tables were missing, a worker would ask for jobs without a pause, and nothing else in this process would run.
       if (backend !== undefined) await queue.waitUntilReady()
       if (worker === false) return
-      processor = new Worker<QueuedData>(queueName, handle, {
+      processor = new Worker<QueuedData>(queueName, async (job, token) => {
+        const run = handle(job, token)
+        running.add(run)
+        await run.finally(() => running.delete(run))
+      }, {
         connection: redis,
         ...settingsOfWorker,
         maxStalledCount: MAX_STALLED
@@ -320,8 +326,10 @@ export function bullmq (options: BullMQOptions): Runner {
       // BullMQ has no public way to stop waiting: close() waits for the running jobs, and renews their locks, for as long as they run, and pause()
       // connects again after they have ended, to a Redis that nobody uses any more.
       await Promise.allSettled([processor?.pause(true)])
-      await Promise.race([Promise.allSettled([processor?.['whenCurrentJobsFinished'](false)]), gaveUp])
-      await processor?.close(isGivenUp)
+      const finished = Promise.allSettled([processor?.['whenCurrentJobsFinished'](false)]).then(async () => await Promise.allSettled(running))
+      await Promise.race([finished, gaveUp])
+      // By force, because the jobs have ended, and close() would wait again, for ever if Redis has gone down.
+      await processor?.close(true)
       try {
         await queue?.close()
       } catch (error) {

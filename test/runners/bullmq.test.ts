@@ -338,6 +338,18 @@ t.test('bullmq', { skip }, async t => {
     await other.close()
   })
 
+  t.test('processes with a worker end while Redis is down, whatever their connections are at', async t => {
+    const server = await RedisServer.start(t)
+    const effects = join(t.testdir(), 'effects')
+    const options = { effects, runner: 'bullmq', redisPort: server.port, path: false, closeTimeout: 200 } as const
+    const members = await Promise.all([1, 2, 3].map(async () => await Member.start(t, options)))
+    const receiving = await queueing(t, server.port, { worker: false })
+    await deliverUntil200(receiving.app, batchFailed('wh_1'))
+    await until('the job to be run', () => effectsIn(effects).length === 1)
+    await server.stop()
+    await Promise.all(members.map(async member => await member.close()))
+  })
+
   t.test('a connection of the user\'s own stays open, also where a handler runs on', async t => {
     const server = await RedisServer.start(t)
     const connection = new Redis(server.port, '127.0.0.1', { maxRetriesPerRequest: null })
