@@ -191,12 +191,12 @@ async function forward (to: Sender, request: FastifyRequest, reply: FastifyReply
   let failure
   try {
     const { status, code, headers, body } = await to.send(headerLines(request), arrival.bytes)
-    if (status !== undefined && body !== undefined) return reply.code(status).headers(Object.fromEntries(endToEnd(Object.entries(headers)))).send(body)
     if (status !== undefined) {
+      const lines = endToEnd(Object.entries(headers))
+      if (body !== undefined) return reply.code(status).headers(Object.fromEntries(lines)).send(body)
       // The receiver has the delivery, so the sender must learn its status and not send again.
       arrival.trouble = `the receiver's answer is longer than ${ANSWER_LIMIT} bytes, so it was passed on without its body`
-      const kept = endToEnd(Object.entries(headers)).filter(([name]) => !name.startsWith('content-'))
-      return reply.code(status).headers(Object.fromEntries(kept)).send()
+      return reply.code(status).headers(Object.fromEntries(lines.filter(([name]) => !name.startsWith('content-')))).send()
     }
     failure = `the receiver did not answer: ${code!}`
   } catch (error) {

@@ -94,6 +94,7 @@ export class Queued implements RunnerHost {
     if (this.handling.endpoints.lacks(job.endpoint)) this.failures.foreign(job)
     await this.#whenFree(job, attempt, async (work, claim) => {
       work.onSuccess = onSuccess
+      // Too late to start: start() throws, and leaves the claim to its caller.
       if (this.handling.signal.aborted) await this.claims.release(claim)
       await this.handling.start(work)
     })

@@ -200,6 +200,7 @@ export function rowOf (entry: Entry): Row {
   }
 }
 
+/** @param duration µs */
 export function msOf (duration: number): number
 export function msOf (duration: number | undefined): number | null
 export function msOf (duration: number | undefined): number | null {

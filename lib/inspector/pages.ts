@@ -1,4 +1,4 @@
-/** Bytes of one page, some times the largest body that is copied, so that little is left unused at its end. */
+/** Bytes of one page: 16 times the largest body that is copied, so that little is left unused at its end. */
 const PAGE = 65_536
 
 /** Copies small bodies one after the other into pages. A page is freed when no delivery in it is kept. */

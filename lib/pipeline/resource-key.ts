@@ -2,7 +2,7 @@ import { isId } from '../checks.ts'
 import { officialEntries } from '../events/index.ts'
 import type { EventEntry } from '../events/schema.ts'
 import { DEFAULTS } from '../options.ts'
-import { partOf } from '../runners/runner.ts'
+import { partOfKey } from '../runners/runner.ts'
 import type { Job } from '../runners/runner.ts'
 
 /** Event types that occur at most once for a resource, so that a second delivery contains nothing new. */
@@ -20,6 +20,6 @@ export function resourceKeyOf ({ endpoint, tenant, event }: Job): string | undef
   const { id } = (event as { data?: { id?: unknown } }).data ?? {}
   if (!isId(id)) return undefined
   const key = `resource ${event.type} ${id}`
-  if (tenant !== undefined) return `${key} ${partOf(endpoint)} ${tenant}`
-  return endpoint === DEFAULTS.path ? key : `${key} ${partOf(endpoint)}`
+  if (tenant !== undefined) return `${key} ${partOfKey(endpoint)} ${tenant}`
+  return endpoint === DEFAULTS.path ? key : `${key} ${partOfKey(endpoint)}`
 }

@@ -40,7 +40,7 @@ type Read = { readonly value: Uint8Array } | { readonly end: true, readonly caus
 export async function * bytesOf ({ file, open, idleTimeout, signal }: BytesOptions): AsyncGenerator<Uint8Array, void, undefined> {
   // A range counts the bytes of the encoded body, so the file is requested unencoded. fetch() requests this encoding by itself when there
   // is a Range header.
-  const answer = bodied(await open({ 'Accept-Encoding': 'identity' }, signal), 0)
+  const answer = withBody(await open({ 'Accept-Encoding': 'identity' }, signal), 0)
   const { headers } = answer
   const resumable = isIdentity(headers) && headers.get('accept-ranges') !== 'none'
   const etag = headers.get('etag')
@@ -83,7 +83,7 @@ export async function * bytesOf ({ file, open, idleTimeout, signal }: BytesOptio
       signal?.throwIfAborted()
       throw cause instanceof BatchStalled ? cause : new BatchBroken(file, from, { cause })
     }
-    const resumed = bodied(given, from)
+    const resumed = withBody(given, from)
     const fault = faultOf(resumed, from)
     if (fault === undefined) return readerOf(resumed)
     end(readerOf(resumed))
@@ -100,7 +100,7 @@ export async function * bytesOf ({ file, open, idleTimeout, signal }: BytesOptio
     return etag !== null && now !== null && opaque(now) !== opaque(etag) ? 'with another etag: the file has changed' : undefined
   }
 
-  function bodied (given: FileAnswer | null, from: number): FileAnswer {
+  function withBody (given: FileAnswer | null, from: number): FileAnswer {
     if (given?.body == null) throw new BatchBroken(file, from, { cause: new Error('the server answered without a body') })
     return given
   }

@@ -26,12 +26,12 @@ export type DeliveryRef = Pick<Job, 'endpoint' | 'webhookId' | 'tenant'>
 
 /** The key of a delivery in stores and queues. A space separates its parts, because none of them contains one. */
 export function keyOf ({ endpoint, tenant, webhookId }: DeliveryRef): string {
-  const route = partOf(endpoint)
+  const route = partOfKey(endpoint)
   return tenant === undefined ? `${route} ${webhookId}` : `${route} ${tenant} ${webhookId}`
 }
 
 /** An endpoint as a part of a key. The URL of a route may be declared with a space, which a request writes as `%20`. */
-export function partOf (endpoint: string): string {
+export function partOfKey (endpoint: string): string {
   return endpoint.includes(' ') ? encodeURIComponent(endpoint) : endpoint
 }
 
