@@ -40,6 +40,8 @@ export function readPayload (request: FastifyRequest, payload: RequestPayload, {
   if (payload.readableEnded) return captured(null, Buffer.alloc(0))
   // If a preParsing hook has replaced the request's stream, the number of bytes may differ from Content-Length.
   const isReplaced = payload !== request.raw as RequestPayload
+  // An HTTP/1.1 request ends with its last byte, although `complete` is not set yet in the tick of that byte. An HTTP/2 stream may stay open.
+  const endsByLength = !isReplaced && request.raw.httpVersionMajor === 1
   let gathered: Gathered | undefined = new Gathered(isReplaced ? limit : Number(declared) || limit)
   payload.on('data', onData)
   payload.on('end', onEnd)
@@ -51,9 +53,9 @@ export function readPayload (request: FastifyRequest, payload: RequestPayload, {
   if (deadline.closed) giveUp(new Overloaded())
   else process.nextTick(startTimer)
 
-  // Most bodies arrive with their headers and are complete in the next tick. A timer for each would take 3 % of a delivery's time.
+  // Most bodies arrive with their headers and have been read by the next tick. A timer for each would take 3 % of a delivery's time.
   function startTimer (): void {
-    if (gathered === undefined || request.raw.complete) return
+    if (gathered === undefined || request.raw.complete || (endsByLength && gathered.length === Number(declared))) return
     timer = deadline.start(() => { giveUp(deadline.closed ? new Overloaded() : new BodyTimeout(deadline.ms)) })
   }
 

@@ -212,6 +212,19 @@ for (const url of URLS) {
     t.same(told, [[TIMEOUT, url]])
   })
 
+  t.test(`HTTP/2: a stream that has as many bytes as it declared, but does not end, at ${url}`, async t => {
+    const { port, reading, told } = await fixture(t, {}, { http2: true } as FastifyServerOptions)
+    const session = await connect(t, port)
+    const clock = stoppedClock(t)
+    const { headers, body } = sign(thin('batch.failed'))
+    const late = open(session, { headers: { ...headers, 'content-length': String(body.length) }, body }, url)
+    late.stream.write(body)
+    await reading(1)
+    clock.advance(10_000)
+    t.equal((await late.answer).status, 408)
+    t.same(told, [[TIMEOUT, url]])
+  })
+
   t.test(`HTTP/2: what is refused before it has arrived is not read on, at ${url}`, async t => {
     const { port } = await fixture(t, { bodyLimit: 1_000 }, { http2: true } as FastifyServerOptions)
     const session = await connect(t, port)
@@ -380,6 +393,21 @@ t.test('a stream that an earlier preParsing hook has put in place of the request
   t.ok(source.isPaused())
 })
 
+t.test('a stream in place of the request that has as many bytes as were declared, but does not end', async t => {
+  const { headers, body } = sign(thin('batch.failed'))
+  const source = new PassThrough() as PassThrough & RequestPayload
+  source.write(body)
+  const { port, reading } = await fixture(t, {}, {}, app => {
+    app.addHook('preParsing', (_request, _reply, _payload, done) => { done(null, source) })
+  })
+  const clock = stoppedClock(t)
+  const wire = await Wire.open(t, port)
+  await wire.write(head([...Object.entries(headers), ['content-length', String(body.length)]], MARKED))
+  await reading(1)
+  clock.advance(10_000)
+  t.equal((await wire.answer()).status, 408)
+})
+
 t.test('a stream of what is neither bytes nor text is the app\'s fault, and is not read on', async t => {
   const source = new PassThrough({ objectMode: true }) as PassThrough & RequestPayload
   source.write({ own: true })
@@ -538,6 +566,18 @@ t.test('a good delivery is not timed any longer', async t => {
   t.equal((await post(app, sign(thin('batch.failed')))).statusCode, 200)
   clock.advance(1_000_000)
   t.same(told, [])
+})
+
+t.test('HTTP/1.1: no timer is started for a body that arrives with its headers', async t => {
+  const { port } = await fixture(t)
+  const started = t.capture(Deadline.prototype, 'start', Deadline.prototype.start)
+  const wire = await Wire.open(t, port)
+  for (const url of URLS) {
+    const delivery = sign(thin('batch.failed'))
+    await wire.write(request(lines(delivery), delivery.body, url))
+    t.equal((await wire.answer()).status, 200)
+  }
+  t.same(started(), [])
 })
 
 t.test('a body in pieces is the body', async t => {
