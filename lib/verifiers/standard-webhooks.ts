@@ -67,7 +67,8 @@ function sign (rawBody: Buffer, { webhookId, timestamp }: Named, key: KeyObject)
  * limits its length.
  */
 function listHolds (list: string, expected: Buffer): boolean {
-  for (const entry of list.split(' ')) {
+  // Usually one. split() would take 0.2 µs to find that out.
+  for (const entry of list.includes(' ') ? list.split(' ') : [list]) {
     if (entry.length !== PREFIX.length + expected.length || !entry.startsWith(PREFIX)) continue
     const candidate = Buffer.from(entry.slice(PREFIX.length))
     // Text that is not ASCII has more bytes than characters, and timingSafeEqual() throws if the lengths differ.
