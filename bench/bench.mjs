@@ -38,11 +38,6 @@ export class Bench {
     if (bench.#redis === undefined) bench.missing.redis = 'there is no redis-server'
     bench.#postgres = await Postgres.start()
     if (bench.#postgres === undefined) bench.missing.postgres = 'there is no PostgreSQL'
-    try {
-      await import('fastify-openai-webhook/metrics')
-    } catch {
-      bench.missing.metrics = 'there is no fastify-openai-webhook/metrics'
-    }
     return bench
   }
 

@@ -5,7 +5,7 @@ import { arch, availableParallelism, cpus, loadavg, release, totalmem, type } fr
 const ROOT = new URL('../', import.meta.url)
 const PACKAGES = [
   'fastify', 'standardwebhooks', 'svix', 'openai', 'fastify-raw-body', 'hono', '@hono/node-server', 'express',
-  '@octokit/webhooks', 'ioredis', 'bullmq', 'libsql', 'prom-client'
+  '@octokit/webhooks', 'ioredis', 'bullmq', 'libsql', 'pg', 'pg-boss', 'prom-client'
 ]
 
 /** What the figures depend on. Called at the start of a run, while the load average is that of other programs. */

@@ -187,7 +187,7 @@ export function trace<Message extends TracedMessage, T> (
     let result
     let pending = false
     try {
-      result = message.around === undefined ? work() : within(message.around, work)
+      result = message.around === undefined ? work() : runOnceIn(message.around, work)
       pending = isPromise<T>(result)
     } catch (error) {
       threw(error)
@@ -212,7 +212,7 @@ export function trace<Message extends TracedMessage, T> (
 }
 
 /** Runs `work` exactly once, whatever the subscriber does. Otherwise a delivery could be acknowledged although its handlers never ran. */
-function within<T> (around: NonNullable<TracedMessage['around']>, work: () => T): T {
+function runOnceIn<T> (around: NonNullable<TracedMessage['around']>, work: () => T): T {
   let outcome: (() => T) | undefined
   const once = (): T => {
     if (outcome === undefined) {

@@ -72,7 +72,7 @@ export function assertNames<Options extends object> (caller: string, options: Op
 }
 
 /** Suggests the name that was probably meant, or lists all names. */
-export function adviceOn (name: string, names: readonly string[]): string {
+function adviceOn (name: string, names: readonly string[]): string {
   return nearest(name, names) || `: expected ${[names.slice(0, -1).join(', '), names.at(-1)].filter(Boolean).join(' or ')}`
 }
 

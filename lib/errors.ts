@@ -4,8 +4,8 @@ import type { FastifyErrorConstructor } from '@fastify/error'
 // All coded errors, by pipeline step. A message says what was expected, what was given and what to do. It never contains a secret, an expected
 // signature or a value from a payload.
 
-function coded (name: string, message: string, statusCode: number, Base: ErrorConstructor | TypeErrorConstructor = Error, stack = true): FastifyErrorConstructor {
-  return createError(`FST_OPENAI_WEBHOOK_${name}`, message, statusCode, Base as ErrorConstructor, stack)
+function coded (name: string, message: string, statusCode: number, Base: ErrorConstructor = Error, stack = true): FastifyErrorConstructor {
+  return createError(`FST_OPENAI_WEBHOOK_${name}`, message, statusCode, Base, stack)
 }
 
 /** Errors without a stack, because a stack says nothing about the sender's request, and costs several µs for each request of a flood. */

@@ -48,7 +48,7 @@ export class Failures {
   /** Handles a delivery whose route's own handler has not answered 2xx. @param statusCode of that answer */
   ownFailed (error: Error, delivery: Refused, request: FastifyRequest, statusCode: number): void {
     const code = String(codeOf(error))
-    logError(request.log, error.cause ?? error, { code, ...logFields(delivery) }, error.message)
+    logError(request.log, causeOf(error), { code, ...logFields(delivery) }, error.message)
     this.#tell(code, statusCode, error, delivery, request)
   }
 
@@ -63,7 +63,7 @@ export class Failures {
 
   /** Handles a delivery that fails after its sender has been answered. */
   late (error: Error, delivery: Refused, { log }: FastifyRequest): void {
-    logError(log, error.cause ?? error, logFields(delivery), error.message)
+    logError(log, causeOf(error), logFields(delivery), error.message)
     this.report(error, delivery, log)
   }
 

@@ -1,3 +1,8 @@
+/** Whether an event type is meant by a pattern, which is the type itself or a family such as `batch.*`. */
+export function matches (pattern: string, type: string): boolean {
+  return pattern.endsWith('.*') ? type.startsWith(pattern.slice(0, -1)) : pattern === type
+}
+
 /** Returns `, did you mean "…"?` if a known name is close to the given one, or else an empty string. `prefix` is put before the known name. */
 export function nearest (given: string, names: readonly string[], prefix = ''): string {
   let best = ''

@@ -3,7 +3,7 @@ import type {
 } from 'fastify'
 import { InvalidOptions } from './errors.ts'
 import type { Secret } from './verifiers/keyring.ts'
-import { LONGEST_TIMER, assertRules, isFunction, isObject, show, wholeNumber } from './checks.ts'
+import { BOOLEAN, FUNCTION, LONGEST_TIMER, assertRules, isFunction, isObject, show, wholeNumber } from './checks.ts'
 import type { Rule } from './checks.ts'
 import type { Runner } from './runners/runner.ts'
 import { RETENTION } from './stores/store.ts'
@@ -243,7 +243,7 @@ const overrideRules: Record<keyof Required<RouteOverrides>, Rule> = {
 const routeRules: Record<keyof Required<WebhookRouteOptions>, Rule> = {
   ...overrideRules,
   url: { expected: 'a path that begins with "/"', accepts: isPath },
-  handler: { expected: 'a function', accepts: isFunction },
+  handler: FUNCTION,
   rateLimit
 }
 
@@ -259,7 +259,7 @@ const idempotencyRules: Record<keyof Required<IdempotencyOptions>, Rule> = {
   store: { expected: 'a store such as memoryStore()', accepts: has('begin', 'checkpoint', 'complete', 'extend', 'release') },
   lease: wholeNumber('ms', 1, LONGEST_TIMER),
   retention: wholeNumber('ms', 1),
-  reconcile: { expected: 'true or false', accepts: value => typeof value === 'boolean' }
+  reconcile: BOOLEAN
 }
 
 /** Any JSON Schema that describes an event has one of these. */
@@ -269,7 +269,7 @@ const JSON_SCHEMA_KEYWORDS = ['type', 'properties', 'required', '$ref', 'allOf',
  * Options of `register` that are not for the plugin. Fastify reads the first two. A test passes the third one to an app that fastify-cli
  * generated, and such an app passes its options on to every plugin.
  */
-const FOREIGN_OPTIONS = ['logLevel', 'logSerializers', 'skipOverride']
+export const FOREIGN_OPTIONS = ['logLevel', 'logSerializers', 'skipOverride']
 
 const each = (names: string[], place: (name: string) => string): Record<string, string> => Object.fromEntries(names.map(name => [name, place(name)]))
 
@@ -294,7 +294,7 @@ const RIGHT_PLACES: Readonly<Record<string, string>> = {
 export function assertOptions (options: unknown): asserts options is OpenAIWebhookOptions {
   assertOptionsBy(pluginRules, options, '', FOREIGN_OPTIONS)
   const { idempotency, runner, events = {} } = options as OpenAIWebhookOptions
-  if (idempotencyRules.store.accepts(idempotency)) throw new InvalidOptions('expected idempotency to be false or an object { store, lease, retention, reconcile }, got a store: say { idempotency: { store } }')
+  if (idempotencyRules.store.accepts(idempotency)) throw new InvalidOptions(`expected idempotency to be ${pluginRules.idempotency.expected}, got a store: say { idempotency: { store } }`)
   if (isObject(idempotency)) assertOptionsBy(idempotencyRules, idempotency, 'idempotency.')
   for (const method of ['start', 'close', 'depth', 'dead', 'deadCount', 'requeue'] as const) {
     const given: unknown = runner?.[method]
@@ -319,7 +319,7 @@ export function assertOverrides (options: unknown): asserts options is RouteOver
 export function assertRouteOptions (options: unknown): asserts options is WebhookRouteOptions {
   assertOptionsBy(routeRules, options)
   assertTenant(options)
-  if (options['url'] === undefined) throw new InvalidOptions('expected url to be a path that begins with "/", got nothing')
+  if (options['url'] === undefined) throw new InvalidOptions(`expected url to be ${routeRules.url.expected}, got nothing`)
 }
 
 function assertTenant ({ tenant, secret }: RouteOverrides): void {

@@ -64,7 +64,7 @@ class Spans {
           const active = begin(message)
           this.#open.set(message, active)
           const { around: inner } = message
-          const around: typeof message.around = work => within(active, inner === undefined ? work : () => inner(work))
+          const around: typeof message.around = work => runOnceIn(active, inner === undefined ? work : () => inner(work))
           message.around = around
         })
       },
@@ -157,7 +157,7 @@ function contextOf (request: FastifyRequest): Context {
 }
 
 /** Runs `work` exactly once, whatever the tracer does. */
-function within<T> (active: Context, work: () => T): T {
+function runOnceIn<T> (active: Context, work: () => T): T {
   let outcome: (() => T) | undefined
   const run = (): () => T => {
     try {

@@ -25,7 +25,7 @@ import { dispatching, guard } from './routes/guard.ts'
 import { protectMarked } from './routes/marked.ts'
 import { ownRoute } from './routes/own.ts'
 import type { Routes } from './routes/routes.ts'
-import { registeredIn } from './routes/watch.ts'
+import { guardedScope } from './routes/watch.ts'
 import { inline } from './runners/inline.ts'
 import { runnersInUse } from './runners/runner.ts'
 import { OpenAIWebhookScope } from './scope.ts'
@@ -55,8 +55,7 @@ async function openaiWebhook (instance: FastifyInstance, options: OpenAIWebhookO
   })
   instance.decorateRequest('openaiWebhook', null)
   // Fastify binds the hooks of an instance late, so this hook also runs on routes that were declared before the plugin had loaded.
-  const guarded = registeredIn(instance) ?? instance
-  guarded.addHook('onRequest', guard(routes.failures))
+  guardedScope(instance).addHook('onRequest', guard(routes.failures))
   instance.addHook('onRoute', function (route) { protectMarked(routes, this, route) })
   instance.addHook('onReady', start)
   // preClose runs before every onClose hook, so that the app's databases are still open while the handlers are drained. Fastify fails a hook that
@@ -103,8 +102,8 @@ function assemble (instance: FastifyInstance, options: OpenAIWebhookOptions, com
     receiver: new Receiver(works, claims, handling, runner, observation),
     deadline,
     bounds,
-    settles: [],
-    handler: dispatching()
+    onReady: [],
+    marker: dispatching()
   }
   let isStarted = false
   let closed: Promise<void> | undefined
@@ -113,10 +112,10 @@ function assemble (instance: FastifyInstance, options: OpenAIWebhookOptions, com
     routes,
     deadLetters: deadLettersOf(runner),
     async start (): Promise<void> {
-      for (const settle of routes.settles) settle()
+      for (const work of routes.onReady) work()
       await verifications.load()
-      registry.closed = true
-      endpoints.settle()
+      registry.isComplete = true
+      endpoints.makeTables()
       // A runner has one host. With two, a delivery that one registration acknowledged would run the handlers of the other.
       if (runnersInUse.has(runner)) throw new InvalidOptions('expected a runner of its own, got one that another registration of the plugin uses')
       runnersInUse.add(runner)

@@ -3,7 +3,7 @@ import { assertNames } from './checks.ts'
 import { AlreadyStarted, InvalidOptions } from './errors.ts'
 import { guideEvents } from './events/index.ts'
 import { assertHandlerName, givenName } from './handler-name.ts'
-import { nearestType } from './nearest.ts'
+import { matches, nearestType } from './nearest.ts'
 import type { EventContext, Handler } from './handlers.ts'
 import type { DeadDelivery } from './runners/runner.ts'
 
@@ -89,10 +89,7 @@ export class HandlerList {
 
   #assertKnown (type: unknown): void {
     if (typeof type !== 'string') throw new InvalidOptions(`on(): expected an event type (a string), got ${typeof type}`)
-    const known = type.endsWith('.*')
-      ? [...this.known].some(name => matches(type, name))
-      : this.known.has(type)
-    if (known) return
+    if ([...this.known].some(name => matches(type, name))) return
     // A handler for a misspelt type would never run, while its events would be acknowledged.
     throw new InvalidOptions(`on(): ${adviceOnType(type, [...this.known])}`)
   }
@@ -107,23 +104,22 @@ function adviceOnType (type: string, known: readonly string[]): string {
   return `unknown event type "${type}"${nearestType(type, known)}; a type of your own needs a schema in the \`events\` option`
 }
 
-function matches (pattern: string, type: string): boolean {
-  return pattern.endsWith('.*') ? type.startsWith(pattern.slice(0, -1)) : pattern === type
-}
-
 /** The handlers of one registration of the plugin. None can be added once the app is ready. */
 export class Registry {
   readonly app: HandlerList
   readonly errorHandlers: ErrorHandler[] = []
   readonly deadHandlers: DeadHandler[] = []
-  closed = false
+  /** Whether the app is ready, so that nothing can be added any more. */
+  isComplete = false
 
   constructor (readonly known: ReadonlySet<string>) {
     this.app = new HandlerList(known, '')
   }
 
-  assertOpen (method: string): void {
-    if (this.closed) throw new AlreadyStarted(method)
+  /** To be called before anything is added. @param method names the caller @throws FST_OPENAI_WEBHOOK_ALREADY_STARTED */
+  open (method: string): this {
+    if (this.isComplete) throw new AlreadyStarted(method)
+    return this
   }
 }
 

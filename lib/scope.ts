@@ -2,7 +2,7 @@ import type { FastifyInstance } from 'fastify'
 import type { DeadLetters } from './dead-letters.ts'
 import { InvalidOptions } from './errors.ts'
 import { assertRouteOptions } from './options.ts'
-import type { AnyHandler, HandlerOptions, Registry } from './registry.ts'
+import type { AnyHandler, HandlerOptions } from './registry.ts'
 import { INSIDE } from './observation.ts'
 import { ownRoute } from './routes/own.ts'
 import type { Routes } from './routes/routes.ts'
@@ -24,38 +24,38 @@ export class OpenAIWebhookScope implements OpenAIWebhook {
   get [INSIDE] (): Routes { return this.#routes }
 
   get handler (): OpenAIWebhook['handler'] {
-    return this.#routes.handler
+    return this.#routes.marker
   }
 
   on (types: string | readonly string[], handler: AnyHandler, options?: HandlerOptions): this {
-    this.#open('on').app.on(types, handler, this.#scope, options)
+    this.#routes.registry.open('on').app.on(types, handler, this.#scope, options)
     return this
   }
 
   onAny (handler: AnyHandler, options?: HandlerOptions): this {
-    this.#open('onAny').app.onAny(handler, this.#scope, options)
+    this.#routes.registry.open('onAny').app.onAny(handler, this.#scope, options)
     return this
   }
 
   onUnhandled (handler: AnyHandler, options?: HandlerOptions): this {
-    this.#open('onUnhandled').app.onUnhandled(handler, this.#scope, options)
+    this.#routes.registry.open('onUnhandled').app.onUnhandled(handler, this.#scope, options)
     return this
   }
 
   onError (handler: Parameters<OpenAIWebhook['onError']>[0]): this {
     if (typeof handler !== 'function') throw new InvalidOptions(`onError(): expected a function, got ${typeof handler}`)
-    this.#open('onError').errorHandlers.push(handler)
+    this.#routes.registry.open('onError').errorHandlers.push(handler)
     return this
   }
 
   onDead (handler: Parameters<OpenAIWebhook['onDead']>[0]): this {
     if (typeof handler !== 'function') throw new InvalidOptions(`onDead(): expected a function, got ${typeof handler}`)
-    this.#open('onDead').deadHandlers.push(handler)
+    this.#routes.registry.open('onDead').deadHandlers.push(handler)
     return this
   }
 
   route (options: Parameters<OpenAIWebhook['route']>[0]): this {
-    this.#open('route')
+    this.#routes.registry.open('route')
     assertRouteOptions(options)
     ownRoute(this.#routes, this.#scope, options)
     return this
@@ -63,11 +63,5 @@ export class OpenAIWebhookScope implements OpenAIWebhook {
 
   unwrap (...[rawBody, headers, overrides]: Parameters<OpenAIWebhook['unwrap']>): ReturnType<OpenAIWebhook['unwrap']> {
     return unwrap(this.#routes, rawBody, headers, overrides) as ReturnType<OpenAIWebhook['unwrap']>
-  }
-
-  #open (method: string): Registry {
-    const { registry } = this.#routes
-    registry.assertOpen(method)
-    return registry
   }
 }

@@ -17,7 +17,7 @@ export const contenders = {
   hmac: { label: 'Fastify + inline node:crypto HMAC', module: 'hmac' },
   'ours-sync': ours('', { handler: 'sync' }),
   ours: ours(', async handler', { handler: 'async' }),
-  'ours-metrics': ours(' + metrics', { handler: 'sync', metrics: true }, { needs: 'metrics' }),
+  'ours-metrics': ours(' + metrics', { handler: 'sync', metrics: true }),
   'ours-redis': ours(' + Redis', { handler: 'sync', store: 'redis' }, { needs: 'redis' }),
   octokit: { label: '@octokit/webhooks middleware', module: 'octokit', scheme: 'github' },
   standardwebhooks: { label: 'Fastify + standardwebhooks', module: 'standardwebhooks' },

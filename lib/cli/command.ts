@@ -62,7 +62,7 @@ export function text ({ values }: Arguments, name: string): string | undefined {
 }
 
 /** The value of an option that takes a whole number of at least `min`. @throws CommandError with exit code 2 */
-export function count (args: Arguments, name: string, fallback: number, min = 1): number {
+export function count<Fallback extends number | undefined> (args: Arguments, name: string, fallback: Fallback, min = 1): number | Fallback {
   const given = text(args, name)
   if (given === undefined) return fallback
   const value = /^\d+$/.test(given) ? Number(given) : NaN

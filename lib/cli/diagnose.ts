@@ -7,6 +7,7 @@ import { readBytes, readSecret, secretHelp, secretOptions } from './secret.ts'
 import { paint } from './table.ts'
 import { diagnose as diagnoseDelivery } from '../diagnose.ts'
 import type { Diagnosis } from '../diagnose.ts'
+import { MS } from '../diagnose/headers.ts'
 
 const help = `Usage: openai-webhook diagnose FILE [options]
        openai-webhook diagnose --headers FILE --body FILE [options]
@@ -77,14 +78,11 @@ function sourceOf (args: Arguments): Source {
   return { file: headersFile, read: () => readApart(headersFile, bodyFile) }
 }
 
-/** A larger number must be milliseconds: as seconds it would be after the year 5138. */
-const MAX_SECONDS = 99_999_999_999
-
 /** @throws CommandError with exit code 2 */
 function givenTime (args: Arguments): { ms: number, from: string } | undefined {
-  if (text(args, 'now') === undefined) return undefined
-  const seconds = count(args, 'now', 0, 0)
-  if (seconds > MAX_SECONDS) throw usageError(`--now: expected seconds since the Unix epoch, got ${seconds}, which would be milliseconds`)
+  const seconds = count(args, 'now', undefined, 0)
+  if (seconds === undefined) return undefined
+  if (seconds >= MS) throw usageError(`--now: expected seconds since the Unix epoch, got ${seconds}, which would be milliseconds`)
   return { ms: seconds * 1000, from: 'as --now says' }
 }
 

@@ -5,7 +5,7 @@ import { CommandError, EXIT, text, usageError } from './command.ts'
 import type { Arguments, Command, Terminal } from './command.ts'
 import { paint } from './table.ts'
 import { officialEntries } from '../events/index.ts'
-import { nearest } from '../nearest.ts'
+import { matches, nearest } from '../nearest.ts'
 
 type Webhooks = OpenAI['webhooks']
 type Endpoint = Awaited<ReturnType<Webhooks['retrieve']>>
@@ -266,7 +266,7 @@ async function expand (names: readonly string[], api: Input): Promise<EventTypes
   const available = names.every(isKnown) ? [] : expected('list', await api.webhooks.eventTypes.list(api.read)).data
   const types = names.flatMap(name => {
     if (isKnown(name)) return [name]
-    const matching = available.filter(type => name === 'all' || (name.endsWith('.*') ? type.startsWith(name.slice(0, -1)) : type === name))
+    const matching = available.filter(type => name === 'all' || matches(name, type))
     if (matching.length > 0) return matching
     throw usageError(`unknown event type "${oneLine(name)}"${nearest(name, available)}: openai-webhook endpoints event-types lists them`)
   })

@@ -15,10 +15,13 @@ import { guideEvents } from '../events/index.ts'
 import { Deadline } from '../deadline.ts'
 import { readPayload, replayPayload } from '../pipeline/capture.ts'
 import inspector from '../inspector/index.ts'
-import { DEFAULTS } from '../inspector/options.ts'
+import { DEFAULTS as INSPECTOR } from '../inspector/options.ts'
+import { DEFAULTS } from '../options.ts'
+import { retryLater } from '../pipeline/acknowledge.ts'
 import openaiWebhook from '../plugin.ts'
+import { meaningOf } from '../resources/post.ts'
 
-const PATH = '/webhooks/openai'
+const PATH = DEFAULTS.path
 /** The most bytes that are read of one delivery, far above the plugin's own limit. */
 const CAPTURE_LIMIT = 1_048_576
 const CAPTURE_BOUNDS = { limit: CAPTURE_LIMIT, deadline: new Deadline(10_000) }
@@ -203,7 +206,8 @@ async function forward (to: Sender, request: FastifyRequest, reply: FastifyReply
     failure = (error as CommandError).message
   }
   arrival.trouble = failure
-  return reply.code(503).header('retry-after', '5').send({ statusCode: 503, error: 'Service Unavailable', message: 'the receiver behind this one cannot be reached' })
+  retryLater(reply)
+  return reply.code(503).send({ statusCode: 503, error: 'Service Unavailable', message: 'the receiver behind this one cannot be reached' })
 }
 
 function headerLines ({ raw: { rawHeaders } }: FastifyRequest): Array<[string, string]> {
@@ -245,7 +249,7 @@ async function bind (app: FastifyInstance, { port, host, path, inspects }: Setti
   const { address, family, port: bound } = app.server.address() as AddressInfo
   const named = family === 'IPv6' ? `[${address}]` : address
   const loopback = LOOPBACK[named]
-  return { address: `http://${named}:${bound}${path}`, page: inspects && loopback !== undefined ? `http://${loopback}:${bound}${DEFAULTS.path}` : undefined }
+  return { address: `http://${named}:${bound}${path}`, page: inspects && loopback !== undefined ? `http://${loopback}:${bound}${INSPECTOR.path}` : undefined }
 }
 
 /** The address by which this machine reaches a server that listens on the loopback interface or on all interfaces. */
@@ -264,8 +268,8 @@ function announce (address: string, page: string | undefined, made: string | und
 }
 
 function print (request: FastifyRequest, reply: FastifyReply, arrival: Arrival, settings: Settings, terminal: Terminal): void {
-  const { code, message, duplicate } = parseObject(arrival.answer)
-  const answer = { status: reply.statusCode, code: textOf(code), duplicate: duplicate === true }
+  const { message } = parseObject(arrival.answer)
+  const answer = { status: reply.statusCode, ...meaningOf(arrival.answer) }
   // These fields are unverified when the delivery was refused.
   const { type, data } = parseObject(arrival.bytes.toString())
   const webhookId = request.headers['webhook-id']

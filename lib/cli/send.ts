@@ -7,7 +7,8 @@ import type { Arguments, Terminal } from './command.ts'
 import { readSecret } from './secret.ts'
 import { LONGEST_TIMER } from '../checks.ts'
 import { meaningOf } from '../resources/post.ts'
-import { SecretSource } from '../verifiers/keyring.ts'
+import type { Posted } from '../resources/post.ts'
+import { keyBytes } from '../verifiers/keyring.ts'
 
 /** The options of a command that delivers. */
 export const sendOptions = {
@@ -18,12 +19,7 @@ export const sendOptions = {
 
 export type HeaderLines = ReadonlyArray<readonly [name: string, value: string]>
 
-export interface Answer {
-  /** `undefined` when no answer came. */
-  readonly status: number | undefined
-  /** The `code` of the receiver's answer, such as FST_OPENAI_WEBHOOK_INVALID_SIGNATURE, or why no answer came. */
-  readonly code: string | undefined
-  readonly duplicate: boolean
+export interface Answer extends Posted {
   readonly ms: number
   readonly headers: IncomingHttpHeaders
   /** `undefined` when it is longer than ANSWER_LIMIT. */
@@ -169,9 +165,8 @@ export async function readSigningSecret (args: Arguments, terminal: Terminal): P
 
 /** Refuses a secret that the plugin would refuse. @throws CommandError */
 export function checkSecret (secret: string, { err }: Terminal): void {
-  const warn = (message: unknown): void => { err(`openai-webhook: ${String(message)}\n`) }
   try {
-    new SecretSource(secret, { warn, onTrouble: warn, patience: 0 }).keyring(undefined)
+    keyBytes(secret, message => { err(`openai-webhook: ${message}\n`) })
   } catch (error) {
     throw new CommandError((error as Error).message)
   }

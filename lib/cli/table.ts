@@ -1,7 +1,7 @@
 import { STATUS_CODES } from 'node:http'
 import { styleText } from 'node:util'
 import type { Terminal } from './command.ts'
-import type { Answer } from './send.ts'
+import type { Posted } from '../resources/post.ts'
 
 /** Adds colour only when `out` is a terminal. */
 export function paint ({ isTTY }: Terminal, style: Parameters<typeof styleText>[0], text: string): string {
@@ -20,7 +20,7 @@ export function paintStatus (terminal: Terminal, status: number | undefined): st
 }
 
 /** The answer in a word or two. */
-export function told ({ status, code, duplicate }: Pick<Answer, 'status' | 'code' | 'duplicate'>): string {
+export function told ({ status, code, duplicate }: Posted): string {
   if (code !== undefined) return printable(code)
   if (status === 200) return duplicate ? 'duplicate' : 'received'
   return STATUS_CODES[status!] ?? ''

@@ -1,11 +1,11 @@
 import { setTimeout as sleep } from 'node:timers/promises'
-import { CommandError, EXIT, count, text, usageError } from './command.ts'
+import { CommandError, EXIT, count, usageError } from './command.ts'
 import type { Arguments, Command, Terminal } from './command.ts'
 import { secretHelp, secretOptions } from './secret.ts'
 import { readSigningSecret, sendOptions, sender } from './send.ts'
 import type { Answer, Sender } from './send.ts'
 import { milliseconds, paint, paintStatus, progress, told } from './table.ts'
-import { nearestType } from '../nearest.ts'
+import { matches, nearestType } from '../nearest.ts'
 import { newSample, sampleTypes } from '../testing/sample.ts'
 import type { SampleType } from '../testing/sample.ts'
 import { newWebhookId, sign } from '../testing/sign.ts'
@@ -59,7 +59,7 @@ export const trigger: Command = {
     const types = selectTypes(args.positionals)
     const fields = (args.values['data'] as string[] | undefined ?? []).map(parseField)
     const each = count(args, 'count', 1)
-    const rate = text(args, 'rate') === undefined ? undefined : count(args, 'rate', 1)
+    const rate = count(args, 'rate', undefined)
     const duplicate = args.values['duplicate'] === true
     if (args.values['queued'] === true && !duplicate) throw usageError('--queued says what is right for the second delivery of --duplicate')
     // Checks the paths of `--data` before anything is sent.
@@ -122,8 +122,7 @@ function selectTypes (wanted: readonly string[]): SampleType[] {
 }
 
 function matching (wanted: string): SampleType[] {
-  const found = sampleTypes.filter(type =>
-    wanted === 'all' || type === wanted || (wanted.endsWith('.*') && type.startsWith(wanted.slice(0, -1))))
+  const found = sampleTypes.filter(type => wanted === 'all' || matches(wanted, type))
   if (found.length === 0) throw usageError(`unknown event type "${wanted}"${nearestType(wanted, sampleTypes, ['all'])}`)
   return found
 }

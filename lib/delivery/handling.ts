@@ -13,7 +13,7 @@ import type { HandlerTable } from '../registry.ts'
 import { after, then, tryOr } from '../maybe-promise.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
 import { Context } from './context.ts'
-import { Watch, isTraced, traceDelivery } from './observe.ts'
+import { ObservedRun, isTraced, traceDelivery } from './observe.ts'
 import type { State, Work, Works } from './work.ts'
 
 /** The handlers of the endpoints. */
@@ -51,14 +51,14 @@ export class Handling {
     work.remembered = job.remembered
     const handlers = finished.length === 0 ? all : all.filter(({ name }) => !finished.includes(name))
     if (channels.unhandled.hasSubscribers) this.#tellUnhandled(work)
-    const watch = Watch.over(work, handlers, this.log, this.observation)
-    work.end = watch === undefined ? this.#run(work, handlers) : this.#watched(work, handlers, watch)
+    const observed = ObservedRun.of(work, handlers, this.log, this.observation)
+    work.end = observed === undefined ? this.#run(work, handlers) : this.#observed(work, handlers, observed)
     return work.end
   }
 
-  #watched (work: Work, handlers: readonly Handler[], watch: Watch): MaybePromise<void> {
-    return after(() => this.#run(work, handlers, watch.observed), () => { watch.succeeded() }, error => {
-      watch.failed(error)
+  #observed (work: Work, handlers: readonly Handler[], observed: ObservedRun): MaybePromise<void> {
+    return after(() => this.#run(work, handlers, observed.attempt), () => { observed.succeeded() }, error => {
+      observed.failed(error)
       throw error
     })
   }

@@ -27,18 +27,18 @@ export function traceDelivery (work: Work, handlers: readonly Handler[], run: (h
 }
 
 /** Reports one run of a delivery's handlers to the inspector, and its success to the log. */
-export class Watch {
+export class ObservedRun {
   readonly #work: Work
   readonly #log: FastifyBaseLogger | undefined
   readonly #handlers: number
   readonly #startedAt: number
-  readonly observed: ObservedAttempt | undefined
+  readonly attempt: ObservedAttempt | undefined
 
   /** @returns `undefined` if there is no inspector and the level `info` is not logged, so that no object is created for the delivery */
-  static over (work: Work, handlers: readonly Handler[], log: FastifyBaseLogger, { observer }: Observation): Watch | undefined {
+  static of (work: Work, handlers: readonly Handler[], log: FastifyBaseLogger, { observer }: Observation): ObservedRun | undefined {
     const to = work.sender?.request.log ?? log
     const isLogged = logs(to, 'info')
-    return isLogged || observer !== undefined ? new Watch(work, handlers, isLogged ? to : undefined, observer) : undefined
+    return isLogged || observer !== undefined ? new ObservedRun(work, handlers, isLogged ? to : undefined, observer) : undefined
   }
 
   private constructor (work: Work, handlers: readonly Handler[], log: FastifyBaseLogger | undefined, observer: Observer | undefined) {
@@ -47,11 +47,11 @@ export class Watch {
     this.#log = log
     this.#startedAt = log === undefined ? 0 : performance.now()
     this.#handlers = handlers.length
-    this.observed = observer?.started({ job, request: sender?.request, attempt, handlers, finished, replies: sender?.ownHandler !== undefined })
+    this.attempt = observer?.started({ job, request: sender?.request, attempt, handlers, finished, replies: sender?.ownHandler !== undefined })
   }
 
   succeeded (): void {
-    this.observed?.ended()
+    this.attempt?.ended()
     if (this.#log === undefined) return
     const fields = logFields(this.#work.job, this.#work.attempt)
     fields['handlers'] = this.#handlers
@@ -60,7 +60,7 @@ export class Watch {
   }
 
   failed (error: unknown): void {
-    this.observed?.ended(error)
+    this.attempt?.ended(error)
   }
 }
 
@@ -68,6 +68,6 @@ export function observeDuplicate ({ request }: Sender, state: DuplicateMessage['
   observer?.duplicate(request, state)
   // Taken from the duplicate's request, because the duplicate was signed later than the first delivery.
   const { webhookId, timestamp, endpoint, tenant, event } = request.openaiWebhook
-  if (logs(request.log, 'info')) write(request.log, 'info', { ...logFields({ endpoint, tenant, webhookId, event }), state }, 'webhook delivery is a duplicate')
+  if (logs(request.log, 'info')) write(request.log, 'info', { ...logFields(request.openaiWebhook), state }, 'webhook delivery is a duplicate')
   if (channels.duplicate.hasSubscribers) channels.duplicate.publish({ endpoint, tenant, webhookId, timestamp, event, state, request })
 }

@@ -5,8 +5,8 @@ import type { FastifyReply, FastifyRequest } from 'fastify'
 
 type RawResponse = FastifyReply['raw']
 
-// Over HTTP/2 a response wraps a stream and lacks some of the properties that an HTTP/1.1 response has.
-const streamOf = (raw: RawResponse): ServerHttp2Stream | undefined => (raw as { stream?: ServerHttp2Stream }).stream
+/** Over HTTP/2 a response wraps a stream and lacks some of the properties that an HTTP/1.1 response has. */
+export const streamOf = (raw: RawResponse): ServerHttp2Stream | undefined => (raw as { stream?: ServerHttp2Stream }).stream
 
 /** Whether the response is closed. Its 'close' event may have been emitted already, so that a listener would wait forever. */
 export function isClosed (raw: RawResponse): boolean {

@@ -56,8 +56,8 @@ export class Receiver {
     return after<Accepted, void>(
       // A route's own handler replies after the event handlers have succeeded, so all of them run in the request, whatever the runner.
       () => work.sender!.ownHandler === undefined ? this.#enqueue(work) : this.handling.start(work),
-      accepted => this.#answered(work, claim, accepted === 'duplicate' ? DUPLICATE : PROCESSED),
-      error => this.#answered(work, claim, refused(isCoded(error) ? error : new Unavailable({ cause: error })))
+      accepted => this.#answered(work, accepted === 'duplicate' ? DUPLICATE : PROCESSED),
+      error => this.#answered(work, refused(isCoded(error) ? error : new Unavailable({ cause: error })))
     )
   }
 
@@ -65,8 +65,9 @@ export class Receiver {
    * Called when the runner has answered, or the handlers have ended. Handlers that were started settle the claim. If none were started, the
    * runner has queued or refused the job, and the claim is let go.
    */
-  #answered (work: Work, claim: Held, verdict: Verdict): MaybePromise<void> {
-    return then(work.state.at === 'claimed' ? this.#letGo(work, claim, verdict) : undefined, () => {
+  #answered (work: Work, verdict: Verdict): MaybePromise<void> {
+    const { state } = work
+    return then(state.at === 'claimed' ? this.#letGo(work, state.claim, verdict) : undefined, () => {
       if (verdict === DUPLICATE) observeDuplicate(work.sender!, 'queued', this.observation)
       this.#tell(work, verdict)
     })

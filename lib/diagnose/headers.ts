@@ -108,7 +108,7 @@ function untangled (value: string, name: string): Change[] {
 }
 
 /** A larger number must be milliseconds: as seconds it would be after the year 5138. */
-const MS = 1e11
+export const MS = 1e11
 
 function * times (value: string): Generator<readonly [text: string, seconds: number, ...causes: Found[]]> {
   const changes = untangled(value, 'webhook-timestamp')

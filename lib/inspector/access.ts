@@ -43,12 +43,14 @@ export function sameSite ({ headers }: FastifyRequest, _reply: FastifyReply, don
   done(site === undefined || site === 'same-origin' || site === 'none' ? undefined : new InspectorRefused('the request comes from another page'))
 }
 
-/** The preParsing check of actions: the request has to come from the inspector's own page, and the user has to be allowed to act. */
-export function mayAct (readOnly: InspectorOptions['readOnly']) {
-  return async (request: FastifyRequest): Promise<void> => {
-    if (!isSameOrigin(request)) throw new InspectorRefused('actions are taken from the inspector\'s own page alone, by a request with Sec-Fetch-Site: same-origin, or with Origin equal to Host')
-    if (await isReadOnly(readOnly, request)) throw new InspectorRefused('the inspector is read-only here: the `readOnly` option says who may act')
-  }
+/**
+ * The preParsing check of actions: the request has to come from the inspector's own page, and the user has to be allowed to act.
+ *
+ * @throws FST_OPENAI_WEBHOOK_INSPECTOR_REFUSED
+ */
+export async function assertMayAct (readOnly: InspectorOptions['readOnly'], request: FastifyRequest): Promise<void> {
+  if (!isSameOrigin(request)) throw new InspectorRefused('actions are taken from the inspector\'s own page alone, by a request with Sec-Fetch-Site: same-origin, or with Origin equal to Host')
+  if (await isReadOnly(readOnly, request)) throw new InspectorRefused('the inspector is read-only here: the `readOnly` option says who may act')
 }
 
 function isSameOrigin ({ headers }: FastifyRequest): boolean {

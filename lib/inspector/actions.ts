@@ -1,6 +1,5 @@
 import type { IncomingHttpHeaders } from 'node:http'
 import type { FastifyInstance } from 'fastify'
-import type { DeadLetters } from '../dead-letters.ts'
 import type { Verification } from '../pipeline/verify.ts'
 import type { Endpoint } from '../routes/endpoint.ts'
 import type { Routes } from '../routes/routes.ts'
@@ -25,7 +24,6 @@ export interface ActionsOptions {
   readonly instance: FastifyInstance
   readonly routes: Routes
   readonly journal: Journal
-  readonly deadLetters: DeadLetters
 }
 
 /** The actions of the page's buttons. */
@@ -115,7 +113,7 @@ export class Actions {
 
   /** Requeues the dead deliveries of one type, or of all types. Deliveries that need `force` are not requeued. */
   async requeueAll (type: string | undefined): Promise<{ requeued: number, failed: string | null }> {
-    const { deadLetters } = this.#options
+    const { deadLetters } = this.#options.instance.openaiWebhook
     let requeued = 0
     let failed: string | null = null
     for (const delivery of await deadLetters.list({ limit: MOST_REQUEUED, ...(type !== undefined && { type }) })) {
@@ -145,7 +143,7 @@ export async function verificationOf (endpoint: Endpoint, tenant: string | undef
   return found
 }
 
-export const isPattern = (url: string): boolean => /[:*]/.test(url)
+const isPattern = (url: string): boolean => /[:*]/.test(url)
 
 /** The parameters `:name` of a URL. A doubled colon is a literal one. */
 const parametersOf = (url: string): string[] => [...url.matchAll(/(?<!:):\w+/g)].map(([parameter]) => parameter)

@@ -3,9 +3,8 @@ import { statusOf } from '../coded.ts'
 import { InvalidOptions } from '../errors.ts'
 import { answerOf } from '../metrics/runners.ts'
 import { INSIDE } from '../observation.ts'
-import type { Observation } from '../observation.ts'
 import type { Routes } from '../routes/routes.ts'
-import { assertProtected, isReadOnly, loopbackAlone, mayAct, sameSite } from './access.ts'
+import { assertMayAct, assertProtected, isReadOnly, loopbackAlone, sameSite } from './access.ts'
 import { ActionFault, Actions, obstacleOf, verificationOf } from './actions.ts'
 import { readAssets } from './assets.ts'
 import { deadOf, detailOf } from './detail.ts'
@@ -46,13 +45,13 @@ const inspector: FastifyPluginAsync<InspectorOptions> = async (instance, options
   assertInspectorOptions(options)
   assertProtected(options)
   const { path = DEFAULTS.path, onRequest, readOnly, max = DEFAULTS.max, redact } = options
-  const { routes, observation } = registrationOf(instance)
+  const routes = registrationOf(instance)
+  const { observation, receiver: { runner } } = routes
   const assets = await readAssets()
 
   const journal = observation.observer = new Journal(max)
   const { deadLetters } = instance.openaiWebhook
-  const { receiver: { runner } } = routes
-  const actions = new Actions({ instance, routes, journal, deadLetters })
+  const actions = new Actions({ instance, routes, journal })
   const stats = async (): Promise<Stats> => {
     const [depth, dead] = await Promise.all([answerOf(runner, 'depth'), answerOf(runner, 'deadCount')])
     return { ...journal.rate.read(performance.now()), depth: depth ?? null, dead: dead ?? null }
@@ -95,7 +94,7 @@ const inspector: FastifyPluginAsync<InspectorOptions> = async (instance, options
       onRequest: admitted,
       // Checked before the body is parsed, so that no body of a stranger is parsed.
       preParsing: async (request, _reply, payload) => {
-        await mayAct(readOnly)(request)
+        await assertMayAct(readOnly, request)
         return payload
       },
       handler: async (request, reply) => json(reply, await act(new Asked(request.body), request))
@@ -154,13 +153,12 @@ const inspector: FastifyPluginAsync<InspectorOptions> = async (instance, options
 export default inspector
 
 /** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
-function registrationOf (instance: FastifyInstance): { routes: Routes, observation: Observation } {
+function registrationOf (instance: FastifyInstance): Routes {
   const { openaiWebhook } = instance as { openaiWebhook?: FastifyInstance['openaiWebhook'] & { [INSIDE]?: Routes } }
   const routes = openaiWebhook?.[INSIDE]
   if (routes === undefined) throw new InvalidOptions('inspector: expected fastify-openai-webhook to be registered before, in this scope or in one above, got none')
-  const { observation } = routes
-  if (observation.observer !== undefined) throw new InvalidOptions('inspector: expected one inspector for a registration of the plugin, got a second one')
-  return { routes, observation }
+  if (routes.observation.observer !== undefined) throw new InvalidOptions('inspector: expected one inspector for a registration of the plugin, got a second one')
+  return routes
 }
 
 function json (reply: FastifyReply, value: object): string {

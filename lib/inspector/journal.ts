@@ -135,9 +135,8 @@ export class Journal implements Observer {
 
   validated (request: VerifiedRequest): void {
     const entry = this.#entryOf(request)
-    const { webhookId, timestamp, event, tenant } = request.openaiWebhook as VerifiedRequest['openaiWebhook'] & { readonly tenant?: string }
     entry.validatedAt = entry.elapsed()
-    name(entry, { webhookId, timestamp, event, tenant })
+    name(entry, request.openaiWebhook)
     this.#keep(this.deliveries, entry)
   }
 

@@ -1,6 +1,5 @@
 import type { FastifyReply } from 'fastify'
-import type { Http2ServerResponse } from 'node:http2'
-import { isClosed, needsDrain } from '../delivery/raw-response.ts'
+import { isClosed, needsDrain, streamOf } from '../delivery/raw-response.ts'
 import { Overloaded } from '../errors.ts'
 import type { Hello, Row, Stats } from './messages.ts'
 
@@ -54,7 +53,7 @@ export class Live {
       'cache-control': 'no-store',
       'x-accel-buffering': 'no', // nginx would buffer the stream
       // A kept-alive connection would delay the closing of the server. HTTP/2 has no `connection` header.
-      ...((raw as unknown as Http2ServerResponse).stream === undefined && { connection: 'close' })
+      ...(streamOf(raw) === undefined && { connection: 'close' })
     })
     this.#timer ??= setInterval(() => { this.#tick() }, PACE).unref()
     send(stream, 'hello', await hello())
@@ -64,7 +63,7 @@ export class Live {
     this.#closed = true
     for (const { raw } of this.#streams) {
       raw.end()
-      ;(raw as unknown as Partial<Http2ServerResponse>).stream?.session?.close()
+      streamOf(raw)?.session?.close()
     }
   }
 

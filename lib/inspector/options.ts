@@ -2,6 +2,7 @@ import type { IncomingHttpHeaders } from 'node:http'
 import type { FastifyInstance, FastifyReply, FastifyRequest, HookHandlerDoneFunction } from 'fastify'
 import { assertRules, isFunction, wholeNumber } from '../checks.ts'
 import type { Rule } from '../checks.ts'
+import { FOREIGN_OPTIONS } from '../options.ts'
 
 /** A hook that calls `done` or is asynchronous. This is one type, because TypeScript infers no parameters from a union of Fastify's two. */
 export type OnRequest = (this: FastifyInstance, request: FastifyRequest, reply: FastifyReply, done: HookHandlerDoneFunction) => void | Promise<unknown>
@@ -53,14 +54,11 @@ const rules: Record<keyof Required<InspectorOptions>, Rule> = {
   redact: { expected: 'a function of the headers', accepts: isFunction }
 }
 
-/** Options of `register` that Fastify or fastify-cli reads. */
-const FASTIFY_OPTIONS = ['prefix', 'logLevel', 'logSerializers', 'skipOverride']
-
 /** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
 export function assertInspectorOptions (options: object): asserts options is InspectorOptions {
   assertRules(rules, options, {
     caller: 'inspector: ',
-    foreign: FASTIFY_OPTIONS,
+    foreign: ['prefix', ...FOREIGN_OPTIONS],
     advice: name => OTHER_NAMES.test(name) ? ', did you mean "onRequest"?' : undefined
   })
 }

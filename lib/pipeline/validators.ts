@@ -12,19 +12,16 @@ import { TypeCompiler } from '../typebox.ts'
  */
 export type Check = (event: unknown) => string | undefined
 
-/** The compiler of one copy of TypeBox 0.34. It knows the formats and kinds that are registered with that copy. */
-export type Compiler = Pick<typeof TypeCompiler, 'Compile'>
-
 /** A compiled schema of TypeBox 1.x. */
 interface Compiled1 {
   Check (value: unknown): boolean
   Errors (value: unknown): Iterable<{ readonly keyword: string, readonly instancePath: string, readonly message: string }>
 }
 
-/** The compilers of the user's copies of TypeBox. Each is set only if there are schemas for it. */
+/** The compilers of the user's copies of TypeBox, which know the formats and kinds registered with them. Each is set only if there are schemas for it. */
 export interface Compilers {
-  readonly 'TypeBox 0.34'?: Compiler
-  readonly 'TypeBox 1.x'?: { Compile (schema: object): Compiled1 }
+  'TypeBox 0.34'?: Pick<typeof TypeCompiler, 'Compile'>
+  'TypeBox 1.x'?: { Compile (schema: object): Compiled1 }
 }
 
 /**
@@ -35,7 +32,7 @@ export interface Compilers {
  */
 export async function compilersFor (schemas: Readonly<Record<string, AnySchema>>): Promise<Compilers> {
   const kinds = new Set(Object.values(schemas).map(kindOf))
-  const compilers: { -readonly [Kind in keyof Compilers]: Compilers[Kind] } = {}
+  const compilers: Compilers = {}
   let name = '@sinclair/typebox/compiler'
   try {
     if (kinds.has('TypeBox 0.34')) compilers['TypeBox 0.34'] = (await import('@sinclair/typebox/compiler')).TypeCompiler

@@ -37,7 +37,8 @@ type Read = { readonly value: Uint8Array } | { readonly end: true, readonly caus
  *
  * @throws FST_OPENAI_WEBHOOK_BATCH_STALLED, FST_OPENAI_WEBHOOK_BATCH_BROKEN; the signal's reason; the SDK's errors
  */
-export async function * bytesOf ({ file, open, idleTimeout, signal }: BytesOptions): AsyncGenerator<Uint8Array, void, undefined> {
+export async function * bytesOf (options: BytesOptions): AsyncGenerator<Uint8Array, void, undefined> {
+  const { file, open, signal } = options
   // A range counts the bytes of the encoded body, so the file is requested unencoded. fetch() requests this encoding by itself when there
   // is a Range header.
   const answer = withBody(await open({ 'Accept-Encoding': 'identity' }, signal), 0)
@@ -51,7 +52,7 @@ export async function * bytesOf ({ file, open, idleTimeout, signal }: BytesOptio
     let fruitless = 0
     let isWhole = false
     while (!isWhole) {
-      const read = await next(reader, { file, idleTimeout, signal })
+      const read = await next(reader, options)
       if ('value' in read) {
         received += read.value.length
         fruitless = 0
@@ -77,7 +78,7 @@ export async function * bytesOf ({ file, open, idleTimeout, signal }: BytesOptio
     const either = signal === undefined ? stop.signal : AbortSignal.any([signal, stop.signal])
     let given
     try {
-      given = await inTime(open({ Range: `bytes=${from}-`, ...ifRange }, either), { file, idleTimeout, signal })
+      given = await inTime(open({ Range: `bytes=${from}-`, ...ifRange }, either), options)
     } catch (cause) {
       stop.abort()
       signal?.throwIfAborted()

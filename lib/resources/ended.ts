@@ -1,4 +1,5 @@
 import { UnexpectedList } from '../errors.ts'
+import { AGENTS } from './kinds.ts'
 import type { ResourceClient } from './kinds.ts'
 
 /** A resource that has ended, and the event that OpenAI sent for it. */
@@ -54,7 +55,7 @@ const FAMILIES: Readonly<Record<string, Family>> = {
     types: { failed: 'agent.session.failed' },
     path: () => '/agents/sessions',
     query: { order: 'desc' },
-    headers: { 'OpenAI-Beta': 'agents=v1' },
+    headers: AGENTS,
     endedAt: item => item['last_active_at'],
     takes: 7 * DAY,
     data: ({ environment }) => {

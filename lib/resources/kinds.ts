@@ -19,6 +19,9 @@ const KINDS = {
   'video.*': 'video'
 } as const satisfies Record<string, ResourceKind>
 
+/** Header of the API's requests for agents, which are in beta. */
+export const AGENTS = { 'OpenAI-Beta': 'agents=v1' }
+
 /** What to do about an event that has no resource. */
 const INSTEAD = {
   'realtime.call.incoming': 'a call is not retrieved: accept it by client.realtime.calls.accept(event.data.call_id, …)',

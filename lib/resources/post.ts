@@ -1,6 +1,8 @@
-/** The receiver's answer. When no answer came, `status` is `undefined` and `code` says why. */
+/** The receiver's answer. */
 export interface Posted {
+  /** `undefined` when no answer came. */
   readonly status: number | undefined
+  /** The `code` of the answer, such as FST_OPENAI_WEBHOOK_INVALID_SIGNATURE, or why no answer came. */
   readonly code: string | undefined
   readonly duplicate: boolean
 }

@@ -2,9 +2,9 @@ import { createHash } from 'node:crypto'
 import { BOOLEAN, FUNCTION, LONGEST_TIMER, SIGNAL, assertNames, assertOption, show, wholeNumber } from '../checks.ts'
 import type { Rule } from '../checks.ts'
 import { InvalidOptions, InvalidSecret } from '../errors.ts'
-import { nearest } from '../nearest.ts'
+import { matches, nearest } from '../nearest.ts'
 import { sign } from '../testing/sign.ts'
-import { SecretSource } from '../verifiers/keyring.ts'
+import { keyBytes } from '../verifiers/keyring.ts'
 import { EVALS, endedSince, FAMILY_NAMES, typesOf } from './ended.ts'
 import type { Ended } from './ended.ts'
 import type { ResourceClient } from './kinds.ts'
@@ -208,7 +208,7 @@ function planOf (options: ReconcileOptions): Plan {
   }
   if (dryRun) return plan
   if (secret === undefined) throw new InvalidSecret('reconcile(): expected the receiver\'s signing secret in the environment variable OPENAI_WEBHOOK_SECRET or as `secret`, got neither')
-  new SecretSource(secret, { warn: ignore, onTrouble: ignore, patience: 0 }).keyring(undefined)
+  keyBytes(secret, () => {})
   return plan
 }
 
@@ -217,8 +217,6 @@ export function durationOf (text: unknown): number | undefined {
   const [, amount, unit] = typeof text === 'string' ? /^(\d+)([smhd])$/.exec(text) ?? [] : []
   return unit === undefined ? undefined : Number(amount) * UNITS[unit]!
 }
-
-const ignore = (): void => {}
 
 /** The URL of a dry run, which needs none. Nothing is delivered to it. */
 const DRY = new URL('http://127.0.0.1')
@@ -231,7 +229,7 @@ function invalid (name: string, expected: string): Error {
 function listable (name: unknown): string[] {
   if (typeof name !== 'string') throw invalid('types', `texts such as "batch.completed", got ${show(name)}`)
   const known = FAMILY_NAMES.flatMap(typesOf)
-  const matching = known.filter(type => type === name || (name.endsWith('.*') && type.startsWith(name.slice(0, -1))))
+  const matching = known.filter(type => matches(name, type))
   if (matching.length === 0) throw invalid('types', `of what the API can list, ${known.join(', ')} or families of these; it has no list for "${name.slice(0, 64)}"${nearest(name, [...known, ...FAMILY_NAMES])}`)
   return matching
 }

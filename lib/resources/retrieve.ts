@@ -1,6 +1,6 @@
 import { SIGNAL, assertNames, assertOption, isId } from '../checks.ts'
 import { InvalidOptions, NoResource } from '../errors.ts'
-import { insteadOf, kindOf } from './kinds.ts'
+import { AGENTS, insteadOf, kindOf } from './kinds.ts'
 import type { Problem, ResourceClient, ResourceKind, ResourceOf } from './kinds.ts'
 
 interface EventLike {
@@ -30,8 +30,6 @@ interface Access {
   readonly path: (id: string, evalId: string | undefined) => string
   readonly headers?: Readonly<Record<string, string>>
 }
-
-const AGENTS = { 'OpenAI-Beta': 'agents=v1' }
 
 const ACCESS: Readonly<Record<ResourceKind, Access>> = {
   'agent.environment': { at: ['beta', 'agents', 'environments'], path: id => `/agents/environments/${id}`, headers: AGENTS },
@@ -83,7 +81,7 @@ async function fetchResource (client: ResourceClient, kind: ResourceKind, id: st
 }
 
 /** The property of the client at this path, or `undefined` when the client lacks it. */
-export function serviceAt (client: object, at: readonly string[]): Record<string, unknown> | undefined {
+function serviceAt (client: object, at: readonly string[]): Record<string, unknown> | undefined {
   return at.reduce<Record<string, unknown> | undefined>((part, name) => part?.[name] as typeof part, client as Record<string, unknown>)
 }
 

@@ -44,7 +44,7 @@ export class Endpoints {
   }
 
   /** Computes the handlers for each event type. To be called when no more handlers can be added. */
-  settle (): void {
+  makeTables (): void {
     for (const [name, lists] of this.#lists) this.#tables.set(name, new HandlerTable(lists, this.registry.known))
   }
 

@@ -27,7 +27,7 @@ export function protectMarked (routes: Routes, scope: FastifyInstance, route: Ro
   const body = bounds.of(overrides, route.bodyLimit)
   const verification = verifications.of(overrides, true)
   const list = endpoints.listOf(on, scope)
-  const dispatches = route.handler === routes.handler
+  const dispatches = route.handler === routes.marker
   const tenants = verifications.tenantsOf(route.url, overrides.tenant, verification)
   const endpoint = endpoints.add(route.url, verification, dispatches ? [registry.app, list] : [list], tenants)
 

@@ -17,14 +17,14 @@ export function ownRoute (
   { url, on, handler, rateLimit, ...overrides }: WebhookRouteOptions,
   options: RegisterOptions = {}
 ): void {
-  const { authentication, bounds, endpoints, events, failures, registry, settles, verifications } = routes
+  const { authentication, bounds, endpoints, events, failures, onReady, registry, verifications } = routes
   // Without @fastify/rate-limit the option would silently limit nothing.
   if (typeof rateLimit === 'object' && !scope.hasDecorator('rateLimit')) {
     throw new InvalidOptions('rateLimit: expected @fastify/rate-limit to be registered before, got none')
   }
   const verification = verifications.of(overrides, true)
   const list = endpoints.listOf(on, scope)
-  const own = handler === routes.handler ? undefined : handler as RouteHandlerMethod | undefined
+  const own = handler === routes.marker ? undefined : handler as RouteHandlerMethod | undefined
   const body = bounds.of(overrides)
   scope.register(async child => {
     captureBody(child, body)
@@ -38,7 +38,7 @@ export function ownRoute (
     let declared: RouteOptions | undefined
     child.addHook('onRoute', route => { declared = route })
     const keep = keepRefusal((request, statusCode) => failures.unprocessed(endpoint.name, request, statusCode))
-    settles.push(declareRoute(child, scope, {
+    onReady.push(declareRoute(child, scope, {
       method: 'POST',
       url,
       bodyLimit: body.limit,

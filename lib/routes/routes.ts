@@ -27,9 +27,9 @@ export interface Routes {
   readonly deadline: number
   readonly bounds: Bounds
   /** Called when the app is ready. */
-  readonly settles: Array<() => void>
+  readonly onReady: Array<() => void>
   /** `app.openaiWebhook.handler`, which marks a route that dispatches. */
-  readonly handler: RouteHandlerMethod
+  readonly marker: RouteHandlerMethod
 }
 
 /**

@@ -22,11 +22,11 @@ subscribe('fastify.initialization', message => watch((message as { fastify: Fast
 /**
  * Records that an app has the plugin.
  *
- * @returns the root of the app if its routes were not watched before this call
+ * @returns the scope that needs the guard: this one, or the root of the app if its routes were not watched before
  */
-export function registeredIn (instance: FastifyInstance): FastifyInstance | undefined {
+export function guardedScope (instance: FastifyInstance): FastifyInstance {
   registered.add(instance.server)
-  if (watched.has(instance.server)) return undefined
+  if (watched.has(instance.server)) return instance
   const root = rootOf(instance)
   watch(root)
   return root

@@ -117,7 +117,6 @@ const KEPT: Rule = { expected: 'an object { age, count }', accepts: isObject }
 const isDelay = (value: unknown): boolean => Number.isFinite(value) && (value as number) >= 0
 
 const JOB_NAME = 'delivery'
-const WORKER_DEFAULTS = { concurrency: 10 }
 
 /**
  * Puts a delivery into a BullMQ queue before it is acknowledged. A worker runs it in this process or in another one, with `path: false` and the
@@ -140,7 +139,7 @@ export function bullmq (options: BullMQOptions): Runner {
     removeOnComplete = { age: RETENTION / 1_000 },
     removeOnFail
   } = options
-  const settingsOfWorker = { ...WORKER_DEFAULTS, ...workerOptions('bullmq', worker, ['concurrency', 'lockDuration', 'stalledInterval']) }
+  const settingsOfWorker = { concurrency: 10, ...workerOptions('bullmq', worker, ['concurrency', 'lockDuration', 'stalledInterval']) }
   if (typeof connection !== 'object' || connection === null) {
     throw new InvalidOptions('bullmq: expected connection to be an ioredis instance or connection options')
   }
@@ -154,7 +153,7 @@ export function bullmq (options: BullMQOptions): Runner {
   assertOption('bullmq', 'backoff', backoff, BACKOFF)
   assertOption('bullmq', 'removeOnComplete', removeOnComplete, KEPT)
   assertOption('bullmq', 'removeOnFail', removeOnFail, KEPT)
-  for (const [name, value] of Object.entries(settingsOfWorker)) if (value !== undefined) assertCount('bullmq', `worker.${name}`, value, 1)
+  for (const [name, value] of Object.entries(settingsOfWorker)) assertCount('bullmq', `worker.${name}`, value, 1)
   const isUsers = 'disconnect' in connection
   let queue: Queue<QueuedData> | undefined
   let processor: Worker<QueuedData> | undefined
@@ -365,8 +364,8 @@ function toError (error: unknown): Error {
 /** Makes a dead delivery of a job that BullMQ has failed for good. */
 function deadOf (job: QueuedJob): DeadDelivery {
   const { attemptsStarted, failedReason, stacktrace, finishedOn } = job
-  const { failure } = queuedOf(job)
+  const { failure, stalls, ...delivery } = queuedOf(job)
   const error = errorOf(failedReason, [stacktrace].flat().at(-1))
-  const dead = deadDelivery(deliveryOf(job), attemptsStarted, error, finishedOn)
+  const dead = deadDelivery(delivery, attemptsStarted, error, finishedOn)
   return failure?.attempt === attemptsStarted ? { ...dead, attempts: failure.starts ?? attemptsStarted, errors: failure.errors } : dead
 }

@@ -106,7 +106,6 @@ const MAX_UNRECORDED = 1_000
 const PATIENCE = 10_000
 /** pg-boss's own rule. */
 const QUEUE_NAME: Rule = { expected: 'letters, digits and _ - . /', accepts: value => typeof value === 'string' && /^[\w.\-/]+$/.test(value) }
-const WORKER_DEFAULTS = { concurrency: 10, pollingIntervalSeconds: 2 }
 
 /**
  * Puts a delivery into a queue of the user's pg-boss, in PostgreSQL, before it is acknowledged. Workers run it in this process or in others,
@@ -128,7 +127,7 @@ export function pgboss (options: PgBossOptions): Runner {
     heartbeatSeconds = 30,
     expireInSeconds = 3_600
   } = options
-  const { concurrency, batchSize = concurrency, pollingIntervalSeconds } = { ...WORKER_DEFAULTS, ...workerOptions('pgboss', worker, ['concurrency', 'batchSize', 'pollingIntervalSeconds']) }
+  const { concurrency = 10, batchSize = concurrency, pollingIntervalSeconds = 2 } = workerOptions('pgboss', worker, ['concurrency', 'batchSize', 'pollingIntervalSeconds'])
   if (typeof boss?.previewRedrive !== 'function' || typeof boss.work !== 'function') {
     throw new InvalidOptions('pgboss: expected boss to be a PgBoss, of pg-boss 12.35 or later')
   }
@@ -194,10 +193,11 @@ export function pgboss (options: PgBossOptions): Runner {
     host.report(error instanceof Error ? error : Object.assign(new Error(), error))
   }
 
-  /** @returns whether the job is new */
-  async function enqueue (id: string, job: Job): Promise<boolean> {
-    const data: QueuedDelivery = { key: idOf(job), type: storable(job.event.type), delivery: JSON.stringify(job) }
-    const isNew = await insert({ ...settings, id, data })
+  /** @param id of the new job of a requeued delivery @returns whether the job is new */
+  async function enqueue (job: Job, id?: string): Promise<boolean> {
+    const key = idOf(job)
+    const data: QueuedDelivery = { key, type: storable(job.event.type), delivery: JSON.stringify(job) }
+    const isNew = await insert({ ...settings, id: id ?? key, data })
     if (isNew) workers.wake()
     return isNew
   }
@@ -317,7 +317,7 @@ export function pgboss (options: PgBossOptions): Runner {
     },
     async run (job) {
       if (closing || !isStarted) throw new Overloaded()
-      return await enqueue(idOf(job), job) ? undefined : 'duplicate'
+      return await enqueue(job) ? undefined : 'duplicate'
     },
     async dead (limit = 100, type) {
       const jobs = await boss.findJobs<QueuedDelivery>(deadName, {
@@ -338,7 +338,7 @@ export function pgboss (options: PgBossOptions): Runner {
         if (!force) assertRemembered({ ...again, finished })
         // The new job's id is made of the dead letter's id, so that several requeues make one job, as do a requeue that a crash has cut off and
         // the next requeue.
-        const isNew = await enqueue(uuidOf(`requeued ${job.id}`), resumed(again, { finished }))
+        const isNew = await enqueue(resumed(again, { finished }), uuidOf(`requeued ${job.id}`))
         await boss.deleteJob(deadName, job.id)
         if (isNew) requeued = true
       }

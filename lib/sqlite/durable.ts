@@ -4,11 +4,10 @@ import { assertCount, assertNames } from '../checks.ts'
 import { Overloaded } from '../errors.ts'
 import { deadDelivery, describeFailure, errorOf, resumed } from '../runners/handler-failures.ts'
 import { assertOpen, keyOf, tellDead } from '../runners/runner.ts'
-import type { DeadDelivery, DeliveryRef, Job, RequeueOptions, Runner, RunnerHost } from '../runners/runner.ts'
+import type { DeadDelivery, DeliveryError, DeliveryRef, Job, RequeueOptions, Runner, RunnerHost } from '../runners/runner.ts'
 import type { SqliteDatabase } from './database.ts'
 import { DeadJobs, jobOf, openJobs, parseFailure, pendingJobs } from './jobs.ts'
 import type { Hold, PendingRow } from './jobs.ts'
-import type { DeliveryError } from '../runners/runner.ts'
 
 export interface DurableOptions {
   /**

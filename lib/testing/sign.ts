@@ -44,20 +44,16 @@ export function sign (body: string | Uint8Array, options: SignOptions = {}): Sig
 }
 
 /** Signs with options that have been checked. */
-export function signedHeaders (body: string | Uint8Array, { secret = testSecret, webhookId = newWebhookId(), timestamp = Math.floor(Date.now() / 1000) }: SignOptions = {}): SignedHeaders {
+export function signedHeaders (body: string | Uint8Array, { secret = testSecret, webhookId = newWebhookId(), timestamp = Math.floor(Date.now() / 1000) }: SignOptions): SignedHeaders {
   return {
     'content-type': 'application/json',
     'webhook-id': webhookId,
     'webhook-timestamp': String(timestamp),
+    // `standardwebhooks` reads every secret as base64. OpenAI's SDKs use a secret without the prefix as its UTF-8 bytes.
     'webhook-signature': typeof body === 'string'
-      ? new Webhook(toBase64(secret)).sign(webhookId, new Date(timestamp * 1000), body)
+      ? new Webhook(toBytes(secret).toString('base64')).sign(webhookId, new Date(timestamp * 1000), body)
       : `v1,${createHmac('sha256', toBytes(secret)).update(`${webhookId}.${timestamp}.`).update(body).digest('base64')}`
   }
-}
-
-/** `standardwebhooks` reads every secret as base64. OpenAI's SDKs use a secret without the prefix as its UTF-8 bytes. */
-function toBase64 (secret: string): string {
-  return toBytes(secret).toString('base64')
 }
 
 function toBytes (secret: string): Buffer {
