@@ -101,7 +101,7 @@ const stores: Array<[name: string, skip: string | false, share: Share]> = [
 
 for (const [name, skip, share] of stores) {
   t.test(`${name} store`, { skip }, async t => {
-    for (const processes of [2, 4]) {
+    for (const processes of isLong ? [2, 4] : [3]) {
       await t.test(`${processes} processes that receive the same ${IDS} deliveries at once run the handler once for each`, { timeout: 120_000 }, async t => {
         const { options } = await share(t)
         const effects = join(t.testdirName, 'effects')
