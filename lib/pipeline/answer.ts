@@ -38,6 +38,11 @@ export function markHandling (request: FastifyRequest, ownHandler: boolean): voi
   (request as Answerable)[PROGRESS] = ownHandler ? 'replying' : 'handling'
 }
 
+/** Whether the plugin has marked how the request is answered. Until then Fastify, another plugin or a hook of the app may refuse it. */
+export function isMarked (request: FastifyRequest): boolean {
+  return (request as Answerable)[PROGRESS] !== undefined
+}
+
 export function markAcknowledged (request: FastifyRequest): void {
   (request as Answerable)[PROGRESS] = 'acknowledged'
 }

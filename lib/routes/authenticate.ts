@@ -5,6 +5,7 @@ import { InvalidSignature, Overloaded, Unavailable, UnknownTenant } from '../err
 import type { Failures } from '../failures.ts'
 import type { Refused } from '../log.ts'
 import { retryLater } from '../pipeline/acknowledge.ts'
+import { isMarked } from '../pipeline/answer.ts'
 import { validate } from '../pipeline/validate.ts'
 import type { Validators } from '../pipeline/validators.ts'
 import { headerFault, verify } from '../pipeline/verify.ts'
@@ -36,7 +37,7 @@ export class Authentication {
    * Errors that have been logged and reported, and the errors sent in their place. Kept by identity, because a user's verifier may throw an
    * error with any code.
    */
-  readonly told = new WeakSet<object>()
+  readonly #told = new WeakSet<object>()
 
   constructor (readonly validators: Validators, readonly failures: Failures, readonly observation: Observation) {
     this.#explain = explainer(failures)
@@ -47,7 +48,7 @@ export class Authentication {
     return (request: FastifyRequest, reply: FastifyReply, done: Done): void => {
       this.observation.observer?.arrived(request, reply, endpoint.name)
       const fault = headerFault(endpoint, request.headers)
-      if (fault !== undefined) this.#tell(fault, endpoint, request)
+      if (fault !== undefined) this.tell(fault, endpoint, request)
       done(fault)
     }
   }
@@ -103,17 +104,25 @@ export class Authentication {
   }
 
   /** Logs, publishes and reports the refusal of a request whose event is not known. */
-  #tell (error: Error, { name }: Endpoint, request: FastifyRequest, { tenant, webhookId }: Known = {}): void {
-    this.told.add(error)
+  tell (error: Error, { name }: Endpoint, request: FastifyRequest, { tenant, webhookId }: Known = {}): void {
+    this.#told.add(error)
     this.failures.refused(error, { endpoint: name, tenant, webhookId }, request)
   }
 
+  /**
+   * For onError hooks, before the request is marked as refused: does the same for what Fastify, another plugin or a hook of the app has refused,
+   * such as a body that is too large or a rate limit. The plugin has told of its own refusals.
+   */
+  tellOfOthers (error: Error, { name }: Endpoint, request: FastifyRequest): void {
+    if (!this.#told.has(error) && !isMarked(request)) this.failures.refused(error, request.openaiWebhook ?? { endpoint: name }, request)
+  }
+
   #refuse (error: Error, endpoint: Endpoint, request: FastifyRequest, reply: FastifyReply, done: Done, known?: Known): void {
-    this.#tell(error, endpoint, request, known)
+    this.tell(error, endpoint, request, known)
     if (error instanceof Unavailable || error instanceof Overloaded) retryLater(reply)
     if (!(error instanceof UnknownTenant)) return done(error)
     const answer = new InvalidSignature()
-    this.told.add(answer)
+    this.#told.add(answer)
     done(answer)
   }
 }

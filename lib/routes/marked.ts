@@ -43,6 +43,7 @@ export function protectMarked (routes: Routes, scope: FastifyInstance, route: Ro
   route.onSend = [route.onSend ?? [], keepRefusal((request, statusCode) => failures.unprocessed(endpoint.name, request, statusCode)), recordAnswer].flat()
   route.errorHandler = refuseErrors(route.errorHandler as RouteErrorHandler | undefined)
   route.onError = [...[route.onError ?? []].flat(), (request, reply, error, done) => {
+    authentication.tellOfOthers(error, endpoint, request)
     markRefused(error, request, reply)
     boundRefused(request, reply, error, body)
     done()
@@ -72,10 +73,10 @@ function assertVerified (request: FastifyRequest, _reply: FastifyReply, done: (e
 }
 
 /** Makes the hook that verifies. It runs in preParsing, so that the user's parser gets verified bytes only. */
-function captureAndAuthenticate ({ authentication, failures }: Routes, endpoint: Endpoint, body: BodyBounds) {
+function captureAndAuthenticate ({ authentication }: Routes, endpoint: Endpoint, body: BodyBounds) {
   return (request: FastifyRequest, reply: FastifyReply, payload: RequestPayload, done: (error: Error | null, payload?: RequestPayload) => void): void => {
     const refuse = (error: Error): void => {
-      failures.refused(error, { endpoint: endpoint.name }, request)
+      authentication.tell(error, endpoint, request)
       done(error)
     }
     const { 'content-type': contentType, 'content-length': contentLength, 'transfer-encoding': transferEncoding } = request.headers

@@ -57,10 +57,9 @@ export function ownRoute (
         })
       },
       onError: (request, reply, error, done) => {
+        authentication.tellOfOthers(error, endpoint, request)
         markRefused(error, request, reply)
         boundRefused(request, reply, error, body)
-        // Refusals by Fastify (body too large, not JSON) and by other plugins. The plugin has already reported its own.
-        if (request.openaiWebhook === null && !authentication.told.has(error)) failures.refused(error, { endpoint: endpoint.name }, request)
         done()
       },
       onSend: own === undefined ? keep : [keep, recordAnswer],

@@ -434,6 +434,22 @@ for (const url of [OWN, MARKED]) {
     t.same(seen, [])
   })
 
+  for (const hook of ['onRequest', 'preParsing', 'preValidation', 'preHandler'] as const) {
+    t.test(`what the app's ${hook} hook refuses is told to onError, once, at ${url}`, async t => {
+      const { app, seen } = await fixture(t)
+      const told: unknown[] = []
+      app.openaiWebhook.onError(({ code }: Error & { code?: string }, { endpoint, webhookId, event }) => { told.push([code, endpoint, webhookId, event?.type]) })
+      app.addHook(hook as 'onRequest', async () => { throw Object.assign(new Error('too many'), { code: 'BUSY', statusCode: 429 }) })
+      const delivery = sign(thin('batch.failed'))
+      const { statusCode } = await app.inject({ method: 'POST', url, headers: delivery.headers, payload: delivery.body })
+      t.equal(statusCode, 429)
+      // A marked route verifies in preParsing, and the plugin's own in preHandler, each after the app's hooks of that name.
+      const isVerified = url === MARKED && (hook === 'preValidation' || hook === 'preHandler')
+      t.same(told, [['BUSY', url, ...isVerified ? [delivery.headers['webhook-id'], 'batch.failed'] : [undefined, undefined]]])
+      t.same(seen, [])
+    })
+  }
+
   t.test(`a catch-all parser in the app does not open ${url} to other content types`, async t => {
     const { app, seen } = await fixture(t)
     let parsed = 0
