@@ -43,7 +43,7 @@ export const replay: Command = {
       else terminal.err(`openai-webhook: ${file}: left out, it has no webhook-id to sign again\n`)
     }
 
-    let failed = false
+    let failed = deliveries.length === 0
     try {
       for (const { file, headers, body } of deliveries) {
         const answer = await to.send(headers, body)

@@ -569,6 +569,7 @@ t.test('replay: what a receiver refuses for its age it takes once signed again',
   t.match(await run(t, ['replay', strangers, file, '--resign', '--url', url]), {
     code: 0, out: /^\S+old\.http {2}200 .*\n$/, err: `openai-webhook: ${strangers}: left out, it has no webhook-id to sign again\n`
   })
+  t.match(await run(t, ['replay', strangers, '--resign', '--url', url]), { code: 1, out: '' }, 'nothing was sent')
   const wrong = await run(t, ['replay', file, '--resign', '--secret', 'whsec_AAAA', '--url', url])
   t.match(wrong, { code: 1, out: `401  ${CODE}INVALID_SIGNATURE` })
 })
