@@ -79,7 +79,7 @@ export function logs (log: FastifyBaseLogger, level: 'info' | 'warn'): boolean {
 const FIXES: Readonly<Record<string, string>> = {
   FST_OPENAI_WEBHOOK_INVALID_SIGNATURE: 'where the sender is OpenAI: compare OPENAI_WEBHOOK_SECRET, or the secret option, with the signing secret ' +
     '(whsec_…) of the endpoint that has this URL at OpenAI, and give both while one replaces another; if it is the same, something in ' +
-    'front of the app, or a body parser or preParsing hook in it, changes the body. Log level debug and `npx openai-webhook diagnose` say which',
+    'front of the app, or a body parser or preParsing hook in it, changes the body. Log level debug and `npx fastify-openai-webhook diagnose` say which',
   FST_OPENAI_WEBHOOK_UNKNOWN_TENANT: 'where the sender is OpenAI: compare the URL of the endpoint at OpenAI with what tenant.of makes of it, and see ' +
     'that tenant.secret finds a secret for that name'
 }

@@ -57,7 +57,7 @@ async function importSDK (load: () => Promise<SDK>): Promise<SDK> {
     return await load()
   } catch (error) {
     const { code } = error as NodeJS.ErrnoException
-    if (code === 'ERR_MODULE_NOT_FOUND') throw new CommandError('this command needs the openai package: npm i openai')
+    if (code === 'ERR_MODULE_NOT_FOUND') throw new CommandError('this command needs the openai package: npm i openai@latest')
     throw new CommandError(`the openai package cannot be loaded: ${oneLine(String(error))}`)
   }
 }

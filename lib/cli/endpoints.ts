@@ -39,7 +39,7 @@ const help = `Usage: openai-webhook endpoints list
        openai-webhook endpoints event-types
 
 Manages OpenAI's webhook endpoints of the project that the API key in OPENAI_API_KEY belongs to, through the official
-openai package (npm i openai).
+openai package (npm i openai@latest).
 
   list                 every endpoint
   create               prints the signing secret, which OpenAI shows this once

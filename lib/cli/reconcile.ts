@@ -33,7 +33,7 @@ duplicate what it has processed, and what OpenAI itself still retries after this
 ${secretHelp}
 
 OPENAI_API_KEY holds an API key of the project whose events are received; the official openai package is needed
-(npm i openai). Run it again until nothing fails: a second run does nothing for what has been processed.
+(npm i openai@latest). Run it again until nothing fails: a second run does nothing for what has been processed.
 
 Exit code 0 when every delivery was answered 200, or nothing was to be delivered; else 1.
 

@@ -344,7 +344,7 @@ t.test('the openai package is asked for when it is missing, too old or broken', 
   }
   type Load = Parameters<typeof endpointsCommand>[0]
   const missing: Load = async () => { throw Object.assign(new Error('Cannot find package'), { code: 'ERR_MODULE_NOT_FOUND' }) }
-  t.same(await told(endpointsCommand(missing)), new CommandError('this command needs the openai package: npm i openai'))
+  t.same(await told(endpointsCommand(missing)), new CommandError('this command needs the openai package: npm i openai@latest'))
   const broken: Load = async () => { throw new SyntaxError('Unexpected token\nin a file') }
   t.same(await told(endpointsCommand(broken)), new CommandError('the openai package cannot be loaded: SyntaxError: Unexpected token in a file'))
   // openai 6 verifies webhooks; it does not manage their endpoints.
@@ -386,5 +386,5 @@ t.test('the bin, in a process of its own', async t => {
     await mkdir(join(modules, name, '..'), { recursive: true })
     await symlink(join(root, 'node_modules', name), join(modules, name))
   }
-  t.same(await child(join(installed, 'dist/cli/bin.js'), 'list'), { code: EXIT.failed, out: '', err: 'openai-webhook: this command needs the openai package: npm i openai\n' })
+  t.same(await child(join(installed, 'dist/cli/bin.js'), 'list'), { code: EXIT.failed, out: '', err: 'openai-webhook: this command needs the openai package: npm i openai@latest\n' })
 })
