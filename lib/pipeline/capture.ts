@@ -40,8 +40,6 @@ export function readPayload (request: FastifyRequest, payload: RequestPayload, {
   if (payload.readableEnded) return captured(null, Buffer.alloc(0))
   // If a preParsing hook has replaced the request's stream, the number of bytes may differ from Content-Length.
   const isReplaced = payload !== request.raw as RequestPayload
-  // An HTTP/1.1 request ends with its last byte, although `complete` is not set yet in the tick of that byte. An HTTP/2 stream may stay open.
-  const endsByLength = !isReplaced && request.raw.httpVersionMajor === 1
   let gathered: Gathered | undefined = new Gathered(isReplaced ? limit : Number(declared) || limit)
   payload.on('data', onData)
   payload.on('end', onEnd)
@@ -51,11 +49,12 @@ export function readPayload (request: FastifyRequest, payload: RequestPayload, {
   payload.resume() // @fastify/compress passes on a paused stream
   let timer: NodeJS.Timeout | undefined
   if (deadline.closed) giveUp(new Overloaded())
-  else process.nextTick(startTimer)
+  else setImmediate(startTimer)
 
-  // Most bodies arrive with their headers and have been read by the next tick. A timer for each would take 3 % of a delivery's time.
+  // Most bodies arrive with their headers and have been read by now, though not by the next tick, in which node:http has the last byte and does
+  // not know yet that it is the last one. A timer for each would take 3 % of a delivery's time.
   function startTimer (): void {
-    if (gathered === undefined || request.raw.complete || (endsByLength && gathered.length === Number(declared))) return
+    if (gathered === undefined || request.raw.complete) return
     timer = deadline.start(() => { giveUp(deadline.closed ? new Overloaded() : new BodyTimeout(deadline.ms)) })
   }
 

@@ -408,6 +408,35 @@ t.test('a stream in place of the request that has as many bytes as were declared
   t.equal((await wire.answer()).status, 408)
 })
 
+t.test('a body that has as many bytes as its Content-Length says, but does not end', async t => {
+  const lenient = { http: { insecureHTTPParser: true } }
+  await t.test('because it is chunked, for a lenient parser', async t => {
+    for (const url of URLS) {
+      const { port, reading } = await fixture(t, {}, lenient as FastifyServerOptions)
+      const clock = stoppedClock(t)
+      const wire = await Wire.open(t, port)
+      const { headers, body } = sign(thin('batch.failed'))
+      await wire.write(Buffer.concat([head([...Object.entries(headers), ['content-length', String(body.length)], ...CHUNKED], url), chunk(body)]))
+      await reading(1)
+      clock.advance(10_000)
+      t.equal((await wire.answer()).status, 408, url)
+    }
+  })
+
+  await t.test('because a hook has it decoded into more of them', async t => {
+    const { port, reading } = await fixture(t, {}, {}, app => {
+      app.addHook('onRequest', async ({ raw }) => { raw.setEncoding('utf8') })
+    })
+    const clock = stoppedClock(t)
+    const wire = await Wire.open(t, port)
+    const { headers } = sign(thin('batch.failed'))
+    await wire.write(Buffer.concat([head([...Object.entries(headers), ['content-length', '9']]), Buffer.alloc(3, 0xff)]))
+    await reading(1)
+    clock.advance(10_000)
+    t.equal((await wire.answer()).status, 408)
+  })
+})
+
 t.test('a stream of what is neither bytes nor text is the app\'s fault, and is not read on', async t => {
   const source = new PassThrough({ objectMode: true }) as PassThrough & RequestPayload
   source.write({ own: true })
