@@ -54,12 +54,14 @@ export class Actions {
     return { again, edited }
   }
 
-  #obstacle ({ endpoint: url, verifiedAt, headers, tenant }: Entry): Obstacle {
-    const endpoint = this.#endpoint(url)
+  #obstacle ({ endpoint: name, url, verifiedAt, headers, tenant }: Entry): Obstacle {
+    const endpoint = this.#endpoint(name)
     if (endpoint === undefined) return 'this process has no such route'
     // Signing an unverified payload would pass a stranger's data to the handlers.
     if (headers !== undefined && verifiedAt === undefined) return 'it was not verified, so nobody knows whose it is'
-    if (headers === undefined && (isPattern(url) || tenant !== undefined)) return 'it came out of a queue, which does not say at which URL it arrived'
+    if (headers === undefined && (isPattern(name) || tenant !== undefined)) return 'it came out of a queue, which does not say at which URL it arrived'
+    // Whoever sent it chose the URL, which is not signed.
+    if (!isLiteral(url)) return 'its URL has parts that lead elsewhere, such as ".."'
     return obstacleOf(endpoint)
   }
 
@@ -148,28 +150,38 @@ const isPattern = (url: string): boolean => /[:*]/.test(url)
 /** The parameters `:name` of a URL. A doubled colon is a literal one. */
 const parametersOf = (url: string): string[] => [...url.matchAll(/(?<!:):\w+/g)].map(([parameter]) => parameter)
 
-/** Whether an endpoint's route may get a URL, so that the page reaches no other route of the app. A query may name the tenant. */
-function fits (endpoint: string, url: string): boolean {
-  // inject() reads `\` as `/` and leaves out control characters.
-  if (url.length > 2_000 || /[\p{Cc}\\#]/u.test(url)) return false
-  const path = decoded(url.split('?')[0]!)
-  return !/\/\.\.?(?:\/|$)/.test(path) && pathsOf(endpoint).test(path)
+/**
+ * Whether inject() leaves a URL as it is, so that the page reaches no other route of the app. inject() reads `\` as `/`, follows `.` and `..`,
+ * also if they are encoded, and leaves out control characters and what comes after a `#`.
+ */
+function isLiteral (url: string): boolean {
+  return !/[\p{Cc}\\#]/u.test(url) && !url.split('?')[0]!.split('/').some(part => /^(?:\.|%2e){1,2}$/i.test(part))
 }
 
-function decoded (path: string): string {
+/** Whether an endpoint's route may get a URL. A query may name the tenant. */
+function fits (endpoint: string, url: string): boolean {
+  return url.length <= 2_000 && isLiteral(url) && pathsOf(endpoint).test(url.split('?')[0]!.split('/').map(decoded).join('/'))
+}
+
+/** A part of a path. An encoded slash in it separates nothing. */
+function decoded (part: string): string {
   try {
-    return decodeURIComponent(path)
+    return decodeURIComponent(part).replaceAll('/', '%2F')
   } catch {
-    return path
+    return part
   }
 }
 
-/** The paths of a route: `:name`, also with a regular expression of its own, is a part of a path, `*` is any rest, and `::` is a colon. */
+/**
+ * The paths of a route: `:name`, also with a regular expression of its own, is a part of a path, which may be absent if a `?` follows; `*` is any
+ * rest, and `::` is a colon.
+ */
 function pathsOf (endpoint: string): RegExp {
-  const parts = endpoint.split(/(::|:\w+(?:\((?:[^()]|\([^()]*\))*\))?|\*)/)
+  const parts = endpoint.split(/(::|\/:\w+\?$|:\w+(?:\((?:[^()]|\([^()]*\))*\))?|\*)/)
   const sources = parts.map(part => {
     if (part === '::') return ':'
     if (part === '*') return '.*'
+    if (part.startsWith('/:')) return '(?:/[^/]*)?'
     return part.startsWith(':') ? '[^/]+' : part.replace(/[.+?^${}()|[\]\\]/g, '\\$&')
   })
   return new RegExp(`^${sources.join('')}$`)

@@ -228,10 +228,10 @@ export class Journal implements Observer {
   }
 
   #note (request: FastifyRequest, endpoint: string): Entry {
-    // The URL that the sender used, because Fastify's rewriteUrl is applied to a repeated delivery too. A mount of Express, which cuts off the
-    // beginning and sets originalUrl as well, is not.
-    const { url = '', originalUrl = url } = request.raw as IncomingMessage & { originalUrl?: string }
-    const entry = new Entry(++this.#lastId, Date.now(), performance.now(), endpoint, originalUrl.endsWith(url) ? url : originalUrl, request.headers)
+    // The URL that the sender used, because Fastify's rewriteUrl is applied to a repeated delivery too. A mount of Express, which cuts off its
+    // `baseUrl` and sets originalUrl as well, is not.
+    const { url = '', originalUrl = url, baseUrl = '' } = request.raw as IncomingMessage & { originalUrl?: string, baseUrl?: string }
+    const entry = new Entry(++this.#lastId, Date.now(), performance.now(), endpoint, baseUrl === '' ? originalUrl : url, request.headers)
     ;(request as Noted)[ENTRY] = entry
     if (this.#sent.size > 0) this.#recognise(entry, signatureOf(request.headers))
     return entry

@@ -21,6 +21,7 @@ import { standardWebhooks } from '../../lib/verifiers/standard-webhooks.ts'
 import { SECRET, build, post, sign, thin } from '../support/deliveries.ts'
 import { act, detailOf, inspected, rowsOf } from '../support/inspector.ts'
 import { capturedLog, codeOf, messageOf } from '../support/observe.ts'
+import { Wire, listen, request } from '../support/wire.ts'
 
 const PAGE = '/openai-webhook'
 const REFUSED = 'FST_OPENAI_WEBHOOK_INSPECTOR_REFUSED'
@@ -419,9 +420,42 @@ t.test('deliver again: where the app rewrites URLs, to the URL that the sender u
   t.equal((await detailOf(app)).url, '/hooks/openai?from=test')
 })
 
+t.test('deliver again: where the app cuts off a prefix and sends other URLs elsewhere', async t => {
+  const rewriteUrl = ({ url = '' }: { url?: string | undefined }): string => url.startsWith('/api/') ? url.slice('/api'.length) : `/elsewhere${url}`
+  const app = await inspected(t, {}, {}, { rewriteUrl })
+  t.equal((await post(app, sign(thin('batch.failed')), '/api/webhooks/openai')).statusCode, 200)
+  const again = await app.inject({ method: 'POST', url: `/api${PAGE}/api/again`, headers: { 'content-type': 'application/json', 'sec-fetch-site': 'same-origin', host: 'localhost' }, payload: { id: 1 } })
+  t.match(again.json(), { status: 200, id: 2 })
+})
+
+t.test('no other route of the app is reached', async t => {
+  const app = await inspected(t)
+  let reached = 0
+  for (const url of ['/admin', '/t/admin']) app.post(url, async () => { reached++ })
+  for (const url of ['/hooks/*', '/t/:a/:b/admin', '/h/:project']) app.openaiWebhook.route({ url, secret: SECRET })
+  const sample = { body: sign(thin('batch.failed')).body.toString() }
+  for (const [endpoint, url] of [['/hooks/*', '/hooks/%ff/%2e%2e/%2e%2e/admin'], ['/t/:a/:b/admin', '/t/%ff/%2e%2e/admin'], ['/hooks/*', '/hooks/../admin'], ['/hooks/*', '/hooks/.%2E/admin']] as const) {
+    t.equal((await act(app, 'deliver', { ...sample, endpoint, url })).statusCode, 400, url)
+  }
+  const port = await listen(app)
+  let id = 0
+  for (const url of ['/hooks/../admin', '/hooks/%2e%2e/admin', '/h/..\\admin']) {
+    const { headers, body } = sign(thin('batch.failed'))
+    // Not by fetch(), which would resolve the dots as inject() does.
+    const wire = await Wire.open(t, port)
+    await wire.write(request(Object.entries(headers), body, url))
+    t.equal((await wire.answer()).status, 200, url)
+    wire.socket.destroy()
+    const { deliver } = await detailOf(app)
+    t.match(deliver, { again: /lead elsewhere/, edited: /lead elsewhere/ })
+    t.equal((await act(app, 'again', { id: ++id })).statusCode, 409, url)
+  }
+  t.equal(reached, 0)
+})
+
 t.test('deliver again: where a mount has cut off the beginning of the URL, to the app itself', async t => {
   const mount: FastifyServerOptions['serverFactory'] = handler => createServer((request, response) => {
-    Object.assign(request, { originalUrl: request.url, url: request.url!.replace('/hooks', '') })
+    Object.assign(request, { originalUrl: request.url, baseUrl: '/hooks', url: request.url!.replace('/hooks', '') })
     handler(request, response)
   })
   const app = await inspected(t, {}, {}, { serverFactory: mount })
@@ -437,7 +471,7 @@ t.test('a sample to each form of URL that a route may have', async t => {
   const got: string[] = []
   app.openaiWebhook.onAny((_event, { endpoint }) => { got.push(endpoint) })
   const body = sign(thin('batch.failed')).body.toString()
-  const forms = { '/a b': ['/a b?t=1', '/a%20b'], '/f-:id(^\\d+$)/x': ['/f-12/x'], '/lit::x/:y.json': ['/lit:x/5.json'], '/all/*': ['/all/a/b'], '/:a-:b/(c)': ['/1-2/(c)'], '/100%': ['/100%'] }
+  const forms = { '/o/:it?': ['/o', '/o/x'], '/p/:it/end': ['/p/a%2Fb/end'], '/a b': ['/a b?t=1', '/a%20b'], '/f-:id(^\\d+$)/x': ['/f-12/x'], '/lit::x/:y.json': ['/lit:x/5.json'], '/all/*': ['/all/a/b'], '/:a-:b/(c)': ['/1-2/(c)'], '/100%': ['/100%'] }
   for (const url of Object.keys(forms)) app.openaiWebhook.route({ url, secret: SECRET })
   for (const [endpoint, urls] of Object.entries(forms)) {
     for (const url of urls) t.equal((await act(app, 'deliver', { endpoint, url, body })).statusCode, 200, url)
