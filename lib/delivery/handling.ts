@@ -83,6 +83,8 @@ export class Handling {
     if (failures.length > 0) return this.#settle(work, claim, this.#failed(work, failures))
     const ownHandler = work.sender?.ownHandler
     if (ownHandler === undefined) return this.#settle(work, claim)
+    // The event handlers have outlasted `closeTimeout`.
+    if (this.signal.aborted) return this.#settle(work, claim, new Overloaded())
     return new Promise<void>((resolve, reject) => {
       ownHandler((succeeded, error) => {
         // The answer waits until the result is recorded. A failure goes to `reject`, which fails the delivery, and not to the answer.

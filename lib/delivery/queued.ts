@@ -1,4 +1,4 @@
-import { InProgress, MissingRoute } from '../errors.ts'
+import { InProgress, MissingRoute, Overloaded } from '../errors.ts'
 import { shortestRetention } from '../inbox/inbox.ts'
 import type { Failures } from '../failures.ts'
 import { union } from '../pipeline/deduplicate.ts'
@@ -103,7 +103,8 @@ export class Queued implements RunnerHost {
   /**
    * Calls `use` with the claim once no other caller holds it. Does not call `use` if the job has been processed.
    *
-   * @throws FST_OPENAI_WEBHOOK_IN_PROGRESS if another caller still holds the claim after the last wait
+   * @throws FST_OPENAI_WEBHOOK_IN_PROGRESS if another caller still holds the claim after the last wait, FST_OPENAI_WEBHOOK_OVERLOADED if
+   * `closeTimeout` is over
    */
   async #whenFree (job: Job, attempt: number | undefined, use: (work: Work, claim: Held) => Promise<void>): Promise<void> {
     const key = keyOf(job)
@@ -111,6 +112,8 @@ export class Queued implements RunnerHost {
     for (let wait = FIRST_WAIT; this.works.queued.has(key) || !await this.#claim(key, job, attempt, use); wait *= 2) {
       if (wait > LONGEST_WAIT) throw new InProgress()
       await new Promise(resolve => setTimeout(resolve, wait))
+      // The app has closed what the store needs.
+      if (this.handling.signal.aborted) throw new Overloaded()
     }
   }
 

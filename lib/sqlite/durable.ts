@@ -275,7 +275,10 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
       await host.process(job, attempt.count, succeeded)
     } catch (error) {
       makeRoom()
-      return await failed(job, attempt, error)
+      // `closeTimeout` was over before the handlers could start.
+      if (error instanceof Overloaded) await record(job, () => jobs.giveBack(attempt), false)
+      else await failed(job, attempt, error)
+      return
     }
     await succeeded()
   }

@@ -202,6 +202,28 @@ t.test('a delivery whose store answers once closeTimeout is over is not started'
   }
 })
 
+t.test('a delivery that waits for a claim of others when closeTimeout is over asks the store no more', async t => {
+  const memory = memoryStore()
+  let begins = 0
+  const asked = deferred()
+  const store: IdempotencyStore = {
+    ...memory,
+    begin (key, lease) {
+      if (++begins === 1) return memory.begin(key, lease)
+      asked.resolve()
+      return { state: 'running' }
+    }
+  }
+  const app = await build(t, { runner: background(), closeTimeout: 1, idempotency: { store } })
+  const over = deferred<number>()
+  app.openaiWebhook.on('batch.failed', () => {}).onDead(({ attempts }) => { over.resolve(attempts) })
+  t.equal((await post(app, sign(thin('batch.failed')))).statusCode, 200)
+  await asked.promise
+  await app.close()
+  t.equal(await over.promise, 0)
+  t.equal(begins, 2)
+})
+
 t.test('a runner that cannot close is reported, and the app closes', async t => {
   const log = capturedLog()
   const app = await build(t, { runner: { ...inline(), close: async () => { throw new Error('the queue is gone') } } }, { logger: log.logger })

@@ -61,7 +61,7 @@ t.test('a connection that is kept alive does not keep a closing app open', async
   for (const [name, { url, ends, status }] of Object.entries({
     'a handler that never ends': { url: '/webhooks/openai', ends: false, status: 503 },
     'a handler that ends after closeTimeout': { url: '/webhooks/openai', ends: true, status: 200 },
-    'a route\'s own handler that ends after closeTimeout': { url: '/own', ends: true, status: 200 }
+    'a route\'s own handler that would start after closeTimeout': { url: '/own', ends: true, status: 503 }
   })) {
     const app = await build(t, { deadline: ends ? 4_500 : 100, closeTimeout: 10, path: '/webhooks/openai' })
     const started = deferred()
@@ -70,7 +70,8 @@ t.test('a connection that is kept alive does not keep a closing app open', async
       await new Promise<void>(resolve => { if (ends) signal.addEventListener('abort', () => setTimeout(resolve, 20)) })
     }
     app.openaiWebhook.on('batch.failed', handler)
-    app.openaiWebhook.route({ url: '/own', handler: async () => ({ mine: true }) })
+    let isOwnStarted = false
+    app.openaiWebhook.route({ url: '/own', handler: async () => { isOwnStarted = true } })
     await listen(app)
     const delivery = sign(thin('batch.failed'))
     const { socket, received } = await dial(app)
@@ -81,6 +82,7 @@ t.test('a connection that is kept alive does not keep a closing app open', async
     const answer = await received
     t.equal(statusOf(answer), status, name)
     t.match(answer, /\r\nconnection: close\r\n/i, name)
+    t.notOk(isOwnStarted, 'the app has closed what it uses')
   }
 })
 

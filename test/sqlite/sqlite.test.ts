@@ -6,9 +6,10 @@ import { setImmediate as turn } from 'node:timers/promises'
 import t from 'tap'
 import type { Test } from 'tap'
 import type { DeadDelivery, Claim, IdempotencyStore, Job, OpenAIWebhookOptions, RunnerHost } from '../../lib/index.ts'
+import { memoryStore } from '../../lib/index.ts'
 import { durable, sqliteStore } from '../../lib/sqlite/index.ts'
 import type { DurableOptions, DurableRunner, SqliteDatabase, SqliteStatement } from '../../lib/sqlite/index.ts'
-import { build, stoppedClock } from '../support/deliveries.ts'
+import { build, stoppedClock, thin } from '../support/deliveries.ts'
 import { IN_PROGRESS, Member, UNAVAILABLE, answer, batchFailed, effectsIn, until } from '../support/faults.ts'
 import { deferred, listen, messageOf, redelivered } from '../support/observe.ts'
 import { closeSqlite, openSqlite } from '../support/sqlite.mjs'
@@ -1097,4 +1098,31 @@ t.test('durable and app.close()', async t => {
     t.same(ran, ['wh_1'])
     t.same(rows(db).map(({ state }) => state), ['done', 'pending'])
   })
+})
+
+t.test('an attempt whose store answers once closeTimeout is over is given back, and costs none', async t => {
+  for (const attempts of [1, 2]) {
+    const db = open(t, join(t.testdir(), `${attempts}.db`))
+    const asked = deferred()
+    const granted = deferred()
+    const memory = memoryStore()
+    const store: IdempotencyStore = {
+      ...memory,
+      async begin (key, lease) {
+        asked.resolve()
+        await granted.promise
+        return await memory.begin(key, lease)
+      }
+    }
+    const runner = durable(db, { attempts, backoff: 1 })
+    const left: Job = { webhookId: 'wh_1', timestamp: 1, endpoint: ENDPOINT, event: thin('batch.failed') }
+    db.prepare('INSERT INTO openai_webhook_jobs (key, job, due) VALUES (?, ?, 0)').run('left', JSON.stringify(left))
+    const { app, ran } = await receiver(t, { runner, closeTimeout: 20, idempotency: { store } })
+    await asked.promise
+    await app.close()
+    granted.resolve()
+    while (rows(db)[0]!.attempts > 0) await turn()
+    t.match(rows(db), [{ state: 'pending', attempts: 0 }])
+    t.same(ran, [])
+  }
 })
