@@ -30,6 +30,11 @@ export function recordAnswer (request: FastifyRequest, reply: FastifyReply, payl
   recorded.then(send, done)
 }
 
+/** For the onError hook of a route with an own handler: notes why its answer is an error. */
+export function noteError (request: FastifyRequest, error: unknown): void {
+  (request as Started)[STARTED]?.note(error)
+}
+
 /**
  * One run of a route's own handler, which sends the answer. If the handler returns nothing and has not replied, the delivery is acknowledged.
  * The result is recorded once: how the handler answered or, after the deadline, how it ended.
@@ -49,8 +54,8 @@ export class OwnHandler {
    * settled.
    */
   #call: 'begins' | 'runs' | 'returned' | 'threw' = 'begins'
-  /** The error that the handler threw instead of answering. */
-  #thrown: unknown
+  /** The error that the handler threw, sent or returned. Fastify logs that of a stream that fails half way. */
+  #error: unknown
   /** The status code of the answer, if it is not that of the deadline or of Fastify's `handlerTimeout`. */
   statusCode: number | undefined
   /** Whether the plugin or Fastify is sending the error of the deadline or of `handlerTimeout`. */
@@ -125,6 +130,11 @@ export class OwnHandler {
     }
   }
 
+  /** Notes an error that is about to be answered, unless the answer is the deadline's. */
+  note (error: unknown): void {
+    if (this.#standing.state.at !== 'late') this.#error ??= error
+  }
+
   /**
    * Called before an answer is sent, whether by the own handler or by others.
    *
@@ -157,7 +167,7 @@ export class OwnHandler {
     })
   }
 
-  #settle (succeeded: boolean, error = this.#thrown): MaybePromise<void> {
+  #settle (succeeded: boolean, error = this.#error): MaybePromise<void> {
     this.#standing.move({ at: 'recorded' })
     return this.#record(succeeded, error)
   }
@@ -306,7 +316,7 @@ export class OwnHandler {
     if (at === 'late') {
       this.#settle(false, error)
     } else if (at === 'open' && !this.#reply.sent) {
-      this.#thrown = error
+      this.#error = error
       markHandling(this.#request, false)
       const shown = isMeant(error) ? error : new HandlerFailed({ cause: new AggregateError([error], 'the route\'s handler failed') })
       markRefused(shown, this.#request, this.#reply)

@@ -1,7 +1,7 @@
 import fastify from 'fastify'
 import type { FastifyContextConfig, FastifyInstance, FastifyReply, FastifyRequest, RequestPayload, RouteOptions } from 'fastify'
 import { inContext } from '../async-context.ts'
-import { recordAnswer } from '../delivery/own-handler.ts'
+import { noteError, recordAnswer } from '../delivery/own-handler.ts'
 import { InvalidRoute } from '../errors.ts'
 import { assertOverrides } from '../options.ts'
 import { closeConnection } from '../pipeline/acknowledge.ts'
@@ -44,6 +44,7 @@ export function protectMarked (routes: Routes, scope: FastifyInstance, route: Ro
   route.errorHandler = refuseErrors(route.errorHandler as RouteErrorHandler | undefined)
   route.onError = [...[route.onError ?? []].flat(), (request, reply, error, done) => {
     authentication.tellOfOthers(error, endpoint, request)
+    noteError(request, error)
     markRefused(error, request, reply)
     boundRefused(request, reply, error, body)
     done()

@@ -1,5 +1,5 @@
 import type { FastifyContextConfig, FastifyInstance, RegisterOptions, RouteHandlerMethod, RouteOptions } from 'fastify'
-import { recordAnswer } from '../delivery/own-handler.ts'
+import { noteError, recordAnswer } from '../delivery/own-handler.ts'
 import { InvalidOptions } from '../errors.ts'
 import { boundRefused, captureBody } from '../pipeline/capture.ts'
 import type { WebhookRouteOptions } from '../options.ts'
@@ -30,7 +30,8 @@ export function ownRoute (
     captureBody(child, body)
     shareDecorators(child)
     child.decorate(OWN, true)
-    const name = child.prefix + url
+    // As Fastify joins them.
+    const name = child.prefix.replace(/\/$/, '') + url
     const endpoint = endpoints.add(name, verification, [registry.app, list], verifications.tenantsOf(name, overrides.tenant, verification))
     const admit = authentication.admit(endpoint)
     // Loaded only if it can be used: @fastify/swagger documents only the routes that are declared after it.
@@ -58,6 +59,7 @@ export function ownRoute (
       },
       onError: (request, reply, error, done) => {
         authentication.tellOfOthers(error, endpoint, request)
+        noteError(request, error)
         markRefused(error, request, reply)
         boundRefused(request, reply, error, body)
         done()

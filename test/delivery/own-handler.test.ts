@@ -1,3 +1,4 @@
+import { Readable } from 'node:stream'
 import type { FastifyInstance, FastifyReply, FastifyRequest, RouteHandlerMethod } from 'fastify'
 import t from 'tap'
 import { channels } from '../../lib/index.ts'
@@ -709,4 +710,23 @@ t.test('an event handler\'s success is on record before the route\'s own handler
   app.post('/own', { config: { openaiWebhook: { on: { 'batch.failed': () => { recording.resolve() } } } } }, async () => { calls.push('own handler') })
   t.equal(await answer(app), RECEIVED)
   t.same(calls, ['begin', 'checkpoint route#0', 'own handler', 'complete'])
+})
+
+t.test('how a route\'s own handler has failed is told, however it says so', async t => {
+  const ways: Record<string, RouteHandlerMethod> = {
+    throws: async () => { throw new Error('disk full') },
+    'sends the error': async (_request, reply) => reply.send(new Error('disk full')),
+    'returns the error': async () => new Error('disk full'),
+    'sends a stream that fails at once': async (_request, reply) => reply.send(new Readable({ read () { this.destroy(new Error('disk full')) } }))
+  }
+  for (const [name, handler] of Object.entries(ways)) {
+    const log = capturedLog()
+    const app = await build(t, {}, { logger: log.logger, forceCloseConnections: true })
+    const told = deferred<Error>()
+    app.openaiWebhook.onError(error => { told.resolve(error) })
+    app.post('/own', { config: { openaiWebhook: {} }, errorHandler: (_error, _request, reply) => { reply.code(500).send('no') } }, handler)
+    await send(await listen(app), sign(thin('batch.failed')), '/own')
+    t.match(await told.promise, { code: 'FST_OPENAI_WEBHOOK_HANDLER_FAILED', cause: { errors: [{ message: 'disk full' }] } }, name)
+    t.ok(log.errors().some(({ err }) => /disk full/.test(JSON.stringify(err))), name)
+  }
 })

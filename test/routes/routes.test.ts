@@ -69,6 +69,15 @@ t.test('.route()', async t => {
     t.same(seen, ['app'])
   })
 
+  t.test('is named as Fastify names it, under a prefix that ends with a slash too', async t => {
+    const app = await build(t, { path: false })
+    const named: string[] = []
+    app.openaiWebhook.onAny((_event, { endpoint, request }) => { named.push(endpoint, String(request!.routeOptions.url)) })
+    for (const prefix of ['/api/', '/']) await app.register(async child => { child.openaiWebhook.route({ url: '/hook' }) }, { prefix })
+    for (const url of ['/api/hook', '/hook']) t.equal(await answer(app, url), `200 ${RECEIVED}`)
+    t.same(named, ['/api/hook', '/api/hook', '/hook', '/hook'])
+  })
+
   t.test('an onUnhandled handler counts what the route handles', async t => {
     const app = await build(t)
     const seen: string[] = []
