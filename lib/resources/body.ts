@@ -45,7 +45,8 @@ export async function * bytesOf (options: BytesOptions): AsyncGenerator<Uint8Arr
   const { headers } = answer
   const resumable = isIdentity(headers) && headers.get('accept-ranges') !== 'none'
   const etag = headers.get('etag')
-  const total = isIdentity(headers) ? lengthOf(headers.get('content-length')) : undefined
+  /** The length of the file, once a server has said it. */
+  let total = isIdentity(headers) ? lengthOf(headers.get('content-length')) : undefined
   let received = 0
   let reader = readerOf(answer)
   try {
@@ -61,7 +62,7 @@ export async function * bytesOf (options: BytesOptions): AsyncGenerator<Uint8Arr
         isWhole = true
       } else {
         if (!resumable || fruitless++ === FRUITLESS) {
-          throw new BatchBroken(file, received, { cause: read.cause ?? new Error(`the body ended before the ${total} bytes that its content-length says`) })
+          throw new BatchBroken(file, received, { cause: read.cause ?? new Error(`the body ended before the ${total} bytes of the file`) })
         }
         end(reader)
         reader = await resume(received)
@@ -86,6 +87,8 @@ export async function * bytesOf (options: BytesOptions): AsyncGenerator<Uint8Arr
     }
     const resumed = withBody(given, from)
     const fault = faultOf(resumed, from)
+    // A server may answer with less than was asked for, so the end of this body need not be the end of the file.
+    total ??= rangeOf(resumed.headers).whole
     if (fault === undefined) return readerOf(resumed)
     end(readerOf(resumed))
     throw new BatchBroken(file, from, { cause: new Error(`asked for the rest, the server answered ${fault}`) })
@@ -93,8 +96,9 @@ export async function * bytesOf (options: BytesOptions): AsyncGenerator<Uint8Arr
 
   /** Why an answer does not hold the rest of the same file. Status 200 would carry the whole file, or another file. */
   function faultOf ({ status, headers }: FileAnswer, from: number): string | undefined {
-    const range = headers.get('content-range')
-    if (status !== 206 || !isRangeFrom(range, from, total)) return `${status} with the content-range ${range ?? '(none)'}`
+    const { start, whole } = rangeOf(headers)
+    const isOfTotal = total === undefined || whole === undefined || whole === total
+    if (status !== 206 || start !== from || !isOfTotal) return `${status} with the content-range ${headers.get('content-range') ?? '(none)'}`
     if (!isIdentity(headers)) return `with the content-encoding ${headers.get('content-encoding')!}`
     const now = headers.get('etag')
     // A server may ignore If-Range, and a weak ETag cannot be sent in it.
@@ -155,7 +159,8 @@ function lengthOf (header: string | null): number | undefined {
   return header !== null && /^\d+$/.test(header) ? Number(header) : undefined
 }
 
-function isRangeFrom (header: string | null, from: number, total: number | undefined): boolean {
-  const [, start, , whole] = /^bytes (\d+)-(\d+)\/(\d+|\*)$/.exec(header ?? '') ?? []
-  return Number(start) === from && (total === undefined || whole === '*' || Number(whole) === total)
+/** What a content-range says (RFC 9110, section 14.4): where the part begins, and the length of the whole file, which may be unknown. */
+function rangeOf (headers: FileAnswer['headers']): { start: number | undefined, whole: number | undefined } {
+  const [, start = '', whole = ''] = /^bytes (\d+)-\d+\/(\d+|\*)$/.exec(headers.get('content-range') ?? '') ?? []
+  return { start: lengthOf(start), whole: lengthOf(whole) }
 }
