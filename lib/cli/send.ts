@@ -1,4 +1,4 @@
-import { once, setMaxListeners } from 'node:events'
+import { setMaxListeners } from 'node:events'
 import * as http from 'node:http'
 import type { IncomingHttpHeaders, IncomingMessage } from 'node:http'
 import * as https from 'node:https'
@@ -75,10 +75,10 @@ export class Sender {
     }, this.#timeout)
     request.once('close', () => clearTimeout(timer))
     try {
-      const [response] = await once(request.end(body), 'response') as [IncomingMessage]
+      const response = await responseTo(request, body)
       answered = true
       const { statusCode: status, headers } = response
-      const answer = await readAnswer(response)
+      const answer = status === SWITCHING ? Buffer.alloc(0) : await readAnswer(response)
       return { status, ...meaningOf(answer?.toString() ?? ''), ms: performance.now() - started, headers, body: answer }
     } catch (error) {
       const code = timedOut ? 'TIMEOUT' : String((error as NodeJS.ErrnoException).code)
@@ -116,6 +116,20 @@ const explanations: Readonly<Record<string, string>> = {
   EAI_AGAIN: 'its name cannot be resolved now',
   EPROTO: 'it does not speak https',
   ERR_SSL_WRONG_VERSION_NUMBER: 'it does not speak https'
+}
+
+/** A receiver that answers with this status has given up HTTP. Node emits neither 'response' nor 'error' then. */
+const SWITCHING = 101
+
+async function responseTo (request: http.ClientRequest, body: Buffer): Promise<IncomingMessage> {
+  return await new Promise((resolve, reject) => {
+    request.once('response', resolve).once('error', reject)
+    request.once('upgrade', (response, socket) => {
+      socket.destroy()
+      resolve(response)
+    })
+    request.end(body)
+  })
 }
 
 /** Returns `undefined` for a body that is longer than ANSWER_LIMIT. */

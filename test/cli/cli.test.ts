@@ -360,6 +360,8 @@ t.test('trigger goes on past a receiver that breaks off, is silent or does not s
   }
   const { out } = await run(t, ['trigger', 'video.failed', '--json', '--url', receivers[0]![0]])
   t.match(jsonLines(out), [{ status: null, code: 'ECONNRESET' }, { summary: { p50: null, p99: null } }])
+  const switches = await breaks(socket => socket.write('HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n'))
+  t.match(await run(t, ['trigger', 'video.failed', '--url', switches]), { code: 1, out: /^video\.failed {2}101 /, err: '' })
 })
 
 t.test('trigger delivers over a new connection when the receiver has closed the one that was open', async t => {
