@@ -165,8 +165,20 @@ export function keysOf (secrets: unknown, keyBytes: KeyBytes, warn: (message: st
   }
   return list.map((secret: unknown) => {
     assertSecret(secret)
-    return createSecretKey(keyBytes?.(secret) ?? secretBytes(secret, warn))
+    return createSecretKey(keyBytes === undefined ? secretBytes(secret, warn) : bytesBy(keyBytes, secret))
   })
+}
+
+/** What a user's verifier makes of a secret. */
+function bytesBy (keyBytes: NonNullable<KeyBytes>, secret: string): Uint8Array {
+  let bytes: unknown
+  try {
+    bytes = keyBytes(secret)
+  } catch (cause) {
+    throw new InvalidSecret('the verifier\'s keyBytes failed: expected it to return the bytes of the key', { cause })
+  }
+  if (!(bytes instanceof Uint8Array)) throw new InvalidSecret(`expected the verifier's keyBytes to return the bytes of the key, got ${describe(bytes)}`)
+  return bytes
 }
 
 function describe (value: unknown): string {

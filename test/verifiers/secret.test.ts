@@ -6,7 +6,7 @@ import t from 'tap'
 import type { Test } from 'tap'
 import { Webhook } from 'standardwebhooks'
 import openaiWebhook, { standardWebhooks, xOpenAISignature } from '../../lib/index.ts'
-import type { OpenAIWebhookOptions, Secret } from '../../lib/index.ts'
+import type { OpenAIWebhookOptions, Secret, Verifier } from '../../lib/index.ts'
 import { post, SECRET, sign, stoppedClock, thin } from '../support/deliveries.ts'
 import type { Signed } from '../support/deliveries.ts'
 
@@ -67,6 +67,18 @@ async function statuses (app: FastifyInstance, deliveries: Signed[], url = URL):
   const answers = await Promise.all(deliveries.map(delivery => post(app, delivery, url)))
   return answers.map(({ statusCode }) => statusCode)
 }
+
+t.test('what a verifier of the user\'s own makes of a secret is bytes', async t => {
+  const cases: Array<[keyBytes: () => unknown, message: RegExp]> = [
+    [() => { throw new Error('no vault') }, /keyBytes failed/],
+    [async () => Buffer.from('late'), /keyBytes to return the bytes of the key, got a value of type object/],
+    [() => 'text', /got a value of type string/]
+  ]
+  for (const [keyBytes, message] of cases) {
+    const verifier = Object.assign(() => ({ webhookId: 'wh_1', timestamp: 1 }), { keyBytes }) as unknown as Verifier
+    await t.rejects(register(t, { secret: SECRET, verifier }), { code: 'FST_OPENAI_WEBHOOK_INVALID_SECRET', message })
+  }
+})
 
 t.test('every form of the secret', async t => {
   const forms: Record<string, { secret: Secret, accepts: Signed[], refuses: Signed[] }> = {
