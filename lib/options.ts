@@ -337,7 +337,7 @@ function assertOptionsBy (rules: Record<string, Rule>, options: unknown, at = ''
 }
 
 function assertSchema (type: string, schema: AnySchema): void {
-  if (type === '' || type.includes('*')) throw new InvalidOptions(`expected the names in events to be event types, got "${type}": a schema is for one type, such as "batch.failed"`)
+  if (type === '' || type === '*' || type.endsWith('.*')) throw new InvalidOptions(`expected the names in events to be event types, got "${type}": a schema is for one type, such as "batch.failed"`)
   if (kindOf(schema) === undefined) {
     throw new InvalidOptions(`expected events["${type}"] to be a schema of TypeBox 0.34 or 1.x, or with Standard Schema (Zod, Valibot, ArkType), got ${showSchema(schema)}`)
   }

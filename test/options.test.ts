@@ -65,6 +65,7 @@ t.test('wrong values are refused: what was expected, what came', async t => {
     [{ verifier: Object.assign(() => {}, { checkHeaders: null }) }, 'verifier: expected checkHeaders to be a function, got null'],
     [{ verifier: Object.assign(() => {}, { keyBytes: 5 }) }, 'verifier: expected keyBytes to be a function, got 5'],
     [{ events: { 'batch.*': event('batch.*') } }, 'expected the names in events to be event types, got "batch.*": a schema is for one type, such as "batch.failed"'],
+    [{ events: { '*': event('*') } }, 'expected the names in events to be event types, got "*": a schema is for one type, such as "batch.failed"'],
     [{ events: { '': event('') } }, 'expected the names in events to be event types, got "": a schema is for one type, such as "batch.failed"'],
     [{ verifier: {} }, 'expected verifier to be a function such as standardWebhooks() returns, got a value of type object'],
     [{ idempotency: true }, 'expected idempotency to be false or an object { store, lease, retention, reconcile }, got true'],

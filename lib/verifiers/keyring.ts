@@ -1,5 +1,6 @@
 import { createSecretKey } from 'node:crypto'
 import type { KeyObject } from 'node:crypto'
+import { isUint8Array } from 'node:util/types'
 import { InvalidSecret } from '../errors.ts'
 import { within } from '../within.ts'
 
@@ -177,7 +178,7 @@ function bytesBy (keyBytes: NonNullable<KeyBytes>, secret: string): Uint8Array {
   } catch (cause) {
     throw new InvalidSecret('the verifier\'s keyBytes failed: expected it to return the bytes of the key', { cause })
   }
-  if (!(bytes instanceof Uint8Array)) throw new InvalidSecret(`expected the verifier's keyBytes to return the bytes of the key, got ${describe(bytes)}`)
+  if (!isUint8Array(bytes)) throw new InvalidSecret(`expected the verifier's keyBytes to return the bytes of the key, got ${describe(bytes)}`)
   return bytes
 }
 
