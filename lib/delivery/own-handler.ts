@@ -130,9 +130,9 @@ export class OwnHandler {
     }
   }
 
-  /** Notes an error that is about to be answered, unless the answer is the deadline's. */
+  /** Notes an error that is about to be answered, unless it is that of the deadline or of Fastify's `handlerTimeout`. */
   note (error: unknown): void {
-    if (this.#standing.state.at !== 'late') this.#error ??= error
+    if (this.#standing.state.at !== 'late' && codeOf(error) !== 'FST_ERR_HANDLER_TIMEOUT') this.#error ??= error
   }
 
   /**

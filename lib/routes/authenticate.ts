@@ -103,10 +103,13 @@ export class Authentication {
     })
   }
 
-  /** Logs, publishes and reports the refusal of a request whose event is not known. */
+  /**
+   * Logs, publishes and reports the refusal of a request whose event is not known. Does nothing if the request has been refused already, such as by
+   * Fastify's `handlerTimeout`.
+   */
   tell (error: Error, { name }: Endpoint, request: FastifyRequest, { tenant, webhookId }: Known = {}): void {
     this.#told.add(error)
-    this.failures.refused(error, { endpoint: name, tenant, webhookId }, request)
+    if (!isMarked(request)) this.failures.refused(error, { endpoint: name, tenant, webhookId }, request)
   }
 
   /**

@@ -55,6 +55,22 @@ function errorsOf (app: FastifyInstance): string[] {
 /** A turn of the event loop, after which a secret that was asked for in the background is there. */
 const turn = async (): Promise<void> => await new Promise(resolve => { setImmediate(resolve) })
 
+t.test('what handlerTimeout has refused is not told once more when the secret comes', async t => {
+  const asked = deferred()
+  const secret = deferred<string>()
+  const app = await build(t, { path: false }, { handlerTimeout: 20 })
+  const told: unknown[] = []
+  app.openaiWebhook.onError(error => { told.push((error as { code?: string }).code) })
+  app.openaiWebhook.route({ url: '/hooks/:tenant', tenant: { of: request => (request.params as { tenant: string }).tenant, secret: async () => { asked.resolve(); return await secret.promise } } })
+  const { headers, body } = sign(thin('batch.failed'))
+  const answer = app.inject({ method: 'POST', url: '/hooks/acme', headers, payload: body })
+  await asked.promise
+  t.equal((await answer).statusCode, 503)
+  secret.resolve(`whsec_${Buffer.alloc(32, 7).toString('base64')}`)
+  for (let n = 0; n < 5; n++) await new Promise(resolve => setImmediate(resolve))
+  t.same(told, ['FST_ERR_HANDLER_TIMEOUT'])
+})
+
 t.test('a route whose URL has a space shares no key with a tenant of another route', async t => {
   for (const reconcile of [false, true]) {
     const app = await build(t, { idempotency: { reconcile } })
