@@ -7,7 +7,7 @@ import { readBytes, readSecret, secretHelp, secretOptions } from './secret.ts'
 import { paint } from './table.ts'
 import { diagnose as diagnoseDelivery } from '../diagnose.ts'
 import type { Diagnosis } from '../diagnose.ts'
-import { MS } from '../diagnose/headers.ts'
+import { LEAST_MS } from '../diagnose/headers.ts'
 
 const help = `Usage: openai-webhook diagnose FILE [options]
        openai-webhook diagnose --headers FILE --body FILE [options]
@@ -82,7 +82,7 @@ function sourceOf (args: Arguments): Source {
 function givenTime (args: Arguments): { ms: number, from: string } | undefined {
   const seconds = count(args, 'now', undefined, 0)
   if (seconds === undefined) return undefined
-  if (seconds >= MS) throw usageError(`--now: expected seconds since the Unix epoch, got ${seconds}, which would be milliseconds`)
+  if (seconds >= LEAST_MS) throw usageError(`--now: expected seconds since the Unix epoch, got ${seconds}, which would be milliseconds`)
   return { ms: seconds * 1000, from: 'as --now says' }
 }
 

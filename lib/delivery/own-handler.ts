@@ -30,7 +30,7 @@ export function recordAnswer (request: FastifyRequest, reply: FastifyReply, payl
   recorded.then(send, done)
 }
 
-/** For the onError hook of a route with an own handler: notes why its answer is an error. */
+/** For onError hooks: notes why the answer of the route's own handler, if it has been started, is an error. */
 export function noteError (request: FastifyRequest, error: unknown): void {
   (request as Started)[STARTED]?.note(error)
 }

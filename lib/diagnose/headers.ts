@@ -107,15 +107,15 @@ function untangled (value: string, name: string): Change[] {
   return changes.slice(0, 6)
 }
 
-/** A larger number must be milliseconds: as seconds it would be after the year 5138. */
-export const MS = 1e11
+/** From this number on a timestamp must be milliseconds: as seconds it would be after the year 5138. */
+export const LEAST_MS = 1e11
 
 function * times (value: string): Generator<readonly [text: string, seconds: number, ...causes: Found[]]> {
   const changes = untangled(value, 'webhook-timestamp')
   for (const [text, ...causes] of changes) {
     const given = Number(text)
     if (/^\d+$/.test(text)) {
-      if (given < MS) {
+      if (given < LEAST_MS) {
         yield [text, given, ...causes]
         yield [`${text}000`, given, ...causes, found('timestamp-milliseconds', 'milliseconds were signed, seconds arrived')]
       } else {
@@ -124,7 +124,7 @@ function * times (value: string): Generator<readonly [text: string, seconds: num
       }
       continue
     }
-    const seconds = text === '' || Number.isNaN(given) ? Date.parse(text) / 1000 : given < MS ? given : given / 1000
+    const seconds = text === '' || Number.isNaN(given) ? Date.parse(text) / 1000 : given < LEAST_MS ? given : given / 1000
     yield [text, seconds, ...causes, found('timestamp-format')]
     // A value that was untangled gets no such candidate. Its parts are tried instead.
     if (!Number.isNaN(seconds) && changes.length === 1) yield [String(Math.floor(seconds)), seconds, ...causes, found('timestamp-format')]
@@ -143,7 +143,7 @@ function idFacts (id: string): Found[] {
 }
 
 function timestampFacts (timestamp: string): Found[] {
-  if (/^\d+$/.test(timestamp)) return Number(timestamp) < MS ? [] : [found('timestamp-milliseconds', 'or a smaller unit')]
+  if (/^\d+$/.test(timestamp)) return Number(timestamp) < LEAST_MS ? [] : [found('timestamp-milliseconds', 'or a smaller unit')]
   const untangle = untangled(timestamp, 'webhook-timestamp').flatMap(([text, ...causes]) => /^\d+$/.test(text) ? causes : [])
   return [...untangle, found('timestamp-format')]
 }

@@ -38,8 +38,8 @@ export function markHandling (request: FastifyRequest, ownHandler: boolean): voi
   (request as Answerable)[PROGRESS] = ownHandler ? 'replying' : 'handling'
 }
 
-/** Whether the plugin has marked how the request is answered. Until then Fastify, another plugin or a hook of the app may refuse it. */
-export function isMarked (request: FastifyRequest): boolean {
+/** Whether the delivery has been verified and given to the plugin's handler, or refused. Until then Fastify, another plugin or a hook of the app may refuse it. */
+export function hasProgress (request: FastifyRequest): boolean {
   return (request as Answerable)[PROGRESS] !== undefined
 }
 

@@ -5,7 +5,7 @@ import { InvalidSignature, Overloaded, Unavailable, UnknownTenant } from '../err
 import type { Failures } from '../failures.ts'
 import type { Refused } from '../log.ts'
 import { retryLater } from '../pipeline/acknowledge.ts'
-import { isMarked } from '../pipeline/answer.ts'
+import { hasProgress } from '../pipeline/answer.ts'
 import { validate } from '../pipeline/validate.ts'
 import type { Validators } from '../pipeline/validators.ts'
 import { headerFault, verify } from '../pipeline/verify.ts'
@@ -109,7 +109,7 @@ export class Authentication {
    */
   tell (error: Error, { name }: Endpoint, request: FastifyRequest, { tenant, webhookId }: Known = {}): void {
     this.#told.add(error)
-    if (!isMarked(request)) this.failures.refused(error, { endpoint: name, tenant, webhookId }, request)
+    if (!hasProgress(request)) this.failures.refused(error, { endpoint: name, tenant, webhookId }, request)
   }
 
   /**
@@ -117,7 +117,7 @@ export class Authentication {
    * such as a body that is too large or a rate limit. The plugin has told of its own refusals.
    */
   tellOfOthers (error: Error, { name }: Endpoint, request: FastifyRequest): void {
-    if (!this.#told.has(error) && !isMarked(request)) this.failures.refused(error, request.openaiWebhook ?? { endpoint: name }, request)
+    if (!this.#told.has(error) && !hasProgress(request)) this.failures.refused(error, request.openaiWebhook ?? { endpoint: name }, request)
   }
 
   #refuse (error: Error, endpoint: Endpoint, request: FastifyRequest, reply: FastifyReply, done: Done, known?: Known): void {

@@ -1,17 +1,17 @@
 import fastify from 'fastify'
 import type { FastifyContextConfig, FastifyInstance, FastifyReply, FastifyRequest, RequestPayload, RouteOptions } from 'fastify'
 import { inContext } from '../async-context.ts'
-import { noteError, recordAnswer } from '../delivery/own-handler.ts'
+import { recordAnswer } from '../delivery/own-handler.ts'
 import { InvalidRoute } from '../errors.ts'
 import { assertOverrides } from '../options.ts'
 import { closeConnection } from '../pipeline/acknowledge.ts'
-import { boundRefused, readPayload, replayPayload } from '../pipeline/capture.ts'
+import { readPayload, replayPayload } from '../pipeline/capture.ts'
 import type { BodyBounds } from '../pipeline/capture.ts'
-import { keepRefusal, markRefused, refuseErrors } from '../pipeline/answer.ts'
+import { keepRefusal, refuseErrors } from '../pipeline/answer.ts'
 import type { RouteErrorHandler } from '../pipeline/answer.ts'
 import type { Endpoint } from './endpoint.ts'
 import { PROTECTED, isProtected, unverified } from './guard.ts'
-import { deliver } from './routes.ts'
+import { deliver, refusing } from './routes.ts'
 import type { Routes } from './routes.ts'
 import { assertSpelling } from './watch.ts'
 
@@ -42,13 +42,7 @@ export function protectMarked (routes: Routes, scope: FastifyInstance, route: Ro
   if (route.preHandler !== undefined) route.preHandler = [assertVerified, route.preHandler].flat()
   route.onSend = [route.onSend ?? [], keepRefusal((request, statusCode) => failures.unprocessed(endpoint.name, request, statusCode)), recordAnswer].flat()
   route.errorHandler = refuseErrors(route.errorHandler as RouteErrorHandler | undefined)
-  route.onError = [...[route.onError ?? []].flat(), (request, reply, error, done) => {
-    authentication.tellOfOthers(error, endpoint, request)
-    noteError(request, error)
-    markRefused(error, request, reply)
-    boundRefused(request, reply, error, body)
-    done()
-  }]
+  route.onError = [route.onError ?? [], refusing(routes, endpoint, body)].flat()
   route.handler = deliver(routes, endpoint, dispatches ? undefined : route.handler, () => route.handler)
 }
 

@@ -1,13 +1,13 @@
 import type { FastifyContextConfig, FastifyInstance, RegisterOptions, RouteHandlerMethod, RouteOptions } from 'fastify'
-import { noteError, recordAnswer } from '../delivery/own-handler.ts'
+import { recordAnswer } from '../delivery/own-handler.ts'
 import { InvalidOptions } from '../errors.ts'
-import { boundRefused, captureBody } from '../pipeline/capture.ts'
+import { captureBody } from '../pipeline/capture.ts'
 import type { WebhookRouteOptions } from '../options.ts'
 import type { VerifiedRequest } from '../request.ts'
-import { keepRefusal, markRefused, refuseErrors } from '../pipeline/answer.ts'
+import { keepRefusal, refuseErrors } from '../pipeline/answer.ts'
 import { OWN, PROTECTED } from './guard.ts'
 import { declareRoute, shareDecorators } from './own-scope.ts'
-import { deliver } from './routes.ts'
+import { deliver, refusing } from './routes.ts'
 import type { Routes } from './routes.ts'
 
 /** Adds a receiving route in its own scope, so that body parsing does not change on any other route. */
@@ -57,13 +57,7 @@ export function ownRoute (
           done(error)
         })
       },
-      onError: (request, reply, error, done) => {
-        authentication.tellOfOthers(error, endpoint, request)
-        noteError(request, error)
-        markRefused(error, request, reply)
-        boundRefused(request, reply, error, body)
-        done()
-      },
+      onError: refusing(routes, endpoint, body),
       onSend: own === undefined ? keep : [keep, recordAnswer],
       errorHandler: refuseErrors(undefined),
       handler: deliver(routes, endpoint, own, () => declared!.handler)

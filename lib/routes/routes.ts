@@ -1,10 +1,13 @@
-import type { RouteHandlerMethod } from 'fastify'
+import type { RouteHandlerMethod, onErrorHookHandler } from 'fastify'
+import { noteError } from '../delivery/own-handler.ts'
 import { Reply } from '../delivery/reply.ts'
 import type { Receiver } from '../delivery/receive.ts'
 import type { AnySchema } from '../events/users.ts'
 import type { Failures } from '../failures.ts'
 import type { Observation } from '../observation.ts'
-import { markHandling } from '../pipeline/answer.ts'
+import { markHandling, markRefused } from '../pipeline/answer.ts'
+import { boundRefused } from '../pipeline/capture.ts'
+import type { BodyBounds } from '../pipeline/capture.ts'
 import type { Registry } from '../registry.ts'
 import type { VerifiedRequest } from '../request.ts'
 import type { Authentication } from './authenticate.ts'
@@ -48,4 +51,15 @@ export function deliver ({ receiver, deadline, failures }: Routes, { name }: End
     if (declared() !== handle) return answer.given()
   }
   return handle
+}
+
+/** Makes the onError hook of a receiving route, which runs after the app's. Whoever sends the answer, it is a refusal from now on. */
+export function refusing ({ authentication }: Routes, endpoint: Endpoint, body: BodyBounds): onErrorHookHandler {
+  return (request, reply, error, done) => {
+    authentication.tellOfOthers(error, endpoint, request)
+    noteError(request, error)
+    markRefused(error, request, reply)
+    boundRefused(request, reply, error, body)
+    done()
+  }
 }

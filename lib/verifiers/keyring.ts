@@ -170,7 +170,7 @@ export function keysOf (secrets: unknown, keyBytes: KeyBytes, warn: (message: st
   })
 }
 
-/** What a user's verifier makes of a secret. */
+/** What a verifier makes of a secret; a user's may make anything. @throws FST_OPENAI_WEBHOOK_INVALID_SECRET */
 function bytesBy (keyBytes: NonNullable<KeyBytes>, secret: string): Uint8Array {
   let bytes: unknown
   try {

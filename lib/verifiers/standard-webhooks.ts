@@ -67,8 +67,7 @@ function sign (rawBody: Buffer, { webhookId, timestamp }: Named, key: KeyObject)
  * limits its length.
  */
 function listHolds (list: string, expected: Buffer): boolean {
-  // Usually one. split() would take 0.2 µs to find that out.
-  for (const entry of list.includes(' ') ? list.split(' ') : [list]) {
+  for (const entry of list.split(' ')) {
     if (entry.length !== PREFIX.length + expected.length || !entry.startsWith(PREFIX)) continue
     const candidate = Buffer.from(entry.slice(PREFIX.length))
     // Text that is not ASCII has more bytes than characters, and timingSafeEqual() throws if the lengths differ.
