@@ -22,7 +22,12 @@ export async function drain (works: Works, claims: Claims, runner: Runner | unde
 
   await within(drained(), closeTimeout, async () => {
     abort.abort(new Error('the app is closing and closeTimeout is over'))
-    // Waits a turn, so that handlers that listen to the signal can end.
-    await new Promise(resolve => setImmediate(resolve))
+    // One turn for the handlers that listen to the signal, and another one for the commit of what they leave.
+    await nextTurn()
+    await nextTurn()
   })
+}
+
+async function nextTurn (): Promise<void> {
+  await new Promise(resolve => setImmediate(resolve))
 }

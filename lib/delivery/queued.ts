@@ -111,8 +111,8 @@ export class Queued implements RunnerHost {
     // Tries again, because the process that received the delivery releases its claim a moment after the runner has the job.
     for (let wait = FIRST_WAIT; this.works.queued.has(key) || !await this.#claim(key, job, attempt, use); wait *= 2) {
       if (wait > LONGEST_WAIT) throw new InProgress()
-      await new Promise(resolve => setTimeout(resolve, wait))
-      // The app has closed what the store needs.
+      await pause(wait, this.handling.signal)
+      // The app is about to close what the store needs.
       if (this.handling.signal.aborted) throw new Overloaded()
     }
   }
@@ -138,4 +138,18 @@ export class Queued implements RunnerHost {
       this.works.forget(this.works.queued, work)
     }
   }
+}
+
+/** Waits `ms`, or until the signal aborts. */
+async function pause (ms: number, signal: AbortSignal): Promise<void> {
+  if (signal.aborted) return
+  await new Promise<void>(resolve => {
+    const end = (): void => {
+      clearTimeout(timer)
+      signal.removeEventListener('abort', end)
+      resolve()
+    }
+    const timer = setTimeout(end, ms)
+    signal.addEventListener('abort', end)
+  })
 }

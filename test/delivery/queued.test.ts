@@ -41,6 +41,32 @@ t.test('a job whose claim another process keeps is given back after some seconds
   t.equal(runs(), 0)
 })
 
+t.test('a job whose claim another process keeps is given back at once when closeTimeout is over', async t => {
+  const asked = deferred()
+  const answered = deferred()
+  const { host, app, runs } = await hosted(t, {
+    ...memoryStore(),
+    async begin () {
+      asked.resolve()
+      await answered.promise
+      return { state: 'running' }
+    }
+  })
+  const refused = t.rejects(Promise.resolve(host.process(JOB)), { code: 'FST_OPENAI_WEBHOOK_OVERLOADED' })
+  await asked.promise
+  const clock = stoppedClock(t)
+  const closed = new AbortController()
+  app.close().then(() => { closed.abort() })
+  while (!closed.signal.aborted) {
+    await turn()
+    clock.advance(closeTimeout)
+  }
+  // From here on the clock stands still, so that no wait would end.
+  answered.resolve()
+  await refused
+  t.equal(runs(), 0)
+})
+
 t.test('a job of an endpoint that this process does not have', async t => {
   const foreign = (endpoint: string): Job => ({ ...JOB, endpoint, webhookId: `wh_${endpoint}` })
 

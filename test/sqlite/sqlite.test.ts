@@ -1126,3 +1126,27 @@ t.test('an attempt whose store answers once closeTimeout is over is given back, 
     t.same(ran, [])
   }
 })
+
+t.test('an attempt that waits for another process when closeTimeout is over is given back before the app is closed', async t => {
+  for (const attempts of [1, 2]) {
+    const file = join(t.testdir(), `${attempts}.db`)
+    const db = open(t, file)
+    const asked = deferred()
+    const store: IdempotencyStore = {
+      ...memoryStore(),
+      begin () {
+        asked.resolve()
+        return { state: 'running' }
+      }
+    }
+    const runner = durable(db, { attempts, backoff: 1 })
+    const left: Job = { webhookId: 'wh_1', timestamp: 1, endpoint: ENDPOINT, event: thin('batch.failed') }
+    db.prepare('INSERT INTO openai_webhook_jobs (key, job, due) VALUES (?, ?, 0)').run('left', JSON.stringify(left))
+    const { app, ran } = await receiver(t, { runner, closeTimeout: 1, idempotency: { store } })
+    await asked.promise
+    await app.close()
+    db.close()
+    t.match(rows(open(t, file)), [{ state: 'pending', attempts: 0 }])
+    t.same(ran, [])
+  }
+})
