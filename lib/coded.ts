@@ -1,3 +1,4 @@
+import type { FastifyErrorConstructor } from '@fastify/error'
 import { isPromise } from './maybe-promise.ts'
 
 /** The status with which Fastify's own error handler answers an error. */
@@ -9,6 +10,9 @@ export function statusOf (error: unknown): number {
 const isErrorStatus = (status: unknown): status is number => typeof status === 'number' && status >= 400 && status <= 599
 
 export const codeOf = (error: unknown): unknown => (error as { code?: unknown } | null | undefined)?.code
+
+/** The code of all errors of one class. */
+export const codeOfClass = (CodedError: FastifyErrorConstructor): string => new CodedError().code
 
 /** Whether an error is one of our coded errors, which are sent as they are. */
 export function isCoded (error: unknown): error is Error {

@@ -91,7 +91,7 @@ class Spans {
     const parent = contextOf(message.request)
     const active = trace.setSpan(parent, this.#tracer.startSpan(`send ${message.endpoint}`, {
       kind: SpanKind.PRODUCER,
-      attributes: { ...operation('send'), ...describe(message), ...bodySize(message.request) }
+      attributes: { ...operation('send'), ...attributesOf(message), ...bodySize(message.request) }
     }, parent))
     // Baggage may come from the request's headers, which are not signed, so it must not be written to a queue.
     harmless(() => { propagation.inject(propagation.deleteBaggage(active), message.carrier) })
@@ -111,7 +111,7 @@ class Spans {
       links: accepted === undefined ? [] : [{ context: accepted }],
       attributes: {
         ...operation('process'),
-        ...describe(message),
+        ...attributesOf(message),
         ...bodySize(request),
         ...(attempt !== undefined && { 'openai.webhook.attempt': attempt })
       }
@@ -122,7 +122,7 @@ class Spans {
     // Not the active context, because without a registered context manager there is none.
     const parent = this.#open.get(delivery) ?? context.active()
     return trace.setSpan(parent, this.#tracer.startSpan(`handler ${handler}`, {
-      attributes: { ...operation('process'), ...describe(delivery), 'openai.webhook.handler': handler }
+      attributes: { ...operation('process'), ...attributesOf(delivery), 'openai.webhook.handler': handler }
     }, parent))
   }
 }
@@ -135,7 +135,7 @@ function operation (name: 'send' | 'process'): Attributes {
 }
 
 /** Uses the attributes for messages. The conventions have none for webhooks, and their attributes for CloudEvents do not fit OpenAI's events. */
-function describe ({ endpoint, webhookId, event: { type, id } }: DeliveryInfo): Attributes {
+function attributesOf ({ endpoint, webhookId, event: { type, id } }: DeliveryInfo): Attributes {
   return {
     'messaging.destination.name': endpoint,
     'messaging.message.id': webhookId,

@@ -116,7 +116,7 @@ const actions: Readonly<Record<string, Action>> = {
       let count = 0
       for await (const endpoint of page) {
         count++
-        api.print(endpoint, describe(endpoint, api))
+        api.print(endpoint, paragraphOf(endpoint, api))
       }
       if (count === 0) api.terminal.err('the project of this API key has no webhook endpoints\n')
       return EXIT.ok
@@ -133,7 +133,7 @@ const actions: Readonly<Record<string, Action>> = {
       return async api => {
         const body = { name, url, event_types: await expand(names, api) }
         const endpoint = expected('webhook_endpoint', await api.webhooks.create(body, api.write))
-        api.print(endpoint, `${describe(endpoint, api)}
+        api.print(endpoint, `${paragraphOf(endpoint, api)}
 The signing secret is shown this once. Put it into the receiver's environment:
 
 OPENAI_WEBHOOK_SECRET=${endpoint.signing_secret}
@@ -158,7 +158,7 @@ OPENAI_WEBHOOK_SECRET=${endpoint.signing_secret}
           ...(names !== undefined && { event_types: await expand(names, api) })
         }
         const endpoint = expected('webhook_endpoint', await api.webhooks.update(id, body, api.write))
-        api.print(endpoint, describe(endpoint, api))
+        api.print(endpoint, paragraphOf(endpoint, api))
         return EXIT.ok
       }
     }
@@ -280,7 +280,7 @@ function expected<Answer extends { object: string }> (object: Answer['object'], 
   return answer
 }
 
-function describe ({ id, name, url, event_types: types, signing_secret_hint: hint }: Endpoint, { terminal }: Input): string {
+function paragraphOf ({ id, name, url, event_types: types, signing_secret_hint: hint }: Endpoint, { terminal }: Input): string {
   return `${paint(terminal, 'bold', oneLine(id))}  ${oneLine(name)}
   delivers to  ${oneLine(url)}
   event types  ${oneLine(types.join(', '))}

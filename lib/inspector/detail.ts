@@ -2,6 +2,7 @@ import type { IncomingHttpHeaders } from 'node:http'
 import type { FastifyBaseLogger } from 'fastify'
 import { diagnoseQuickly } from '../diagnose.ts'
 import { causes } from '../diagnose/causes.ts'
+import { codeOfClass } from '../coded.ts'
 import { InvalidSignature, TimestampOutOfTolerance, UnknownTenant } from '../errors.ts'
 import { fixOf, logError } from '../log.ts'
 import type { Verification } from '../pipeline/verify.ts'
@@ -123,9 +124,9 @@ function shown (headers: IncomingHttpHeaders, redact: InspectorOptions['redact']
   }
 }
 
-const INVALID_SIGNATURE = new InvalidSignature().code
+const INVALID_SIGNATURE = codeOfClass(InvalidSignature)
 const UNKNOWN_TENANT = new UnknownTenant('').code
-const OUT_OF_TOLERANCE = new TimestampOutOfTolerance().code
+const OUT_OF_TOLERANCE = codeOfClass(TimestampOutOfTolerance)
 
 function refusalOf ({ tenant }: Entry, refusal: Refusal): Detail['refusal'] {
   const { code, error } = refusal

@@ -1,12 +1,13 @@
 import type { IncomingHttpHeaders, IncomingMessage, ServerResponse } from 'node:http'
 import type { FastifyReply, FastifyRequest } from 'fastify'
 import type { DuplicateMessage } from '../channels.ts'
+import { codeOfClass } from '../coded.ts'
 import { DeadlineExceeded, HandlerFailed } from '../errors.ts'
 import { OWN_HANDLER } from '../handlers.ts'
 import type { AttemptStart, ObservedAttempt, Observer } from '../observation.ts'
 import type { Refused } from '../log.ts'
 import type { VerifiedRequest } from '../request.ts'
-import { describe, describeFailure } from '../runners/handler-failures.ts'
+import { deliveryError, describeFailure } from '../runners/handler-failures.ts'
 import { keyOf } from '../runners/runner.ts'
 import type { DeadDelivery, Job } from '../runners/runner.ts'
 import { Entry, MAX_HANDLERS, resourceOf, rowOf, sizeOfErrors } from './entry.ts'
@@ -26,8 +27,8 @@ const ENTRY = Symbol('openai-webhook.entry')
 type Noted = FastifyRequest & { [ENTRY]?: Entry }
 type Observable = ServerResponse & { [ENTRY]?: Entry | undefined }
 
-const DEADLINE = new DeadlineExceeded().code
-const HANDLER_FAILED = new HandlerFailed().code
+const DEADLINE = codeOfClass(DeadlineExceeded)
+const HANDLER_FAILED = codeOfClass(HandlerFailed)
 /** A hook of the app answered, and no step of the plugin did. */
 const BY_A_HOOK = 'ANSWERED_BY_A_HOOK'
 
@@ -198,7 +199,7 @@ export class Journal implements Observer {
     const entry = (request as Noted)[ENTRY] ?? this.#note(request, endpoint)
     const { cause, message } = error as { cause?: unknown, message?: unknown }
     // The errors of the handlers are kept in the attempt.
-    const described = code === HANDLER_FAILED || cause === undefined ? null : describe(null, cause)
+    const described = code === HANDLER_FAILED || cause === undefined ? null : deliveryError(null, cause)
     entry.refusal = { code: code.slice(0, 100), statusCode, message: String(message).slice(0, 500), error: described }
     if (entry.webhookId === undefined) {
       entry.status = statusCode

@@ -1,4 +1,5 @@
 import fastify from 'fastify'
+import { codeOfClass } from '../coded.ts'
 import {
   BodyTimeout, DeadlineExceeded, HandlerFailed, InProgress, InvalidBody, InvalidEvent, InvalidId, InvalidSignature, InvalidTimestamp, MissingHeader, Overloaded,
   TimestampOutOfTolerance, Unavailable, UnknownTenant, UnprotectedRoute
@@ -13,16 +14,14 @@ export function knownTypes (own: readonly string[]): ReadonlySet<string> {
   return new Set([...Object.keys(officialEntries), ...Object.keys(guideEntries), ...own])
 }
 
-const codeOf = (CodedError: typeof HandlerFailed): string => new CodedError().code
-
-export const OVERLOADED = codeOf(Overloaded)
-export const UNAVAILABLE = codeOf(Unavailable)
+export const OVERLOADED = codeOfClass(Overloaded)
+export const UNAVAILABLE = codeOfClass(Unavailable)
 
 /** The codes of the plugin's own answers other than 200. */
 export const refusalCodes: readonly string[] = [
   UnprotectedRoute, BodyTimeout, MissingHeader, InvalidId, InvalidTimestamp, TimestampOutOfTolerance, InvalidSignature, UnknownTenant, InvalidBody, InvalidEvent, InProgress,
   HandlerFailed, DeadlineExceeded
-].map(codeOf).concat(OVERLOADED, UNAVAILABLE)
+].map(codeOfClass).concat(OVERLOADED, UNAVAILABLE)
 
 const knownCodes = new Set([...refusalCodes, ...Object.keys(fastify.errorCodes).filter(code => code.startsWith('FST_ERR_CTP_'))])
 

@@ -23,7 +23,7 @@ export async function post (url: URL, headers: Record<string, string>, body: str
     return { status: answer.status, ...meaningOf(await textOf(answer)) }
   } catch (error) {
     signal?.throwIfAborted()
-    return { status: undefined, code: late.aborted ? 'TIMEOUT' : codeOf(error), duplicate: false }
+    return { status: undefined, code: late.aborted ? 'TIMEOUT' : causeCodeOf(error), duplicate: false }
   }
 }
 
@@ -48,7 +48,7 @@ export function meaningOf (text: string): Pick<Posted, 'code' | 'duplicate'> {
 }
 
 /** fetch() wraps the error that matters: ECONNREFUSED, ENOTFOUND, a certificate error. */
-function codeOf (error: unknown): string {
+function causeCodeOf (error: unknown): string {
   const { cause } = error as { cause?: { code?: unknown } }
   return typeof cause?.code === 'string' ? cause.code : 'UNREACHABLE'
 }

@@ -13,7 +13,7 @@ import type { Endpoint } from './endpoint.ts'
 import { PROTECTED, isProtected, unverified } from './guard.ts'
 import { deliver, refusing } from './routes.ts'
 import type { Routes } from './routes.ts'
-import { assertSpelling } from './watch.ts'
+import { assertSpelling } from './unprotected.ts'
 
 /** onRoute hook: adds the pipeline to a route that asks for it with `config.openaiWebhook`. */
 export function protectMarked (routes: Routes, scope: FastifyInstance, route: RouteOptions): void {

@@ -1,5 +1,6 @@
 import { STATUS_CODES } from 'node:http'
 import type { FastifyErrorConstructor } from '@fastify/error'
+import { codeOfClass } from '../coded.ts'
 import {
   BodyTimeout, DeadlineExceeded, HandlerFailed, InProgress, InvalidBody, InvalidEvent, InvalidId, InvalidSignature, InvalidTimestamp, MissingHeader, Overloaded,
   TimestampOutOfTolerance, Unavailable
@@ -151,7 +152,7 @@ function answers (unverified: FastifyErrorConstructor[], replies: boolean, exhau
   }
 }
 
-const codeOf = (Refusal: FastifyErrorConstructor | string): string => typeof Refusal === 'string' ? Refusal : new Refusal().code
+const codeOf = (Refusal: FastifyErrorConstructor | string): string => typeof Refusal === 'string' ? Refusal : codeOfClass(Refusal)
 
 const acknowledgement = {
   'x-response-description': 'Processed, now or before, or accepted.',

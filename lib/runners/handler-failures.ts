@@ -69,7 +69,7 @@ export function describeFailure (job: Job, error: unknown): Pick<DeadDelivery, '
   const handlers = failed.get(error as Error)
   const failures = handlers?.failures ?? [{ handler: null, error: causeOf(error) }]
   const { finished = [], remembered } = handlers ?? job
-  const errors = failures.slice(0, MAX_ERRORS).map(({ handler, error }) => describe(handler, error))
+  const errors = failures.slice(0, MAX_ERRORS).map(({ handler, error }) => deliveryError(handler, error))
   return { errors, finished, ...(remembered !== undefined && { remembered }) }
 }
 
@@ -84,7 +84,7 @@ export function errorOf (message: string, stack: string | null | undefined): Err
 }
 
 /** Describes an error for keeping. Cuts its texts, and does not fail if a getter throws. */
-export function describe (handler: string | null, error: unknown): DeliveryError {
+export function deliveryError (handler: string | null, error: unknown): DeliveryError {
   return { handler, message: textOf(error, MAX_MESSAGE), stack: stackOf(error) }
 }
 

@@ -12,7 +12,7 @@ const files = args.filter(arg => !arg.startsWith('-'))
 // A process takes two seconds of CPU before its first test, and its first tests are slow, so most files share one of a few processes. A
 // file has its own process when it tests something about the whole process, or when it takes so long that the two cores would not finish
 // together.
-const ALONE = ['delivery/kept', 'docs', 'routes/unwatched', 'simulation', 'sqlite/sqlite', 'torture'].map(name => `test/${name}.test.ts`)
+const ALONE = ['delivery/kept', 'docs', 'routes/unprotected', 'simulation', 'sqlite/sqlite', 'torture'].map(name => `test/${name}.test.ts`)
 const PROCESSES = 4
 const FILES = readdirSync('test', { recursive: true, encoding: 'utf8' }).filter(file => file.endsWith('.test.ts')).map(file => `test/${file}`).sort()
 const LONG = FILES.filter(file => file.startsWith('test/long/'))
