@@ -11,6 +11,7 @@ import { SECRET, post, sign, thin } from './support/deliveries.ts'
 import { readDocument, tableRows, ROOT } from './support/docs.ts'
 import { redelivered } from './support/observe.ts'
 import { prometheusMissing, promtool, startPrometheus } from './support/prometheus.ts'
+import { isLong } from './support/size.ts'
 
 type Teardown = { teardown: (fn: () => unknown) => void }
 
@@ -160,35 +161,37 @@ t.test('the dashboard is one that Grafana takes', async t => {
   t.equal(new Set(cells).size, cells.length, 'no panel is on another')
 })
 
-t.test('a real Prometheus scrapes the route, answers every query and evaluates every alert', { skip: prometheusMissing }, async t => {
-  const { app, deliver } = await busyApp(t)
-  await app.listen({ port: 0, host: '127.0.0.1' })
-  const { port } = app.server.address() as { port: number }
-  const directory = t.testdir({
-    'alerts.yml': example('alerts.yml'),
-    'prometheus.yml': example('prometheus.yml').replaceAll('15s', '500ms').replace('127.0.0.1:3000', `127.0.0.1:${port}`)
-  })
-  const ask = await startPrometheus(t, join(directory, 'prometheus.yml'), join(directory, 'data'))
+if (isLong) {
+  t.test('a real Prometheus scrapes the route, answers every query and evaluates every alert', { skip: prometheusMissing }, async t => {
+    const { app, deliver } = await busyApp(t)
+    await app.listen({ port: 0, host: '127.0.0.1' })
+    const { port } = app.server.address() as { port: number }
+    const directory = t.testdir({
+      'alerts.yml': example('alerts.yml'),
+      'prometheus.yml': example('prometheus.yml').replaceAll('15s', '500ms').replace('127.0.0.1:3000', `127.0.0.1:${port}`)
+    })
+    const ask = await startPrometheus(t, join(directory, 'prometheus.yml'), join(directory, 'data'))
 
-  const waiting = new Map(queries.map(({ title, expr }) => [expr, title]))
-  const end = performance.now() + 60_000
-  while (waiting.size > 0) {
-    if (performance.now() > end) return t.same([...waiting.values()], [], 'panels without data')
-    await deliver()
-    for (const expr of waiting.keys()) {
-      const { result } = await ask(`query?query=${encodeURIComponent(expr)}`) as { result: unknown[] }
-      if (result.length > 0) waiting.delete(expr)
+    const waiting = new Map(queries.map(({ title, expr }) => [expr, title]))
+    const end = performance.now() + 60_000
+    while (waiting.size > 0) {
+      if (performance.now() > end) return t.same([...waiting.values()], [], 'panels without data')
+      await deliver()
+      for (const expr of waiting.keys()) {
+        const { result } = await ask(`query?query=${encodeURIComponent(expr)}`) as { result: unknown[] }
+        if (result.length > 0) waiting.delete(expr)
+      }
     }
-  }
-  t.pass('every panel has data')
+    t.pass('every panel has data')
 
-  let rules: Array<{ name: string, health: string, lastError?: string }> = []
-  do {
-    const { groups } = await ask('rules') as { groups: Array<{ rules: typeof rules }> }
-    rules = groups.flatMap(({ rules }) => rules)
-  } while (rules.some(({ health }) => health === 'unknown'))
-  t.same(rules.map(({ name, health }) => ({ name, health })), alerts.map(name => ({ name, health: 'ok' })))
-})
+    let rules: Array<{ name: string, health: string, lastError?: string }> = []
+    do {
+      const { groups } = await ask('rules') as { groups: Array<{ rules: typeof rules }> }
+      rules = groups.flatMap(({ rules }) => rules)
+    } while (rules.some(({ health }) => health === 'unknown'))
+    t.same(rules.map(({ name, health }) => ({ name, health })), alerts.map(name => ({ name, health: 'ok' })))
+  })
+}
 
 // docs/observability.md
 

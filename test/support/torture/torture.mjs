@@ -20,9 +20,9 @@ const APP = fileURLToPath(new URL('app.mjs', import.meta.url))
 
 /** `losesOnCrash`: a crash of the process may lose acknowledged deliveries, as the runner's documentation says. */
 export const PAIRS = [
-  { store: 'memory', runner: 'inline', needsRedis: false, losesOnCrash: false, small: true },
+  { store: 'memory', runner: 'inline', needsRedis: false, losesOnCrash: false },
   { store: 'sqlite', runner: 'inline', needsRedis: false, losesOnCrash: false },
-  { store: 'redis', runner: 'inline', needsRedis: true, losesOnCrash: false, small: true },
+  { store: 'redis', runner: 'inline', needsRedis: true, losesOnCrash: false },
   { store: 'sqlite', runner: 'background', needsRedis: false, losesOnCrash: true },
   { store: 'memory', runner: 'durable', needsRedis: false, losesOnCrash: false },
   { store: 'sqlite', runner: 'durable', needsRedis: false, losesOnCrash: false, small: true },
@@ -38,7 +38,7 @@ export const PAIRS = [
  */
 export const EXACT = [
   { store: 'memory', runner: 'inline', inbox: 'sqlite' },
-  { store: 'sqlite', runner: 'durable', inbox: 'sqlite', small: true },
+  { store: 'sqlite', runner: 'durable', inbox: 'sqlite' },
   { store: 'memory', runner: 'inline', inbox: 'postgres' },
   { store: 'postgres', runner: 'inline', inbox: 'postgres', small: true },
   { store: 'postgres', runner: 'inline', inbox: 'postgres', zombies: true },
