@@ -49,6 +49,7 @@ export async function * bytesOf (options: BytesOptions): AsyncGenerator<Uint8Arr
   let total = isIdentity(headers) ? lengthOf(headers.get('content-length')) : undefined
   let received = 0
   let reader = readerOf(answer)
+  let isResumed = false
   try {
     let fruitless = 0
     let isWhole = false
@@ -58,14 +59,18 @@ export async function * bytesOf (options: BytesOptions): AsyncGenerator<Uint8Arr
         received += read.value.length
         fruitless = 0
         yield read.value
-      } else if (total === undefined ? !('cause' in read) : received >= total) {
+      // The end of a part need not be the end of the file, since a server may answer with less than was asked for.
+      } else if (total === undefined ? !isResumed && !('cause' in read) : received >= total) {
         isWhole = true
       } else {
         if (!resumable || fruitless++ === FRUITLESS) {
           throw new BatchBroken(file, received, { cause: read.cause ?? new Error(`the body ended before the ${total} bytes of the file`) })
         }
         end(reader)
-        reader = await resume(received)
+        isResumed = true
+        const rest = await resume(received)
+        if (rest === undefined) isWhole = true
+        else reader = rest
       }
     }
   } finally {
@@ -73,7 +78,8 @@ export async function * bytesOf (options: BytesOptions): AsyncGenerator<Uint8Arr
     end(reader)
   }
 
-  async function resume (from: number): Promise<Reader> {
+  /** @returns `undefined` if the file has no more bytes */
+  async function resume (from: number): Promise<Reader | undefined> {
     const ifRange = etag === null || etag.startsWith('W/') ? {} : { 'If-Range': etag }
     const stop = new AbortController()
     const either = signal === undefined ? stop.signal : AbortSignal.any([signal, stop.signal])
@@ -83,11 +89,11 @@ export async function * bytesOf (options: BytesOptions): AsyncGenerator<Uint8Arr
     } catch (cause) {
       stop.abort()
       signal?.throwIfAborted()
+      if (total === undefined && isPastEnd(cause, from)) return undefined
       throw cause instanceof BatchStalled ? cause : new BatchBroken(file, from, { cause })
     }
     const resumed = withBody(given, from)
     const fault = faultOf(resumed, from)
-    // A server may answer with less than was asked for, so the end of this body need not be the end of the file.
     total ??= rangeOf(resumed.headers).whole
     if (fault === undefined) return readerOf(resumed)
     end(readerOf(resumed))
@@ -159,8 +165,17 @@ function lengthOf (header: string | null): number | undefined {
   return header !== null && /^\d+$/.test(header) ? Number(header) : undefined
 }
 
-/** What a content-range says (RFC 9110, section 14.4): where the part begins, and the length of the whole file, which may be unknown. */
+/**
+ * What a content-range says (RFC 9110, section 14.4): where the part begins, if there is one, and the length of the whole file, which may be
+ * unknown.
+ */
 function rangeOf (headers: FileAnswer['headers']): { start: number | undefined, whole: number | undefined } {
-  const [, start = '', whole = ''] = /^bytes (\d+)-\d+\/(\d+|\*)$/.exec(headers.get('content-range') ?? '') ?? []
+  const [, start = '', whole = ''] = /^bytes (?:(\d+)-\d+|\*)\/(\d+|\*)$/.exec(headers.get('content-range') ?? '') ?? []
   return { start: lengthOf(start), whole: lengthOf(whole) }
+}
+
+/** Whether the SDK's error says that the file ends at this byte: status 416, and no other length. */
+function isPastEnd (error: unknown, from: number): boolean {
+  const { status, headers } = error as { status?: unknown, headers?: FileAnswer['headers'] }
+  return status === 416 && headers !== undefined && (rangeOf(headers).whole ?? from) === from
 }

@@ -284,14 +284,25 @@ t.test('an ETag that is weak in one answer and strong in the other is that of th
   }
 })
 
-t.test('a body of unknown length is resumed likewise', async t => {
-  const { read, serve } = await setUp(t)
-  serve(reply => {
+t.test('a body of unknown length is resumed likewise, until the server says that there is no more', async t => {
+  const { read, serve, server, fails } = await setUp(t)
+  const unsaid = (end: Record<string, string>, step: number) => (reply: FastifyReply) => {
     reply.hijack()
-    if (reply.request.headers.range === undefined) reply.raw.writeHead(200).write(MANY.subarray(0, 1_000), () => reply.raw.destroy())
-    else reply.raw.writeHead(206, { 'content-range': `bytes 1000-${MANY.length - 1}/*` }).end(MANY.subarray(1_000))
-  })
-  t.same((await read()).map(({ customId }) => customId), ALL)
+    const from = Number(/bytes=(\d+)-/.exec(reply.request.headers.range ?? '')?.[1] ?? 0)
+    if (from === 0) reply.raw.writeHead(200).write(MANY.subarray(0, 1_000), () => reply.raw.destroy())
+    else if (from >= MANY.length) reply.raw.writeHead(416, end).end()
+    else reply.raw.writeHead(206, { 'content-range': `bytes ${from}-${Math.min(from + step, MANY.length) - 1}/*` }).end(MANY.subarray(from, from + step))
+  }
+  for (const step of [MANY.length, 1_500]) {
+    for (const end of [{}, { 'content-range': `bytes */${MANY.length}` }]) {
+      server.requests.length = 0
+      serve(unsaid(end, step))
+      t.same((await read()).map(({ customId }) => customId), ALL)
+      t.equal(server.requests.at(-1)!.headers['range'], `bytes=${MANY.length}-`)
+    }
+  }
+  serve(unsaid({ 'content-range': `bytes */${MANY.length + 1}` }, MANY.length))
+  t.match((await fails()).error, { code: 'FST_OPENAI_WEBHOOK_BATCH_BROKEN' }, 'of a file of another length')
 })
 
 t.test('a server may answer with less than was asked for', async t => {
