@@ -1,5 +1,6 @@
 import type { FastifyInstance } from 'fastify'
 import { InvalidOptions } from '../errors.ts'
+import { assertHandlerName } from '../handler-name.ts'
 import type { EventContext, EventHandler } from '../handlers.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
 import type { Pruning } from '../pruning.ts'
@@ -59,6 +60,14 @@ export function noteRetention (retention: number): void {
 /** The shortest retention of this process's inboxes, in ms; `undefined` if there are none. */
 export function shortestRetention (): number | undefined {
   return shortest
+}
+
+/** Checks the arguments of `first()`. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
+export function assertFirst (query: unknown, name: unknown): void {
+  if (typeof query !== 'function') {
+    throw new InvalidOptions(`first(): expected a function that runs a statement in your transaction, such as (text, values) => client.query(text, values), got a value of type ${typeof query}`)
+  }
+  assertHandlerName('first', name)
 }
 
 /** The values of a record, in the order of the columns. Calls REMEMBER of the context. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */

@@ -1,7 +1,7 @@
 import type { FastifyInstance } from 'fastify'
 import { InvalidOptions, NoTransaction, RolledBack } from '../errors.ts'
 import { assertHandlerName, giveName } from '../handler-name.ts'
-import { INBOX_RETENTION, noteRetention, prune, recordOf } from '../inbox/inbox.ts'
+import { INBOX_RETENTION, assertFirst, noteRetention, prune, recordOf } from '../inbox/inbox.ts'
 import type { Inbox, InboxContext, InboxQuery, InboxWork } from '../inbox/inbox.ts'
 import { lend } from '../inbox/lend.ts'
 import type { EventContext } from '../handlers.ts'
@@ -85,7 +85,14 @@ export function postgresInbox (db?: PgPool | PgLite, options: PostgresInboxOptio
   for (const [name, value] of Object.entries({ retention, lockTimeout, idleTimeout, concurrency })) assertCount('postgresInbox', name, value, 1)
   const records = new Records(table, retention)
   noteRetention(retention)
-  if (db === undefined) return { first: async (query, name, context) => await records.first(query, name, context, true) }
+  if (db === undefined) {
+    return {
+      async first (query, name, context) {
+        assertFirst(query, name)
+        return await records.first(query, name, context, true)
+      }
+    }
+  }
 
   const max = isPool(db) ? (db as { options?: { max?: unknown } }).options?.max : undefined
   if (typeof max === 'number' && max < concurrency) {
@@ -122,7 +129,7 @@ export function postgresInbox (db?: PgPool | PgLite, options: PostgresInboxOptio
       }, name)
     },
     async first (query, name, context) {
-      assertHandlerName('first', name)
+      assertFirst(query, name)
       await creation?.readyIn(async (text, values) => rowsOf(await query(text, values as string[])))
       const isFirst = await records.first(query, name, context)
       prune(pruning, context)
@@ -164,7 +171,6 @@ class Records {
 
   /** @param prunes whether old records are deleted in this transaction, which is needed if there is no other connection */
   async first (query: InboxQuery<PromiseLike<unknown>>, name: string, context: InboxContext, prunes = false): Promise<boolean> {
-    assertHandlerName('first', name)
     const [before] = rowsOf(await query('SELECT pg_current_xact_id()::text AS id', []))
     const [row] = rowsOf(await query(this.#insertInside, [String(before?.['id']), ...recordOf(name, context, this.#retention)]))
     if (row?.['inside'] !== true) throw new NoTransaction(name)

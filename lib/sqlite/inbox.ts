@@ -2,7 +2,7 @@ import { types } from 'node:util'
 import type { FastifyInstance } from 'fastify'
 import { AsyncWork, InvalidOptions, NoTransaction } from '../errors.ts'
 import { assertHandlerName, giveName } from '../handler-name.ts'
-import { INBOX_RETENTION, noteRetention, prune, recordOf } from '../inbox/inbox.ts'
+import { INBOX_RETENTION, assertFirst, noteRetention, prune, recordOf } from '../inbox/inbox.ts'
 import type { Inbox, InboxContext, InboxQuery, InboxWork } from '../inbox/inbox.ts'
 import { lend } from '../inbox/lend.ts'
 import { isPromise } from '../maybe-promise.ts'
@@ -90,7 +90,7 @@ export function sqliteInbox<Db extends SqliteDatabase> (db: Db, options: SqliteI
       }, name)
     },
     first (query, name, context) {
-      assertHandlerName('first', name)
+      assertFirst(query, name)
       if (!database.isInTransaction()) throw new NoTransaction(name)
       const answer = query(INSERT, recordOf(name, context, retention))
       const rows = Array.isArray(answer) ? answer : answer?.rows

@@ -152,6 +152,8 @@ for (const name of HANDLES) {
       for (const answer of [undefined, {}, Promise.resolve([])]) {
         t.throws(() => inbox.first(() => answer as never, 'settle', context()), { code: INVALID_OPTIONS, message: 'first(): expected query(text, values) to return rows, or an object that has them as `rows`, at once' })
       }
+      t.throws(() => inbox.first(db as never, 'settle', context()), { code: INVALID_OPTIONS, message: /^first\(\): expected a function that runs a statement .* got a value of type object$/ })
+      t.throws(() => inbox.first(() => [], '', context()), { code: INVALID_OPTIONS })
       t.equal(inbox.first(() => ({ rows: [{}] }), 'settle', context()), true)
       t.equal(inbox.first(() => ({ rows: [] }), 'settle', context()), false)
       db.exec('ROLLBACK')

@@ -701,6 +701,10 @@ t.test('postgresInbox', { skip: postgresMissing }, async t => {
     for (const answer of [undefined, {}, { rows: 1 }, 'rows']) {
       await t.rejects(inbox.first(async () => answer, 'settle', contextOf()), { code: INVALID_OPTIONS, message: 'first(): expected query(text, values) to resolve to rows, or to an object that has them as `rows`' })
     }
+    const missing = { code: INVALID_OPTIONS, message: /^first\(\): expected a function that runs a statement .* got a value of type object$/ }
+    await t.rejects(inbox.first({ query: async () => [] } as never, 'settle', contextOf()), missing)
+    await t.rejects(postgresInbox(new pg.Pool()).first({} as never, 'settle', contextOf()), missing)
+    await t.rejects(inbox.first(async () => [], '', contextOf()), { code: INVALID_OPTIONS })
     await t.rejects(inbox.first(async () => [], 'settle', contextOf()), { code: 'FST_OPENAI_WEBHOOK_NO_TRANSACTION' })
     await t.rejects(inbox.first(async () => [[true, true]], 'settle', contextOf()), { code: 'FST_OPENAI_WEBHOOK_NO_TRANSACTION' })
   })
