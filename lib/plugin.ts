@@ -1,3 +1,4 @@
+import { setMaxListeners } from 'node:events'
 import type { FastifyInstance, RegisterOptions } from 'fastify'
 import fp from 'fastify-plugin'
 import { LONGEST_TIMER } from './checks.ts'
@@ -80,6 +81,8 @@ function assemble (instance: FastifyInstance, options: OpenAIWebhookOptions, com
   const events = { ...officialEvents, ...options.events }
   const runner = options.runner ?? inline()
   const abort = new AbortController()
+  // Every running handler may listen to it.
+  setMaxListeners(0, abort.signal)
   const works = new Works()
   const registry = new Registry(new Set(Object.keys(events)))
   const observation = new Observation()
@@ -116,6 +119,8 @@ function assemble (instance: FastifyInstance, options: OpenAIWebhookOptions, com
       await verifications.load()
       registry.isComplete = true
       endpoints.makeTables()
+      // app.close() was called meanwhile, and would not close what is started now.
+      if (closed !== undefined) return
       // A runner has one host. With two, a delivery that one registration acknowledged would run the handlers of the other.
       if (runnersInUse.has(runner)) throw new InvalidOptions('expected a runner of its own, got one that another registration of the plugin uses')
       runnersInUse.add(runner)

@@ -5,6 +5,9 @@ import { tryOr } from '../maybe-promise.ts'
 import { within } from '../within.ts'
 import type { Works } from './work.ts'
 
+/** The most turns of the event loop for which closing goes on after `closeTimeout`. */
+const TURNS = 10
+
 /**
  * Refuses new deliveries, closes the runner, and waits until this process has no delivery left or `closeTimeout` is over.
  *
@@ -22,12 +25,8 @@ export async function drain (works: Works, claims: Claims, runner: Runner | unde
 
   await within(drained(), closeTimeout, async () => {
     abort.abort(new Error('the app is closing and closeTimeout is over'))
-    // One turn for the handlers that listen to the signal, and another one for the commit of what they leave.
-    await nextTurn()
-    await nextTurn()
+    // What ends on the signal records its end, and SQLite commits once a turn: checkpoints, then the claim, then the attempt. The user may close
+    // the database right after the app.
+    for (let n = 0; n < TURNS; n++) await new Promise(resolve => setImmediate(resolve))
   })
-}
-
-async function nextTurn (): Promise<void> {
-  await new Promise(resolve => setImmediate(resolve))
 }

@@ -1,3 +1,4 @@
+import type { FastifyInstance } from 'fastify'
 import t from 'tap'
 import { background, inline, memoryStore } from '../../lib/index.ts'
 import type { IdempotencyStore, OpenAIWebhookOptions } from '../../lib/index.ts'
@@ -222,6 +223,42 @@ t.test('a delivery that waits for a claim of others when closeTimeout is over as
   await app.close()
   t.equal(await over.promise, 0)
   t.equal(begins, 2)
+})
+
+t.test('an app that is closed while it becomes ready starts no runner that it would not close', async t => {
+  for (const [name, begin] of Object.entries<(app: FastifyInstance) => PromiseLike<unknown>>({
+    ready: app => app.ready(),
+    listen: app => app.listen({ port: 0, host: '127.0.0.1' }),
+    inject: app => app.inject('/')
+  })) {
+    const calls: string[] = []
+    const app = await build(t, { runner: { ...inline(), start () { calls.push('start') }, close () { calls.push('close') } } })
+    const begun = Promise.allSettled([begin(app)])
+    await app.close()
+    await begun
+    app.server.close() // Fastify may still have begun to listen
+    t.not(calls.at(-1), 'start', name)
+  }
+})
+
+t.test('any number of handlers may wait for the signal, without a warning of Node', async t => {
+  const warnings: unknown[] = []
+  const warned = (warning: Error): void => { warnings.push(warning.name) }
+  process.on('warning', warned)
+  t.teardown(() => process.off('warning', warned))
+  const app = await build(t, { closeTimeout: 1 })
+  let waiting = 0
+  const all = deferred()
+  app.openaiWebhook.on('batch.failed', async (_event, { signal }) => await new Promise<void>(resolve => {
+    signal.addEventListener('abort', () => { resolve() })
+    if (++waiting === 20) all.resolve()
+  }))
+  const answers = Array.from({ length: 20 }, async (_, n) => await post(app, sign(thin('batch.failed'), { webhookId: `wh_${n}` })))
+  await all.promise
+  await app.close()
+  await Promise.all(answers)
+  await new Promise(resolve => setImmediate(resolve)) // a warning is emitted in a turn of its own
+  t.same(warnings, [])
 })
 
 t.test('a runner that cannot close is reported, and the app closes', async t => {

@@ -5,7 +5,7 @@ import { join } from 'node:path'
 import { setImmediate as turn } from 'node:timers/promises'
 import t from 'tap'
 import type { Test } from 'tap'
-import type { DeadDelivery, Claim, IdempotencyStore, Job, OpenAIWebhookOptions, RunnerHost } from '../../lib/index.ts'
+import type { DeadDelivery, Claim, IdempotencyStore, Job, OpenAIWebhookOptions, Runner, RunnerHost } from '../../lib/index.ts'
 import { memoryStore } from '../../lib/index.ts'
 import { durable, sqliteStore } from '../../lib/sqlite/index.ts'
 import type { DurableOptions, DurableRunner, SqliteDatabase, SqliteStatement } from '../../lib/sqlite/index.ts'
@@ -1152,4 +1152,64 @@ t.test('an attempt that waits for another process when closeTimeout is over is g
     t.match(rows(open(t, file)), [{ state: 'pending', attempts: 0 }])
     t.same(ran, [])
   }
+})
+
+t.test('what ends as closeTimeout does is on record before the app is closed, though store and runner share a handle', async t => {
+  for (const [outcome, attempts, left] of [
+    ['fails', 1, [{ state: 'dead', attempts: 1, error: 'stopped' }]],
+    ['fails', 2, [{ state: 'pending', attempts: 1, error: 'stopped' }]],
+    ['succeeds', 1, [{ state: 'done', attempts: 1 }]]
+  ] as const) {
+    const file = join(t.testdir(), `${outcome}-${attempts}.db`)
+    const db = open(t, file)
+    const started = deferred()
+    const app = await build(t, { runner: durable(db, { attempts }), closeTimeout: 20, idempotency: { store: sqliteStore(db) } })
+    for (const name of ['import', 'bill', 'thank']) {
+      app.openaiWebhook.on('batch.failed', async (_event, { signal }) => {
+        await new Promise(resolve => {
+          signal.addEventListener('abort', resolve)
+          if (name === 'thank') started.resolve()
+        })
+        if (outcome === 'fails' && name === 'bill') throw new Error('stopped')
+      }, { name })
+    }
+    await listen(app)
+    t.equal(await answer(app, batchFailed('wh_1')), '200')
+    await started.promise
+    await app.close()
+    db.close()
+    t.match(rows(open(t, file)), left, `it ${outcome}, ${attempts} attempts`)
+  }
+})
+
+t.test('an attempt whose store answers as closeTimeout ends is given back before the app is closed', async t => {
+  const file = join(t.testdir(), 'webhooks.db')
+  const db = open(t, file)
+  const asked = deferred()
+  const aborted = deferred()
+  const stored = sqliteStore(db)
+  const store: IdempotencyStore = {
+    ...stored,
+    async begin (key, lease) {
+      asked.resolve()
+      await aborted.promise
+      return await stored.begin(key, lease)
+    }
+  }
+  const queue = durable(db, { attempts: 1 })
+  const runner: Runner = {
+    ...queue,
+    async close (signal) {
+      signal?.addEventListener('abort', () => { aborted.resolve() })
+      await queue.close?.(signal)
+    }
+  }
+  const left: Job = { webhookId: 'wh_1', timestamp: 1, endpoint: ENDPOINT, event: thin('batch.failed') }
+  db.prepare('INSERT INTO openai_webhook_jobs (key, job, due) VALUES (?, ?, 0)').run('left', JSON.stringify(left))
+  const { app, ran } = await receiver(t, { runner, closeTimeout: 20, idempotency: { store } })
+  await asked.promise
+  await app.close()
+  db.close()
+  t.match(rows(open(t, file)), [{ state: 'pending', attempts: 0 }])
+  t.same(ran, [])
 })
