@@ -13,8 +13,8 @@ import { run as runCommand } from '../support/command.ts'
 import type { Given, Result } from '../support/command.ts'
 import { build } from '../support/deliveries.ts'
 import { OpenAIServer } from '../support/openai-server.ts'
+import { freePort } from '../support/port.mjs'
 import { environment, runProgram } from '../support/program.mjs'
-import { freePort } from '../support/redis.ts'
 
 const exec = promisify(execFile)
 const root = resolve(import.meta.dirname, '../..')

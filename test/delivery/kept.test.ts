@@ -129,6 +129,9 @@ t.test('what a delivery was made of is gone with the next small collection, and 
   // What waits is copied twice and promoted, which doubles what a delivery costs.
   const minor = (): void => { (gc as (options: { type: 'minor' }) => void)({ type: 'minor' }) }
   const DELIVERIES = 200
+  // The collector makes the young generation small while a process waits, as for the receivers above. Then it comes in the middle of the work,
+  // and promotes what is in use. What is alive here makes the young generation large again.
+  Array.from({ length: 1_000_000 }, () => ({ some: {} }))
   for (const [where, url] of [['the app', '/webhooks/openai'], ['a marked route', '/own']] as const) {
     for (const [kind, handler] of [['synchronous', () => {}], ['asynchronous', async () => {}]] as const) {
       if (kind === 'synchronous' && !isLong) continue // makes a part of what asynchronous ones make

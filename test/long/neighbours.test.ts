@@ -5,8 +5,9 @@ import t from 'tap'
 import type { Test } from 'tap'
 import { Program, project, run, send, writeRecipe } from '../support/neighbours.ts'
 import { nginxMissing } from '../support/missing.ts'
+import { freePort } from '../support/port.mjs'
 import { PostgresServer, postgresMissing } from '../support/postgres.ts'
-import { RedisServer, freePort, redisMissing } from '../support/redis.ts'
+import { RedisServer, redisMissing } from '../support/redis.ts'
 
 // The recipes for what stands beside a Fastify app, as they are printed, with the real packages and the packed package.
 

@@ -571,7 +571,7 @@ t.test('postgresInbox', { skip: postgresMissing }, async t => {
   await t.test('a transaction in which nothing happens is ended, and the process is not', async t => {
     const pool = await withEffects(await fresh(t))
     const context = contextOf()
-    const inbox = postgresInbox(pool, { idleTimeout: 30 })
+    const inbox = postgresInbox(pool, { idleTimeout: 200 })
     await t.rejects(run(inbox.once('settle', async tx => {
       await add(tx, 'idle')
       await new Promise(resolve => tx.once('error', resolve))
@@ -587,7 +587,7 @@ t.test('postgresInbox', { skip: postgresMissing }, async t => {
 
   await t.test('work that waits for something else is not waited for once its connection is gone: others go on, and the pool ends', async t => {
     const pool = await withEffects(await fresh(t, { max: 2 }))
-    const inbox = postgresInbox(pool, { idleTimeout: 30, concurrency: 2 })
+    const inbox = postgresInbox(pool, { idleTimeout: 200, concurrency: 2 })
     const late = deferred<undefined>()
     let tx: PoolClient | undefined
     const hung = inbox.once('hung', async given => {

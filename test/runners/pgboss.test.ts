@@ -5,7 +5,7 @@ import pg from 'pg'
 import t from 'tap'
 import type { DeadDelivery, Job } from '../../lib/index.ts'
 import { pgboss } from '../../lib/runners/pgboss.ts'
-import { build, sign, thin } from '../support/deliveries.ts'
+import { build, sign, stoppedClock, thin } from '../support/deliveries.ts'
 import { Member, answer, batchFailed, effectsIn, until } from '../support/faults.ts'
 import { capturedLog, deferred, listen, redelivered } from '../support/observe.ts'
 import { newQueue, queueing, startedBoss } from '../support/pgboss.ts'
@@ -106,6 +106,7 @@ t.test('queued once', { skip }, async t => {
     }
     const runner = pgboss({ boss, worker: false, queueName: newQueue() })
     await runner.start!({ process () {}, report () {} })
+    const clock = stoppedClock(t)
     const runs: Array<Promise<unknown>> = []
     const come = async (...ids: string[]): Promise<void> => {
       for (const webhookId of ids) runs.push(Promise.resolve(runner.run({ webhookId, timestamp: 1, endpoint: ENDPOINT, event: { type: 'batch.failed' } })))
@@ -121,6 +122,8 @@ t.test('queued once', { skip }, async t => {
     await until('the next statement', () => calls.length === 3)
     await come('wh_6')
     t.same(calls, [['wh_1'], ['wh_2'], ['wh_3', 'wh_4', 'wh_5']])
+    clock.advance(1_000)
+    clock.exit()
     await until('those that hang to count no longer', () => calls.length === 4)
     t.same(calls[3], ['wh_6'])
     for (const each of answers) each.resolve()
@@ -432,7 +435,7 @@ t.test('workers', { skip }, async t => {
     const ran: string[] = []
     const queueName = newQueue()
     const worker = async (name: string, fails: boolean): Promise<() => Promise<void>> => {
-      const app = await build(t, { runner: pgboss({ boss, queueName, backoff: 1_000 }) })
+      const app = await build(t, { runner: pgboss({ boss, queueName, backoff: 600_000 }) })
       app.openaiWebhook.on('batch.failed', () => { ran.push(`${name} import`) }, { name: 'import' })
       app.openaiWebhook.on('batch.failed', () => {
         ran.push(`${name} bill`)
@@ -445,6 +448,7 @@ t.test('workers', { skip }, async t => {
     const close = await worker('first', true)
     await until('the first attempt', async () => (await states(boss, queueName))['retry'] === 1)
     await close()
+    await admin(t).query('UPDATE pgboss.job SET start_after = now() WHERE name = $1', [queueName])
     await worker('second', false)
     await until('the second attempt', async () => (await states(boss, queueName))['completed'] === 1)
     t.same(ran, ['first import', 'first bill', 'second bill'])

@@ -886,7 +886,8 @@ t.test('durable attempts again what failed', async t => {
     const before = await withDurable(t, open(t, file), { attempts: 16, backoff: 20 })
     before.work = async () => { throw new Error(`failure ${before.ran.length}`) }
     await answer(before.app, batchFailed('wh_1'))
-    await until('it to have failed twice', () => rows(open(t, file))[0]?.error === '1 of 1 handlers failed: failure 2')
+    // Or more often: the third attempt may come before the second is seen.
+    await until('it to have failed twice', () => /failure (?:[2-9]|1\d)$/.test(rows(open(t, file))[0]?.error ?? ''))
     await before.app.close()
     const { attempts, error } = rows(open(t, file))[0]!
     const after = await withDurable(t, open(t, file), { attempts: 2 })

@@ -73,7 +73,7 @@ t.test('redisStore: Redis is down when a delivery comes', { skip }, async t => {
     await server.start()
     await state.started.promise
     await deliverUntil200(state.app, redelivered(delivery))
-    t.equal(await answer(state.app, redelivered(delivery)), '200 duplicate')
+    t.equal((await deliverUntil200(state.app, redelivered(delivery))).at(-1), '200 duplicate')
     t.equal(state.runs, 1)
   })
 
@@ -199,18 +199,20 @@ t.test('redisStore: the connection breaks after Redis has done what it was asked
 t.test('redisStore: Redis is paused for longer than the deadline', { skip }, async t => {
   const server = await RedisServer.start(t)
   const admin = redisClient(t, server.port)
-  const state = await receiver(t, redisClient(t, server.port, IMPATIENT), { deadline: 50 })
+  // Redis answers in less, also where two cores are busy with other tests.
+  const state = await receiver(t, redisClient(t, server.port, IMPATIENT), { deadline: 300 })
   await listen(state.app)
 
   await t.test('before the delivery: 503 at the deadline, processed once afterwards, and the retry joins or finds it', async t => {
-    await admin.client('PAUSE', 1_000, 'ALL')
+    await admin.client('PAUSE', LONG, 'WRITE')
     const delivery = batchFailed()
     t.equal(await answer(state.app, delivery), UNAVAILABLE)
     t.equal(await answer(state.app, redelivered(delivery)), UNAVAILABLE)
     t.equal(state.runs, 0)
+    await admin.client('UNPAUSE')
     await state.started.promise
     await deliverUntil200(state.app, redelivered(delivery))
-    t.equal(await answer(state.app, redelivered(delivery)), '200 duplicate')
+    t.equal((await deliverUntil200(state.app, redelivered(delivery))).at(-1), '200 duplicate')
     t.equal(state.runs, 1)
   })
 
@@ -222,7 +224,7 @@ t.test('redisStore: Redis is paused for longer than the deadline', { skip }, asy
     t.equal(await answer(state.app, redelivered(delivery)), DEADLINE, 'the retry joins it')
     await admin.client('UNPAUSE')
     await deliverUntil200(state.app, redelivered(delivery))
-    t.equal(await answer(state.app, redelivered(delivery)), '200 duplicate')
+    t.equal((await deliverUntil200(state.app, redelivered(delivery))).at(-1), '200 duplicate')
     t.equal(state.runs, before + 1)
   })
 })

@@ -38,7 +38,7 @@ export interface Queueing {
 /** A receiver that queues deliveries and, by default, also works on them. */
 export async function queueing (t: Teardown, boss: PgBoss, options: Partial<PgBossOptions> = {}, plugin: OpenAIWebhookOptions = {}): Promise<Queueing> {
   const { queueName = newQueue() } = options
-  const app = await build(t, { runner: pgboss({ boss, backoff: 0, ...options, queueName }), deadline: 1_000, ...plugin })
+  const app = await build(t, { runner: pgboss({ boss, backoff: 0, ...options, queueName }), deadline: 10_000, ...plugin })
   const state: Queueing = { app, queueName, told: [], ran: [], died: [], work: async () => {} }
   app.openaiWebhook.onError((error, { webhookId }) => { state.told.push(`${webhookId ?? ''} ${error.message}`) })
   app.openaiWebhook.onDead(delivery => { state.died.push(delivery) })

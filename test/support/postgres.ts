@@ -7,7 +7,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { postgresBindir } from './missing.ts'
-import { freePort } from './redis.ts'
+import { freePort } from './port.mjs'
 
 export { postgresMissing } from './missing.ts'
 

@@ -1,7 +1,7 @@
 import { execFile, spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { promisify } from 'node:util'
-import { freePort } from './redis.ts'
+import { freePort } from './port.mjs'
 
 export { prometheusMissing } from './missing.ts'
 

@@ -1,20 +1,10 @@
 import { spawn } from 'node:child_process'
 import type { ChildProcess } from 'node:child_process'
 import { once } from 'node:events'
-import { createServer } from 'node:net'
 import { tmpdir } from 'node:os'
-import type { AddressInfo } from 'node:net'
+import { freePort } from './port.mjs'
 
 export { redisMissing } from './missing.ts'
-
-export async function freePort (): Promise<number> {
-  const server = createServer().listen(0, '127.0.0.1')
-  await once(server, 'listening')
-  const { port } = server.address() as AddressInfo
-  server.close()
-  await once(server, 'close')
-  return port
-}
 
 /** A real redis-server on a free port. By default it stores nothing on disk. */
 export class RedisServer {

@@ -9,7 +9,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { fileURLToPath } from 'node:url'
-import { freePort } from './torture.mjs'
+import { freePort } from '../port.mjs'
 
 const minutes = Number(process.env.MINUTES ?? 3)
 const rate = Number(process.env.RATE ?? 200)
