@@ -64,7 +64,7 @@ export async function * bytesOf (options: BytesOptions): AsyncGenerator<Uint8Arr
         isWhole = true
       } else {
         if (!resumable || fruitless++ === FRUITLESS) {
-          throw new BatchBroken(file, received, { cause: read.cause ?? new Error(`the body ended before the ${total} bytes of the file`) })
+          throw new BatchBroken(file, received, { cause: read.cause ?? new Error(`the body ended before the ${total ?? 'unknown number of'} bytes of the file`) })
         }
         end(reader)
         isResumed = true

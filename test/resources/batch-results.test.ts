@@ -303,6 +303,8 @@ t.test('a body of unknown length is resumed likewise, until the server says that
   }
   serve(unsaid({ 'content-range': `bytes */${MANY.length + 1}` }, MANY.length))
   t.match((await fails()).error, { code: 'FST_OPENAI_WEBHOOK_BATCH_BROKEN' }, 'of a file of another length')
+  serve(unsaid({}, 0))
+  t.match((await fails()).error, { code: 'FST_OPENAI_WEBHOOK_BATCH_BROKEN', cause: { message: 'the body ended before the unknown number of bytes of the file' } }, 'that brings nothing more')
 })
 
 t.test('a server may answer with less than was asked for', async t => {
