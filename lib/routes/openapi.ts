@@ -148,11 +148,11 @@ function answers (unverified: FastifyErrorConstructor[], replies: boolean, exhau
   const all = [...refusals, [401, 'Not verified.', ...unverified] as const]
   return {
     ...(replies ? own : { 200: acknowledgement }),
-    ...Object.fromEntries(all.map(([status, when, ...errors]) => [status, refusal(status, when, errors.map(codeOf), exhaustive)]))
+    ...Object.fromEntries(all.map(([status, when, ...errors]) => [status, refusal(status, when, errors.map(toCode), exhaustive)]))
   }
 }
 
-const codeOf = (Refusal: FastifyErrorConstructor | string): string => typeof Refusal === 'string' ? Refusal : codeOfClass(Refusal)
+const toCode = (Refusal: FastifyErrorConstructor | string): string => typeof Refusal === 'string' ? Refusal : codeOfClass(Refusal)
 
 const acknowledgement = {
   'x-response-description': 'Processed, now or before, or accepted.',

@@ -162,7 +162,7 @@ export class Keyring implements Keys {
 export function keysOf (secrets: unknown, keyBytes: KeyBytes, warn: (message: string) => void): KeyObject[] {
   const list: unknown = typeof secrets === 'string' ? [secrets] : secrets
   if (!Array.isArray(list) || list.length === 0) {
-    throw new InvalidSecret(`expected a signing secret or a non-empty array of them, got ${kindOf(secrets)}`)
+    throw new InvalidSecret(`expected a signing secret or a non-empty array of them, got ${inWords(secrets)}`)
   }
   return list.map((secret: unknown) => {
     assertSecret(secret)
@@ -178,11 +178,11 @@ function bytesBy (keyBytes: NonNullable<KeyBytes>, secret: string): Uint8Array {
   } catch (cause) {
     throw new InvalidSecret('the verifier\'s keyBytes failed: expected it to return the bytes of the key', { cause })
   }
-  if (!isUint8Array(bytes)) throw new InvalidSecret(`expected the verifier's keyBytes to return the bytes of the key, got ${kindOf(bytes)}`)
+  if (!isUint8Array(bytes)) throw new InvalidSecret(`expected the verifier's keyBytes to return the bytes of the key, got ${inWords(bytes)}`)
   return bytes
 }
 
-function kindOf (value: unknown): string {
+function inWords (value: unknown): string {
   if (Array.isArray(value)) return value.length === 0 ? 'an empty array' : 'an array'
   return value === null || value === undefined ? String(value) : `a value of type ${typeof value}`
 }
@@ -192,7 +192,7 @@ const BASE64 = /^(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}(?:==)?|[A-Za-z0-9+/]{3
 
 function assertSecret (secret: unknown): asserts secret is string {
   if (typeof secret !== 'string') {
-    throw new InvalidSecret(`expected a signing secret (a string), got ${kindOf(secret)}`)
+    throw new InvalidSecret(`expected a signing secret (a string), got ${inWords(secret)}`)
   }
   if (secret === '') {
     throw new InvalidSecret('expected a signing secret, got an empty string: set OPENAI_WEBHOOK_SECRET or the `secret` option to the whsec_… value shown when the endpoint was created, or have `tenant.secret` answer that')

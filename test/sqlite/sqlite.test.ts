@@ -1104,6 +1104,12 @@ t.test('durable and app.close()', async t => {
   })
 })
 
+/** Leaves a job that waits for its first attempt. */
+function leave (db: Handle): void {
+  const job: Job = { webhookId: 'wh_1', timestamp: 1, endpoint: ENDPOINT, event: thin('batch.failed') }
+  db.prepare('INSERT INTO openai_webhook_jobs (key, job, due) VALUES (?, ?, 0)').run('left', JSON.stringify(job))
+}
+
 t.test('an attempt whose store answers once closeTimeout is over is given back, and costs none', async t => {
   for (const attempts of [1, 2]) {
     const db = open(t, join(t.testdir(), `${attempts}.db`))
@@ -1119,8 +1125,7 @@ t.test('an attempt whose store answers once closeTimeout is over is given back, 
       }
     }
     const runner = durable(db, { attempts, backoff: 1 })
-    const left: Job = { webhookId: 'wh_1', timestamp: 1, endpoint: ENDPOINT, event: thin('batch.failed') }
-    db.prepare('INSERT INTO openai_webhook_jobs (key, job, due) VALUES (?, ?, 0)').run('left', JSON.stringify(left))
+    leave(db)
     const { app, ran } = await receiver(t, { runner, closeTimeout: 20, idempotency: { store } })
     await asked.promise
     await app.close()
@@ -1144,8 +1149,7 @@ t.test('an attempt that waits for another process when closeTimeout is over is g
       }
     }
     const runner = durable(db, { attempts, backoff: 1 })
-    const left: Job = { webhookId: 'wh_1', timestamp: 1, endpoint: ENDPOINT, event: thin('batch.failed') }
-    db.prepare('INSERT INTO openai_webhook_jobs (key, job, due) VALUES (?, ?, 0)').run('left', JSON.stringify(left))
+    leave(db)
     const { app, ran } = await receiver(t, { runner, closeTimeout: 1, idempotency: { store } })
     await asked.promise
     await app.close()
@@ -1205,8 +1209,7 @@ t.test('an attempt whose store answers as closeTimeout ends is given back before
       await queue.close?.(signal)
     }
   }
-  const left: Job = { webhookId: 'wh_1', timestamp: 1, endpoint: ENDPOINT, event: thin('batch.failed') }
-  db.prepare('INSERT INTO openai_webhook_jobs (key, job, due) VALUES (?, ?, 0)').run('left', JSON.stringify(left))
+  leave(db)
   const { app, ran } = await receiver(t, { runner, closeTimeout: 20, idempotency: { store } })
   await asked.promise
   await app.close()
