@@ -1,3 +1,4 @@
+import type { KeyObject } from 'node:crypto'
 import type { IncomingHttpHeaders } from 'node:http'
 import { isRefusal } from '../coded.ts'
 import { InvalidId, InvalidSignature, InvalidTimestamp, TimestampOutOfTolerance } from '../errors.ts'
@@ -5,61 +6,64 @@ import type { Keys } from '../verifiers/keyring.ts'
 import { isPromise } from '../maybe-promise.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
 import { schemeOf } from '../verifiers/verifier.ts'
-import type { Judge, SignedDelivery, Verified, Verifier } from '../verifiers/verifier.ts'
+import type { SignedDelivery, SignedHeaders, Verified, Verifier } from '../verifiers/verifier.ts'
 
 export interface Verification {
   readonly verifier: Verifier
-  readonly judge: Judge['judge']
   /** `undefined` if a user's verifier has no `checkHeaders`. */
-  readonly judgeHeaders: Judge['judgeHeaders'] | undefined
+  readonly readHeaders: ((headers: IncomingHttpHeaders) => SignedHeaders | Error) | undefined
+  /** @param signed what `readHeaders` returned */
+  readonly judge: (delivery: SignedDelivery, signed: SignedHeaders | undefined, keys: readonly KeyObject[]) => Verified | Error
   readonly keyring: Keys
   /** Seconds by which the timestamp may differ from this server's clock, past and future. */
   readonly tolerance: number
 }
 
 export function verificationBy (verifier: Verifier, keyring: Keys, tolerance: number): Verification {
-  const { judge, judgeHeaders } = schemeOf(verifier) ?? usersJudge(verifier)
-  return { verifier, judge, judgeHeaders, keyring, tolerance }
+  const scheme = schemeOf(verifier)
+  if (scheme === undefined) return { verifier, keyring, tolerance, ...usersJudge(verifier) }
+  return { verifier, readHeaders: scheme.readHeaders, judge: ({ rawBody }, signed, keys) => scheme.judge(rawBody, signed, keys), keyring, tolerance }
 }
 
-function usersJudge (verifier: Verifier): Pick<Verification, 'judge' | 'judgeHeaders'> {
+function usersJudge (verifier: Verifier): Pick<Verification, 'judge' | 'readHeaders'> {
   const { checkHeaders } = verifier
   return {
-    judge: (delivery, keys) => answerOf(() => verifier(delivery, keys), toVerified),
-    judgeHeaders: checkHeaders && (headers => answerOf(() => checkHeaders(headers), toSeconds))
+    readHeaders: checkHeaders && (headers => answerOf(() => checkHeaders(headers), toSigned)),
+    judge: (delivery, _signed, keys) => answerOf(() => verifier(delivery, keys), toVerified)
   }
 }
 
 /**
- * Checks the headers alone, before the body is read, so that a flood of requests without headers or with old ones costs no hashing.
+ * Reads the headers alone, before the body is read, so that a flood of requests without headers or with old ones costs no hashing.
  *
- * @returns the coded error that refuses the request; `undefined` if there is no fault
+ * @returns what `verify` needs of them; or the coded error that refuses the request
  */
-export function headerFault ({ judgeHeaders, tolerance }: Verification, headers: IncomingHttpHeaders): Error | undefined {
-  if (judgeHeaders === undefined) return undefined
-  const timestamp = judgeHeaders(headers)
-  return timestamp instanceof Error ? timestamp : staleness(timestamp, tolerance)
+export function readHeaders ({ readHeaders, tolerance }: Verification, headers: IncomingHttpHeaders): SignedHeaders | undefined | Error {
+  const signed = readHeaders?.(headers)
+  return signed === undefined || signed instanceof Error ? signed : staleness(signed.timestamp, tolerance) ?? signed
 }
 
 /**
+ * @param signed what `readHeaders` returned
  * @returns the webhook-id and when the delivery was signed; or FST_OPENAI_WEBHOOK_INVALID_SIGNATURE,
  * FST_OPENAI_WEBHOOK_TIMESTAMP_OUT_OF_TOLERANCE or another coded error of the verifier
  */
-export function verify (verification: Verification, delivery: SignedDelivery): MaybePromise<Verified | Error> {
-  const verified = verifyNow(verification, delivery)
+export function verify (verification: Verification, delivery: SignedDelivery, signed: SignedHeaders | undefined | Error): MaybePromise<Verified | Error> {
+  if (signed instanceof Error) return signed
+  const verified = verifyNow(verification, delivery, signed)
   if (!(verified instanceof InvalidSignature)) return verified
   // The secret may have been rotated, so a secret function is called again.
   const refreshed = verification.keyring.refresh()
-  return refreshed === undefined ? verified : refreshed.then(changed => changed ? verifyNow(verification, delivery) : verified)
+  return refreshed === undefined ? verified : refreshed.then(changed => changed ? verifyNow(verification, delivery, signed) : verified)
 }
 
-function verifyNow ({ judge, keyring, tolerance }: Verification, delivery: SignedDelivery): Verified | Error {
-  const verified = judge(delivery, keyring.keys)
+function verifyNow ({ judge, keyring, tolerance }: Verification, delivery: SignedDelivery, signed: SignedHeaders | undefined): Verified | Error {
+  const verified = judge(delivery, signed, keyring.keys)
   return verified instanceof Error ? verified : staleness(verified.timestamp, tolerance) ?? verified
 }
 
 /** Calls a user's verifier, which may either throw or return its error. */
-function answerOf<T> (ask: () => T | Error, checked: (answer: T) => T | Error): T | Error {
+function answerOf<Asked, Answer> (ask: () => Asked | Error, checked: (asked: Asked) => Answer | Error): Answer | Error {
   try {
     const answer = ask()
     if (!isPromise(answer)) return answer instanceof Error ? toRefusal(answer) : checked(answer)
@@ -81,8 +85,8 @@ function faulty (got: string): Error {
   return new InvalidSignature({ cause: new TypeError(`expected the verifier to return { webhookId, timestamp }, got ${got}`) })
 }
 
-function toSeconds (timestamp: unknown): number | Error {
-  return typeof timestamp === 'number' && !Number.isNaN(timestamp) ? timestamp : new InvalidTimestamp('the timestamp')
+function toSigned (timestamp: unknown): SignedHeaders | Error {
+  return typeof timestamp === 'number' && !Number.isNaN(timestamp) ? { timestamp } : new InvalidTimestamp('the timestamp')
 }
 
 /** Checks the result, because a user's verifier that forgets to throw must not let a delivery through. */

@@ -1,4 +1,3 @@
-import type { IncomingHttpHeaders } from 'node:http'
 import type { FastifyReply, FastifyRequest } from 'fastify'
 import { channels } from '../channels.ts'
 import { InvalidSignature, Overloaded, Unavailable, UnknownTenant } from '../errors.ts'
@@ -8,17 +7,23 @@ import { retryLater } from '../pipeline/acknowledge.ts'
 import { hasProgress } from '../pipeline/answer.ts'
 import { validate } from '../pipeline/validate.ts'
 import type { Validators } from '../pipeline/validators.ts'
-import { headerFault, verify } from '../pipeline/verify.ts'
+import { readHeaders, verify } from '../pipeline/verify.ts'
 import type { Verification } from '../pipeline/verify.ts'
 import { isPromise, then } from '../maybe-promise.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
 import type { Observation } from '../observation.ts'
 import type { WebhookEvent } from '../events/map.ts'
 import type { Delivery, VerifiedRequest } from '../request.ts'
+import type { SignedDelivery, SignedHeaders } from '../verifiers/verifier.ts'
 import type { Endpoint } from './endpoint.ts'
 import { explainer } from './explain.ts'
 
 type Done = (error?: Error) => void
+
+/** Key on a request whose value is what was read from its headers. */
+const SIGNED = Symbol('openai-webhook.signed')
+
+type Admitted = FastifyRequest & { [SIGNED]?: SignedHeaders | undefined }
 
 type Authentic = Pick<Delivery, 'webhookId' | 'timestamp'> & {
   /** An error if the signed bytes are not a valid event. */
@@ -47,9 +52,13 @@ export class Authentication {
   admit (endpoint: Endpoint) {
     return (request: FastifyRequest, reply: FastifyReply, done: Done): void => {
       this.observation.observer?.arrived(request, reply, endpoint.name)
-      const fault = headerFault(endpoint, request.headers)
-      if (fault !== undefined) this.tell(fault, endpoint, request)
-      done(fault)
+      const signed = readHeaders(endpoint, request.headers)
+      if (signed instanceof Error) {
+        this.tell(signed, endpoint, request)
+        return done(signed)
+      }
+      ;(request as Admitted)[SIGNED] = signed
+      done()
     }
   }
 
@@ -61,6 +70,9 @@ export class Authentication {
     const tenant = tenants?.nameOf(request)
     if (tenant instanceof Error) return this.#refuse(tenant, endpoint, request, reply, done)
     let verification: Verification = endpoint
+    // A hook of the app that throws null makes Fastify skip the hook that reads the headers.
+    const signed = (request as Admitted)[SIGNED] ?? readHeaders(endpoint, request.headers)
+    const delivery = { rawBody, headers: request.headers }
 
     const settle = (authentic: Authentic | Error): void => {
       if (authentic instanceof Error) {
@@ -80,26 +92,27 @@ export class Authentication {
     }
     const onVerified = observer && (() => { observer.verified(request) })
     const authentic = tenants === undefined || tenant === undefined
-      ? this.examine(endpoint, request.headers, rawBody, onVerified)
+      ? this.examine(endpoint, delivery, signed, onVerified)
       : then(tenants.verificationOf(tenant), found => {
         if (found instanceof Error) return found
         verification = found
-        return this.examine(found, request.headers, rawBody, onVerified)
+        return this.examine(found, delivery, signed, onVerified)
       })
     if (isPromise<Authentic | Error>(authentic)) authentic.then(settle, done)
     else settle(authentic)
   }
 
   /**
+   * @param signed what `readHeaders` returned
    * @param onVerified called when the signature matches
    * @returns the delivery, or the coded error that refuses it
    */
-  examine (verification: Verification, headers: IncomingHttpHeaders, rawBody: Buffer, onVerified?: () => void): MaybePromise<Authentic | Error> {
-    return then(verify(verification, { rawBody, headers }), verified => {
+  examine (verification: Verification, delivery: SignedDelivery, signed: SignedHeaders | undefined | Error, onVerified?: () => void): MaybePromise<Authentic | Error> {
+    return then(verify(verification, delivery, signed), verified => {
       if (verified instanceof Error) return verified
       onVerified?.()
       const { webhookId, timestamp, keyIndex } = verified
-      return { webhookId, timestamp, event: validate(rawBody, this.validators) as WebhookEvent | Error, secretIndex: keyIndex }
+      return { webhookId, timestamp, event: validate(delivery.rawBody, this.validators) as WebhookEvent | Error, secretIndex: keyIndex }
     })
   }
 

@@ -30,8 +30,8 @@ export const NO_KEYS: Keys = { keys: [], refresh: () => undefined }
 /** A tenant and its cached secret. One flat object, because with many tenants each delivery reads its tenant from main memory. */
 class Tenant implements Verification, Keys {
   readonly verifier: Verification['verifier']
+  readonly readHeaders: Verification['readHeaders']
   readonly judge: Verification['judge']
-  readonly judgeHeaders: Verification['judgeHeaders']
   readonly tolerance: number
   /** The tenant is its own keyring, which `verify` asks to refresh. */
   readonly keyring: Keys = this
@@ -40,10 +40,10 @@ class Tenant implements Verification, Keys {
   asking: Promise<boolean> | undefined
 
   /** @param holdsFor ms after `askedAt` for which the secret is used without asking for it again */
-  constructor (readonly tenants: Tenants, readonly name: string, { verifier, judge, judgeHeaders, tolerance }: Verification, public keys: readonly KeyObject[], public holdsFor: number) {
+  constructor (readonly tenants: Tenants, readonly name: string, { verifier, readHeaders, judge, tolerance }: Verification, public keys: readonly KeyObject[], public holdsFor: number) {
     this.verifier = verifier
+    this.readHeaders = readHeaders
     this.judge = judge
-    this.judgeHeaders = judgeHeaders
     this.tolerance = tolerance
   }
 

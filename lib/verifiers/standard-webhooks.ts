@@ -4,7 +4,7 @@ import type { IncomingHttpHeaders } from 'node:http'
 import { assertNone } from '../checks.ts'
 import { InvalidId, InvalidSignature, InvalidTimestamp, MissingHeader } from '../errors.ts'
 import { isMissing, secondsOf, verifierOf } from './verifier.ts'
-import type { Named, SignedDelivery, Verified, Verifier } from './verifier.ts'
+import type { Named, SignedHeaders, Verified, Verifier } from './verifier.ts'
 
 /**
  * The scheme that OpenAI signs with, https://github.com/standard-webhooks/standard-webhooks (spec, "Signature scheme"):
@@ -19,29 +19,32 @@ export function standardWebhooks (...given: unknown[]): Verifier {
   return verifier
 }
 
-const verifier = verifierOf({ judge, judgeHeaders, sign, namedByEvent: false })
+const verifier = verifierOf({ readHeaders, judge, sign, namedByEvent: false })
 
 // Visible ASCII without "." and ",". With a "." in the id, the signed text `id.timestamp.body` could be split at another place, so that an old
 // delivery would pass as a fresh one. A "," may come from node:http, which joins repeated headers with it.
 export const WEBHOOK_ID = /^[\x21-\x2b\x2d\x2f-\x7e]{1,256}$/
 
-function judgeHeaders ({ 'webhook-id': id, 'webhook-timestamp': timestamp, 'webhook-signature': signature }: IncomingHttpHeaders): number | Error {
-  if (isMissing(timestamp)) return new MissingHeader('webhook-timestamp')
-  if (isMissing(signature)) return new MissingHeader('webhook-signature')
-  if (isMissing(id)) return new MissingHeader('webhook-id')
-  if (typeof id !== 'string' || !WEBHOOK_ID.test(id)) return new InvalidId()
-  return secondsOf(timestamp) ?? new InvalidTimestamp('webhook-timestamp')
+interface Read extends SignedHeaders {
+  readonly webhookId: string
+  /** What is signed in front of the body. */
+  readonly signedHead: string
+  readonly signatures: string | string[]
 }
 
-function judge ({ rawBody, headers }: SignedDelivery, keys: readonly KeyObject[]): Verified | Error {
-  const timestamp = judgeHeaders(headers)
-  if (typeof timestamp !== 'number') return timestamp
-  const { 'webhook-id': webhookId } = headers as { 'webhook-id': string }
-  const signatures = headers['webhook-signature']
+function readHeaders ({ 'webhook-id': webhookId, 'webhook-timestamp': seconds, 'webhook-signature': signatures }: IncomingHttpHeaders): Read | Error {
+  if (isMissing(seconds)) return new MissingHeader('webhook-timestamp')
+  if (isMissing(signatures)) return new MissingHeader('webhook-signature')
+  if (isMissing(webhookId)) return new MissingHeader('webhook-id')
+  if (typeof webhookId !== 'string' || !WEBHOOK_ID.test(webhookId)) return new InvalidId()
+  const timestamp = secondsOf(seconds)
+  return timestamp === undefined ? new InvalidTimestamp('webhook-timestamp') : { timestamp, webhookId, signedHead: `${webhookId}.${seconds as string}.`, signatures }
+}
+
+function judge (rawBody: Buffer, { timestamp, webhookId, signedHead, signatures }: Read, keys: readonly KeyObject[]): Verified | Error {
   // node:http joins repeated headers with ", ", which never occurs in a list of signatures.
   if (typeof signatures !== 'string' || signatures.includes(', ')) return new InvalidSignature()
 
-  const signedHead = `${webhookId}.${headers['webhook-timestamp'] as string}.`
   for (let keyIndex = 0; keyIndex < keys.length; keyIndex++) {
     const expected = mac(signedHead, rawBody, keys[keyIndex]!)
     if (listHolds(signatures, Buffer.from(expected))) return { webhookId, timestamp, keyIndex }

@@ -39,10 +39,19 @@ export interface Verifier {
   readonly keyBytes?: (secret: string) => Uint8Array
 }
 
-/** A verifier that returns its coded errors. Throwing them would make a forged delivery cost a third more, and a stale one a quarter more. */
-export interface Judge {
-  readonly judge: (delivery: SignedDelivery, keys: readonly KeyObject[]) => Verified | Error
-  readonly judgeHeaders: (headers: IncomingHttpHeaders) => number | Error
+/** What a scheme has read from the headers. */
+export interface SignedHeaders {
+  /** When the delivery was signed, in Unix seconds. */
+  readonly timestamp: number
+}
+
+/**
+ * How one of our verifiers works. The headers are read once, before the body, and what was read is judged with it. Both functions return coded
+ * errors. Throwing them would make a forged delivery cost a third more, and a stale one a quarter more.
+ */
+export interface Scheme<Read extends SignedHeaders> {
+  readonly readHeaders: (headers: IncomingHttpHeaders) => Read | Error
+  readonly judge: (rawBody: Buffer, signed: Read, keys: readonly KeyObject[]) => Verified | Error
 }
 
 /** What is signed in addition to the body. */
@@ -61,20 +70,21 @@ export interface Signer {
 }
 
 // Not properties of the verifier, because a verifier that wraps another one may copy its properties.
-const schemes = new WeakMap<Verifier, Judge & Signer>()
+const schemes = new WeakMap<Verifier, Scheme<any> & Signer>()
 
-/** Makes a verifier that throws the errors that the judge returns. */
-export function verifierOf (scheme: Judge & Signer, properties: Pick<Verifier, 'keyBytes'> = {}): Verifier {
+/** Makes a verifier that throws the errors that the scheme returns. */
+export function verifierOf<Read extends SignedHeaders> (scheme: Scheme<Read> & Signer, properties: Pick<Verifier, 'keyBytes'> = {}): Verifier {
+  const { readHeaders, judge } = scheme
   const verifier = Object.assign(
-    (delivery: SignedDelivery, keys: readonly KeyObject[]) => orThrow(scheme.judge(delivery, keys)),
-    { checkHeaders: (headers: IncomingHttpHeaders) => orThrow(scheme.judgeHeaders(headers)), ...properties }
+    ({ rawBody, headers }: SignedDelivery, keys: readonly KeyObject[]) => orThrow(judge(rawBody, orThrow(readHeaders(headers)), keys)),
+    { checkHeaders: (headers: IncomingHttpHeaders) => orThrow(readHeaders(headers)).timestamp, ...properties }
   )
   schemes.set(verifier, scheme)
   return verifier
 }
 
 /** What one of our verifiers was made from; `undefined` for a user's verifier. */
-export function schemeOf (verifier: Verifier): (Judge & Signer) | undefined {
+export function schemeOf (verifier: Verifier): (Scheme<any> & Signer) | undefined {
   return schemes.get(verifier)
 }
 

@@ -4,7 +4,7 @@ import type { IncomingHttpHeaders } from 'node:http'
 import { assertNone, isId } from '../checks.ts'
 import { InvalidSignature, InvalidTimestamp, MissingHeader } from '../errors.ts'
 import { isMissing, secondsOf, verifierOf } from './verifier.ts'
-import type { Named, SignedDelivery, Verified, Verifier } from './verifier.ts'
+import type { Named, SignedHeaders, Verified, Verifier } from './verifier.ts'
 
 const SIGNATURE = 'x-openai-signature'
 const TIMESTAMP = 'x-openai-timestamp'
@@ -24,28 +24,31 @@ export function xOpenAISignature (...given: unknown[]): Verifier {
   return verifier
 }
 
-const verifier = verifierOf({ judge, judgeHeaders, sign, namedByEvent: true }, { keyBytes })
+const verifier = verifierOf({ readHeaders, judge, sign, namedByEvent: true }, { keyBytes })
 
 function keyBytes (secret: string): Buffer {
   return Buffer.from(secret)
 }
 
-function judgeHeaders ({ [SIGNATURE]: signature, [TIMESTAMP]: timestamp }: IncomingHttpHeaders): number | Error {
+interface Read extends SignedHeaders {
+  /** What is signed in front of the body. */
+  readonly signedHead: string
+  readonly signature: string | string[]
+}
+
+function readHeaders ({ [SIGNATURE]: signature, [TIMESTAMP]: seconds }: IncomingHttpHeaders): Read | Error {
   if (isMissing(signature)) return new MissingHeader(SIGNATURE)
-  if (isMissing(timestamp)) return new MissingHeader(TIMESTAMP)
-  return secondsOf(timestamp) ?? new InvalidTimestamp(TIMESTAMP)
+  if (isMissing(seconds)) return new MissingHeader(TIMESTAMP)
+  const timestamp = secondsOf(seconds)
+  return timestamp === undefined ? new InvalidTimestamp(TIMESTAMP) : { timestamp, signedHead: `${seconds as string}.`, signature }
 }
 
 const HEX_SHA256 = /^[0-9a-f]{64}$/i
 
-function judge ({ rawBody, headers }: SignedDelivery, keys: readonly KeyObject[]): Verified | Error {
-  const timestamp = judgeHeaders(headers)
-  if (typeof timestamp !== 'number') return timestamp
-  const signature = headers[SIGNATURE]
+function judge (rawBody: Buffer, { timestamp, signedHead, signature }: Read, keys: readonly KeyObject[]): Verified | Error {
   if (typeof signature !== 'string' || !HEX_SHA256.test(signature)) return new InvalidSignature()
 
   const candidate = Buffer.from(signature, 'hex')
-  const signedHead = `${headers[TIMESTAMP] as string}.`
   for (let keyIndex = 0; keyIndex < keys.length; keyIndex++) {
     const expected = createHmac('sha256', keys[keyIndex]!).update(signedHead).update(rawBody).digest()
     if (timingSafeEqual(expected, candidate)) {

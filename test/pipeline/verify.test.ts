@@ -6,6 +6,7 @@ import t from 'tap'
 import type { Test } from 'tap'
 import { guideEvents, standardWebhooks, xOpenAISignature } from '../../lib/index.ts'
 import type { OpenAIWebhookOptions, Verified, Verifier } from '../../lib/index.ts'
+import { fail } from '../support/composition.ts'
 import { build, post, SECRET, sign, stoppedClock, thin, VECTOR } from '../support/deliveries.ts'
 import type { Signed } from '../support/deliveries.ts'
 import { unixTime } from '../support/time.ts'
@@ -103,6 +104,43 @@ t.test('headers that are absent or empty', async t => {
     await refuses(t, all, { headers: { ...headers, [name]: '' }, body }, 'MISSING_HEADER', `${name} empty`)
   }
   await refuses(t, all, { headers: { 'content-type': 'application/json' }, body: sign(thin('batch.failed')).body }, 'MISSING_HEADER', 'all absent')
+})
+
+t.test('the headers that admitted a request are those that are verified', async t => {
+  const app = await build(t)
+  const old = signedAs('wh_old', '1', JSON.stringify(thin('batch.completed')))
+  // A hook of the app that restores what a proxy has renamed. It comes after the timestamp was checked.
+  app.addHook('preParsing', async ({ raw: { headers } }) => {
+    for (const name of HEADERS) headers[name] = headers[`x-${name}`] as string | undefined ?? headers[name]
+  })
+  const renamed = (headers: Record<string, string>) => Object.fromEntries(HEADERS.map(name => [`x-${name}`, headers[name]!]))
+  await app.ready()
+  const post = async (headers: Record<string, string>, payload: Buffer): Promise<unknown> => {
+    const { statusCode, body } = await app.inject({ method: 'POST', url: OWN, headers, payload })
+    return [statusCode, codeOf(body)]
+  }
+  const fresh = signedAs('wh_fresh', String(unixTime()))
+  t.same(await post({ ...fresh.headers, ...renamed(old.headers) }, old.body), [401, 'FST_OPENAI_WEBHOOK_INVALID_SIGNATURE'], 'a replay under fresh headers')
+  t.same(await post({ ...fresh.headers, ...renamed(old.headers) }, fresh.body), [200, undefined])
+})
+
+t.test('a hook that throws null skips the hook that reads the headers, and they are read all the same', async t => {
+  const app = await build(t)
+  let runs = 0
+  app.addHook('onRequest', () => { fail(null) })
+  app.openaiWebhook.onAny(() => { runs++ })
+  await app.ready()
+  const post = async ({ headers, body: payload }: Signed): Promise<unknown> => {
+    const { statusCode, body } = await app.inject({ method: 'POST', url: OWN, headers, payload })
+    return [statusCode, codeOf(body)]
+  }
+  const fresh = sign(thin('batch.failed'))
+  t.same(await post({ headers: { 'content-type': 'application/json' }, body: fresh.body }), [401, 'FST_OPENAI_WEBHOOK_MISSING_HEADER'])
+  t.same(await post(signedAs('wh_old', '1')), [401, 'FST_OPENAI_WEBHOOK_TIMESTAMP_OUT_OF_TOLERANCE'])
+  t.same(await post({ ...fresh, body: Buffer.from(JSON.stringify(thin('batch.completed'))) }), [401, 'FST_OPENAI_WEBHOOK_INVALID_SIGNATURE'])
+  t.equal(runs, 0)
+  t.same(await post(fresh), [200, undefined])
+  t.equal(runs, 1)
 })
 
 t.test('headers on the wire', async t => {
