@@ -82,9 +82,10 @@ export function assertNone (caller: string, given: readonly unknown[], advice: s
 }
 
 /** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
-export function assertCount (caller: string, name: string, value: unknown, min: number): void {
-  if (Number.isSafeInteger(value) && (value as number) >= min) return
-  throw new InvalidOptions(`${caller}: expected ${name} to be a whole number, ${min} or more, got ${typeof value === 'number' ? value : kind(value)}`)
+export function assertCount (caller: string, name: string, value: unknown, min: number, max = Infinity): void {
+  if (Number.isSafeInteger(value) && (value as number) >= min && (value as number) <= max) return
+  const range = max === Infinity ? `${min} or more` : `${min} to ${max}`
+  throw new InvalidOptions(`${caller}: expected ${name} to be a whole number, ${range}, got ${typeof value === 'number' ? value : kind(value)}`)
 }
 
 /** @returns the options in `worker` of a runner with a queue: `true` and `false` have none. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */

@@ -19,6 +19,9 @@ interface Entry {
 /** Of a processed delivery only the tick in which it is forgotten is kept, so that remembering it adds no object to the heap. */
 type Known = Entry | number
 
+/** A Map of V8 holds 2²⁴ entries, of which up to a half are holes that deleted entries have left. The rest is for deliveries that are running. */
+const MOST = 8_000_000
+
 const NONE: readonly string[] = Object.freeze([])
 
 /** ms in a tick of the monotonic clock. 31 bits of ticks are 6.8 years, and V8 stores a number of 31 bits without an object. */
@@ -28,13 +31,13 @@ const TICK = 100
  * Remembers deliveries in this process only: at most `max` that have been processed or given up, and in addition those that are being processed.
  * Forgets those first that came first, and all of them when the process ends. The methods of the store never fail.
  *
- * @param options.max number of deliveries; default 100,000, about 11 MB
+ * @param options.max number of deliveries, up to 8,000,000; default 100,000, about 11 MB
  * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS
  */
 export function memoryStore (options: { max?: number } = {}): IdempotencyStore {
   assertNames('memoryStore', options, ['max'])
   const { max = 100_000 } = options
-  assertCount('memoryStore', 'max', max, 1)
+  assertCount('memoryStore', 'max', max, 1, MOST)
   /**
    * In the order in which they are forgotten. A duplicate does not move its delivery, because each move leaves a hole that V8 passes at each
    * look-up of the delivery, and a duplicate would soon take 40 µs.

@@ -38,10 +38,10 @@ function states (store: IdempotencyStore, keys: string[]): string[] {
 }
 
 t.test('`max`', async t => {
-  for (const max of [0, -1, 1.5, Number.NaN, Number.POSITIVE_INFINITY, '10', null]) {
+  for (const max of [0, -1, 1.5, Number.NaN, Number.POSITIVE_INFINITY, 8_000_001, '10', null]) {
     t.throws(() => memoryStore({ max: max as number }), {
       code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS',
-      message: `memoryStore: expected max to be a whole number, 1 or more, got ${typeof max === 'string' ? 'a value of type string' : max}`
+      message: `memoryStore: expected max to be a whole number, 1 to 8000000, got ${typeof max === 'string' ? 'a value of type string' : max}`
     })
   }
 
