@@ -69,7 +69,7 @@ export const InspectorRefused = refusal('INSPECTOR_REFUSED', '%s', 403)
 // Inbox: handlers fail with these
 
 export const TransactionOver = coded('TRANSACTION_OVER',
-  'the transaction of the handler "%s" is over: use `tx` only before the work that was given to once() has returned, and await what it does; where a statement failed and SQLite rolled back by itself, let its error be thrown', 500)
+  'the transaction of the handler "%s" is over: use `tx` only before the work that was given to once() has returned, and await what it does; if the work has not returned, a ROLLBACK, a COMMIT or a statement that failed in it has ended the transaction: use savepoints, and let errors be thrown', 500)
 export const RolledBack = coded('ROLLED_BACK',
   'PostgreSQL rolled the transaction of the handler "%s" back instead of committing it: a statement in it had failed and the error was swallowed, or the work said ROLLBACK; let the error be thrown, or use a savepoint', 500)
 export const NoTransaction = coded('NO_TRANSACTION',

@@ -5,7 +5,7 @@ import { isPromise } from '../maybe-promise.ts'
  * Lends the client of a database for the duration of a transaction, together with the statements and iterators that the client makes.
  *
  * @param name of the handler
- * @param holds called when a statement has failed, returns whether the transaction still exists
+ * @param holds returns whether the transaction still exists
  * @returns `tx`. Its methods and those of its statements throw FST_OPENAI_WEBHOOK_TRANSACTION_OVER once the transaction has ended, by `end` or by
  * itself
  */
@@ -30,15 +30,11 @@ export function lend<Tx extends object> (client: Tx, name: string, holds = (): b
   }
 
   function call (method: Function, self: unknown, args: unknown[]): unknown {
+    // SQLite rolls back by itself if the disk is full, and work may say ROLLBACK, or use a library that does. Each further write would be a commit of
+    // its own, and be repeated by each attempt.
+    over ||= !holds()
     assertLent()
-    let result: unknown
-    try {
-      result = Reflect.apply(method, self, args)
-    } catch (error) {
-      // SQLite rolls back by itself if the disk is full. If the work continues, each of its further writes would be a commit of its own.
-      over ||= !holds()
-      throw error
-    }
+    const result: unknown = Reflect.apply(method, self, args)
     if (!isMade(result)) return result
     if (isIterator(result)) iterators.push(result)
     return lent(result)

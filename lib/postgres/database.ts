@@ -9,6 +9,8 @@ import type { Table } from './table.ts'
 export interface PgClient {
   query (text: string, values?: any[]): Promise<{ rows: any[] }>
   release (error?: Error | boolean): void
+  /** "I" outside a transaction. Older versions of `pg` lack it. */
+  getTransactionStatus? (): string | null
   on (event: 'error', listener: (error: Error) => void): unknown
   removeListener (event: 'error', listener: (error: Error) => void): unknown
 }

@@ -75,11 +75,10 @@ export function background (options: BackgroundOptions = {}): Runner {
       else await host.process(job)
     } catch (error) {
       if (error instanceof Overloaded) tellLost(job)
-      else if (!(error instanceof InProgress)) tellDead(host, deadDelivery(job, 1, error), error)
-      // Another process has the delivery, and its handlers may succeed there or fail. This process has acknowledged the delivery, so it tries again
-      // after the others that wait.
-      else if (!closing) wait(key, job)
-      else host.report(error, job)
+      // Another process, or another delivery of the resource, has the claim, and its handlers may succeed or fail. This process has acknowledged the
+      // delivery, so it tries again after the others that wait.
+      else if (error instanceof InProgress && !isOver) wait(key, job)
+      else tellDead(host, deadDelivery(job, error instanceof InProgress ? 0 : 1, error), error)
     }
     running.delete(key)
     startNext()

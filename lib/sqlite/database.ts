@@ -179,10 +179,14 @@ export class Database {
 
   /** Whether the handle is in a transaction, whoever has begun it. */
   isInTransaction (): boolean {
+    const db = this.#db as { open?: unknown, inTransaction?: unknown, isTransaction?: unknown }
+    // libsql ends the process if it is asked for `inTransaction` after close().
+    const known = db.open === false ? undefined : db.inTransaction ?? db.isTransaction
+    if (typeof known === 'boolean') return known
     try {
       this.#db.exec('BEGIN')
     } catch (error) {
-      // Tries a statement, because the drivers have no property in common that tells.
+      // node:sqlite has no property that tells before Node 22.16.
       if (/within a transaction/.test((error as Error).message)) return true
       throw error
     }

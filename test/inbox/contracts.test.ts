@@ -71,7 +71,27 @@ for (const { name, skip, open } of [...HANDLES.map(name => ({ name, skip: missin
     const under = onSqlite(db)
     t.teardown(async () => await under.inbox.close?.())
     await keeps(t, inboxContract(() => under))
+    for (const [ending, rows] of [['ROLLBACK', []], ['COMMIT', ['before']]] as const) {
+      db.exec('DELETE FROM effects')
+      const once = under.inbox.once(`settle after ${ending}`, tx => {
+        under.write(tx, 'before')
+        tx.prepare(ending).run()
+        under.write(tx, 'after')
+      })
+      t.equal(await overAfter(once, ending), 'FST_OPENAI_WEBHOOK_TRANSACTION_OVER')
+      t.same(await under.rows(), rows, `${ending}, and nothing after it`)
+    }
   })
+}
+
+/** Runs a handler whose work ends its transaction. @returns the code of its error */
+async function overAfter (handler: (this: never, event: object, context: EventContext) => unknown, webhookId: string): Promise<unknown> {
+  try {
+    await handler.call({} as never, {}, { webhookId, endpoint: '/', signal: new AbortController().signal } as EventContext)
+    return 'none'
+  } catch (error) {
+    return (error as { code?: unknown }).code
+  }
 }
 
 t.test('PGlite', async t => {
@@ -126,6 +146,19 @@ t.test('PostgreSQL', { skip: postgresMissing }, async t => {
       const under = onPool(pool)
       t.teardown(async () => await under.inbox.close?.())
       await t.test('postgresInbox', async t => await keeps(t, inboxContract(() => under)))
+      await t.test('work that has ended its transaction writes no more', async t => {
+        for (const [ending, rows] of [['ROLLBACK', []], ['COMMIT', ['before']]] as const) {
+          await pool.query('DELETE FROM effects')
+          const once = under.inbox.once(`settle after ${ending}, ${name}`, async tx => {
+            await under.write(tx, 'before')
+            await tx.query(ending)
+            await under.write(tx, 'after')
+          })
+          t.equal(await overAfter(once, ending), 'FST_OPENAI_WEBHOOK_TRANSACTION_OVER')
+          t.same(await under.rows(), rows, `${ending}, and nothing after it`)
+        }
+        await pool.query('DELETE FROM effects')
+      })
       const store = postgresStore(pool)
       await t.test('postgresStore', async t => await keeps(t, storeContract(() => store)))
     })

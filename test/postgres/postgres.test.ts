@@ -492,10 +492,13 @@ t.test('postgresInbox', { skip: postgresMissing }, async t => {
       for (const statement of ending) await tx.query(statement)
     })
     const context = contextOf()
-    for (ending of [['ROLLBACK'], ['ROLLBACK', 'BEGIN']]) {
+    for (ending of [['ROLLBACK'], ['ROLLBACK; BEGIN']]) {
       await t.rejects(run(handler, context), { code: 'FST_OPENAI_WEBHOOK_ROLLED_BACK', message: /the work said ROLLBACK/ })
       t.same(await effects(pool), [])
     }
+    ending = ['ROLLBACK', 'BEGIN']
+    await t.rejects(run(handler, context), { code: 'FST_OPENAI_WEBHOOK_TRANSACTION_OVER' })
+    t.same(await effects(pool), [])
     ending = ['COMMIT']
     await run(handler, context)
     t.same(await effects(pool), ['effect'])
