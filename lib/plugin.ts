@@ -34,6 +34,7 @@ import { memoryStore } from './stores/memory.ts'
 import { noStore } from './stores/none.ts'
 import type { OpenAIWebhook } from './api.ts'
 import { Verifications } from './routes/verifications.ts'
+import { inTime } from './verifiers/keyring.ts'
 import { within } from './within.ts'
 
 // `options` has no default, because Fastify always passes an object, and its types cannot infer the options from an optional parameter.
@@ -59,10 +60,8 @@ async function openaiWebhook (instance: FastifyInstance, options: OpenAIWebhookO
   guardedScope(instance).addHook('onRequest', guard(routes.failures))
   instance.addHook('onRoute', function (route) { protectMarked(routes, this, route) })
   instance.addHook('onReady', start)
-  // preClose runs before every onClose hook, so that the app's databases are still open while the handlers are drained. Fastify fails a hook that
-  // takes longer than `pluginTimeout` (ms; 0: no limit), so this one waits for 80 % of that, and onClose for the rest.
-  const { pluginTimeout = 0 } = instance.initialConfig
-  instance.addHook('preClose', async () => await within(close(), pluginTimeout * 0.8 || LONGEST_TIMER, () => {}))
+  // preClose runs before every onClose hook, so that the app's databases are still open while the handlers are drained. onClose waits for the rest.
+  instance.addHook('preClose', async () => await within(close(), hookTime(instance), () => {}))
   instance.addHook('onClose', close)
 
   const path = options.path ?? DEFAULTS.path
@@ -74,6 +73,11 @@ async function openaiWebhook (instance: FastifyInstance, options: OpenAIWebhookO
     const scope = { prefix, ...(logLevel !== undefined && { logLevel }), ...(logSerializers !== undefined && { logSerializers }) }
     ownRoute(routes, instance, { url: path, ...(rateLimit !== undefined && { rateLimit }) }, scope)
   }
+}
+
+/** ms that a hook may take. Fastify fails a hook that takes longer than `pluginTimeout` (0: no limit), without saying what it waited for. */
+function hookTime ({ initialConfig: { pluginTimeout = 0 } }: FastifyInstance): number {
+  return pluginTimeout * 0.8 || LONGEST_TIMER
 }
 
 function assemble (instance: FastifyInstance, options: OpenAIWebhookOptions, compilers: Compilers) {
@@ -116,7 +120,7 @@ function assemble (instance: FastifyInstance, options: OpenAIWebhookOptions, com
     deadLetters: deadLettersOf(runner),
     async start (): Promise<void> {
       for (const work of routes.onReady) work()
-      await verifications.load()
+      await inTime('secret', async () => { await verifications.load() }, hookTime(instance))
       registry.isComplete = true
       endpoints.makeTables()
       // app.close() was called meanwhile, and would not close what is started now.

@@ -36,7 +36,7 @@ Options:
   --endpoint URL       of this receiving route alone, such as /webhooks/openai
   --tenant NAME        of this tenant alone
   --type TYPE          of this event type alone, such as batch.completed
-  --limit N            how many are listed (${LIMIT})
+  --limit N            list: how many (${LIMIT}); requeue --all: how many, the oldest first (all)
   --all                list: all of them; requeue: all that the options above select
   --force              requeue: also what is older than what the inbox of a handler remembers, so that its effect could
                        happen twice
@@ -136,10 +136,12 @@ const actions: Readonly<Record<string, (args: Arguments, terminal: Terminal, ids
   requeue (args, terminal, ids) {
     const { all = false, force = false } = args.values as { all?: boolean, force?: boolean }
     if (all === (ids.length > 0)) throw usageError('requeue: expected webhook-ids, or --all')
+    if (!all && args.values['limit'] !== undefined) throw usageError('requeue: --limit is of no use without --all')
+    const limit = count(args, 'limit', -1) // -1 means no limit in SQLite
     return jobs => {
       const filter = filterOf(args)
       // Every id is checked before the first delivery is requeued, so that a wrong id requeues nothing.
-      const chosen = all ? jobs.list(-1, filter) : [...new Set(ids)].map(id => find(jobs, id, filter))
+      const chosen = all ? jobs.list(limit, filter) : [...new Set(ids)].map(id => find(jobs, id, filter))
       if (!force) chosen.forEach(assertSafe)
       let missed = 0
       for (const delivery of chosen) {
@@ -153,6 +155,9 @@ const actions: Readonly<Record<string, (args: Arguments, terminal: Terminal, ids
   }
 }
 
+/** The options that an action does not use. */
+const USELESS: Readonly<Record<string, readonly string[]>> = { list: ['force'], show: ['limit', 'all', 'force'] }
+
 /** @throws CommandError with exit code 2 */
 function plan (args: Arguments, terminal: Terminal): Act {
   const [name, ...ids] = args.positionals
@@ -160,6 +165,7 @@ function plan (args: Arguments, terminal: Terminal): Act {
   if (name === undefined) throw usageError(`dead: expected one of ${names.join(', ')}`)
   const action = Object.hasOwn(actions, name) ? actions[name] : undefined
   if (action === undefined) throw usageError(`dead: unknown action "${printable(name)}"${nearest(name, names)}`)
+  for (const option of USELESS[name] ?? []) if (args.values[option] !== undefined) throw usageError(`${name}: --${option} is of no use here`)
   return action(args, terminal, ids)
 }
 

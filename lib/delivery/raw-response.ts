@@ -30,7 +30,7 @@ function isFinished (raw: RawResponse): boolean {
   return raw.writableFinished || (raw.writableEnded && isInjected(raw))
 }
 
-const isInjected = (raw: RawResponse): boolean => (raw as { isLightMyRequest?: boolean }).isLightMyRequest === true
+export const isInjected = (raw: RawResponse): boolean => (raw as { isLightMyRequest?: boolean }).isLightMyRequest === true
 
 export function sentStatusOf (raw: RawResponse): number {
   return Number(streamOf(raw)?.sentHeaders?.[':status'] ?? raw.statusCode)

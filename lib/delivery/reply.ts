@@ -7,14 +7,12 @@ import { isAnswerHeld, isSuccess } from '../pipeline/answer.ts'
 import type { VerifiedRequest } from '../request.ts'
 import { OwnHandler } from './own-handler.ts'
 import type { Receiver } from './receive.ts'
-import { sentStatusOf } from './raw-response.ts'
+import { isInjected, sentStatusOf } from './raw-response.ts'
 import { Standing } from './standing.ts'
 import type { Sender, Verdict, Work } from './work.ts'
 
 export interface ReplyOptions {
   readonly receiver: Receiver
-  /** ms */
-  readonly deadline: number
   readonly failures: Failures
   /** The route's own handler, which replies. */
   readonly own: RouteHandlerMethod | undefined
@@ -55,12 +53,13 @@ export class Reply implements Sender {
     })
   }
 
-  /** Hands the delivery to the receiver, and answers with its verdict or at the deadline. */
-  run (): void {
-    const { receiver, deadline } = this.options
-    this.#work = receiver.receive(this)
-    // Unref'd, because the sender's socket keeps the process alive, and the timer must not do so by itself.
-    if (this.#standing.state.at !== 'closed') this.#timer = setTimeout(expire, deadline, this).unref()
+  /** Hands the delivery to the receiver, and answers with its verdict or at the deadline. @param deadline ms that are left */
+  run (deadline: number): void {
+    this.#work = this.options.receiver.receive(this)
+    if (this.#standing.state.at === 'closed') return
+    this.#timer = setTimeout(expire, deadline, this)
+    // The sender's socket keeps the process alive, and the timer must not do so by itself. An injected request has no socket.
+    if (!isInjected(this.reply.raw)) this.#timer.unref()
   }
 
   /**

@@ -1,10 +1,12 @@
 import type { IncomingHttpHeaders } from 'node:http'
 import type { FastifyBaseLogger } from 'fastify'
+import { isObject, show } from '../checks.ts'
 import { codeOfClass } from '../coded.ts'
 import { diagnoseQuickly } from '../diagnose.ts'
 import { causes } from '../diagnose/causes.ts'
 import { InvalidSignature, TimestampOutOfTolerance, UnknownTenant } from '../errors.ts'
 import { fixOf, logError } from '../log.ts'
+import { isPromise } from '../maybe-promise.ts'
 import type { Verification } from '../pipeline/verify.ts'
 import type { DeadDelivery, DeliveryError } from '../runners/runner.ts'
 import { standardWebhooks } from '../verifiers/standard-webhooks.ts'
@@ -112,9 +114,10 @@ const isOfHeaders = ({ refusal }: Entry): boolean => refusal !== undefined && HE
 const HIDDEN: readonly string[] = ['authorization', 'proxy-authorization', 'cookie', 'set-cookie']
 
 function shown (headers: IncomingHttpHeaders, redact: InspectorOptions['redact'], log: FastifyBaseLogger): Array<[string, string]> {
-  let visible: IncomingHttpHeaders = { ...headers }
   try {
-    visible = redact?.(visible) ?? visible
+    const visible: unknown = redact === undefined ? headers : redact({ ...headers })
+    if (isPromise(visible)) visible.then(undefined, () => {}) // an unhandled rejection would end the process
+    if (!isObject(visible) || isPromise(visible)) throw new TypeError(`expected the headers to show, got ${isPromise(visible) ? 'a promise' : show(visible)}`)
     return Object.entries(visible)
       .filter(([, value]) => value !== undefined)
       .map(([name, value]) => [name, HIDDEN.includes(name.toLowerCase()) ? '(hidden)' : String(value)])

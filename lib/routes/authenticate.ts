@@ -23,7 +23,13 @@ type Done = (error?: Error) => void
 /** Key on a request whose value is what was read from its headers. */
 const SIGNED = Symbol('openai-webhook.signed')
 
-type Admitted = FastifyRequest & { [SIGNED]?: SignedHeaders | undefined }
+/** Key on a request whose value is how many ms it has waited for a secret. */
+const WAITED = Symbol('openai-webhook.waited')
+
+type Admitted = FastifyRequest & { [SIGNED]?: SignedHeaders | undefined, [WAITED]?: number }
+
+/** How many ms of the deadline are over when the handler of the route is called. */
+export const waitOf = (request: FastifyRequest): number => (request as Admitted)[WAITED] ?? 0
 
 type Authentic = Pick<Delivery, 'webhookId' | 'timestamp'> & {
   /** An error if the signed bytes are not a valid event. */
@@ -98,8 +104,12 @@ export class Authentication {
         verification = found
         return this.examine(found, delivery, signed, onVerified)
       })
-    if (isPromise<Authentic | Error>(authentic)) authentic.then(settle, done)
-    else settle(authentic)
+    if (!isPromise<Authentic | Error>(authentic)) return settle(authentic)
+    const since = performance.now()
+    authentic.then(authentic => {
+      (request as Admitted)[WAITED] = performance.now() - since
+      settle(authentic)
+    }, done)
   }
 
   /**

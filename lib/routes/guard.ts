@@ -12,6 +12,7 @@ export const PROTECTED = Symbol('openai-webhook.protected')
 export const OWN = Symbol('openai-webhook.own')
 
 const DECLARED_EARLY = 'was declared before fastify-openai-webhook had loaded, so nothing verifies it: declare the route below `await app.register(openaiWebhook)`, with the `await`, or in a plugin registered after it'
+const UNMARKED = 'is not marked, so nothing verifies it: add config: { openaiWebhook: {} } to it, or declare it with app.openaiWebhook.route()'
 const SKIPPED = 'a hook of the app has thrown null or undefined, which Fastify takes for no error while it skips the hooks that come after: throw an Error'
 
 /**
@@ -43,6 +44,6 @@ export function isProtected ({ config, onRequest, preParsing }: RouteOptions): b
  * handler runs only on a route that the plugin did not recognise, and throws.
  */
 export const dispatching = (): RouteHandlerMethod => function ({ method, routeOptions: { config, url } }) {
-  if (!(PROTECTED in config)) throw new UnprotectedRoute(`${method} ${String(url)}`, DECLARED_EARLY)
+  if (!(PROTECTED in config)) throw new UnprotectedRoute(`${method} ${String(url)}`, config.openaiWebhook === undefined ? UNMARKED : DECLARED_EARLY)
   throw new InvalidRoute(method, url, 'app.openaiWebhook.handler cannot be told where another plugin has wrapped it, as @fastify/otel, @fastify/websocket, Sentry and New Relic do: register that plugin after fastify-openai-webhook, or declare the route with app.openaiWebhook.route(), or for otel with `otel: { instrumentHandler: false }` in its config')
 }

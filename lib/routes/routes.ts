@@ -10,6 +10,7 @@ import { boundRefused } from '../pipeline/capture.ts'
 import type { BodyBounds } from '../pipeline/capture.ts'
 import type { Registry } from '../registry.ts'
 import type { VerifiedRequest } from '../request.ts'
+import { waitOf } from './authenticate.ts'
 import type { Authentication } from './authenticate.ts'
 import type { Bounds } from './bounds.ts'
 import type { Endpoint, Endpoints } from './endpoint.ts'
@@ -41,12 +42,12 @@ export interface Routes {
  * @param declared returns the current handler of the route: an onRoute hook of the app may have wrapped the one made here
  */
 export function deliver ({ receiver, deadline, failures }: Routes, { name }: Endpoint, own: RouteHandlerMethod | undefined, declared: () => unknown): RouteHandlerMethod {
-  const options = { receiver, deadline, failures, own }
+  const options = { receiver, failures, own }
   const handle: RouteHandlerMethod = function (request, reply) {
     if (request.openaiWebhook === null) throw unverified(name)
     markHandling(request, own !== undefined)
     const answer = new Reply(request as VerifiedRequest, reply, options, this)
-    answer.run()
+    answer.run(Math.max(0, deadline - waitOf(request)))
     // If an async function wraps this handler and gets no promise from it, Fastify sends an empty answer at once.
     if (declared() !== handle) return answer.given()
   }

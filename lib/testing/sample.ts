@@ -45,8 +45,10 @@ export function newSample (type: SampleType): SampleEvents[SampleType] {
 
 function merge (into: Record<string, unknown>, from: object): Record<string, unknown> {
   for (const [key, value] of Object.entries(from)) {
-    const present = into[key]
-    into[key] = isObject(present) && isObject(value) ? merge(present, value) : value
+    const present = Object.hasOwn(into, key) ? into[key] : undefined
+    const merged = isObject(present) && isObject(value) ? merge(present, value) : value
+    // Defined, because setting `__proto__` would set the prototype.
+    Object.defineProperty(into, key, { value: merged, enumerable: true, configurable: true, writable: true })
   }
   return into
 }

@@ -179,6 +179,8 @@ function bytesBy (keyBytes: NonNullable<KeyBytes>, secret: string): Uint8Array {
     throw new InvalidSecret('the verifier\'s keyBytes failed: expected it to return the bytes of the key', { cause })
   }
   if (!isUint8Array(bytes)) throw new InvalidSecret(`expected the verifier's keyBytes to return the bytes of the key, got ${inWords(bytes)}`)
+  // Anybody can sign with an empty key. A lenient decoder makes one of a secret that it cannot read.
+  if (bytes.length === 0) throw new InvalidSecret('expected the verifier\'s keyBytes to return the bytes of the key, got none')
   return bytes
 }
 
@@ -197,6 +199,7 @@ function assertSecret (secret: unknown): asserts secret is string {
   if (secret === '') {
     throw new InvalidSecret('expected a signing secret, got an empty string: set OPENAI_WEBHOOK_SECRET or the `secret` option to the whsec_… value shown when the endpoint was created, or have `tenant.secret` answer that')
   }
+  if (secret === PREFIX) throw new InvalidSecret('expected base64 after "whsec_" in the signing secret, got nothing: copy it again whole')
   if (secret.startsWith('sk-')) {
     throw new InvalidSecret('expected the endpoint\'s signing secret (whsec_…), got an API key (sk-…): copy the secret shown when the webhook endpoint was created')
   }
@@ -226,7 +229,7 @@ function secretBytes (secret: string, warn: (message: string) => void): Uint8Arr
   const text = secret.slice(PREFIX.length)
   const bytes = Buffer.from(text, 'base64')
   // A lenient decoder accepts truncated base64 with bits left over, and the resulting key would match no signature.
-  if (text === '' || !BASE64.test(text) || bytes.toString('base64').replace(/=+$/, '') !== text.replace(/=+$/, '')) {
+  if (!BASE64.test(text) || bytes.toString('base64').replace(/=+$/, '') !== text.replace(/=+$/, '')) {
     throw new InvalidSecret('expected base64 after "whsec_" in the signing secret, got other characters, a cut or nothing: copy it again whole')
   }
   return bytes

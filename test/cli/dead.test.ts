@@ -102,7 +102,8 @@ t.test('requeue gives those that are named their attempts anew, all or none', as
   t.same(await run(t, ['requeue', 'wh_1', 'wh_1', '--force', '--sqlite', file]), { code: 0, out: 'wh_1  requeued\n', err: '' })
   t.match(db.prepare("SELECT state, attempts FROM openai_webhook_jobs WHERE key LIKE '%wh_1'").all(), [{ state: 'pending', attempts: 0 }])
   t.same(await run(t, ['requeue', '--all', '--type', 'batch.failed', '--json', '--sqlite', file]), { code: 0, out: `{"webhookId":"wh_3","endpoint":"${ENDPOINT}","requeued":true}\n`, err: '' })
-  t.same((await run(t, ['requeue', '--all', '--sqlite', file])).out, 'wh_2  requeued\nwh_4  requeued\n')
+  t.same((await run(t, ['requeue', '--all', '--limit', '1', '--sqlite', file])).out, 'wh_2  requeued\n')
+  t.same((await run(t, ['requeue', '--all', '--sqlite', file])).out, 'wh_4  requeued\n')
   t.same(await run(t, ['requeue', '--all', '--sqlite', file]), { code: 0, out: '', err: 'no dead deliveries\n' })
 
   const app = await build(t, { runner: durable(db) })
@@ -241,7 +242,10 @@ t.test('wrong usage is one line on stderr and exit code 2', async t => {
     [['show', ...file], 'show: expected one webhook-id'],
     [['show', 'wh_1', 'wh_2', ...file], 'show: expected one webhook-id'],
     [['requeue', ...file], 'requeue: expected webhook-ids, or --all'],
-    [['requeue', 'wh_1', '--all', ...file], 'requeue: expected webhook-ids, or --all']
+    [['requeue', 'wh_1', '--all', ...file], 'requeue: expected webhook-ids, or --all'],
+    [['requeue', 'wh_1', '--limit', '1', ...file], 'requeue: --limit is of no use without --all'],
+    [['list', '--force', ...file], 'list: --force is of no use here'],
+    [['show', 'wh_1', '--all', ...file], 'show: --all is of no use here']
   ] as Array<[string[], string]>) {
     t.same(await run(t, argv), { code: 2, out: '', err: `openai-webhook: ${told} (see --help)\n` })
   }

@@ -1,5 +1,7 @@
+import { spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { connect } from 'node:http2'
+import { text } from 'node:stream/consumers'
 import Fastify from 'fastify'
 import type { FastifyInstance, FastifyServerOptions } from 'fastify'
 import t from 'tap'
@@ -182,6 +184,47 @@ t.test('a handler that still runs at the deadline', async t => {
     clock.advance(1_000)
     t.same(told, [])
   })
+})
+
+t.test('a secret that is fetched takes its time from the deadline', async t => {
+  const app = await build(t, { deadline: 1_000, closeTimeout: 1 })
+  const [asked, started] = [deferred(), deferred()]
+  const secret = deferred<string>()
+  app.openaiWebhook.route({ url: '/of/:tenant', tenant: { of: ({ params }) => (params as { tenant: string }).tenant, secret: async () => { asked.resolve(); return await secret.promise } } })
+  app.openaiWebhook.on('batch.failed', async () => {
+    started.resolve()
+    await new Promise(() => {})
+  })
+  await app.ready()
+  const clock = stoppedClock(t)
+  const answer = post(app, sign(thin('batch.failed')), '/of/acme')
+  await asked.promise
+  clock.advance(700)
+  secret.resolve(SECRET)
+  await started.promise
+  let status = 0
+  const answered = answer.then(({ statusCode }) => { status = statusCode })
+  clock.advance(299)
+  await new Promise(resolve => process.nextTick(resolve))
+  t.equal(status, 0)
+  clock.advance(1)
+  await answered
+  t.equal(status, 503)
+})
+
+t.test('an injected delivery is answered at the deadline, though nothing else keeps the process alive', async t => {
+  const script = `
+    import Fastify from 'fastify'
+    import openaiWebhook from ${JSON.stringify(new URL('../../lib/index.ts', import.meta.url).href)}
+    import { deliver, sampleEvent, testSecret } from ${JSON.stringify(new URL('../../lib/testing/index.ts', import.meta.url).href)}
+    const app = Fastify()
+    await app.register(openaiWebhook, { secret: testSecret, deadline: 50 })
+    app.openaiWebhook.on('batch.failed', async () => { await new Promise(() => {}) })
+    const { statusCode } = await deliver(app, sampleEvent('batch.failed'))
+    console.log(statusCode)
+    process.exit()`
+  const child = spawn(process.execPath, ['--import', './test/support/typescript.js', '--input-type=module', '--eval', script], { stdio: ['ignore', 'pipe', 'inherit'] })
+  t.equal((await text(child.stdout)).trim(), '503')
 })
 
 t.test('a store that has not answered at the deadline', async t => {

@@ -231,9 +231,13 @@ t.test('headers: those that authenticate are hidden, and what the user hides', a
   const silent = await inspected(t, {}, { redact: headers => ({ ...headers, host: undefined }) })
   await post(silent, sign(thin('batch.failed')))
   t.notOk(new Map((await detailOf(silent)).headers).has('host'))
-  const nothing = await inspected(t, {}, { redact: () => undefined as never })
-  await post(nothing, { headers: { ...headers, cookie: 'a' }, body })
-  t.same(new Map((await detailOf(nothing)).headers).get('cookie'), '(hidden)')
+  for (const answer of [() => undefined, () => null, () => 1, () => 'all', () => [], async () => headers, async () => { throw new Error('late') }]) {
+    const log = capturedLog()
+    const wrong = await inspected(t, {}, { redact: answer as never }, { logger: log.logger })
+    await post(wrong, sign(thin('batch.failed')))
+    t.same((await detailOf(wrong)).headers, [])
+    t.match(log.errors(), [{ msg: /redact function/, err: { message: /^expected the headers to show, got / } }])
+  }
 })
 
 t.test('why a 401 was refused, as diagnose says it; neither secret nor expected signature is told', async t => {

@@ -460,6 +460,7 @@ t.test('a route that asks for verification and cannot have it fails closed', asy
     app.post('/unmarked', app.openaiWebhook.handler)
 
     t.equal(await code(app, '/unmarked'), '500 UNPROTECTED_ROUTE')
+    t.match((await app.inject({ method: 'POST', url: '/unmarked', payload: {} })).json(), { message: /is not marked, so nothing verifies it: add config: \{ openaiWebhook: \{\} \}/ })
     t.same(seen, [])
   })
 })

@@ -55,6 +55,12 @@ t.test('sampleEvent', async t => {
     }, 'at any depth')
   })
 
+  t.test('takes a __proto__ as a field, so that a test can send it', async t => {
+    const overrides = JSON.parse('{ "__proto__": { "polluted": true }, "data": { "constructor": { "prototype": { "polluted": true } } } }') as object
+    t.equal(JSON.stringify(sampleEvent('batch.failed', overrides)).includes('"__proto__":{"polluted":true}'), true)
+    t.equal(({} as { polluted?: true }).polluted, undefined)
+  })
+
   t.test('leaves the next event as it was', async t => {
     const before = sampleEvent('batch.failed').data
     const event = sampleEvent('batch.failed', { data: { id: 'batch_1' } })

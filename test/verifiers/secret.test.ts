@@ -72,11 +72,25 @@ t.test('what a verifier of the user\'s own makes of a secret is bytes', async t 
   const cases: Array<[keyBytes: () => unknown, message: RegExp]> = [
     [() => { throw new Error('no vault') }, /keyBytes failed/],
     [async () => Buffer.from('late'), /keyBytes to return the bytes of the key, got a value of type object/],
-    [() => 'text', /got a value of type string/]
+    [() => 'text', /got a value of type string/],
+    [() => Buffer.from('no hex', 'hex'), /keyBytes to return the bytes of the key, got none/]
   ]
   for (const [keyBytes, message] of cases) {
     const verifier = Object.assign(() => ({ webhookId: 'wh_1', timestamp: 1 }), { keyBytes }) as unknown as Verifier
     await t.rejects(register(t, { secret: SECRET, verifier }), { code: 'FST_OPENAI_WEBHOOK_INVALID_SECRET', message })
+  }
+})
+
+t.test('a secret function that does not answer keeps the app from starting, and the error names it', async t => {
+  const app = Fastify({ pluginTimeout: 50 })
+  t.teardown(() => app.close())
+  await app.register(openaiWebhook, { secret: async () => await new Promise<string>(() => {}) })
+  await t.rejects(async () => { await app.ready() }, { code: 'FST_OPENAI_WEBHOOK_INVALID_SECRET', message: 'the `secret` function took more than 40 ms' })
+})
+
+t.test('nobody signs with an empty key, whatever the verifier', async t => {
+  for (const verifier of [standardWebhooks(), xOpenAISignature()]) {
+    await t.rejects(register(t, { secret: 'whsec_', verifier }), { code: 'FST_OPENAI_WEBHOOK_INVALID_SECRET', message: /after "whsec_" in the signing secret, got nothing/ })
   }
 })
 
