@@ -96,10 +96,9 @@ export class Handling {
 
   /** Records how the handlers have ended, and then throws `failure` if there is one. */
   #settle (work: Work, claim: Held, failure?: Error): MaybePromise<void> {
-    const { claims, works } = this
-    return then(failure === undefined ? this.#complete(work, claim) : claims.release(claim), () => {
+    return then(failure === undefined ? this.#complete(work, claim) : this.claims.release(claim), () => {
       work.move({ at: 'over', succeeded: failure === undefined })
-      if (work.canBeForgotten) works.forget(works.received, work)
+      if (work.canBeForgotten) this.works.forget(work)
       if (failure !== undefined) throw failure
     })
   }

@@ -1,3 +1,4 @@
+import { setTimeout as sleep } from 'node:timers/promises'
 import { InProgress, MissingRoute, Overloaded } from '../errors.ts'
 import { shortestRetention } from '../inbox/inbox.ts'
 import type { Failures } from '../failures.ts'
@@ -111,7 +112,7 @@ export class Queued implements RunnerHost {
     // Tries again, because the process that received the delivery releases its claim a moment after the runner has the job.
     for (let wait = FIRST_WAIT; this.works.queued.has(key) || !await this.#claim(key, job, attempt, use); wait *= 2) {
       if (wait > LONGEST_WAIT) throw new InProgress()
-      await pause(wait, this.handling.signal)
+      await sleep(wait, undefined, { signal: this.handling.signal }).catch(() => {})
       // The app is about to close what the store needs.
       if (this.handling.signal.aborted) throw new Overloaded()
     }
@@ -135,21 +136,7 @@ export class Queued implements RunnerHost {
       }
       return true
     } finally {
-      this.works.forget(this.works.queued, work)
+      this.works.forget(work)
     }
   }
-}
-
-/** Waits `ms`, or until the signal aborts. */
-async function pause (ms: number, signal: AbortSignal): Promise<void> {
-  if (signal.aborted) return
-  await new Promise<void>(resolve => {
-    const end = (): void => {
-      clearTimeout(timer)
-      signal.removeEventListener('abort', end)
-      resolve()
-    }
-    const timer = setTimeout(end, ms)
-    signal.addEventListener('abort', end)
-  })
 }

@@ -140,7 +140,7 @@ export class Receiver {
   #tell (work: Work, verdict: Verdict): void {
     work.verdict = verdict
     // A runner may accept a delivery while the handlers still run. The work is then kept until they end.
-    if (work.canBeForgotten) this.works.forget(this.works.received, work)
+    if (work.canBeForgotten) this.works.forget(work)
     work.tell(verdict)
   }
 }

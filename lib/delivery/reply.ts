@@ -28,10 +28,9 @@ export class Reply implements Sender {
   #work: Work | undefined
   #timer: NodeJS.Timeout | undefined
   /**
-   * Whether the own handler has ended and answers with the raw response, past Fastify. A function that wraps the route's handler may have to
+   * Called when the own handler has ended and answers with the raw response, past Fastify. A function that wraps the route's handler may have to
    * continue before that answer can end.
    */
-  #isHandedOver = false
   #onHandedOver: (() => void) | undefined
 
   constructor (
@@ -45,10 +44,7 @@ export class Reply implements Sender {
       this.#own = new OwnHandler(this.#standing, request, reply, (succeeded, error) => {
         this.#closeConnection()
         return record(succeeded, error)
-      }, () => {
-        this.#isHandedOver = true
-        this.#onHandedOver?.()
-      })
+      }, () => this.#onHandedOver?.())
       this.#own.run(own, scope)
     })
   }
@@ -69,7 +65,7 @@ export class Reply implements Sender {
   given (): Promise<void> {
     return new Promise((resolve, reject) => {
       this.#onHandedOver = resolve
-      if (this.#isHandedOver) resolve()
+      if (this.reply.raw.headersSent) resolve()
       else this.reply.then(resolve, reject)
     })
   }

@@ -149,8 +149,8 @@ export class Works {
     return claim
   }
 
-  forget (works: Map<string, Work>, { key }: Work): void {
-    works.delete(key)
+  forget ({ key, sender }: Work): void {
+    (sender === undefined ? this.queued : this.received).delete(key)
     if (this.#onIdle !== undefined && this.#isIdle) this.#onIdle()
   }
 

@@ -15,7 +15,7 @@ export type Endpoint = Verification & {
 
 /** The receiving routes of one registration of the plugin, and their handlers. */
 export class Endpoints {
-  readonly #all = new Map<string, Endpoint>()
+  readonly all = new Map<string, Endpoint>()
   readonly #lists = new Map<string, readonly HandlerList[]>()
   readonly #tables = new Map<string, HandlerTable>()
   #appTable: HandlerTable | undefined
@@ -28,11 +28,9 @@ export class Endpoints {
     if (this.#lists.has(name)) throw new InvalidRoute('POST', name, 'expected a URL of its own, got that of another receiving route')
     this.#lists.set(name, lists)
     const endpoint = { ...verification, name, tenants }
-    this.#all.set(name, endpoint)
+    this.all.set(name, endpoint)
     return endpoint
   }
-
-  get all (): ReadonlyMap<string, Endpoint> { return this.#all }
 
   /** Makes a list of the handlers in a route's `on`. */
   listOf (on: RouteOverrides['on'], scope: FastifyInstance): HandlerList {
