@@ -46,7 +46,7 @@ export const InvalidEvent = refusal('INVALID_EVENT', 'the event does not have th
 
 // Deduplicate, dispatch, acknowledge
 
-export const InProgress = refusal('IN_PROGRESS', 'this webhook-id is being processed by another process', 409)
+export const InProgress = refusal('IN_PROGRESS', 'this webhook-id is being processed by another process, or its resource by another delivery', 409)
 export const HandlerFailed = refusal('HANDLER_FAILED', 'an event handler failed', 500)
 export const DeadlineExceeded = refusal('DEADLINE', 'the event is still being processed; the retry will find its result', 503)
 export const Overloaded = refusal('OVERLOADED', 'no room for another delivery now; retry later', 503)
