@@ -58,9 +58,7 @@ export class OwnHandler {
   #error: unknown
   /** The status code of the answer, if it is not that of the deadline or of Fastify's `handlerTimeout`. */
   statusCode: number | undefined
-  /** Whether the plugin or Fastify is sending the error of the deadline or of `handlerTimeout`. */
-  #isRefusing = false
-  /** That error. Only error handlers get it, so only an error handler can send it again. */
+  /** The error of the deadline or of `handlerTimeout`. Only error handlers get it, so only an error handler can send it again. */
   #refusal: unknown
   /** Whether `#pass` is running. The error handlers that Fastify calls send everything that is sent meanwhile. */
   #isPassing = false
@@ -108,26 +106,17 @@ export class OwnHandler {
     this.#returned(result)
   }
 
-  /** Called when the deadline is over. @returns whether the plugin may answer: false if there is an answer already */
-  giveUp (): boolean {
+  /** Called when the deadline is over. @returns whether the plugin may answer with `refusal`: false if there is an answer already */
+  giveUp (refusal: Error): boolean {
     const { state } = this.#standing
     if (state.at === 'recorded') state.release?.()
     else if (state.at === 'replying') this.#standing.move({ ...state, isOverdue: true })
     else if (state.at === 'open' && !this.#isSent) {
       this.#becomeLate()
+      this.#refusal = refusal
       return true
     }
     return false
-  }
-
-  /** Calls `send`, which sends a refusal, and marks what is sent meanwhile as not sent by the own handler. */
-  refuse (send: () => void): void {
-    this.#isRefusing = true
-    try {
-      send()
-    } finally {
-      this.#isRefusing = false
-    }
   }
 
   /** Notes an error that is about to be answered, unless it is that of the deadline or of Fastify's `handlerTimeout`. */
@@ -197,8 +186,9 @@ export class OwnHandler {
   /** Treats Fastify's `handlerTimeout` as a deadline: the handler keeps running. */
   #timeOut (error: unknown): FastifyReply {
     if (this.#standing.state.at === 'open') this.#becomeLate()
+    this.#refusal ??= error
     try {
-      this.refuse(() => { this.#sendPlainly.call(this.#reply, error) })
+      this.#sendPlainly.call(this.#reply, error)
     } catch {
       // An async onError hook is running for another answer. The error is swallowed, because Fastify's timer has called `send`, and catches
       // nothing.
@@ -210,7 +200,6 @@ export class OwnHandler {
    * Handles what is sent after the deadline. The first payload is the sender's answer, as a refusal. A payload of the own handler is recorded.
    */
   #sendLate (state: Late, payload: unknown): FastifyReply {
-    if (this.#isRefusing) this.#refusal ??= payload
     if (this.#isOfErrorHandlers(payload)) return this.#sendRefusal(state, payload)
     return this.#isOwn(state) ? this.#settleUnheard(payload) : this.#sendUnsure(state, payload)
   }
@@ -390,7 +379,7 @@ export class OwnHandler {
     const { code } = reply
     const divert = (statusCode: number): FastifyReply => {
       const { state } = this.#standing
-      if (state.at !== 'late' || this.#isRefusing || this.#isPassing || isInErrorHandler(this.#request)) return reply.sent ? reply : code.call(reply, statusCode)
+      if (state.at !== 'late' || this.#isPassing || isInErrorHandler(this.#request)) return reply.sent ? reply : code.call(reply, statusCode)
       this.#standing.move({ ...state, statusCode })
       return reply.sent || state.isRefused === true || isRefusedByFastify(this.#request) ? reply : code.call(reply, statusCode)
     }

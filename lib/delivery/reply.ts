@@ -87,10 +87,11 @@ export class Reply implements Sender {
 
   /** Called when the deadline is over. */
   expired (): void {
+    const refusal = this.#work?.state.at === 'claiming' ? new Unavailable() : new DeadlineExceeded()
     if (this.#own === undefined) this.#standing.move({ at: 'late', statusCode: this.reply.statusCode })
-    else if (!this.#own.giveUp()) return
+    else if (!this.#own.giveUp(refusal)) return
     this.#work?.forgetSender(this)
-    this.#refuse(this.#work?.state.at === 'claiming' ? new Unavailable() : new DeadlineExceeded())
+    this.#refuse(refusal)
   }
 
   /** The status of the own handler's answer; `undefined` if the sender gets none. Fastify's `handlerTimeout` may answer while it is recorded. */
@@ -102,8 +103,7 @@ export class Reply implements Sender {
 
   #refuse (error: Error): void {
     this.options.failures.refused(error, this.request.openaiWebhook, this.request)
-    const send = (): void => { refuse(this.reply, error) }
-    this.#send(() => { if (this.#own === undefined) send(); else this.#own.refuse(send) })
+    this.#send(() => { refuse(this.reply, error) })
   }
 
   #send (send: () => void): void {

@@ -28,15 +28,11 @@ export interface ActionsOptions {
 
 /** The actions of the page's buttons. */
 export class Actions {
-  readonly #options: ActionsOptions
-
-  constructor (options: ActionsOptions) {
-    this.#options = options
-  }
+  constructor (readonly options: ActionsOptions) {}
 
   /** A sample of an event type, as JSON text to be edited. */
   sample (type: string): string {
-    const { events } = this.#options.routes
+    const { events } = this.options.routes
     if (!Object.hasOwn(events, type)) throw new ActionFault(404, 'no such event type')
     const event = sampleTypes.includes(type as SampleType)
       ? newSample(type as SampleType)
@@ -66,12 +62,12 @@ export class Actions {
   }
 
   #endpoint (url: string): Endpoint | undefined {
-    return this.#options.routes.endpoints.all.get(url)
+    return this.options.routes.endpoints.all.get(url)
   }
 
   /** Delivers a delivery again, unchanged or edited, with a new signature and a new webhook-id. @throws ActionFault */
   async again (id: number, body: string | undefined): Promise<Repeated> {
-    const entry = this.#options.journal.find(id)
+    const entry = this.options.journal.find(id)
     if (entry === undefined) throw new ActionFault(404, 'the delivery is not kept any more')
     const { again, edited } = this.obstacles(entry)
     const obstacle = body === undefined ? again : edited
@@ -98,7 +94,7 @@ export class Actions {
   }
 
   async #deliver (name: string, url: string, tenant: string | undefined, headers: IncomingHttpHeaders, body: Buffer, repeated?: { again: number, webhookId: string | undefined }): Promise<Repeated> {
-    const { instance, journal } = this.#options
+    const { instance, journal } = this.options
     const { verifier, keyring } = await verificationOf(this.#endpoint(name)!, tenant)
     const { sign, namedByEvent } = schemeOf(verifier)!
     const webhookId = namedByEvent ? idOf(body) : newWebhookId()
@@ -115,7 +111,7 @@ export class Actions {
 
   /** Requeues the dead deliveries of one type, or of all types. Deliveries that need `force` are not requeued. */
   async requeueAll (type: string | undefined): Promise<{ requeued: number, failed: string | null }> {
-    const { deadLetters } = this.#options.instance.openaiWebhook
+    const { deadLetters } = this.options.instance.openaiWebhook
     let requeued = 0
     let failed: string | null = null
     for (const delivery of await deadLetters.list({ limit: MOST_REQUEUED, ...(type !== undefined && { type }) })) {

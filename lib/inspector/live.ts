@@ -25,15 +25,12 @@ interface Stream {
 
 /** Sends server-sent events (https://html.spec.whatwg.org/multipage/server-sent-events.html) to the open pages. */
 export class Live {
-  readonly #source: Source
   readonly #streams = new Set<Stream>()
   #timer: NodeJS.Timeout | undefined
   #turn = 0
   #closed = false
 
-  constructor (source: Source) {
-    this.#source = source
-  }
+  constructor (readonly source: Source) {}
 
   /** Starts a stream as the answer. @throws FST_OPENAI_WEBHOOK_OVERLOADED */
   async open (reply: FastifyReply, hello: () => Promise<Hello>): Promise<void> {
@@ -46,7 +43,7 @@ export class Live {
     this.#streams.add(stream)
     raw.once('close', () => { this.#leave(stream) })
     raw.on('error', () => {}) // 'close' follows
-    this.#source.watch(true)
+    this.source.watch(true)
     raw.writeHead(200, {
       ...reply.getHeaders() as Record<string, string>,
       'content-type': 'text/event-stream; charset=utf-8',
@@ -72,15 +69,15 @@ export class Live {
     if (this.#streams.size > 0) return
     clearInterval(this.#timer)
     this.#timer = undefined
-    this.#source.watch(false)
+    this.source.watch(false)
   }
 
   #tick (): void {
-    const rows = this.#source.takeChanged()
+    const rows = this.source.takeChanged()
     if (rows.length > 0) this.#tell('rows', rows)
     if (++this.#turn % STATS_EVERY === 0) {
       // stats() does not reject: a runner that cannot be reached counts as one that does not answer.
-      this.#source.stats().then(stats => { this.#tell('stats', stats) })
+      this.source.stats().then(stats => { this.#tell('stats', stats) })
     }
   }
 

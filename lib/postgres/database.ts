@@ -112,12 +112,7 @@ function giveBack (client: PgClient): void {
 const heard = new WeakSet<PgPool>()
 
 class Pooled implements Database {
-  readonly #pool: PgPool
-  readonly #timeout: number
-
-  constructor (pool: PgPool, timeout: number) {
-    this.#pool = pool
-    this.#timeout = timeout
+  constructor (readonly pool: PgPool, readonly timeout: number) {
     // Without a listener, an idle connection that breaks would end the process. The pool drops the connection, and the next query reports what is
     // wrong.
     if (!heard.has(pool)) pool.on('error', ignore)
@@ -199,7 +194,7 @@ class Pooled implements Database {
 
   async #connect (): Promise<PgClient> {
     const connecting = new Promise<PgClient>((resolve, reject) => {
-      this.#pool.connect((error: Error | undefined, client: PgClient) => {
+      this.pool.connect((error: Error | undefined, client: PgClient) => {
         if (error !== undefined) return reject(error)
         // The pool does not listen while the client is checked out, so a server that goes away would end the process. If the listener were added
         // after a promise, it would come too late.
@@ -223,32 +218,28 @@ class Pooled implements Database {
 
   /** Limits the time of a step. By default a pool and a client wait for ever, and not all versions of pg accept a timeout for a single query. */
   async #within<Result> (step: Promise<Result>, what: string, givenUp: () => void): Promise<Result> {
-    return await within(step, this.#timeout, () => {
+    return await within(step, this.timeout, () => {
       givenUp()
-      throw new NoAnswer(`${what} within ${this.#timeout} ms: the pool is exhausted, or the server does not answer`)
+      throw new NoAnswer(`${what} within ${this.timeout} ms: the pool is exhausted, or the server does not answer`)
     })
   }
 }
 
 /** PGlite has one session, which is in this process, so its steps need no timeout. */
 class Lite implements Database {
-  readonly #db: PgLite
-
-  constructor (db: PgLite) {
-    this.#db = db
-  }
+  constructor (readonly db: PgLite) {}
 
   async query (text: string, values: readonly Value[]): Promise<any[]> {
-    return (await this.#db.query(text, [...values])).rows
+    return (await this.db.query(text, [...values])).rows
   }
 
   async script (sql: string): Promise<void> {
-    await this.#db.transaction(async tx => { await tx.exec(sql) })
+    await this.db.transaction(async tx => { await tx.exec(sql) })
   }
 
   async transaction (settings: string, work: (tx: object, query: Query) => Promise<string | undefined>, rolledBack: () => Error): Promise<void> {
     // transaction() of PGlite throws if COMMIT rolls back.
-    const id = await this.#db.transaction(async tx => {
+    const id = await this.db.transaction(async tx => {
       await tx.exec(settings)
       return await work(tx, async (text, values) => (await tx.query(text, [...values])).rows)
     })
@@ -260,17 +251,10 @@ class Lite implements Database {
 
 /** Creates a table before its first use. If the creation fails or is rolled back, the next use tries again. */
 export class Creation {
-  readonly #database: Database
-  readonly #table: Table
-  readonly #statements: readonly string[]
   #isThere = false
   #running: Promise<void> | undefined
 
-  constructor (database: Database, table: Table, statements: readonly string[]) {
-    this.#database = database
-    this.#table = table
-    this.#statements = statements
-  }
+  constructor (readonly database: Database, readonly table: Table, readonly statements: readonly string[]) {}
 
   /** To be awaited before each use. */
   ready (): Promise<void> | undefined {
@@ -290,17 +274,17 @@ export class Creation {
     await Promise.race([elsewhere, sleep(PATIENCE, undefined, { signal: patience.signal }).catch(() => {})])
     patience.abort()
     if (this.#isThere) return
-    for (const statement of [ALONE, ...this.#statements]) await query(statement, [])
+    for (const statement of [ALONE, ...this.statements]) await query(statement, [])
   }
 
   async #run (): Promise<void> {
-    if (!await this.#isIn(async (text, values) => await this.#database.query(text, values))) await this.#database.script(scriptOf([ALONE, ...this.#statements]))
+    if (!await this.#isIn(async (text, values) => await this.database.query(text, values))) await this.database.script(scriptOf([ALONE, ...this.statements]))
     this.#isThere = true
   }
 
   /** Whether the table exists. Checked before creating it, so that an existing table requires no right to create tables. */
   async #isIn (query: Query): Promise<boolean> {
-    const [row] = await query('SELECT to_regclass($1::text) IS NOT NULL AS there', [this.#table.sql]) as Array<{ there?: unknown }>
+    const [row] = await query('SELECT to_regclass($1::text) IS NOT NULL AS there', [this.table.sql]) as Array<{ there?: unknown }>
     return row?.there === true
   }
 }

@@ -4,14 +4,11 @@ const NEWLINE = 0x0a
 export class Lines {
   /** The number of lines that have ended. */
   count = 0
-  readonly #limit: number
   #begun: Uint8Array[] = []
   #length = 0
 
   /** @param limit the most bytes of a line */
-  constructor (limit: number) {
-    this.#limit = limit
-  }
+  constructor (readonly limit: number) {}
 
   /** @returns the lines that end in this chunk; `undefined` for a line longer than the limit, after which the caller has to stop */
   * push (chunk: Uint8Array): Generator<Buffer | undefined> {
@@ -37,7 +34,7 @@ export class Lines {
   #add (part: Uint8Array): boolean {
     if (part.length > 0) this.#begun.push(part)
     this.#length += part.length
-    return this.#length <= this.#limit
+    return this.#length <= this.limit
   }
 
   #tooLong (): undefined {

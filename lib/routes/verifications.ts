@@ -40,7 +40,7 @@ export class Verifications {
   of ({ secret, tenant, verifier = this.#verifier, tolerance = this.#own.tolerance ?? DEFAULTS.tolerance }: EndpointOptions & { tenant?: TenantOptions }, atBoot: boolean): Verification {
     for (const method of ['checkHeaders', 'keyBytes'] as const) assertOption('verifier', method, verifier[method], FUNCTION)
     if (tenant !== undefined) return verificationBy(verifier, NO_KEYS, tolerance)
-    const source = secret === undefined ? this.#sourceOfOwn() : this.#source(secret)
+    const source = secret === undefined ? this.#ownSource ??= this.#source(secretOf(this.#own)) : this.#source(secret)
     const keyring = source.keyring(verifier.keyBytes)
     if (atBoot) this.#loading.add(keyring)
     return verificationBy(verifier, keyring, tolerance)
@@ -56,28 +56,16 @@ export class Verifications {
     await Promise.all([...this.#loading].map(async keyring => await keyring.load()))
   }
 
-  #sourceOfOwn (): SecretSource {
-    if (this.#ownSource === undefined) {
-      // A default instead of `??`, because null must be refused and not replaced by the secret of the environment.
-      const { secret = secretFromEnvironment() } = this.#own
-      this.#ownSource = this.#source(secret)
-    }
-    return this.#ownSource
-  }
-
   #source (secret: Secret): SecretSource {
     if (typeof secret !== 'function') return new SecretSource(secret, this.#secretOptions)
     let source = this.#sources.get(secret)
-    if (source === undefined) {
-      source = new SecretSource(secret, this.#secretOptions)
-      this.#sources.set(secret, source)
-    }
+    if (source === undefined) this.#sources.set(secret, source = new SecretSource(secret, this.#secretOptions))
     return source
   }
 }
 
-function secretFromEnvironment (): Secret {
-  const secret = process.env['OPENAI_WEBHOOK_SECRET']
+/** Has a default instead of `??`, because null must be refused and not replaced by the secret of the environment. */
+function secretOf ({ secret = process.env['OPENAI_WEBHOOK_SECRET'] }: EndpointOptions): Secret {
   if (secret === undefined) {
     throw new InvalidSecret('expected the signing secret of the webhook endpoint in the environment variable OPENAI_WEBHOOK_SECRET or the `secret` option, got neither')
   }

@@ -19,12 +19,9 @@ interface Member {
  * Nothing is awaited between BEGIN and COMMIT, so that no other statement on the handle runs in between.
  */
 export class Group {
-  readonly #database: Transactions
   #members: Member[] = []
 
-  constructor (database: Transactions) {
-    this.#database = database
-  }
+  constructor (readonly database: Transactions) {}
 
   /**
    * @param work runs in a transaction together with the work of other calls. If one of them throws, each runs again in its own transaction
@@ -43,8 +40,8 @@ export class Group {
     this.#members = []
     let at: 'begin' | 'work' | 'commit' = 'begin'
     try {
-      this.#database.assertFile()
-      const results = this.#database.transaction(() => {
+      this.database.assertFile()
+      const results = this.database.transaction(() => {
         at = 'work'
         const results = members.map(({ work }) => work())
         at = 'commit'
@@ -65,7 +62,7 @@ export class Group {
 
   #commitAlone ({ work, resolve, reject }: Member): void {
     try {
-      resolve(this.#database.transaction(work))
+      resolve(this.database.transaction(work))
     } catch (error) {
       reject(error)
     }
