@@ -1,6 +1,8 @@
 import assert from 'node:assert/strict'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { FastifyInstance } from 'fastify'
+import { assertCount, assertNames, isFunction, show } from '../checks.ts'
+import { InvalidOptions } from '../errors.ts'
 import type { EventContext } from '../handlers.ts'
 import type { Inbox, InboxQuery } from '../inbox/inbox.ts'
 import { handlersFailed } from '../runners/handler-failures.ts'
@@ -27,8 +29,10 @@ const PATIENCE = 10_000
  *
  * @param create returns a store, and is called once for each case. It may always return the same store, because each case uses keys of its
  * own
+ * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS
  */
 export function storeContract (create: () => MaybePromise<IdempotencyStore>): ContractCase[] {
+  assertCreate('storeContract', create)
   let cases = 0
 
   const contract = (name: string, check: (store: IdempotencyStore, key: string) => Promise<void>): ContractCase => ({
@@ -148,8 +152,13 @@ export function storeContract (create: () => MaybePromise<IdempotencyStore>): Co
  * @param create returns a runner that has not been started and has nothing queued. It is called once for each case, which closes the runner
  * @param options.attempts how often the runner starts a failing job before it keeps the job as dead. Choose a small number and short waits
  * between attempts. When it is given, cases about dead deliveries are added
+ * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS
  */
-export function runnerContract (create: () => MaybePromise<Runner>, { attempts: most }: { attempts?: number } = {}): ContractCase[] {
+export function runnerContract (create: () => MaybePromise<Runner>, options: { attempts?: number } = {}): ContractCase[] {
+  assertCreate('runnerContract', create)
+  assertNames('runnerContract', options, ['attempts'])
+  const { attempts: most } = options
+  if (most !== undefined) assertCount('runnerContract', 'attempts', most, 1)
   let jobs = 0
 
   const job = (type = 'batch.failed'): Job => ({
@@ -336,8 +345,10 @@ export interface InboxUnderTest<Tx> {
  *
  * @param create returns an inbox, and is called once for each case. It may always return the same inbox, because each case uses deliveries
  * and rows of its own
+ * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS
  */
 export function inboxContract<Tx> (create: () => MaybePromise<InboxUnderTest<Tx>>): ContractCase[] {
+  assertCreate('inboxContract', create)
   let cases = 0
   const app = {} as FastifyInstance
 
@@ -451,6 +462,10 @@ class TestHost implements RunnerHost {
   dead (delivery: DeadDelivery): void {
     this.died.push(delivery)
   }
+}
+
+function assertCreate (caller: string, create: unknown): void {
+  if (!isFunction(create)) throw new InvalidOptions(`${caller}: expected create to be a function, got ${show(create)}`)
 }
 
 async function until (what: string, holds: () => MaybePromise<boolean>): Promise<void> {

@@ -8,7 +8,7 @@ import { background, inline, memoryStore } from '../../lib/index.ts'
 import type { IdempotencyStore, Runner } from '../../lib/index.ts'
 import { redisStore } from '../../lib/stores/redis.ts'
 import { durable, sqliteStore } from '../../lib/sqlite/index.ts'
-import { runnerContract, storeContract } from '../../lib/testing/index.ts'
+import { inboxContract, runnerContract, storeContract } from '../../lib/testing/index.ts'
 import type { ContractCase } from '../../lib/testing/index.ts'
 import { PostgresServer, postgresMissing } from '../support/postgres.ts'
 import { RedisServer, redisMissing } from '../support/redis.ts'
@@ -153,4 +153,15 @@ t.test('bullmq takes nothing before it was started', async t => {
 t.test('a runner that keeps no dead deliveries breaks the contract that says it does', async t => {
   const cases = runnerContract(() => background(), { attempts: 1 })
   await t.rejects(cases.at(-1)!.run(), { message: 'expected dead(), deadCount() and requeue()' })
+})
+
+t.test('a contract that would skip cases is refused', async t => {
+  const code = 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS'
+  for (const contract of [storeContract, runnerContract, inboxContract]) {
+    t.throws(() => contract(undefined as never), { code, message: `${contract.name}: expected create to be a function, got undefined` })
+  }
+  t.throws(() => storeContract(memoryStore() as never), { code, message: 'storeContract: expected create to be a function, got a value of type object' })
+  t.throws(() => runnerContract(inline, { attemps: 1 } as never), { code, message: 'runnerContract: unknown option "attemps", did you mean "attempts"?' })
+  t.throws(() => runnerContract(inline, null as never), { code, message: 'runnerContract: expected options to be an object, got null' })
+  t.throws(() => runnerContract(inline, { attempts: 0 }), { code, message: 'runnerContract: expected attempts to be a whole number, 1 or more, got 0' })
 })
