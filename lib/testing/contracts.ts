@@ -21,6 +21,10 @@ export interface ContractCase {
 const LONG = 600_000
 /** ms. Short enough for a case to wait until it has passed. */
 const SHORT = 40
+/** ms for which a case watches that nothing changes. */
+const PAUSE = 300
+/** ms. Long enough for a slow machine to get through a pause, and over before the pause is if a store takes it for a smaller unit. */
+const TERM = 5_000
 /** ms to wait for a condition before the case fails. */
 const PATIENCE = 10_000
 
@@ -116,6 +120,26 @@ export function storeContract (create: () => MaybePromise<IdempotencyStore>): Co
       assert.equal(await store.extend(key, token, LONG), true)
       await sleep(2 * SHORT)
       assert.deepEqual(await store.begin(key, LONG), { state: 'running' })
+    }),
+    contract('a lease, an extended lease and a retention last as long as they were asked to', async (store, key) => {
+      const [leased, extended, completed] = [`${key}/leased`, `${key}/extended`, `${key}/completed`]
+      await claim(store, leased, TERM)
+      assert.equal(await store.extend(extended, (await claim(store, extended)).token, TERM), true)
+      await store.complete(completed, (await claim(store, completed)).token, TERM)
+      await sleep(PAUSE)
+      for (const [each, state] of [[leased, 'running'], [extended, 'running'], [completed, 'done']] as const) {
+        assert.equal((await store.begin(each, LONG)).state, state, `expected ${each} to be ${state} for ${TERM} ms, and it was not after ${PAUSE} ms`)
+      }
+    }),
+    contract('what finished is kept while nobody has the claim', async (store, key) => {
+      const [released, expired] = [`${key}/released`, `${key}/expired`]
+      for (const [each, lease] of [[released, LONG], [expired, SHORT]] as const) {
+        const { token } = await claim(store, each, lease)
+        await store.checkpoint(each, token, 'a')
+        if (each === released) await store.release(each, token)
+      }
+      await sleep(PAUSE)
+      for (const each of [released, expired]) assert.deepEqual((await claimOnceFree(store, each)).finished, ['a'])
     }),
     contract('a settled claim cannot be extended', async (store, key) => {
       const first = await claim(store, key)

@@ -155,6 +155,38 @@ t.test('a runner that keeps no dead deliveries breaks the contract that says it 
   await t.rejects(cases.at(-1)!.run(), { message: 'expected dead(), deadCount() and requeue()' })
 })
 
+/** @returns the names of the cases that reject */
+async function broken (cases: ContractCase[]): Promise<string[]> {
+  return (await Promise.all(cases.map(async ({ name, run }) => await run().then(() => [], () => [name])))).flat()
+}
+
+t.test('a store that breaks its promises breaks the contract', async t => {
+  const changed = (change: (store: IdempotencyStore) => Partial<IdempotencyStore>): ContractCase[] => storeContract(() => {
+    const store = memoryStore()
+    return { ...store, ...change(store) }
+  })
+  const terms = 'a lease, an extended lease and a retention last as long as they were asked to'
+  const inSeconds = (ms: number): number => Math.ceil(ms / 1_000)
+  t.ok((await broken(changed(({ begin }) => ({ begin: (key, lease) => begin(key, inSeconds(lease)) })))).includes(terms), 'a lease in seconds')
+  t.ok((await broken(changed(({ extend }) => ({ extend: (key, token, lease) => extend(key, token, inSeconds(lease)) })))).includes(terms), 'an extended lease in seconds')
+  t.ok((await broken(changed(({ complete }) => ({ complete: (key, token, retention) => complete(key, token, inSeconds(retention)) })))).includes(terms), 'a retention in seconds')
+
+  const forgetful = changed(({ begin, checkpoint }) => {
+    const finishedAt = new Map<string, number>()
+    return {
+      async begin (key, lease) {
+        const claim = await begin(key, lease)
+        return claim.state === 'claimed' && Date.now() - (finishedAt.get(key) ?? 0) > 50 ? { ...claim, finished: [] } : claim
+      },
+      checkpoint (key, ...rest) {
+        finishedAt.set(key, Date.now())
+        return checkpoint(key, ...rest)
+      }
+    }
+  })
+  t.ok((await broken(forgetful)).includes('what finished is kept while nobody has the claim'))
+})
+
 t.test('a contract that would skip cases is refused', async t => {
   const code = 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS'
   for (const contract of [storeContract, runnerContract, inboxContract]) {
