@@ -6,10 +6,12 @@ import { InvalidOptions } from '../errors.ts'
 import type { EventContext } from '../handlers.ts'
 import type { Inbox, InboxQuery } from '../inbox/inbox.ts'
 import { handlersFailed } from '../runners/handler-failures.ts'
+import { keyOf } from '../runners/runner.ts'
 import type { DeadDelivery, Job, Runner, RunnerHost } from '../runners/runner.ts'
 import { then } from '../maybe-promise.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
 import type { Claim, IdempotencyStore } from '../stores/store.ts'
+import { within } from '../within.ts'
 
 /** One case of a contract, for any test framework. `run` rejects when the contract is broken. */
 export interface ContractCase {
@@ -192,6 +194,9 @@ export function runnerContract (create: () => MaybePromise<Runner>, options: { a
     event: { type, data: { id: 'batch_é' } } as Job['event']
   })
 
+  /** A job with all that a job can have before its first attempt. */
+  const fullJob = (): Job => ({ ...job(), tenant: 'acme', carrier: { traceparent: '00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01' }, routeHandlers: true })
+
   const contract = (name: string, check: (runner: Runner, host: TestHost) => Promise<void>): ContractCase => ({
     name,
     run: async () => {
@@ -201,7 +206,7 @@ export function runnerContract (create: () => MaybePromise<Runner>, options: { a
       try {
         await check(runner, host)
       } finally {
-        await runner.close?.()
+        await inTime('close() to settle', runner.close?.())
       }
     }
   })
@@ -214,7 +219,7 @@ export function runnerContract (create: () => MaybePromise<Runner>, options: { a
 
   const cases = [
     contract('an accepted job is processed, as it was given', async (runner, host) => {
-      const given = job()
+      const given = fullJob()
       await runner.run(given)
       await until('the job to be processed', () => host.processed.length > 0)
       assert.deepEqual(host.processed, [given])
@@ -238,6 +243,14 @@ export function runnerContract (create: () => MaybePromise<Runner>, options: { a
       await until('the job to be processed', () => host.processed.length > 0)
       if (answers[1] === 'duplicate') assert.deepEqual(host.processed, [given])
     }),
+    contract('the same webhook-id at another endpoint, or of another tenant, is another job', async (runner, host) => {
+      const first = job()
+      const given = [first, { ...first, endpoint: '/other' }, { ...first, tenant: 'acme' }, { ...first, tenant: 'beta' }]
+      const answers = await Promise.all(given.map(async each => await runner.run(each)))
+      assert.ok(!answers.includes('duplicate'), "expected run() not to resolve to 'duplicate' for another endpoint or tenant")
+      await until('each of the jobs to be processed', () => host.processed.length >= given.length)
+      assert.deepEqual(host.processed.map(keyOf).sort(), given.map(keyOf).sort())
+    }),
     contract('a job that fails does not keep others from being processed', async (runner, host) => {
       const [bad, good] = [job(), job()]
       host.work = async ({ webhookId }) => { if (webhookId === bad.webhookId) throw new Error('the handler failed') }
@@ -247,17 +260,16 @@ export function runnerContract (create: () => MaybePromise<Runner>, options: { a
     }),
     contract('close() waits for what is being processed', async (runner, host) => {
       let finish!: () => void
-      let ended = false
-      host.work = async () => {
-        await new Promise<void>(resolve => { finish = resolve })
-        ended = true
-      }
+      const finished = new Promise<void>(resolve => { finish = resolve })
+      host.work = async () => await finished
       const accepted = Promise.resolve(runner.run(job()))
       await until('the job to be started', () => host.started > 0)
-      const closed = Promise.resolve(runner.close?.())
+      const settled = inTime('run() and close() to settle once the job is processed', Promise.all([accepted, runner.close?.()]))
+      const early = await Promise.race([settled.then(() => true, () => true), sleep(PAUSE, false)])
       finish()
-      await Promise.all([accepted, closed])
-      assert.equal(ended, true)
+      await settled
+      assert.equal(early, false, 'expected close() to wait for a job that run() does not wait for')
+      assert.deepEqual([host.started, host.processed.length], [1, 1])
     }),
     contract('after close() nothing is accepted that is not processed', async (runner, host) => {
       await runner.close?.()
@@ -269,7 +281,7 @@ export function runnerContract (create: () => MaybePromise<Runner>, options: { a
   if (most === undefined) return cases
   return cases.concat([
     dying('a job that is given up is told once, and kept with what had failed and what had finished', async (runner, host) => {
-      const given = job()
+      const given = fullJob()
       await runner.run(given)
       await until('the job to be told as dead', () => host.died.length > 0)
       await until('the job to be kept', async () => await runner.deadCount() === 1)
@@ -299,16 +311,16 @@ export function runnerContract (create: () => MaybePromise<Runner>, options: { a
       assert.deepEqual(await listed(100, 'batch.expired'), [])
     }),
     dying('a dead job that is requeued is processed with what had finished, and is dead no longer', async (runner, host) => {
-      const given = job()
+      const given = fullJob()
       await runner.run(given)
       await until('the job to be kept', async () => await runner.deadCount() === 1)
       host.work = async () => {}
-      const { endpoint, webhookId } = given
-      assert.equal(await runner.requeue({ endpoint, webhookId }, { force: false }), true)
+      const { endpoint, tenant, webhookId } = given as Required<Job>
+      assert.equal(await runner.requeue({ endpoint, tenant, webhookId }, { force: false }), true)
       await until('the job to be processed', () => host.processed.length > 0)
       assert.deepEqual(host.processed, [{ ...given, finished: ['import'] }])
       assert.equal(await runner.deadCount(), 0)
-      assert.equal(await runner.requeue({ endpoint, webhookId }), false, 'it is not dead any more')
+      assert.equal(await runner.requeue({ endpoint, tenant, webhookId }), false, 'it is not dead any more')
       assert.equal(await runner.requeue({ endpoint, webhookId: 'wh_unknown' }), false)
     }),
     dying('a dead job that an inbox may have forgotten is requeued by force alone', async (runner, host) => {
@@ -490,6 +502,10 @@ class TestHost implements RunnerHost {
 
 function assertCreate (caller: string, create: unknown): void {
   if (!isFunction(create)) throw new InvalidOptions(`${caller}: expected create to be a function, got ${show(create)}`)
+}
+
+async function inTime<T> (what: string, settled: MaybePromise<T>): Promise<T> {
+  return await within(Promise.resolve(settled), PATIENCE, () => assert.fail(`expected ${what} within ${PATIENCE} ms`))
 }
 
 async function until (what: string, holds: () => MaybePromise<boolean>): Promise<void> {

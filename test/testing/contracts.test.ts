@@ -5,11 +5,12 @@ import t from 'tap'
 import { bullmq } from '../../lib/runners/bullmq.ts'
 import { pgboss } from '../../lib/runners/pgboss.ts'
 import { background, inline, memoryStore } from '../../lib/index.ts'
-import type { IdempotencyStore, Runner } from '../../lib/index.ts'
+import type { IdempotencyStore, Runner, RunnerHost } from '../../lib/index.ts'
 import { redisStore } from '../../lib/stores/redis.ts'
 import { durable, sqliteStore } from '../../lib/sqlite/index.ts'
 import { inboxContract, runnerContract, storeContract } from '../../lib/testing/index.ts'
 import type { ContractCase } from '../../lib/testing/index.ts'
+import { stoppedClock } from '../support/deliveries.ts'
 import { PostgresServer, postgresMissing } from '../support/postgres.ts'
 import { RedisServer, redisMissing } from '../support/redis.ts'
 import { HANDLES, READING, closeSqlite, missing, openSqlite } from '../support/sqlite.mjs'
@@ -185,6 +186,68 @@ t.test('a store that breaks its promises breaks the contract', async t => {
     }
   })
   t.ok((await broken(forgetful)).includes('what finished is kept while nobody has the claim'))
+})
+
+t.test('a runner that breaks its promises breaks the contract', async t => {
+  const changed = (change: (runner: Runner) => Partial<Runner>): ContractCase[] => runnerContract(() => {
+    const runner = background()
+    return { ...runner, ...change(runner) }
+  })
+  const given = 'an accepted job is processed, as it was given'
+  const distinct = 'the same webhook-id at another endpoint, or of another tenant, is another job'
+  const closes = 'close() waits for what is being processed'
+
+  t.same(await broken(changed(({ close }) => ({ close () { close?.() } }))), [closes], 'close() waits for nothing')
+  t.same(await broken(changed(({ run }) => ({ run: ({ carrier, ...job }) => run(job) }))), [given], 'no carrier')
+  t.same(await broken(changed(({ run }) => ({ run: ({ routeHandlers, ...job }) => run(job) }))), [given], 'no routeHandlers')
+  t.same(await broken(changed(({ run }) => ({ run: ({ tenant, ...job }) => run(job) }))), [given, distinct], 'no tenant')
+  t.same(await broken(changed(({ run }) => {
+    const queued = new Set<string>()
+    return {
+      run (job) {
+        if (queued.has(job.webhookId)) return 'duplicate'
+        queued.add(job.webhookId)
+        return run(job)
+      }
+    }
+  })), [distinct], 'the webhook-id as the key')
+  const twice = (host: RunnerHost): RunnerHost => ({
+    async process (job) { await Promise.all([host.process(job), host.process(job)]) },
+    report: (...args) => { host.report(...args) }
+  })
+  t.ok((await broken(changed(({ start }) => ({ start: host => start?.(twice(host)) })))).includes(closes), 'each job is processed twice')
+})
+
+t.test('a runner whose close() never settles breaks the contract', async t => {
+  const cases = (closing: AbortController): ContractCase[] => runnerContract(() => ({
+    ...background(),
+    async close () {
+      closing.abort()
+      await new Promise(() => {})
+    }
+  }))
+  const clock = stoppedClock(t)
+  for (const [i, { name }] of cases(new AbortController()).entries()) {
+    if (!['an accepted job is processed, as it was given', 'close() waits for what is being processed'].includes(name)) continue
+    const [closing, over] = [new AbortController(), new AbortController()]
+    const rejects = t.rejects(cases(closing)[i]!.run().finally(() => { over.abort() }), { message: 'expected close() to settle within 10000 ms' }, name)
+    while (!over.signal.aborted) {
+      await new Promise(resolve => setImmediate(resolve))
+      if (closing.signal.aborted) clock.advance(6_000)
+    }
+    await rejects
+  }
+})
+
+t.test('a runner that loses a part of what is dead breaks the contract', async t => {
+  const changed = (change: (runner: Runner) => Partial<Runner>): ContractCase[] => runnerContract(() => {
+    const runner = durable(open(t, ':memory:'), { backoff: 5, attempts: 2 })
+    return { ...runner, ...change(runner) }
+  }, { attempts: 2 })
+  t.same(await broken(changed(({ dead }) => ({ dead: async (...args) => (await dead!(...args)).map(({ tenant, ...delivery }) => delivery) }))),
+    ['a job that is given up is told once, and kept with what had failed and what had finished'])
+  t.same(await broken(changed(({ requeue }) => ({ requeue: ({ tenant, ...delivery }, options) => requeue!(delivery, options) }))),
+    ['a dead job that is requeued is processed with what had finished, and is dead no longer'])
 })
 
 t.test('a contract that would skip cases is refused', async t => {
