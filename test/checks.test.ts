@@ -7,7 +7,7 @@ import { migration, postgresInbox, postgresStore } from '../lib/postgres/index.t
 import { batchResults, reconcile, retrieve } from '../lib/resources/index.ts'
 import { bullmq } from '../lib/runners/bullmq.ts'
 import { pgboss } from '../lib/runners/pgboss.ts'
-import { durable, sqliteInbox } from '../lib/sqlite/index.ts'
+import { durable, sqliteInbox, sqliteStore } from '../lib/sqlite/index.ts'
 import { redisStore } from '../lib/stores/redis.ts'
 import { deliver, forge, sign } from '../lib/testing/index.ts'
 import { build } from './support/deliveries.ts'
@@ -29,7 +29,7 @@ t.test('an option that nobody would read is refused, wherever options are taken'
     ['sqliteInbox', 'retention', options => sqliteInbox(none, options)],
     ['postgresInbox', 'lockTimeout', options => postgresInbox(none, options)],
     ['migration', 'tables', migration],
-    ['migration', 'inbox', tables => migration({ tables })],
+    ['migration: tables', 'inbox', tables => migration({ tables })],
     ['webhookMetrics()', 'eventTypes', webhookMetrics],
     ['webhookTracing', 'tracerProvider', webhookTracing],
     ['reconcile()', 'dryRun', options => reconcile(none, options)],
@@ -65,6 +65,7 @@ t.test('an unknown option without a value is none', async t => {
 t.test('an option of the wrong kind is refused where it is given, and not when a delivery needs it', async t => {
   const boss = { previewRedrive () {}, work () {} }
   const pool = { connect () {}, query () {} } as never
+  const none = undefined as never
   const takers: Array<[name: string, take: (options: never) => unknown, wrong: Record<string, unknown[]>]> = [
     ['bullmq', (options: object) => bullmq({ connection: {}, ...options }), {
       queueName: ['', 'a:b', 5, null],
@@ -72,6 +73,9 @@ t.test('an option of the wrong kind is refused where it is given, and not when a
       backoff: [-1, Number.NaN, 'x', null, [], {}, { type: 'nope' }, { type: 'fixed', delay: '5' }],
       removeOnComplete: ['x', true, 5, null],
       removeOnFail: ['x', false, 5, null],
+      'removeOnComplete.age': ['x', -1, null],
+      'removeOnComplete.limit': [0],
+      'removeOnFail.count': [1.5, '5'],
       worker: ['x', 0, null],
       'worker.concurrency': [0, 'x'],
       'worker.lockDuration': [0, 'x'],
@@ -82,8 +86,11 @@ t.test('an option of the wrong kind is refused where it is given, and not when a
       attempts: [0, '3'],
       backoff: [-1, 'x'],
       worker: ['x', 0, null],
-      'worker.concurrency': [0, 'x']
+      'worker.concurrency': [0, 'x'],
+      'worker.pollingIntervalSeconds': ['300', true, 10n, Infinity, NaN, Symbol('s'), 0.4, null]
     }],
+    ['durable', options => durable(none, options), { lease: [0, 7_000_000_000] }],
+    ['migration', options => migration(options), { 'tables.store': [5, '', null], 'tables.inbox': [true] }],
     ['postgresStore', (options: object) => postgresStore(pool, options), { migrate: ['false', 0, 1, null], table: ['', 5, null] }],
     ['postgresInbox', (options: object) => postgresInbox(pool, options), { migrate: ['false', 0, 1, null], table: ['', 5, null], retention: [0, 'x'], concurrency: [0, '8'] }],
     ['reconcile()', async (options: object) => await reconcile({} as never, { url: 'http://127.0.0.1', secret: 'secret', since: '3d', ...options }), {
@@ -106,7 +113,7 @@ t.test('an option of the wrong kind is refused where it is given, and not when a
       const [outer, inner] = name.split('.')
       for (const value of values) {
         const given = inner === undefined ? { [outer!]: value } : { [outer!]: { [inner]: value } }
-        await t.rejects(async () => await take(given as never), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: new RegExp(`${caller.replace('()', '\\(\\)')}.*expected ${name}`) }, `${caller} ${name} ${JSON.stringify(value)}`)
+        await t.rejects(async () => await take(given as never), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: new RegExp(`${caller.replace('()', '\\(\\)')}.*expected ${name}`) }, `${caller} ${name} ${String(value)}`)
       }
     }
   }
@@ -121,9 +128,21 @@ t.test('a function that has no options takes none', async t => {
   }
 })
 
+t.test('a store takes no option that it does not have', async t => {
+  t.throws(() => (sqliteStore as (...given: unknown[]) => unknown)(undefined, { table: 'x' }), {
+    code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: /^sqliteStore\(\): expected no options, got a value of type object: /
+  })
+})
+
+t.test('a misspelt retention of BullMQ\'s jobs is refused', async t => {
+  t.throws(() => bullmq({ connection: {}, removeOnFail: { ag: 1 } as never }), {
+    code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: 'bullmq: unknown option "removeOnFail.ag", did you mean "age"?'
+  })
+})
+
 t.test('what BullMQ and pg-boss take, they are given', async t => {
-  for (const options of [{ backoff: 0 }, { backoff: { type: 'fixed' } }, { backoff: { type: 'exponential', delay: 5, jitter: 0.5 } }, { removeOnComplete: { count: 5 }, removeOnFail: { age: 5 } }, { worker: { lockDuration: 1, stalledInterval: undefined } }]) {
+  for (const options of [{ backoff: 0 }, { backoff: { type: 'fixed' } }, { backoff: { type: 'exponential', delay: 5, jitter: 0.5 } }, { removeOnComplete: { count: 5 }, removeOnFail: { age: 5, count: 0, limit: 1 } }, { worker: { lockDuration: 1, stalledInterval: undefined } }]) {
     t.ok(bullmq({ connection: {}, ...options } as never), JSON.stringify(options))
   }
-  t.ok(pgboss({ boss: { previewRedrive () {}, work () {} } as never, queueName: 'a/b.c-d_e' }))
+  t.ok(pgboss({ boss: { previewRedrive () {}, work () {} } as never, queueName: 'a/b.c-d_e', worker: { pollingIntervalSeconds: 0.5 } }))
 })

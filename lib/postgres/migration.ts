@@ -61,8 +61,8 @@ export function scriptOf (statements: readonly string[]): string {
 export function migration (options: MigrationOptions = {}): string {
   assertNames('migration', options, ['tables'])
   const { tables = {} } = options
-  assertNames('migration', tables, ['store', 'inbox'])
+  assertNames('migration: tables', tables, ['store', 'inbox'])
   const { store = STORE_TABLE, inbox = INBOX_TABLE } = tables
-  const statements = [...(store === false ? [] : storeSchema(tableOf('migration', store))), ...(inbox === false ? [] : inboxSchema(tableOf('migration', inbox)))]
+  const statements = [...(store === false ? [] : storeSchema(tableOf('migration', store, 'tables.store'))), ...(inbox === false ? [] : inboxSchema(tableOf('migration', inbox, 'tables.inbox')))]
   return statements.length === 0 ? '' : scriptOf([ALONE, ...statements])
 }

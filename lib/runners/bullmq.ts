@@ -6,7 +6,7 @@ import { InvalidOptions, Overloaded, Unavailable } from '../errors.ts'
 import { grouped } from '../grouped.ts'
 import { causeOf, deadDelivery, describeFailure, errorOf, resumed } from './handler-failures.ts'
 import { RETENTION } from '../stores/store.ts'
-import { assertCount, assertNames, assertOption, isObject, workerOptions } from '../checks.ts'
+import { assertCount, assertNames, assertOption, assertRules, isObject, wholeNumber, workerOptions } from '../checks.ts'
 import type { Rule } from '../checks.ts'
 import { assertOpen, assertRemembered, keyOf, onAbort, tellDead } from './runner.ts'
 import { storableError } from './storable.ts'
@@ -112,7 +112,8 @@ const BACKOFF: Rule = {
   expected: 'a number of ms, 0 or more, or { type: "fixed" or "exponential", delay: ms }',
   accepts: value => isDelay(value) || (isObject(value) && (value['type'] === 'fixed' || value['type'] === 'exponential') && (value['delay'] === undefined || isDelay(value['delay'])))
 }
-const KEPT: Rule = { expected: 'an object { age, count }', accepts: isObject }
+const KEPT: Rule = { expected: 'an object { age, count, limit }', accepts: isObject }
+const KEPT_RULES = { age: wholeNumber('seconds', 0), count: wholeNumber('jobs', 0), limit: wholeNumber('jobs', 1) }
 
 const isDelay = (value: unknown): boolean => Number.isFinite(value) && (value as number) >= 0
 
@@ -151,8 +152,10 @@ export function bullmq (options: BullMQOptions): Runner {
   assertCount('bullmq', 'attempts', attempts, 1)
   assertOption('bullmq', 'queueName', queueName, QUEUE_NAME)
   assertOption('bullmq', 'backoff', backoff, BACKOFF)
-  assertOption('bullmq', 'removeOnComplete', removeOnComplete, KEPT)
-  assertOption('bullmq', 'removeOnFail', removeOnFail, KEPT)
+  for (const [name, kept] of Object.entries({ removeOnComplete, removeOnFail })) {
+    assertOption('bullmq', name, kept, KEPT)
+    assertRules(KEPT_RULES, kept ?? {}, { caller: 'bullmq: ', at: `${name}.` })
+  }
   for (const [name, value] of Object.entries(settingsOfWorker)) assertCount('bullmq', `worker.${name}`, value, 1)
   const isUsers = 'disconnect' in connection
   let queue: Queue<QueuedData> | undefined

@@ -104,6 +104,7 @@ const LOOKS = 1_000
 const MAX_UNRECORDED = 1_000
 /** ms for which a job is polled until pg-boss has recorded it as dead. */
 const PATIENCE = 10_000
+const POLLING: Rule = { expected: 'a finite number, 0.5 or more', accepts: value => Number.isFinite(value) && (value as number) >= 0.5 }
 /** pg-boss's own rule. */
 const QUEUE_NAME: Rule = { expected: 'letters, digits and _ - . /', accepts: value => typeof value === 'string' && /^[\w.\-/]+$/.test(value) }
 
@@ -140,7 +141,7 @@ export function pgboss (options: PgBossOptions): Runner {
   assertCount('pgboss', 'worker.concurrency', concurrency, 1)
   assertCount('pgboss', 'worker.batchSize', batchSize, 1)
   if (batchSize > concurrency) throw new InvalidOptions(`pgboss: expected worker.batchSize to be at most worker.concurrency, ${concurrency}, got ${batchSize}`)
-  if (!(pollingIntervalSeconds >= 0.5)) throw new InvalidOptions('pgboss: expected worker.pollingIntervalSeconds to be a number, 0.5 or more')
+  assertOption('pgboss', 'worker.pollingIntervalSeconds', pollingIntervalSeconds, POLLING)
   assertOption('pgboss', 'queueName', queueName, QUEUE_NAME)
   const deadName = `${queueName}-dead`
   const settings = {

@@ -1,6 +1,6 @@
 import { LRUCache } from 'lru-cache'
 import { inContext } from '../async-context.ts'
-import { assertCount, assertNames } from '../checks.ts'
+import { LONGEST_TIMER, assertCount, assertNames } from '../checks.ts'
 import { Overloaded } from '../errors.ts'
 import { deadDelivery, describeFailure, errorOf, resumed } from '../runners/handler-failures.ts'
 import { assertOpen, keyOf, tellDead } from '../runners/runner.ts'
@@ -98,7 +98,7 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
   assertCount('durable', 'concurrency', concurrency, 1)
   assertCount('durable', 'attempts', attempts, 1)
   assertCount('durable', 'backoff', backoff, 0)
-  assertCount('durable', 'lease', lease, 1)
+  assertCount('durable', 'lease', lease, 1, LONGEST_TIMER)
   const database = openJobs(db)
   const jobs = pendingJobs(database)
   const deadJobs = new DeadJobs(database)

@@ -1,4 +1,5 @@
 import { randomUUID } from 'node:crypto'
+import { assertNone } from '../checks.ts'
 import { Database, changed } from './database.ts'
 import type { SqliteDatabase } from './database.ts'
 import { pruning } from './pruning.ts'
@@ -31,7 +32,9 @@ interface Row {
  *
  * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS for anything but a handle, and SQLite's own error if the table cannot be created
  */
-export function sqliteStore (db: SqliteDatabase): IdempotencyStore {
+export function sqliteStore (db: SqliteDatabase): IdempotencyStore
+export function sqliteStore (db: SqliteDatabase, ...given: unknown[]): IdempotencyStore {
+  assertNone('sqliteStore', given, 'it takes the handle alone; lease and retention are options of the plugin\'s idempotency')
   const database = new Database(db, SCHEMA)
   // Without RETURNING, because reading the row costs about as much as inserting it.
   const insert = database.prepare('INSERT INTO openai_webhook_deliveries (key, token, ends, forget) VALUES (?, ?, ?, ?) ON CONFLICT (key) DO NOTHING')

@@ -4,6 +4,7 @@ import { pathToFileURL } from 'node:url'
 import pg from 'pg'
 import type { PoolClient } from 'pg'
 import t from 'tap'
+import { show } from '../../lib/checks.ts'
 import { memoryStore } from '../../lib/index.ts'
 import type { EventContext, EventHandler, IdempotencyStore } from '../../lib/index.ts'
 import { migration, postgresInbox, postgresStore } from '../../lib/postgres/index.ts'
@@ -77,7 +78,7 @@ t.test('what cannot serve is told when it is given', async t => {
       t.throws(() => create(db), { code: INVALID_OPTIONS, message: `${name}: expected a Pool of pg, or a PGlite` })
     }
     for (const table of ['', 'a.b.c', 'a b', 'a"b', '1a', 'é', 'x'.repeat(57), 1, null]) {
-      t.throws(() => create(large, { table }), { code: INVALID_OPTIONS, message: `${name}: expected table to be a name, or schema.name, of letters, digits, _ and $, at most 56 characters each` })
+      t.throws(() => create(large, { table }), { code: INVALID_OPTIONS, message: `${name}: expected table to be a name, or schema.name, of letters, digits, _ and $, at most 56 characters each, got ${show(table)}` })
     }
   }
   t.throws(() => postgresInbox(pool), {
@@ -96,7 +97,7 @@ t.test('migration() prints what is created, table by table', async t => {
   t.match(migration(), /CREATE TABLE IF NOT EXISTS "openai_webhook_deliveries"[^]*CREATE TABLE IF NOT EXISTS "openai_webhook_inbox"/)
   t.equal(migration({ tables: { store: false, inbox: false } }), '')
   t.match(migration({ tables: { store: 'app.seen', inbox: false } }), /^SELECT 1 FROM pg_advisory_xact_lock\(\d+\);\nCREATE TABLE IF NOT EXISTS "app"\."seen" [^]*CREATE INDEX IF NOT EXISTS "seen_forget" ON "app"\."seen" \(forget\);\n$/)
-  t.throws(() => migration({ tables: { inbox: 'a;b' } }), { code: INVALID_OPTIONS })
+  t.throws(() => migration({ tables: { inbox: 'a;b' } }), { code: INVALID_OPTIONS, message: 'migration: expected tables.inbox to be a name, or schema.name, of letters, digits, _ and $, at most 56 characters each, got "a;b"' })
 })
 
 t.test('tables', { skip: postgresMissing }, async t => {
