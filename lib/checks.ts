@@ -12,6 +12,9 @@ export const isObject = (value: unknown): value is Record<string, unknown> =>
 /** 1 to 256 visible ASCII characters. Ids and names of tenants are parts of keys, in which a space separates them. */
 export const isId = (value: unknown): value is string => typeof value === 'string' && /^[\x21-\x7e]{1,256}$/.test(value)
 
+/** Whether a text can be the type of an event. A pattern such as `batch.*` cannot. */
+export const isEventType = (value: unknown): value is string => typeof value === 'string' && value !== '' && value !== '*' && !value.endsWith('.*')
+
 export const isFunction = (value: unknown): boolean => typeof value === 'function'
 
 /** The values that an option accepts. */

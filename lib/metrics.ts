@@ -1,6 +1,6 @@
 import type { FastifyPluginAsync, RegisterOptions } from 'fastify'
 import { register as globalRegister } from 'prom-client'
-import { assertNames } from './checks.ts'
+import { assertNames, isEventType, show } from './checks.ts'
 import { InvalidOptions } from './errors.ts'
 import { Collector } from './metrics/collector.ts'
 import type { MetricsRegistry } from './metrics/collector.ts'
@@ -54,7 +54,10 @@ export function webhookMetrics (options: WebhookMetricsOptions = {}): WebhookMet
   if ('decorateRequest' in Object(options)) return Promise.reject(new InvalidOptions('webhookMetrics() makes the plugin: expected await app.register(webhookMetrics()), with the call')) as never
   assertNames('webhookMetrics()', options, ['register', 'eventTypes', 'buckets'])
   const { register = globalRegister, eventTypes = [], buckets = BUCKETS } = options
-  if (!isList(eventTypes, type => typeof type === 'string')) throw new InvalidOptions('webhookMetrics(): expected eventTypes to be an array of event types')
+  if (!isList(eventTypes, isEventType)) {
+    const got = Array.isArray(eventTypes) ? `one with ${show(eventTypes.find(type => !isEventType(type)))}` : show(eventTypes)
+    throw new InvalidOptions(`webhookMetrics(): expected eventTypes to be an array of event types, such as ["order.paid"], got ${got}`)
+  }
   if (!isList(buckets, (bound, index) => Number.isFinite(bound) && (index === 0 || (bound as number) > (buckets[index - 1] as number)))) {
     throw new InvalidOptions('webhookMetrics(): expected buckets to be an array of numbers of seconds in ascending order')
   }

@@ -3,7 +3,7 @@ import type {
 } from 'fastify'
 import { InvalidOptions } from './errors.ts'
 import type { Secret } from './verifiers/keyring.ts'
-import { BOOLEAN, FUNCTION, LONGEST_TIMER, assertRules, isFunction, isObject, show, wholeNumber } from './checks.ts'
+import { BOOLEAN, FUNCTION, LONGEST_TIMER, assertRules, isEventType, isFunction, isObject, show, wholeNumber } from './checks.ts'
 import type { Rule } from './checks.ts'
 import type { Runner } from './runners/runner.ts'
 import { RETENTION } from './stores/store.ts'
@@ -200,8 +200,7 @@ export const DEFAULTS = {
   tenantMax: 10_000
 }
 
-const has = (...methods: string[]) => (value: unknown): boolean =>
-  isObject(value) && methods.every(method => isFunction(value[method]))
+const STORE_METHODS = ['begin', 'checkpoint', 'complete', 'extend', 'release'] as const
 
 const isPath = (value: unknown): boolean => typeof value === 'string' && value.startsWith('/')
 
@@ -229,7 +228,7 @@ const pluginRules: Record<keyof Required<OpenAIWebhookOptions>, Rule> = {
   rateLimit,
   events: { expected: 'an object of schemas by event type', accepts: isObject },
   idempotency: { expected: 'false or an object { store, lease, retention, reconcile }', accepts: value => value === false || isObject(value) },
-  runner: { expected: 'a runner such as inline()', accepts: has('run') },
+  runner: { expected: 'a runner such as inline()', accepts: value => isObject(value) && isFunction(value['run']) },
   deadline: wholeNumber('ms', 1, LONGEST_TIMER),
   closeTimeout: wholeNumber('ms', 0, LONGEST_TIMER)
 }
@@ -256,7 +255,8 @@ const tenantRules: Record<keyof Required<TenantOptions>, Rule> = {
 }
 
 const idempotencyRules: Record<keyof Required<IdempotencyOptions>, Rule> = {
-  store: { expected: 'a store such as memoryStore()', accepts: has('begin', 'checkpoint', 'complete', 'extend', 'release') },
+  // A store that has only some of the methods is refused later, with the name of one that it lacks.
+  store: { expected: 'a store such as memoryStore()', accepts: value => isObject(value) && STORE_METHODS.some(method => isFunction(value[method])) },
   lease: wholeNumber('ms', 1, LONGEST_TIMER),
   retention: wholeNumber('ms', 1),
   reconcile: BOOLEAN
@@ -293,9 +293,16 @@ const RIGHT_PLACES: Readonly<Record<string, string>> = {
 /** Checks the plugin's options. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
 export function assertOptions (options: unknown): asserts options is OpenAIWebhookOptions {
   assertOptionsBy(pluginRules, options, '', FOREIGN_OPTIONS)
-  const { idempotency, runner, events = {} } = options as OpenAIWebhookOptions
+  const { path, rateLimit, idempotency, runner, events = {} } = options as OpenAIWebhookOptions
+  if (path === false && rateLimit !== undefined) throw new InvalidOptions('expected rateLimit together with a path, got path: false: it is for the plugin\'s own route alone; further ones have theirs, as in app.openaiWebhook.route({ url, rateLimit })')
   if (idempotencyRules.store.accepts(idempotency)) throw new InvalidOptions(`expected idempotency to be ${pluginRules.idempotency.expected}, got a store: say { idempotency: { store } }`)
-  if (isObject(idempotency)) assertOptionsBy(idempotencyRules, idempotency, 'idempotency.')
+  if (isObject(idempotency)) {
+    assertOptionsBy(idempotencyRules, idempotency, 'idempotency.')
+    const { store } = idempotency as { store?: Record<string, unknown> }
+    for (const method of STORE_METHODS) {
+      if (store !== undefined && !isFunction(store[method])) throw new InvalidOptions(`expected idempotency.store.${method} to be a function, got ${show(store[method])}`)
+    }
+  }
   for (const method of ['start', 'close', 'depth', 'dead', 'deadCount', 'requeue'] as const) {
     const given: unknown = runner?.[method]
     if (given !== undefined && !isFunction(given)) throw new InvalidOptions(`expected runner.${method} to be a function, got ${show(given)}`)
@@ -337,7 +344,7 @@ function assertOptionsBy (rules: Record<string, Rule>, options: unknown, at = ''
 }
 
 function assertSchema (type: string, schema: AnySchema): void {
-  if (type === '' || type === '*' || type.endsWith('.*')) throw new InvalidOptions(`expected the names in events to be event types, got "${type}": a schema is for one type, such as "batch.failed"`)
+  if (!isEventType(type)) throw new InvalidOptions(`expected the names in events to be event types, got "${type}": a schema is for one type, such as "batch.failed"`)
   if (kindOf(schema) === undefined) {
     throw new InvalidOptions(`expected events["${type}"] to be a schema of TypeBox 0.34 or 1.x, or with Standard Schema (Zod, Valibot, ArkType), got ${showSchema(schema)}`)
   }
@@ -352,6 +359,7 @@ function assertSchema (type: string, schema: AnySchema): void {
 function showSchema (value: unknown): string {
   if ((typeof value !== 'object' && typeof value !== 'function') || value === null) return show(value)
   const { '~standard': standard, constructor } = value as { '~standard'?: { version?: unknown }, constructor?: unknown }
+  if (standard?.version === 1) return 'one with Standard Schema that lacks the function `validate`'
   if (standard !== undefined) return `one of another version of Standard Schema (${show(standard?.version)})`
   if (JSON_SCHEMA_KEYWORDS.some(keyword => Object.hasOwn(value, keyword))) return 'a plain JSON Schema'
   return isObject(value) && typeof constructor === 'function' && constructor !== Object ? `an instance of ${constructor.name}` : show(value)

@@ -78,7 +78,7 @@ export class HandlerList {
     if (typeof fn !== 'function') throw new InvalidOptions(`${method}(): expected a handler function, got ${fn === null ? 'null' : typeof fn}`)
     assertNames(`${method}()`, options, ['name'])
     const given = givenName(fn)
-    const name = options.name ?? given ?? `${this.label}#${this.names.size}`
+    const { name = given ?? `${this.label}#${this.names.size}` } = options
     assertHandlerName(method, name)
     // The inbox records the handler under the name that once() got.
     if (given !== undefined && name !== given) throw new InvalidOptions(`${method}(): expected the name that once() gave the handler, "${given}", or none, got "${name}"`)

@@ -13,7 +13,7 @@ const DUPLICATE = '{"received":true,"duplicate":true}'
 /** What people have in place of a schema. */
 const foreignSchemas: Record<string, unknown> = {
   'one of another version of Standard Schema (2)': { type: 'object', '~standard': { version: 2, vendor: 'zod', validate () {} } },
-  'one of another version of Standard Schema (1)': Object.assign(() => {}, { '~standard': { version: 1, vendor: 'arktype' } }),
+  'one with Standard Schema that lacks the function `validate`': Object.assign(() => {}, { '~standard': { version: 1, vendor: 'arktype' } }),
   'one of another version of Standard Schema (undefined)': { '~standard': null },
   'a plain JSON Schema': { type: 'object', properties: {} },
   'an instance of ZodObject': new (class ZodObject { _def = {} })(),
@@ -39,6 +39,10 @@ t.test('wrong values are refused: what was expected, what came', async t => {
     [{ path: '' }, 'expected path to be a path that begins with "/", or false, got ""'],
     [{ path: true }, 'expected path to be a path that begins with "/", or false, got true'],
     [{ path: null }, 'expected path to be a path that begins with "/", or false, got null'],
+    ...[{ max: 1 }, false].map((rateLimit): [object, string] => [
+      { path: false, rateLimit },
+      'expected rateLimit together with a path, got path: false: it is for the plugin\'s own route alone; further ones have theirs, as in app.openaiWebhook.route({ url, rateLimit })'
+    ]),
     [{ prefix: 7 }, 'expected prefix to be a string, got 7'],
     [{ tolerance: 0 }, 'expected tolerance to be a whole number of seconds, 1 or more, got 0'],
     [{ tolerance: -300 }, 'expected tolerance to be a whole number of seconds, 1 or more, got -300'],
@@ -75,6 +79,8 @@ t.test('wrong values are refused: what was expected, what came', async t => {
     [{ runner: background }, 'expected runner to be a runner such as inline(), got a value of type function: call it, background()'],
     [{ idempotency: { store: {} } }, 'expected idempotency.store to be a store such as memoryStore(), got a value of type object'],
     [{ idempotency: { store: new Map() } }, 'expected idempotency.store to be a store such as memoryStore(), got a value of type object'],
+    [{ idempotency: { store: { ...memoryStore(), release: undefined } } }, 'expected idempotency.store.release to be a function, got undefined'],
+    [{ idempotency: { store: { ...memoryStore(), begin: 5 } } }, 'expected idempotency.store.begin to be a function, got 5'],
     [{ idempotency: { lease: 0 } }, 'expected idempotency.lease to be a whole number of ms, 1 or more and at most 2147483647, got 0'],
     [{ idempotency: { lease: 2 ** 31 } }, 'expected idempotency.lease to be a whole number of ms, 1 or more and at most 2147483647, got 2147483648'],
     [{ idempotency: { retention: '72h' } }, 'expected idempotency.retention to be a whole number of ms, 1 or more, got "72h"'],

@@ -126,14 +126,16 @@ function pointerOf (path: Iterable<PropertyKey | { readonly key: PropertyKey }>)
 
 const MAX_FAULTS = 5
 const MAX_LENGTH = 400
+const WHOLE = 'the event as a whole'
 
 /** Lists each path once, with the first fault that was found there. */
 function listed<Fault> (faults: Iterable<Fault>, read: (fault: Fault) => [path: string, expected: string | undefined]): string {
   const found = new Map<string, string>()
   for (const fault of faults) {
     const [path, expected] = read(fault)
-    if (!found.has(path)) found.set(path, `${path || 'the event as a whole'}${expected === undefined ? '' : ` (${expected})`}`)
+    if (!found.has(path)) found.set(path, `${path || WHOLE}${expected === undefined ? '' : ` (${expected})`}`)
     if (found.size === MAX_FAULTS) break
   }
-  return [...found.values()].join(', ').slice(0, MAX_LENGTH)
+  // A schema may say that the event is wrong, and list no fault.
+  return [...found.values()].join(', ').slice(0, MAX_LENGTH) || WHOLE
 }

@@ -466,6 +466,8 @@ t.test('a wrong option is told at once', async t => {
     [{ register: 'global' }, /expected register/],
     [{ register, eventTypes: 'batch.failed' }, /expected eventTypes to be an array/],
     [{ register, eventTypes: [7] }, /expected eventTypes/],
+    [{ register, eventTypes: [''] }, /expected eventTypes to be an array of event types, such as \["order\.paid"\], got one with ""$/],
+    [{ register, eventTypes: ['order.paid', 'a.*'] }, /expected eventTypes .* got one with "a\.\*"$/],
     [{ register, buckets: [1, 1] }, /expected buckets to be an array of numbers of seconds in ascending order/],
     [{ register, buckets: [1, Infinity] }, /expected buckets/],
     [{ register, buckets: 5 }, /expected buckets/]

@@ -176,7 +176,7 @@ t.test('a validator that throws, or answers what it may not, refuses', async t =
 
 t.test('issues', async t => {
   const cases: Array<[unknown, string]> = [
-    [[], ''],
+    [[], 'the event as a whole'],
     [[{ message: MARKER }], 'the event as a whole'],
     [[{ message: MARKER, path: [] }, { message: MARKER, path: ['data'] }], 'the event as a whole, /data'],
     [[{ message: MARKER, path: ['data', { key: 'list' }, 0, Symbol('s'), 'a/b~c'] }], '/data/list/0/Symbol(s)/a~1b~0c'],
