@@ -1,6 +1,7 @@
 import { createHmac, createSecretKey } from 'node:crypto'
-import { assertOption } from './checks.ts'
+import { assertOption, isObject, show, wholeNumber } from './checks.ts'
 import type { Rule } from './checks.ts'
+import { InvalidOptions } from './errors.ts'
 import { bodyCandidates, bodyFacts, isEvent } from './diagnose/bodies.ts'
 import { causes as catalogue, found, merged, messageOf } from './diagnose/causes.ts'
 import type { Cause, Found } from './diagnose/causes.ts'
@@ -15,6 +16,12 @@ export type { DiagnoseHeaders } from './diagnose/headers.ts'
 
 /** Not NaN, which a mistyped date gives, and with which every timestamp would be in time. */
 const NUMBER: Rule = { expected: 'a finite number', accepts: Number.isFinite }
+
+/** What cannot be missing. A missing secret is a finding. */
+const REQUIRED = {
+  headers: { expected: 'an object, a Headers or an array of pairs', accepts: value => typeof value === 'object' && value !== null },
+  rawBody: { expected: 'a string or bytes', accepts: value => typeof value === 'string' || ArrayBuffer.isView(value) }
+} satisfies Partial<Record<keyof DiagnoseOptions, Rule>>
 
 export interface DiagnoseOptions {
   /** The headers as node:http has them, as a `Headers` object, or as pairs of name and value. */
@@ -90,11 +97,16 @@ const QUICK: Bounds = { hmacs: 300, hashed: 262_144, body: 4_096, everySecret: f
  * expected signature and nothing of the payload. A diagnosis may take seconds of CPU time: call it for a few deliveries and not for each
  * request.
  *
- * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS for `now` and `tolerance`
+ * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS for a value of the wrong kind
  */
 export function diagnose (options: DiagnoseOptions): Diagnosis {
+  if (!isObject(options)) throw new InvalidOptions(`diagnose(): expected options to be an object, got ${show(options)}`)
+  for (const [name, { expected, accepts }] of Object.entries(REQUIRED)) {
+    const value = options[name as keyof typeof REQUIRED]
+    if (!accepts(value)) throw new InvalidOptions(`diagnose(): expected ${name} to be ${expected}, got ${show(value)}`)
+  }
   assertOption('diagnose()', 'now', options.now, NUMBER)
-  assertOption('diagnose()', 'tolerance', options.tolerance, NUMBER)
+  assertOption('diagnose()', 'tolerance', options.tolerance, wholeNumber('seconds', 1))
   return diagnoseWithin(THOROUGH, options)
 }
 

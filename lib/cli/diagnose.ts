@@ -44,7 +44,7 @@ export const diagnose: Command = {
   },
   async run (args, terminal) {
     const source = sourceOf(args)
-    const tolerance = count(args, 'tolerance', 300, 0)
+    const tolerance = count(args, 'tolerance', 300)
     const given = givenTime(args)
     const secret = several(await readSecret(args, terminal))
     const { headers, body } = await source.read()

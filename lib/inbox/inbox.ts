@@ -1,4 +1,5 @@
 import type { FastifyInstance } from 'fastify'
+import { show } from '../checks.ts'
 import { InvalidOptions } from '../errors.ts'
 import { assertHandlerName } from '../handler-name.ts'
 import type { EventContext, EventHandler } from '../handlers.ts'
@@ -72,9 +73,10 @@ export function assertFirst (query: unknown, name: unknown): void {
 
 /** The values of a record, in the order of the columns. Calls REMEMBER of the context. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
 export function recordOf (name: string, context: InboxContext, retention: number): [string, string, string, string] {
-  const { endpoint, tenant = '', webhookId } = context
+  // `request.openaiWebhook` of a route that is not marked is null.
+  const { endpoint, tenant = '', webhookId } = (context ?? {}) as Partial<InboxContext>
   if (typeof endpoint !== 'string' || typeof webhookId !== 'string') {
-    throw new InvalidOptions(`inbox: expected the context of a delivery for "${name}", with its endpoint and webhookId`)
+    throw new InvalidOptions(`inbox: expected the context of a delivery for "${name}", with its endpoint and webhookId, got ${show(context)}`)
   }
   ;(context as { [REMEMBER]?: (name: string, retention: number) => void })[REMEMBER]?.(name, retention)
   return [endpoint, tenant, webhookId, name]

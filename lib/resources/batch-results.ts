@@ -7,7 +7,7 @@ import type { FileAnswer } from './body.ts'
 import { insteadOf, kindOf } from './kinds.ts'
 import type { ResourceClient } from './kinds.ts'
 import { Lines } from './lines.ts'
-import { assertId, retrieve } from './retrieve.ts'
+import { assertClient, assertId, retrieve } from './retrieve.ts'
 
 /** The part of the official client that batchResults() uses. */
 export interface BatchClient extends ResourceClient {
@@ -72,6 +72,7 @@ export async function * batchResults<Client extends BatchClient> (
   assertOption('batchResults()', 'signal', signal, SIGNAL)
   assertOption('batchResults()', 'idleTimeout', idleTimeout, wholeNumber('ms', 1, LONGEST_TIMER))
   assertOption('batchResults()', 'lineLimit', lineLimit, wholeNumber('bytes', 1))
+  assertClient('batchResults()', client)
   if (typeof of !== 'object' || of === null) throw new InvalidOptions(`batchResults(): expected a batch or an event of one, got a value of type ${typeof of}`)
   signal?.throwIfAborted()
   const batch = 'type' in of ? await orReason(batchOf(client, of, signal === undefined ? {} : { signal }), signal) : of

@@ -9,6 +9,7 @@ import { EVALS, endedSince, FAMILY_NAMES, typesOf } from './ended.ts'
 import type { Ended } from './ended.ts'
 import type { ResourceClient } from './kinds.ts'
 import { post } from './post.ts'
+import { assertClient } from './retrieve.ts'
 
 export interface ReconcileOptions {
   /** The URL of the receiver, such as http://127.0.0.1:3000/webhooks/openai. */
@@ -114,6 +115,7 @@ const UNLISTED: readonly unknown[] = [403, 404, 410]
  */
 export async function reconcile (client: ResourceClient, options: ReconcileOptions): Promise<ReconcileReport> {
   const plan = planOf(options)
+  assertClient('reconcile()', client)
   const { signal, dryRun = false, onProgress } = options
   const { found, skipped } = await list(client, plan, options)
   const events: ReconciledEvent[] = found.map(ended => ({ ...identityOf(ended), outcome: 'listed' }))

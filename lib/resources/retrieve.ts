@@ -1,4 +1,4 @@
-import { SIGNAL, assertNames, assertOption, isId } from '../checks.ts'
+import { SIGNAL, assertNames, assertOption, isId, show } from '../checks.ts'
 import { InvalidOptions, NoResource } from '../errors.ts'
 import { AGENTS, insteadOf, kindOf } from './kinds.ts'
 import type { Problem, ResourceClient, ResourceKind, ResourceOf } from './kinds.ts'
@@ -62,7 +62,7 @@ export async function retrieve<Client extends ResourceClient, Event extends Even
   assertOption('retrieve()', 'signal', (options as RetrieveOptions).signal, SIGNAL)
   const { type, data } = (event ?? {}) as Partial<EventLike> & { data?: { id?: unknown } }
   if (typeof type !== 'string') throw new InvalidOptions(`retrieve(): expected an event, as handlers get it, got ${typeof event === 'object' ? 'an object without a type' : `a value of type ${typeof event}`}`)
-  if (typeof client !== 'object' || client === null) throw new InvalidOptions('retrieve(): expected a client of the openai package, then an event')
+  assertClient('retrieve()', client)
   const kind = kindOf(type)
   if (kind === undefined) throw new NoResource(type, insteadOf(type))
   const id = assertId('retrieve(): expected event.data.id', data?.id)
@@ -83,6 +83,11 @@ async function fetchResource (client: ResourceClient, kind: ResourceKind, id: st
 /** The property of the client at this path, or `undefined` when the client lacks it. */
 function serviceAt (client: object, at: readonly string[]): Record<string, unknown> | undefined {
   return at.reduce<Record<string, unknown> | undefined>((part, name) => part?.[name] as typeof part, client as Record<string, unknown>)
+}
+
+/** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
+export function assertClient (caller: string, client: unknown): void {
+  if (typeof client !== 'object' || client === null) throw new InvalidOptions(`${caller}: expected a client of the openai package as the first argument, got ${show(client)}`)
 }
 
 /** Checks an id that becomes part of a path. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */

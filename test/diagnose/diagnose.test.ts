@@ -464,11 +464,21 @@ t.test('verifies what the plugin verifies, and nothing else', async t => {
 
 t.test('a time or a tolerance that is no number is refused: with NaN every timestamp would be right', async t => {
   const { delivery } = healthy(1)
-  for (const wrong of [NaN, Infinity, 'x', null, new Date(NaN)] as never[]) {
-    for (const name of ['now', 'tolerance']) {
-      t.throws(() => diagnose({ ...delivery, [name]: wrong }), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: new RegExp(`^diagnose\\(\\): expected ${name} to be a finite number, got`) })
+  for (const [name, expected, ...others] of [['now', 'a finite number'], ['tolerance', 'a whole number of seconds, 1 or more', 0, 0.5]]) {
+    for (const wrong of [NaN, Infinity, 'x', null, new Date(NaN), ...others]) {
+      t.throws(() => diagnose({ ...delivery, [name as string]: wrong }), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: `diagnose(): expected ${name!} to be ${expected!}, got ` })
     }
   }
+})
+
+t.test('what is missing, or of the wrong kind, is refused', async t => {
+  const { delivery } = healthy(1)
+  for (const [options, message] of [
+    [undefined, 'diagnose(): expected options to be an object, got undefined'],
+    [{}, 'diagnose(): expected headers to be an object, a Headers or an array of pairs, got undefined'],
+    [{ ...delivery, headers: null }, 'diagnose(): expected headers to be an object, a Headers or an array of pairs, got null'],
+    [{ ...delivery, rawBody: { id: 'evt_1' } }, 'diagnose(): expected rawBody to be a string or bytes, got a value of type object']
+  ] as const) t.throws(() => diagnose(options as never), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message })
 })
 
 t.test('headers in every form', async t => {
@@ -768,6 +778,7 @@ t.test('wrong usage, and files that cannot be read', async t => {
     [[a, '--now', 'yesterday'], 2, /--now: expected a whole number/],
     [[a, '--now', String(NOW)], 2, /--now: expected seconds since the Unix epoch, got 1800000000000, which would be milliseconds/],
     [[a, '--tolerance', '-1'], 2, /tolerance/],
+    [[a, '--tolerance', '0'], 2, /--tolerance: expected a whole number, 1 or more, got "0"/],
     [[a, '--nwo', '1'], 2, /--nwo/],
     [[join(dir, 'none.http')], 1, /cannot read .*none\.http: ENOENT/],
     [[join(dir, 'b.http')], 1, /b\.http: not a saved delivery/],

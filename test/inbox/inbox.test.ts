@@ -154,6 +154,9 @@ for (const name of HANDLES) {
       }
       t.throws(() => inbox.first(db as never, 'settle', context()), { code: INVALID_OPTIONS, message: /^first\(\): expected a function that runs a statement .* got a value of type object$/ })
       t.throws(() => inbox.first(() => [], '', context()), { code: INVALID_OPTIONS })
+      for (const [none, got] of [[null, 'null'], [undefined, 'undefined'], [{}, 'a value of type object']]) {
+        t.throws(() => inbox.first(() => [], 'settle', none as never), { code: INVALID_OPTIONS, message: `inbox: expected the context of a delivery for "settle", with its endpoint and webhookId, got ${got}` })
+      }
       t.equal(inbox.first(() => ({ rows: [{}] }), 'settle', context()), true)
       t.equal(inbox.first(() => ({ rows: [] }), 'settle', context()), false)
       db.exec('ROLLBACK')

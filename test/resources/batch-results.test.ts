@@ -117,6 +117,9 @@ t.test('wrong options and other events are refused before anything is asked', as
     await t.rejects(read(options), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS' })
   }
   for (const of of ['batch_1', 7, null]) await t.rejects(read({}, of as never), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: /^batchResults\(\): expected a batch or an event of one, got a value of type/ })
+  for (const of of [sampleEvent('batch.completed'), { endpoint: '/v1/responses' }]) {
+    await t.rejects(batchResults(undefined as never, of as never).next(), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: 'batchResults(): expected a client of the openai package as the first argument, got undefined' })
+  }
   for (const of of [{}, { id: 'batch_1' }]) await t.rejects(read({}, of as never), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: /none of endpoint, status and the ids of files/ })
   await t.rejects(read({}, { type: 'batch.failed', data: {} } as never), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: /^batchResults\(\): expected event\.data\.id/ })
   await t.rejects(read({}, sampleEvent('response.completed') as never), { code: 'FST_OPENAI_WEBHOOK_NO_RESOURCE', message: /expects a batch/ })

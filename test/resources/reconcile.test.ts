@@ -161,6 +161,9 @@ t.test('wrong options are told before anything is asked', async t => {
   for (const [given, message] of wrong) {
     await t.rejects(reconcile(client, { ...options, ...given } as ReconcileOptions), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message })
   }
+  for (const none of [undefined, null, 'sk-proj-1']) {
+    await t.rejects(reconcile(none as never, options), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: /^reconcile\(\): expected a client of the openai package as the first argument, got / })
+  }
   t.intercept(process, 'env', { value: {} })
   for (const secret of ['', 'sk-proj-1', undefined]) {
     await t.rejects(reconcile(client, { ...options, ...(secret === undefined ? { secret: secret as never } : { secret }) }), { code: 'FST_OPENAI_WEBHOOK_INVALID_SECRET' })

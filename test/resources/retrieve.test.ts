@@ -69,7 +69,7 @@ t.test('what is no event, or comes before the client, is told', async t => {
     [{}, 'batch_1', 'retrieve(): expected an event, as handlers get it, got a value of type string'],
     [event, { get () {} }, 'retrieve(): expected an event, as handlers get it, got an object without a type'],
     [{}, null, 'retrieve(): expected an event, as handlers get it, got an object without a type'],
-    [undefined, event, 'retrieve(): expected a client of the openai package, then an event']
+    [undefined, event, 'retrieve(): expected a client of the openai package as the first argument, got undefined']
   ]) await t.rejects(fetchAny(client as never, given as never), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message })
 })
 
