@@ -22,7 +22,7 @@ const NAME = 'fastify-openai-webhook'
 /**
  * Makes OpenTelemetry spans for all deliveries in this process. Without a queue, the request's span gets the child `process <endpoint>`, with a
  * child for each handler. If the runner has a queue, the request's span gets the child `send <endpoint>` instead, to which the `process` span in
- * the process that runs the handlers links. To be called once.
+ * the process that runs the handlers links. To be called once for each tracer provider.
  *
  * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS
  */
@@ -32,9 +32,19 @@ export function webhookTracing (options: WebhookTracingOptions = {}): WebhookTra
   if (typeof (tracerProvider as TracerProvider | null)?.getTracer !== 'function') {
     throw new InvalidOptions(`webhookTracing: expected tracerProvider to have the method getTracer, got ${tracerProvider === null ? 'null' : `a value of type ${typeof tracerProvider}`}`)
   }
+  if (open.has(tracerProvider)) throw new InvalidOptions('webhookTracing: expected a tracer provider that is not in use, got one that has a webhookTracing() already. One webhookTracing() observes every app of the process: call it once, or close() the first one')
   const spans = new Spans(tracerProvider.getTracer(NAME))
-  return { close: () => { spans.close() } }
+  open.set(tracerProvider, spans)
+  return {
+    close () {
+      spans.close()
+      if (open.get(tracerProvider) === spans) open.delete(tracerProvider)
+    }
+  }
 }
+
+/** What is not closed, by its tracer provider. With two for one provider, every span would be there twice. */
+const open = new WeakMap<TracerProvider, Spans>()
 
 class Spans {
   readonly #tracer: Tracer

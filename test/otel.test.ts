@@ -758,6 +758,16 @@ t.test('webhookTracing', async t => {
     t.equal(recorder.one('work').parentSpanContext?.spanId, own.one('handler a').spanContext().spanId, 'one of them is active')
   })
 
+  t.test('is refused while another one has the same tracer provider', async t => {
+    const { close } = webhookTracing()
+    t.throws(() => webhookTracing(), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: /^webhookTracing: expected a tracer provider that is not in use, got one that has a webhookTracing\(\) already/ })
+    close()
+    const next = webhookTracing()
+    t.teardown(next.close)
+    close()
+    t.throws(() => webhookTracing(), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS' }, 'the first one is closed again, which changes nothing')
+  })
+
   t.test('once closed makes no more spans, and costs nothing', async t => {
     const { close } = webhookTracing()
     t.same([channels.enqueue, channels.delivery, channels.handler].map(({ hasSubscribers }) => hasSubscribers), [true, true, true])
@@ -867,7 +877,7 @@ t.test('a tracer that throws loses no delivery', async t => {
         enable () { return this },
         disable () { return this }
       })
-      await delivered(t, {})
+      await delivered(t, { tracing: { tracerProvider: new Recorder().provider } })
     }
     context.disable()
     context.setGlobalContextManager(real)
