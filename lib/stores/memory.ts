@@ -31,7 +31,7 @@ const TICK = 100
  * Remembers deliveries in this process only: at most `max` that have been processed or given up, and in addition those that are being processed.
  * Forgets those first that came first, and all of them when the process ends. The methods of the store never fail.
  *
- * @param options.max number of deliveries, up to 8,000,000; default 100,000, about 11 MB
+ * @param options.max number of deliveries, up to 8,000,000; default 100,000, about 16 MB
  * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS
  */
 export function memoryStore (options: { max?: number } = {}): IdempotencyStore {
