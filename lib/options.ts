@@ -294,7 +294,7 @@ const RIGHT_PLACES: Readonly<Record<string, string>> = {
 export function assertOptions (options: unknown): asserts options is OpenAIWebhookOptions {
   assertOptionsBy(pluginRules, options, '', FOREIGN_OPTIONS)
   const { path, rateLimit, idempotency, runner, events = {} } = options as OpenAIWebhookOptions
-  if (path === false && rateLimit !== undefined) throw new InvalidOptions('expected rateLimit together with a path, got path: false: it is for the plugin\'s own route alone; further ones have theirs, as in app.openaiWebhook.route({ url, rateLimit })')
+  if (path === false && isObject(rateLimit)) throw new InvalidOptions('expected rateLimit together with a path, got path: false: it is for the plugin\'s own route alone; further ones have theirs, as in app.openaiWebhook.route({ url, rateLimit })')
   if (idempotencyRules.store.accepts(idempotency)) throw new InvalidOptions(`expected idempotency to be ${pluginRules.idempotency.expected}, got a store: say { idempotency: { store } }`)
   if (isObject(idempotency)) {
     assertOptionsBy(idempotencyRules, idempotency, 'idempotency.')

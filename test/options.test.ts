@@ -39,10 +39,10 @@ t.test('wrong values are refused: what was expected, what came', async t => {
     [{ path: '' }, 'expected path to be a path that begins with "/", or false, got ""'],
     [{ path: true }, 'expected path to be a path that begins with "/", or false, got true'],
     [{ path: null }, 'expected path to be a path that begins with "/", or false, got null'],
-    ...[{ max: 1 }, false].map((rateLimit): [object, string] => [
-      { path: false, rateLimit },
+    [
+      { path: false, rateLimit: { max: 1 } },
       'expected rateLimit together with a path, got path: false: it is for the plugin\'s own route alone; further ones have theirs, as in app.openaiWebhook.route({ url, rateLimit })'
-    ]),
+    ],
     [{ prefix: 7 }, 'expected prefix to be a string, got 7'],
     [{ tolerance: 0 }, 'expected tolerance to be a whole number of seconds, 1 or more, got 0'],
     [{ tolerance: -300 }, 'expected tolerance to be a whole number of seconds, 1 or more, got -300'],
@@ -433,7 +433,7 @@ t.test('a runner of the user\'s', async t => {
 
   t.test('may process jobs of a route that this process does not have: the app\'s handlers run', async t => {
     const runner = queue()
-    const app = await build(t, { runner, path: false })
+    const app = await build(t, { runner, path: false, rateLimit: false })
     const seen: string[] = []
     app.openaiWebhook.on('batch.*', (_event, { endpoint, log }) => {
       log.info('no request to log for')

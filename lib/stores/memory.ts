@@ -12,8 +12,8 @@ interface Entry {
   finished: readonly string[]
   /** When an entry without a claim is forgotten, in ticks. */
   forgottenAt: number
-  /** Whether the entry goes to the end of the list when its claim ends: it was claimed before, or was running when the list was searched. */
-  moves: boolean
+  /** How many claims had ended when the entry got its place in the Map. */
+  placedAt: number
 }
 
 /** Of a processed delivery only the tick in which it is forgotten is kept, so that remembering it adds no object to the heap. */
@@ -29,7 +29,7 @@ const TICK = 100
 
 /**
  * Remembers deliveries in this process only: at most `max` that have been processed or given up, and in addition those that are being processed.
- * Forgets those first that came first, and all of them when the process ends. The methods of the store never fail.
+ * Forgets those first that ended first, and all of them when the process ends. The methods of the store never fail.
  *
  * @param options.max number of deliveries, up to 8,000,000; default 100,000, about 16 MB
  * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS
@@ -38,15 +38,16 @@ export function memoryStore (options: { max?: number } = {}): IdempotencyStore {
   assertNames('memoryStore', options, ['max'])
   const { max = 100_000 } = options
   assertCount('memoryStore', 'max', max, 1, MOST)
-  /**
-   * In the order in which they are forgotten. A duplicate does not move its delivery, because each move leaves a hole that V8 passes at each
-   * look-up of the delivery, and a duplicate would soon take 40 µs.
-   */
+  /** In the order in which they are forgotten. */
   const known = new Map<string, Known>()
   // One iterator for all searches, because a new one would pass the holes of all entries that were ever forgotten.
   let first: MapIterator<[string, Known]> | undefined
   let settled = 0
   let claims = 0
+  let ends = 0
+  // When its claim ends, an entry goes to the end of the Map only if as many others have ended since it got its place. Each move leaves a hole that
+  // V8 passes whenever it looks for the entry, and a delivery that is attempted without end would soon take 40 µs.
+  const slack = Math.max(1, Math.floor(max / 16))
 
   function held (key: string, token: string): Entry | undefined {
     const entry = known.get(key)
@@ -58,10 +59,15 @@ export function memoryStore (options: { max?: number } = {}): IdempotencyStore {
     // While the entry still counts as running, because it may have been the first to come, and is now the last to be forgotten.
     if (settled === max) forgetFirst()
     settled++
+    ends++
     entry.token = undefined
     entry.forgottenAt = Math.ceil((performance.now() + ms) / TICK)
-    if (entry.moves) known.delete(key)
-    if (entry.moves || isProcessed) known.set(key, isProcessed ? entry.forgottenAt : entry)
+    const moves = ends - entry.placedAt > slack
+    if (moves) {
+      entry.placedAt = ends
+      known.delete(key)
+    }
+    if (moves || isProcessed) known.set(key, isProcessed ? entry.forgottenAt : entry)
   }
 
   function forgetFirst (): void {
@@ -74,31 +80,31 @@ export function memoryStore (options: { max?: number } = {}): IdempotencyStore {
         settled--
         return
       }
-      entry.moves = true
+      entry.placedAt = -Infinity // The iterator does not come back, so the entry has to move.
     }
   }
 
-  function claim (key: string, lease: number, finished: readonly string[], moves: boolean): Claim {
+  function claim (key: string, lease: number, finished: readonly string[], placedAt: number): Claim {
     const token = String(++claims)
-    known.set(key, { token, leaseEnds: performance.now() + lease, finished, forgottenAt: 0, moves })
+    known.set(key, { token, leaseEnds: performance.now() + lease, finished, forgottenAt: 0, placedAt })
     return { state: 'claimed', token, finished: [...finished] }
   }
 
   return {
     begin (key, lease) {
       const entry = known.get(key)
-      if (entry === undefined) return claim(key, lease, NONE, false)
+      if (entry === undefined) return claim(key, lease, NONE, ends)
       const now = performance.now()
       if (typeof entry === 'number') {
         if (entry > now / TICK) return { state: 'done' }
         settled--
-        return claim(key, lease, NONE, true)
+        return claim(key, lease, NONE, -Infinity)
       }
       if (entry.token === undefined) {
         settled--
-        return claim(key, lease, entry.forgottenAt > now / TICK ? entry.finished : NONE, true)
+        return claim(key, lease, entry.forgottenAt > now / TICK ? entry.finished : NONE, entry.placedAt)
       }
-      return entry.leaseEnds > now ? { state: 'running' } : claim(key, lease, entry.finished, entry.moves)
+      return entry.leaseEnds > now ? { state: 'running' } : claim(key, lease, entry.finished, entry.placedAt)
     },
     checkpoint (key, token, handler) {
       const entry = held(key, token)

@@ -62,6 +62,16 @@ t.test('`max`', async t => {
     t.same(states(store, ['c', 'long', 'b']), ['done', 'done', 'claimed'])
   })
 
+  t.test('keeps one that ran while others ended as long as the others', async t => {
+    const max = 1_600
+    const store = memoryStore({ max })
+    const { token } = claim(store, 'slow')
+    for (let n = 1; n < max; n++) complete(store, `before ${n}`)
+    store.complete('slow', token, RETENTION)
+    for (let n = 0; n < max - max / 16; n++) complete(store, `after ${n}`)
+    t.same(store.begin('slow', LEASE), { state: 'done' })
+  })
+
   t.test('keeps one that was attempted again longer than those that came before that', async t => {
     const store = memoryStore({ max: 3 })
     release(store, 'a', ['#0'])
@@ -260,19 +270,33 @@ t.test('a wall clock that is set forward or back changes nothing', async t => {
 /** Deliveries; as many as `max` is by default, in test:long. */
 const REMEMBERED = sized(20_000, 100_000)
 
-t.test('a remembered delivery takes less than 400 bytes', async t => {
-  setFlagsFromString('--expose-gc')
-  const gc = runInNewContext('gc') as () => void
-  /** What stays: newer collectors leave some of what is dead to the next collection. */
-  function heap (): number {
-    for (let before = Infinity; ;) {
-      gc()
-      const { heapUsed, arrayBuffers } = process.memoryUsage()
-      const now = (heapUsed + arrayBuffers) / 1e6
-      if (now > before - 0.1) return now
-      before = now
-    }
+setFlagsFromString('--expose-gc')
+const gc = runInNewContext('gc') as () => void
+
+/** What stays: newer collectors leave some of what is dead to the next collection. */
+function heap (): number {
+  for (let before = Infinity; ;) {
+    gc()
+    const { heapUsed, arrayBuffers } = process.memoryUsage()
+    const now = (heapUsed + arrayBuffers) / 1e6
+    if (now > before - 0.1) return now
+    before = now
   }
+}
+
+t.test('one that is attempted without end takes no more memory, and makes no other one forgotten', async t => {
+  const max = 1_000
+  const store = memoryStore({ max })
+  for (let n = 0; n <= max; n++) complete(store, String(n))
+  release(store, 'again', ['#0'])
+  const before = heap()
+  for (let n = 0; n < 200_000; n++) release(store, 'again', [])
+  t.ok(heap() - before < 3)
+  t.same(claim(store, 'again').finished, ['#0'])
+  t.same(states(store, [String(max), String(max - 100), '1']), ['done', 'done', 'claimed'])
+})
+
+t.test('a remembered delivery takes less than 400 bytes', async t => {
   /** As the endpoint and a header make it: one flat string of its own. */
   const keyOf = (n: number): string => Buffer.from(`/webhooks/openai wh_${n.toString(16).padStart(32, '0')}`).toString('latin1')
   const empty = heap()
