@@ -18,6 +18,8 @@ type ClosableDatabase = SqliteDatabase & { close: () => unknown }
 
 /** The number of deliveries that `list` prints by default. */
 const LIMIT = 100
+/** As SQLite has it. */
+const NO_LIMIT = -1
 
 const help = `Usage: openai-webhook dead list --sqlite FILE [options]
        openai-webhook dead show ID --sqlite FILE [options]
@@ -112,7 +114,7 @@ const actions: Readonly<Record<string, (args: Arguments, terminal: Terminal, ids
   list (args, terminal, ids) {
     if (ids.length > 0) throw usageError(`list: expected nothing more, got "${printable(ids.join(' '))}"`)
     const filter = filterOf(args)
-    const limit = args.values['all'] === true ? -1 : count(args, 'limit', LIMIT) // -1 means no limit in SQLite
+    const limit = args.values['all'] === true ? NO_LIMIT : count(args, 'limit', LIMIT)
     return jobs => {
       const listed = jobs.list(limit, filter)
       for (const delivery of listed) print(terminal, args, delivery, line(delivery, terminal))
@@ -137,7 +139,7 @@ const actions: Readonly<Record<string, (args: Arguments, terminal: Terminal, ids
     const { all = false, force = false } = args.values as { all?: boolean, force?: boolean }
     if (all === (ids.length > 0)) throw usageError('requeue: expected webhook-ids, or --all')
     if (!all && args.values['limit'] !== undefined) throw usageError('requeue: --limit is of no use without --all')
-    const limit = count(args, 'limit', -1) // -1 means no limit in SQLite
+    const limit = count(args, 'limit', NO_LIMIT)
     return jobs => {
       const filter = filterOf(args)
       // Every id is checked before the first delivery is requeued, so that a wrong id requeues nothing.

@@ -38,13 +38,13 @@ function usersJudge (verifier: Verifier): Pick<Verification, 'judge' | 'readHead
  *
  * @returns what `verify` needs of them; or the coded error that refuses the request
  */
-export function readHeaders ({ readHeaders, tolerance }: Verification, headers: IncomingHttpHeaders): SignedHeaders | undefined | Error {
+export function signedHeadersOf ({ readHeaders, tolerance }: Verification, headers: IncomingHttpHeaders): SignedHeaders | undefined | Error {
   const signed = readHeaders?.(headers)
   return signed === undefined || signed instanceof Error ? signed : staleness(signed.timestamp, tolerance) ?? signed
 }
 
 /**
- * @param signed what `readHeaders` returned
+ * @param signed what `signedHeadersOf` returned
  * @returns the webhook-id and when the delivery was signed; or FST_OPENAI_WEBHOOK_INVALID_SIGNATURE,
  * FST_OPENAI_WEBHOOK_TIMESTAMP_OUT_OF_TOLERANCE or another coded error of the verifier
  */

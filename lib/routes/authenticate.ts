@@ -7,7 +7,7 @@ import { retryLater } from '../pipeline/acknowledge.ts'
 import { hasProgress } from '../pipeline/answer.ts'
 import { validate } from '../pipeline/validate.ts'
 import type { Validators } from '../pipeline/validators.ts'
-import { readHeaders, verify } from '../pipeline/verify.ts'
+import { signedHeadersOf, verify } from '../pipeline/verify.ts'
 import type { Verification } from '../pipeline/verify.ts'
 import { isPromise, then } from '../maybe-promise.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
@@ -58,7 +58,7 @@ export class Authentication {
   admit (endpoint: Endpoint) {
     return (request: FastifyRequest, reply: FastifyReply, done: Done): void => {
       this.observation.observer?.arrived(request, reply, endpoint.name)
-      const signed = readHeaders(endpoint, request.headers)
+      const signed = signedHeadersOf(endpoint, request.headers)
       if (signed instanceof Error) {
         this.tell(signed, endpoint, request)
         return done(signed)
@@ -77,7 +77,7 @@ export class Authentication {
     if (tenant instanceof Error) return this.#refuse(tenant, endpoint, request, reply, done)
     let verification: Verification = endpoint
     // A hook of the app that throws null makes Fastify skip the hook that reads the headers.
-    const signed = (request as Admitted)[SIGNED] ?? readHeaders(endpoint, request.headers)
+    const signed = (request as Admitted)[SIGNED] ?? signedHeadersOf(endpoint, request.headers)
     const delivery = { rawBody, headers: request.headers }
 
     const settle = (authentic: Authentic | Error): void => {
@@ -113,7 +113,7 @@ export class Authentication {
   }
 
   /**
-   * @param signed what `readHeaders` returned
+   * @param signed what `signedHeadersOf` returned
    * @param onVerified called when the signature matches
    * @returns the delivery, or the coded error that refuses it
    */

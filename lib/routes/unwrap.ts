@@ -3,7 +3,7 @@ import { InvalidOptions } from '../errors.ts'
 import { assertUnwrapOptions } from '../options.ts'
 import type { EndpointOptions } from '../options.ts'
 import { toBytes } from '../pipeline/capture.ts'
-import { readHeaders } from '../pipeline/verify.ts'
+import { signedHeadersOf } from '../pipeline/verify.ts'
 import type { Routes } from './routes.ts'
 
 /** Verifies and validates a delivery that did not come through a route. @returns the event; rejects with the coded errors of both steps */
@@ -13,7 +13,7 @@ export async function unwrap ({ verifications, authentication }: Routes, rawBody
   const body = toBytes(rawBody)
   if (body === undefined) throw new InvalidOptions('unwrap(): expected the raw body as a string, a Buffer or a Uint8Array: a parsed body cannot be verified')
   const plain = toHeaders(headers)
-  const authentic = await authentication.examine(verification, { rawBody: body, headers: plain }, readHeaders(verification, plain))
+  const authentic = await authentication.examine(verification, { rawBody: body, headers: plain }, signedHeadersOf(verification, plain))
   if (authentic instanceof Error) throw authentic
   if (authentic.event instanceof Error) throw authentic.event
   return authentic.event

@@ -41,7 +41,7 @@ export function memoryStore (options: { max?: number } = {}): IdempotencyStore {
   /** In the order in which they are forgotten. */
   const known = new Map<string, Known>()
   // One iterator for all searches, because a new one would pass the holes of all entries that were ever forgotten.
-  let first: MapIterator<[string, Known]> | undefined
+  let oldest: MapIterator<[string, Known]> | undefined
   let settled = 0
   let claims = 0
   let ends = 0
@@ -71,10 +71,10 @@ export function memoryStore (options: { max?: number } = {}): IdempotencyStore {
   }
 
   function forgetFirst (): void {
-    first ??= known.entries()
+    oldest ??= known.entries()
     for (;;) {
       // There is a next entry, because the iterator has passed none that is settled.
-      const [key, entry] = first.next().value!
+      const [key, entry] = oldest.next().value!
       if (typeof entry === 'number' || entry.token === undefined) {
         known.delete(key)
         settled--

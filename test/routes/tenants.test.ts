@@ -7,7 +7,7 @@ import t from 'tap'
 import { background, channels, standardWebhooks, xOpenAISignature } from '../../lib/index.ts'
 import type { MessageChannel, OpenAIWebhookOptions, RouteOverrides, TenantSecret } from '../../lib/index.ts'
 import { webhookMetrics } from '../../lib/metrics.ts'
-import { readHeaders, verificationBy, verify } from '../../lib/pipeline/verify.ts'
+import { signedHeadersOf, verificationBy, verify } from '../../lib/pipeline/verify.ts'
 import { NO_KEYS } from '../../lib/routes/tenants.ts'
 import { durable, sqliteInbox } from '../../lib/sqlite/index.ts'
 import { SECRET, build, outcome, post, sign, stoppedClock, thin } from '../support/deliveries.ts'
@@ -275,7 +275,7 @@ t.test('`of` names a tenant by 1 to 256 visible ASCII characters', async t => {
 t.test('the route itself has no keys, so what went by those would verify nothing', async t => {
   const { headers, body } = signedBy('acme')
   const verification = verificationBy(standardWebhooks(), NO_KEYS, 300)
-  t.match(verify(verification, { headers, rawBody: body }, readHeaders(verification, headers)), { code: 'FST_OPENAI_WEBHOOK_INVALID_SIGNATURE' })
+  t.match(verify(verification, { headers, rawBody: body }, signedHeadersOf(verification, headers)), { code: 'FST_OPENAI_WEBHOOK_INVALID_SIGNATURE' })
 })
 
 t.test('a delivery that its headers condemn names no tenant', async t => {
