@@ -24,7 +24,7 @@ import { Bounds } from './routes/bounds.ts'
 import { Endpoints } from './routes/endpoint.ts'
 import { dispatching, guard } from './routes/guard.ts'
 import { protectMarked } from './routes/marked.ts'
-import { ownRoute } from './routes/own.ts'
+import { pluginRoute } from './routes/plugin-route.ts'
 import type { Routes } from './routes/routes.ts'
 import { guardedScope } from './routes/unprotected.ts'
 import { inline } from './runners/inline.ts'
@@ -71,7 +71,7 @@ async function openaiWebhook (instance: FastifyInstance, options: OpenAIWebhookO
     const { rateLimit, prefix = '', logLevel, logSerializers } = options as OpenAIWebhookOptions & RegisterOptions
     // Fastify applies these options to the scope of a plugin, but a plugin wrapped by fastify-plugin has none.
     const scope = { prefix, ...(logLevel !== undefined && { logLevel }), ...(logSerializers !== undefined && { logSerializers }) }
-    ownRoute(routes, instance, { url: path, ...(rateLimit !== undefined && { rateLimit }) }, scope)
+    pluginRoute(routes, instance, { url: path, ...(rateLimit !== undefined && { rateLimit }) }, scope)
   }
 }
 

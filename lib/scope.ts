@@ -4,7 +4,7 @@ import { InvalidOptions } from './errors.ts'
 import { assertRouteOptions } from './options.ts'
 import type { AnyHandler, HandlerOptions } from './registry.ts'
 import { INSIDE } from './observation.ts'
-import { ownRoute } from './routes/own.ts'
+import { pluginRoute } from './routes/plugin-route.ts'
 import type { Routes } from './routes/routes.ts'
 import { unwrap } from './routes/unwrap.ts'
 import type { OpenAIWebhook } from './api.ts'
@@ -57,7 +57,7 @@ export class OpenAIWebhookScope implements OpenAIWebhook {
   route (options: Parameters<OpenAIWebhook['route']>[0]): this {
     this.#routes.registry.open('route')
     assertRouteOptions(options)
-    ownRoute(this.#routes, this.#scope, options)
+    pluginRoute(this.#routes, this.#scope, options)
     return this
   }
 

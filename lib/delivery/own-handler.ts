@@ -3,11 +3,11 @@ import { codeOf } from '../coded.ts'
 import { HandlerFailed } from '../errors.ts'
 import { logError, write } from '../log.ts'
 import { acknowledge } from '../pipeline/acknowledge.ts'
-import { isAnswerHeld, isInErrorHandler, isRefusedByFastify, isResponse, isSuccess, markHandling, markRefused } from '../pipeline/answer.ts'
+import { isAnswerHeld, isInErrorHandler, isRefusedByFastify, isResponse, isSuccess, markHandling, markRefused } from '../pipeline/refusal.ts'
 import { isPromise, later } from '../maybe-promise.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
 import { isClosed, isOut, sentStatusOf, traceReset, watchDestroy } from './raw-response.ts'
-import type { ReplyState, Standing } from './standing.ts'
+import type { AnswerState, Answer } from './answer.ts'
 import type { RecordEnd } from './work.ts'
 
 /** Key on a request whose value is the run of its route's own handler. Absent until the own handler is started. */
@@ -40,11 +40,6 @@ export function noteError (request: FastifyRequest, error: unknown): void {
  * The result is recorded once: how the handler answered or, after the deadline, how it ended.
  */
 export class OwnHandler {
-  readonly #standing: Standing
-  readonly #request: FastifyRequest
-  readonly #reply: FastifyReply
-  readonly #record: RecordEnd
-  readonly #handOver: () => void
   /** The reply's status code before the handler was called. */
   readonly #givenStatus: number
   /** `reply.send` as it was before this class replaced it. */
@@ -66,24 +61,25 @@ export class OwnHandler {
   #isAnswered = false
 
   /** @param handOver called when the handler has ended and answers with the raw response, past Fastify */
-  constructor (standing: Standing, request: FastifyRequest, reply: FastifyReply, record: RecordEnd, handOver: () => void) {
-    this.#standing = standing
-    this.#request = request
-    this.#reply = reply
-    this.#record = record
-    this.#handOver = handOver
+  constructor (
+    readonly answer: Answer,
+    readonly request: FastifyRequest,
+    readonly reply: FastifyReply,
+    readonly record: RecordEnd,
+    readonly handOver: () => void
+  ) {
     this.#givenStatus = reply.statusCode
     this.#sendPlainly = reply.send
   }
 
   run (handler: RouteHandlerMethod, scope: FastifyInstance): void {
-    const reply = this.#reply
-    ;(this.#request as Started)[STARTED] = this
+    const reply = this.reply
+    ;(this.request as Started)[STARTED] = this
     // Replaced, because an async onSend hook delays `reply.sent`, and this class has to know at once whether the handler has replied.
     const send = (payload: unknown): FastifyReply => this.#send(payload)
     reply.send = send
-    traceReset(reply.raw, this.#request.raw)
-    if (this.#standing.state.at === 'late') this.#divertStatus()
+    traceReset(reply.raw, this.request.raw)
+    if (this.answer.state.at === 'late') this.#divertStatus()
     // While other handlers ran, a hook of the app or Fastify's `handlerTimeout` has answered.
     else if (this.#isSent) {
       this.#isAnswered = true
@@ -92,7 +88,7 @@ export class OwnHandler {
     let result
     let pending
     try {
-      result = handler.call(scope, this.#request, reply)
+      result = handler.call(scope, this.request, reply)
       pending = isPromise(result) // reads `result.then`, which may be a getter that throws
     } catch (error) {
       return this.#threw(error)
@@ -102,15 +98,15 @@ export class OwnHandler {
       later(result as Promise<unknown>, payload => this.#returned(payload), error => this.#threw(error))
       return
     }
-    if (result === undefined && handler.length > 1 && this.#standing.state.at === 'open' && !this.#isSent) warnOnce(handler, this.#request)
+    if (result === undefined && handler.length > 1 && this.answer.state.at === 'open' && !this.#isSent) warnOnce(handler, this.request)
     this.#returned(result)
   }
 
   /** Called when the deadline is over. @returns whether the plugin may answer with `refusal`: false if there is an answer already */
   giveUp (refusal: Error): boolean {
-    const { state } = this.#standing
+    const { state } = this.answer
     if (state.at === 'recorded') state.release?.()
-    else if (state.at === 'replying') this.#standing.move({ ...state, isOverdue: true })
+    else if (state.at === 'replying') this.answer.move({ ...state, isOverdue: true })
     else if (state.at === 'open' && !this.#isSent) {
       this.#becomeLate()
       this.#refusal = refusal
@@ -121,7 +117,7 @@ export class OwnHandler {
 
   /** Notes an error that is about to be answered, unless it is that of the deadline or of Fastify's `handlerTimeout`. */
   note (error: unknown): void {
-    if (this.#standing.state.at !== 'late' && codeOf(error) !== 'FST_ERR_HANDLER_TIMEOUT') this.#error ??= error
+    if (this.answer.state.at !== 'late' && codeOf(error) !== 'FST_ERR_HANDLER_TIMEOUT') this.#error ??= error
   }
 
   /**
@@ -131,17 +127,17 @@ export class OwnHandler {
    * @returns a promise if the answer has to wait for the record
    */
   answers (statusCode: number, isWhole: boolean): MaybePromise<void> {
-    const { state } = this.#standing
+    const { state } = this.answer
     const succeeded = isSuccess(statusCode)
     switch (state.at) {
       case 'open':
       case 'replying':
       case 'cut off':
         this.statusCode = statusCode
-        if (succeeded && !isWhole) return watchDestroy(this.#reply.raw, () => this.#broke())
+        if (succeeded && !isWhole) return watchDestroy(this.reply.raw, () => this.#broke())
         // The answer may be that of a hook of the app while the handler still runs. It is recorded once the handler has ended, because a retry
         // must not run the handler while it still runs.
-        if (!succeeded && this.#call === 'runs') return this.#standing.move({ at: 'cut off', judge: failure })
+        if (!succeeded && this.#call === 'runs') return this.answer.move({ at: 'cut off', judge: failure })
         return this.#settleBeforeAnswer(succeeded, state.at === 'replying' && state.isOverdue)
     }
   }
@@ -151,31 +147,31 @@ export class OwnHandler {
     const recording = this.#settle(succeeded)
     if (!isPromise<void>(recording) || isOverdue) return
     return new Promise((resolve, reject) => {
-      this.#standing.move({ at: 'recorded', release: resolve })
+      this.answer.move({ at: 'recorded', release: resolve })
       recording.then(resolve, reject)
     })
   }
 
   #settle (succeeded: boolean, error = this.#error): MaybePromise<void> {
-    this.#standing.move({ at: 'recorded' })
-    return this.#record(succeeded, error)
+    this.answer.move({ at: 'recorded' })
+    return this.record(succeeded, error)
   }
 
   /** Replaces `reply.send`. */
   #send (payload: unknown): FastifyReply {
-    const standing = this.#standing
-    const reply = this.#reply
-    const { at } = standing.state
+    const answer = this.answer
+    const reply = this.reply
+    const { at } = answer.state
     if (codeOf(payload) === 'FST_ERR_HANDLER_TIMEOUT' && (at === 'open' || at === 'late')) return this.#timeOut(payload)
-    if (at === 'late') return this.#sendLate(standing.state, payload)
+    if (at === 'late') return this.#sendLate(answer.state, payload)
     const succeeds = isSuccessful(payload, reply.statusCode)
-    if (at === 'open') standing.move({ at: 'replying', judge: () => succeeds && isSuccess(reply.raw.statusCode), isOverdue: false })
+    if (at === 'open') answer.move({ at: 'replying', judge: () => succeeds && isSuccess(reply.raw.statusCode), isOverdue: false })
     try {
       this.#sendPlainly.call(reply, payload)
     } catch (error) {
       if ((at === 'open' || at === 'cut off') && isAnswerHeld(error)) return this.#settleUnheard(payload)
       // A serializer of the app has thrown, so nothing is being sent.
-      if (at === 'open') standing.move({ at: 'open' })
+      if (at === 'open') answer.move({ at: 'open' })
       throw error
     }
     // If `recordAnswer` does not record the answer, because it is a stream or another onSend hook has failed, the response's close does.
@@ -185,15 +181,15 @@ export class OwnHandler {
 
   /** Treats Fastify's `handlerTimeout` as a deadline: the handler keeps running. */
   #timeOut (error: unknown): FastifyReply {
-    if (this.#standing.state.at === 'open') this.#becomeLate()
+    if (this.answer.state.at === 'open') this.#becomeLate()
     this.#refusal ??= error
     try {
-      this.#sendPlainly.call(this.#reply, error)
+      this.#sendPlainly.call(this.reply, error)
     } catch {
       // An async onError hook is running for another answer. The error is swallowed, because Fastify's timer has called `send`, and catches
       // nothing.
     }
-    return this.#reply
+    return this.reply
   }
 
   /**
@@ -206,13 +202,13 @@ export class OwnHandler {
 
   /** Whether an error handler is sending this payload, or the payload is the error that error handlers are to get. */
   #isOfErrorHandlers (payload: unknown): boolean {
-    return this.#call !== 'begins' && (this.#isPassing || payload === this.#refusal || isInErrorHandler(this.#request))
+    return this.#call !== 'begins' && (this.#isPassing || payload === this.#refusal || isInErrorHandler(this.request))
   }
 
   #sendRefusal (state: Late, payload: unknown): FastifyReply {
     // An error handler is sending now, so the earlier payload came from the own handler.
     if (state.unsure !== undefined && !this.#isPassing) this.#settleOnce(state.unsure.succeeded)
-    else if (!(payload instanceof Error)) this.#standing.move({ ...state, isRefused: true })
+    else if (!(payload instanceof Error)) this.answer.move({ ...state, isRefused: true })
     return this.#pass(payload)
   }
 
@@ -221,7 +217,7 @@ export class OwnHandler {
    * error handlers have nothing left to send, because an answer has been sent already.
    */
   #isOwn ({ isRefused, unsure }: Late): boolean {
-    return this.#call === 'begins' || isRefused === true || isRefusedByFastify(this.#request) || this.#reply.sent || unsure?.isError === false
+    return this.#call === 'begins' || isRefused === true || isRefusedByFastify(this.request) || this.reply.sent || unsure?.isError === false
   }
 
   /**
@@ -230,12 +226,12 @@ export class OwnHandler {
    */
   #sendUnsure (state: Late, payload: unknown): FastifyReply {
     const succeeded = state.unsure?.succeeded !== false && isSuccessful(payload, state.statusCode)
-    this.#standing.move({ ...state, unsure: { succeeded, isError: payload instanceof Error } })
+    this.answer.move({ ...state, unsure: { succeeded, isError: payload instanceof Error } })
     try {
       return this.#pass(payload)
     } catch (error) {
       if (!isAnswerHeld(error)) throw error
-      this.#standing.move(state)
+      this.answer.move(state)
       return this.#settleUnheard(payload)
     }
   }
@@ -244,7 +240,7 @@ export class OwnHandler {
     const outer = this.#isPassing
     this.#isPassing = true
     try {
-      return this.#sendPlainly.call(this.#reply, payload)
+      return this.#sendPlainly.call(this.reply, payload)
     } finally {
       this.#isPassing = outer
     }
@@ -252,10 +248,10 @@ export class OwnHandler {
 
   /** Records a reply that no sender gets, because the reply shows how the handler ended. */
   #settleUnheard (payload: unknown): FastifyReply {
-    const { state } = this.#standing
+    const { state } = this.answer
     const late = state.at === 'late' ? state : undefined
     this.#settleOnce(late?.unsure?.succeeded !== false && isSuccessful(payload, late?.statusCode ?? this.#ownStatus), payload instanceof Error ? payload : undefined)
-    return this.#reply
+    return this.reply
   }
 
   /**
@@ -263,20 +259,20 @@ export class OwnHandler {
    * once the handler has ended, because a retry must not run the handler while it still runs.
    */
   #settleOnce (succeeded: boolean, error?: unknown): void {
-    const { state } = this.#standing
+    const { state } = this.answer
     if (state.at === 'cut off' || (state.at === 'late' && state.failed !== undefined)) return
     if (succeeded || this.#call !== 'runs') this.#settle(succeeded, error)
-    else this.#standing.move(state.at === 'late' ? { ...state, failed: { error } } : { at: 'cut off', judge: failure })
+    else this.answer.move(state.at === 'late' ? { ...state, failed: { error } } : { at: 'cut off', judge: failure })
   }
 
   #returned (payload: unknown): void {
-    const { state } = this.#standing
+    const { state } = this.answer
     this.#call = 'returned'
     switch (state.at) {
       case 'late':
         if (state.failed !== undefined) this.#settle(false, state.failed.error)
         else if (payload === undefined) this.#settle(state.unsure?.succeeded !== false)
-        else if (payload !== this.#reply) this.#settleUnheard(payload)
+        else if (payload !== this.reply) this.#settleUnheard(payload)
         // The handler returns a reply that was sent before the handler was called. Nothing else will show how the handler ended, so it counts as
         // failed.
         else if (this.#isAnswered) this.#settle(false)
@@ -286,32 +282,32 @@ export class OwnHandler {
         return
       case 'open':
         if (this.#isSent) this.#wroteItself()
-        else if (payload !== this.#reply) this.#answerWith(payload)
+        else if (payload !== this.reply) this.#answerWith(payload)
     }
   }
 
   #answerWith (payload: unknown): void {
     try {
-      if (payload === undefined) acknowledge(this.#reply, 'processed')
-      else this.#reply.send(payload)
+      if (payload === undefined) acknowledge(this.reply, 'processed')
+      else this.reply.send(payload)
     } catch (error) {
       this.#threw(error) // thrown by a serializer of the app
     }
   }
 
   #threw (error: unknown): void {
-    const { at } = this.#standing.state
+    const { at } = this.answer.state
     this.#call = 'threw'
     if (at === 'late') {
       this.#settle(false, error)
-    } else if (at === 'open' && !this.#reply.sent) {
+    } else if (at === 'open' && !this.reply.sent) {
       this.#error = error
-      markHandling(this.#request, false)
+      markHandling(this.request, false)
       const shown = isMeant(error) ? error : new HandlerFailed({ cause: new AggregateError([error], 'the route\'s handler failed') })
-      markRefused(shown, this.#request, this.#reply)
-      this.#reply.send(shown)
+      markRefused(shown, this.request, this.reply)
+      this.reply.send(shown)
     } else {
-      logError(this.#request.log, error, {}, 'a webhook route\'s handler failed after the answer')
+      logError(this.request.log, error, {}, 'a webhook route\'s handler failed after the answer')
       if (at === 'cut off') this.#settle(false)
       else this.#wroteItself()
     }
@@ -322,20 +318,20 @@ export class OwnHandler {
    * error.
    */
   get #ownStatus (): number {
-    return this.#reply.statusCode === this.#givenStatus ? 200 : this.#reply.statusCode
+    return this.reply.statusCode === this.#givenStatus ? 200 : this.reply.statusCode
   }
 
   /** Whether the reply was sent or hijacked, or its headers were written to the raw response. */
   get #isSent (): boolean {
-    return this.#reply.sent || this.#reply.raw.headersSent
+    return this.reply.sent || this.reply.raw.headersSent
   }
 
   #wroteItself (): void {
-    const { raw } = this.#reply
-    if (this.#standing.state.at !== 'open') return
-    this.#standing.move({ at: 'replying', judge: () => raw.writableEnded && isSuccess(sentStatusOf(raw)), isOverdue: false })
+    const { raw } = this.reply
+    if (this.answer.state.at !== 'open') return
+    this.answer.move({ at: 'replying', judge: () => raw.writableEnded && isSuccess(sentStatusOf(raw)), isOverdue: false })
     this.#awaitClose()
-    this.#handOver()
+    this.handOver()
   }
 
   /**
@@ -343,15 +339,15 @@ export class OwnHandler {
    * answer, the handler decides: whether it has returned, and whether its answer would have been a success.
    */
   #awaitClose (): void {
-    const { raw } = this.#reply
+    const { raw } = this.reply
     const closed = (): void => {
-      const { state } = this.#standing
+      const { state } = this.answer
       if (state.at !== 'replying') return
       const left = isOut(raw)
       if (left) this.statusCode = sentStatusOf(raw)
       const judge = left ? () => isSuccess(sentStatusOf(raw)) : state.judge
       const hasEnded = this.#call === 'returned' || this.#call === 'threw'
-      if (!hasEnded && !(left && judge())) this.#standing.move({ at: 'cut off', judge })
+      if (!hasEnded && !(left && judge())) this.answer.move({ at: 'cut off', judge })
       else this.#settle((left || this.#call === 'returned') && judge())
     }
     if (isClosed(raw)) closed()
@@ -360,13 +356,13 @@ export class OwnHandler {
 
   /** Called when the source of the answer's stream has failed. */
   #broke (): void {
-    const { state } = this.#standing
-    if (state.at === 'replying') this.#standing.move({ ...state, judge: failure })
+    const { state } = this.answer
+    if (state.at === 'replying') this.answer.move({ ...state, judge: failure })
   }
 
   /** Called when the answer does not come from the own handler. @param statusCode that the handler has set so far */
-  #becomeLate (statusCode = this.#reply.statusCode): void {
-    this.#standing.move({ at: 'late', statusCode })
+  #becomeLate (statusCode = this.reply.statusCode): void {
+    this.answer.move({ at: 'late', statusCode })
     this.#divertStatus()
   }
 
@@ -375,13 +371,13 @@ export class OwnHandler {
    * how the handler ended.
    */
   #divertStatus (): void {
-    const reply = this.#reply
+    const reply = this.reply
     const { code } = reply
     const divert = (statusCode: number): FastifyReply => {
-      const { state } = this.#standing
-      if (state.at !== 'late' || this.#isPassing || isInErrorHandler(this.#request)) return reply.sent ? reply : code.call(reply, statusCode)
-      this.#standing.move({ ...state, statusCode })
-      return reply.sent || state.isRefused === true || isRefusedByFastify(this.#request) ? reply : code.call(reply, statusCode)
+      const { state } = this.answer
+      if (state.at !== 'late' || this.#isPassing || isInErrorHandler(this.request)) return reply.sent ? reply : code.call(reply, statusCode)
+      this.answer.move({ ...state, statusCode })
+      return reply.sent || state.isRefused === true || isRefusedByFastify(this.request) ? reply : code.call(reply, statusCode)
     }
     reply.code = reply.status = divert
   }
@@ -406,7 +402,7 @@ function isSuccessful (payload: unknown, statusCode: number): boolean {
   return isSuccess(isResponse(payload) ? payload.status : statusCode)
 }
 
-type Late = Extract<ReplyState, { at: 'late' }>
+type Late = Extract<AnswerState, { at: 'late' }>
 
 /**
  * Whether a thrown error is meant as the answer, because it has a `statusCode`. Any other error is a failure, and the sender must not read its

@@ -1,5 +1,5 @@
 import type { FastifyReply } from 'fastify'
-import { markAcknowledged, markRefused } from './answer.ts'
+import { markAcknowledged, markRefused } from './refusal.ts'
 
 const RECEIVED = '{"received":true}'
 const DUPLICATE = '{"received":true,"duplicate":true}'

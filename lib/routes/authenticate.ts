@@ -4,7 +4,7 @@ import { InvalidSignature, Overloaded, Unavailable, UnknownTenant } from '../err
 import type { Failures } from '../failures.ts'
 import type { Refused } from '../log.ts'
 import { retryLater } from '../pipeline/acknowledge.ts'
-import { hasProgress } from '../pipeline/answer.ts'
+import { hasProgress } from '../pipeline/refusal.ts'
 import { validate } from '../pipeline/validate.ts'
 import type { Validators } from '../pipeline/validators.ts'
 import { signedHeadersOf, verify } from '../pipeline/verify.ts'

@@ -1,11 +1,11 @@
 import type { RouteHandlerMethod, onErrorHookHandler } from 'fastify'
 import { noteError } from '../delivery/own-handler.ts'
-import { Reply } from '../delivery/reply.ts'
+import { Responder } from '../delivery/responder.ts'
 import type { Receiver } from '../delivery/receive.ts'
 import type { AnySchema } from '../events/users.ts'
 import type { Failures } from '../failures.ts'
 import type { Observation } from '../observation.ts'
-import { markHandling, markRefused } from '../pipeline/answer.ts'
+import { markHandling, markRefused } from '../pipeline/refusal.ts'
 import { boundRefused } from '../pipeline/capture.ts'
 import type { BodyBounds } from '../pipeline/capture.ts'
 import type { Registry } from '../registry.ts'
@@ -46,10 +46,10 @@ export function deliver ({ receiver, deadline, failures }: Routes, { name }: End
   const handle: RouteHandlerMethod = function (request, reply) {
     if (request.openaiWebhook === null) throw unverified(name)
     markHandling(request, own !== undefined)
-    const answer = new Reply(request as VerifiedRequest, reply, options, this)
-    answer.run(Math.max(0, deadline - waitOf(request)))
+    const responder = new Responder(request as VerifiedRequest, reply, options, this)
+    responder.run(Math.max(0, deadline - waitOf(request)))
     // If an async function wraps this handler and gets no promise from it, Fastify sends an empty answer at once.
-    if (declared() !== handle) return answer.given()
+    if (declared() !== handle) return responder.given()
   }
   return handle
 }

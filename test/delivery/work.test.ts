@@ -5,8 +5,8 @@ import t from 'tap'
 import { Handling } from '../../lib/delivery/handling.ts'
 import { Queued } from '../../lib/delivery/queued.ts'
 import { Receiver } from '../../lib/delivery/receive.ts'
-import { Standing } from '../../lib/delivery/standing.ts'
-import type { ReplyState } from '../../lib/delivery/standing.ts'
+import { Answer } from '../../lib/delivery/answer.ts'
+import type { AnswerState } from '../../lib/delivery/answer.ts'
 import { Work, Works } from '../../lib/delivery/work.ts'
 import type { Sender, State, Verdict } from '../../lib/delivery/work.ts'
 import type { Failures } from '../../lib/failures.ts'
@@ -48,9 +48,9 @@ t.test('a delivery changes its state in these ways and no other', async t => {
   }
 })
 
-t.test('a reply changes its state in these ways and no other', async t => {
+t.test('an answer changes its state in these ways and no other', async t => {
   const judge = (): boolean => true
-  const states: Record<ReplyState['at'], ReplyState> = {
+  const states: Record<AnswerState['at'], AnswerState> = {
     open: { at: 'open' },
     replying: { at: 'replying', judge, isOverdue: false },
     'cut off': { at: 'cut off', judge },
@@ -58,7 +58,7 @@ t.test('a reply changes its state in these ways and no other', async t => {
     recorded: { at: 'recorded' },
     closed: { at: 'closed' }
   }
-  const legal: Record<ReplyState['at'], ReadonlyArray<ReplyState['at']>> = {
+  const legal: Record<AnswerState['at'], ReadonlyArray<AnswerState['at']>> = {
     open: ['replying', 'cut off', 'late', 'recorded', 'closed'],
     replying: ['replying', 'open', 'cut off', 'recorded'],
     'cut off': ['cut off', 'recorded'],
@@ -66,19 +66,19 @@ t.test('a reply changes its state in these ways and no other', async t => {
     recorded: ['recorded'],
     closed: []
   }
-  const ways: Record<ReplyState['at'], ReadonlyArray<ReplyState['at']>> = {
+  const ways: Record<AnswerState['at'], ReadonlyArray<AnswerState['at']>> = {
     open: [], replying: ['replying'], 'cut off': ['replying', 'cut off'], late: ['late'], recorded: ['recorded'], closed: ['closed']
   }
-  for (const from of Object.keys(states) as Array<ReplyState['at']>) {
-    for (const to of Object.keys(states) as Array<ReplyState['at']>) {
-      const standing = new Standing()
-      for (const step of ways[from]) standing.move(states[step])
+  for (const from of Object.keys(states) as Array<AnswerState['at']>) {
+    for (const to of Object.keys(states) as Array<AnswerState['at']>) {
+      const answer = new Answer()
+      for (const step of ways[from]) answer.move(states[step])
       if (legal[from].includes(to)) {
-        standing.move(states[to])
-        t.equal(standing.state, states[to])
+        answer.move(states[to])
+        t.equal(answer.state, states[to])
       } else {
-        t.throws(() => { standing.move(states[to]) }, { message: `a reply that is ${from} cannot be ${to}` })
-        t.equal(standing.state.at, from)
+        t.throws(() => { answer.move(states[to]) }, { message: `an answer that is ${from} cannot be ${to}` })
+        t.equal(answer.state.at, from)
       }
     }
   }

@@ -3,15 +3,15 @@ import { DeadlineExceeded, Unavailable } from '../errors.ts'
 import type { Failures } from '../failures.ts'
 import { logError } from '../log.ts'
 import { acknowledge, closeConnection, refuse } from '../pipeline/acknowledge.ts'
-import { isAnswerHeld, isSuccess } from '../pipeline/answer.ts'
+import { isAnswerHeld, isSuccess } from '../pipeline/refusal.ts'
 import type { VerifiedRequest } from '../request.ts'
 import { OwnHandler } from './own-handler.ts'
 import type { Receiver } from './receive.ts'
 import { isInjected, sentStatusOf } from './raw-response.ts'
-import { Standing } from './standing.ts'
+import { Answer } from './answer.ts'
 import type { Sender, Verdict, Work } from './work.ts'
 
-export interface ReplyOptions {
+export interface ResponderOptions {
   readonly receiver: Receiver
   readonly failures: Failures
   /** The route's own handler, which replies. */
@@ -19,12 +19,12 @@ export interface ReplyOptions {
 }
 
 /** Gives one request its one answer: the delivery's verdict, the own handler's reply, or the deadline's 503. */
-export class Reply implements Sender {
+export class Responder implements Sender {
   readonly ownHandler: Sender['ownHandler']
-  readonly #standing = new Standing()
+  readonly #answer = new Answer()
   /** Set once the own handler has been started. */
   #own: OwnHandler | undefined
-  /** The delivery whose verdict this reply waits for. */
+  /** The delivery whose verdict this request waits for. */
   #work: Work | undefined
   #timer: NodeJS.Timeout | undefined
   /**
@@ -36,12 +36,12 @@ export class Reply implements Sender {
   constructor (
     readonly request: VerifiedRequest,
     readonly reply: FastifyReply,
-    readonly options: ReplyOptions,
+    readonly options: ResponderOptions,
     scope: FastifyInstance
   ) {
     const { own } = options
     this.ownHandler = own && (record => {
-      this.#own = new OwnHandler(this.#standing, request, reply, (succeeded, error) => {
+      this.#own = new OwnHandler(this.#answer, request, reply, (succeeded, error) => {
         this.#closeConnection()
         return record(succeeded, error)
       }, () => this.#onHandedOver?.())
@@ -52,7 +52,7 @@ export class Reply implements Sender {
   /** Hands the delivery to the receiver, and answers with its verdict or at the deadline. @param deadline ms that are left */
   run (deadline: number): void {
     this.#work = this.options.receiver.receive(this)
-    if (this.#standing.state.at === 'closed') return
+    if (this.#answer.state.at === 'closed') return
     this.#timer = setTimeout(expire, deadline, this)
     // The sender's socket keeps the process alive, and the timer must not do so by itself. An injected request has no socket.
     if (!isInjected(this.reply.raw)) this.#timer.unref()
@@ -72,9 +72,9 @@ export class Reply implements Sender {
 
   tell (verdict: Verdict): void {
     clearTimeout(this.#timer)
-    const { at } = this.#standing.state
+    const { at } = this.#answer.state
     // In the state `recorded`, the own handler has answered.
-    if (at !== 'recorded') this.#standing.move({ at: 'closed' })
+    if (at !== 'recorded') this.#answer.move({ at: 'closed' })
     if (verdict.outcome === 'refused') {
       const answered = at === 'recorded' ? this.#statusOfOwn : undefined
       if (at === 'open') this.#refuse(verdict.error)
@@ -88,7 +88,7 @@ export class Reply implements Sender {
   /** Called when the deadline is over. */
   expired (): void {
     const refusal = this.#work?.state.at === 'claiming' ? new Unavailable() : new DeadlineExceeded()
-    if (this.#own === undefined) this.#standing.move({ at: 'late', statusCode: this.reply.statusCode })
+    if (this.#own === undefined) this.#answer.move({ at: 'late', statusCode: this.reply.statusCode })
     else if (!this.#own.giveUp(refusal)) return
     this.#work?.forgetSender(this)
     this.#refuse(refusal)
@@ -136,4 +136,4 @@ export class Reply implements Sender {
   }
 }
 
-function expire (reply: Reply): void { reply.expired() }
+function expire (responder: Responder): void { responder.expired() }

@@ -4,14 +4,14 @@ import { InvalidOptions } from '../errors.ts'
 import { captureBody } from '../pipeline/capture.ts'
 import type { WebhookRouteOptions } from '../options.ts'
 import type { VerifiedRequest } from '../request.ts'
-import { keepRefusal, refuseErrors } from '../pipeline/answer.ts'
-import { OWN, PROTECTED } from './guard.ts'
-import { declareRoute, shareDecorators } from './own-scope.ts'
+import { keepRefusal, refuseErrors } from '../pipeline/refusal.ts'
+import { PLUGIN_ROUTE, PROTECTED } from './guard.ts'
+import { declareRoute, shareDecorators } from './child-scope.ts'
 import { deliver, refusing } from './routes.ts'
 import type { Routes } from './routes.ts'
 
 /** Adds a receiving route in its own scope, so that body parsing does not change on any other route. */
-export function ownRoute (
+export function pluginRoute (
   routes: Routes,
   scope: FastifyInstance,
   { url, on, handler, rateLimit, ...overrides }: WebhookRouteOptions,
@@ -29,7 +29,7 @@ export function ownRoute (
   scope.register(async child => {
     captureBody(child, body)
     shareDecorators(child)
-    child.decorate(OWN, true)
+    child.decorate(PLUGIN_ROUTE, true)
     // As Fastify joins them.
     const name = child.prefix.replace(/\/$/, '') + url
     const endpoint = endpoints.add(name, verification, [registry.app, list], verifications.tenantsOf(name, overrides.tenant, verification))

@@ -8,7 +8,7 @@
  *                                 replying ─ sender goes away ─► cut off ─ own handler ends ─► recorded
  *     open, replying ─ a failure is sent while the own handler runs ─► cut off
  */
-export type ReplyState =
+export type AnswerState =
   /** There is no answer yet. */
   | { readonly at: 'open' }
   /** The route's own handler is answering, and the answer has not been sent completely. */
@@ -47,7 +47,7 @@ export type ReplyState =
   /** The delivery's verdict is known. It is the answer, or it came after the deadline had answered. */
   | { readonly at: 'closed' }
 
-const NEXT: Readonly<Record<ReplyState['at'], ReadonlyArray<ReplyState['at']>>> = {
+const NEXT: Readonly<Record<AnswerState['at'], ReadonlyArray<AnswerState['at']>>> = {
   open: ['replying', 'cut off', 'late', 'recorded', 'closed'],
   // Back to open if a serializer of the app has thrown, because nothing is being sent.
   replying: ['replying', 'open', 'cut off', 'recorded'],
@@ -57,15 +57,15 @@ const NEXT: Readonly<Record<ReplyState['at'], ReadonlyArray<ReplyState['at']>>> 
   closed: []
 }
 
-/** The state of one reply. */
-export class Standing {
-  #state: ReplyState = { at: 'open' }
+/** The one answer to a request, and its state. */
+export class Answer {
+  #state: AnswerState = { at: 'open' }
 
-  get state (): ReplyState { return this.#state }
+  get state (): AnswerState { return this.#state }
 
-  /** The only place where a reply changes its state. */
-  move (state: ReplyState): void {
-    if (!NEXT[this.#state.at].includes(state.at)) throw new Error(`a reply that is ${this.#state.at} cannot be ${state.at}`)
+  /** The only place where the answer changes its state. */
+  move (state: AnswerState): void {
+    if (!NEXT[this.#state.at].includes(state.at)) throw new Error(`an answer that is ${this.#state.at} cannot be ${state.at}`)
     this.#state = state
   }
 }
