@@ -34,7 +34,7 @@ import { memoryStore } from './stores/memory.ts'
 import { noStore } from './stores/none.ts'
 import type { OpenAIWebhook } from './api.ts'
 import { Verifications } from './routes/verifications.ts'
-import { inTime } from './verifiers/keyring.ts'
+import { secretInTime } from './verifiers/keyring.ts'
 import { within } from './within.ts'
 
 // `options` has no default, because Fastify always passes an object, and its types cannot infer the options from an optional parameter.
@@ -120,7 +120,7 @@ function assemble (instance: FastifyInstance, options: OpenAIWebhookOptions, com
     deadLetters: deadLettersOf(runner),
     async start (): Promise<void> {
       for (const work of routes.onReady) work()
-      await inTime('secret', async () => { await verifications.load() }, hookTime(instance))
+      await secretInTime('secret', async () => { await verifications.load() }, hookTime(instance))
       registry.isComplete = true
       endpoints.makeTables()
       // app.close() was called meanwhile, and would not close what is started now.

@@ -19,7 +19,7 @@ const LAYERS = [
   ['channels.ts', 'diagnose.ts', 'api.ts'],
   ['diagnose', 'options.ts', 'dead-letters.ts', 'registry.ts', 'sqlite', 'postgres'],
   ['runners', 'inbox'],
-  ['handlers.ts'],
+  ['handlers.ts', 'refusal-log.ts'],
   ['stores', 'request.ts', 'verifiers'],
   ['events', 'checks.ts', 'coded.ts', 'deadline.ts', 'handler-name.ts', 'log.ts'],
   ['errors.ts', 'grouped.ts', 'nearest.ts', 'pruning.ts', 'maybe-promise.ts', 'typebox.ts'],

@@ -85,7 +85,7 @@ export async function * bytesOf (options: BytesOptions): AsyncGenerator<Uint8Arr
     const either = signal === undefined ? stop.signal : AbortSignal.any([signal, stop.signal])
     let given
     try {
-      given = await inTime(open({ Range: `bytes=${from}-`, ...ifRange }, either), options)
+      given = await withinIdleTime(open({ Range: `bytes=${from}-`, ...ifRange }, either), options)
     } catch (cause) {
       stop.abort()
       signal?.throwIfAborted()
@@ -122,14 +122,14 @@ async function next (reader: Reader, limits: Limits): Promise<Read> {
   const { signal } = limits
   signal?.throwIfAborted()
   // The SDK may pass the signal to the body, whose read then fails too.
-  return await inTime(reader.read().then(({ value }): Read => value === undefined ? { end: true } : { value }, (cause): Read => {
+  return await withinIdleTime(reader.read().then(({ value }): Read => value === undefined ? { end: true } : { value }, (cause): Read => {
     signal?.throwIfAborted()
     return { end: true, cause }
   }), limits)
 }
 
 /** Settles as `asked` does, but rejects once `idleTimeout` is over, and with the reason of the signal. */
-async function inTime<T> (asked: Promise<T>, { file, idleTimeout, signal }: Limits): Promise<T> {
+async function withinIdleTime<T> (asked: Promise<T>, { file, idleTimeout, signal }: Limits): Promise<T> {
   let timer: NodeJS.Timeout | undefined
   let onAbort: (() => void) | undefined
   const stopped = new Promise<never>((_resolve, reject) => {

@@ -8,7 +8,7 @@ import type { TenantOptions } from '../options.ts'
 import type { Verification } from '../pipeline/verify.ts'
 import { tryOr } from '../maybe-promise.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
-import { REFRESH_INTERVAL, inTime, keysOf } from '../verifiers/keyring.ts'
+import { REFRESH_INTERVAL, secretInTime, keysOf } from '../verifiers/keyring.ts'
 import type { Keys, SecretOptions } from '../verifiers/keyring.ts'
 
 // Times are taken from the monotonic clock, so that changing the system clock neither causes nor prevents calls of `tenant.secret`.
@@ -183,7 +183,7 @@ export class Tenants {
 
   /** @returns undefined for an unknown tenant; rejects with what `secret` threw, or with FST_OPENAI_WEBHOOK_INVALID_SECRET */
   async #ask (name: string): Promise<KeyObject[] | undefined> {
-    const secrets = await inTime('tenant.secret', () => this.#secret(name), this.#options.patience)
+    const secrets = await secretInTime('tenant.secret', () => this.#secret(name), this.#options.patience)
     return secrets === undefined || secrets === null ? undefined : keysOf(secrets, this.#verification.verifier.keyBytes, this.#options.warn)
   }
 }

@@ -98,7 +98,7 @@ export class SecretSource {
 
   async #ask (secret: Extract<Secret, Function>): Promise<boolean> {
     try {
-      this.answer = { secrets: await inTime('secret', secret, this.#options.patience) }
+      this.answer = { secrets: await secretInTime('secret', secret, this.#options.patience) }
       return true
     } catch (error) {
       this.#options.onTrouble(error)
@@ -112,7 +112,7 @@ export class SecretSource {
  *
  * @param option name of the option that the function was given as
  */
-export async function inTime<T> (option: string, secret: () => T | Promise<T>, patience: number): Promise<T> {
+export async function secretInTime<T> (option: string, secret: () => T | Promise<T>, patience: number): Promise<T> {
   return await within((async () => await secret())(), patience, () => { throw new InvalidSecret(`the \`${option}\` function took more than ${patience} ms`) })
 }
 
