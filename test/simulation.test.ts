@@ -17,11 +17,11 @@ const seed = Number(process.env['SEED'] ?? randomInt(1_000_000))
 t.comment(`SEED=${seed}`)
 t.setTimeout(sized(300_000, 3_000_000))
 
-const DELIVERIES = sized(300, 100_000)
+const DELIVERIES = sized(200, 100_000)
 /** Of the calls of a store: enough that a small run has some. */
 const STORE_FAILURES = sized(0.01, 0.002)
 /** A real queue goes by a clock that cannot be stepped. */
-const QUEUED = sized(300, 20_000)
+const QUEUED = sized(200, 20_000)
 
 type Test = typeof t
 

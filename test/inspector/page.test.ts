@@ -331,7 +331,7 @@ t.test('in a browser', { skip: chromiumMissing }, async t => {
       const of = (name: string): number => metrics.find(metric => metric.name === name)!.value
       return { heap: of('JSHeapUsedSize'), nodes: of('Nodes') }
     }
-    const many = sized(1_500, 10_000)
+    const many = sized(800, 10_000)
     const send = async (count: number): Promise<void> => {
       for (let i = 0; i < count; i++) {
         await post(app, sign(thin('batch.failed', { id: `batch_${i}` })))
@@ -339,7 +339,7 @@ t.test('in a browser', { skip: chromiumMissing }, async t => {
       }
       await rows(page, new RegExp(`batch_${count - 1}`)).waitFor()
     }
-    await send(700)
+    await send(600)
     const before = await measure()
     await send(many)
     const after = await measure()
