@@ -59,6 +59,8 @@ export class OwnHandler {
   #isPassing = false
   /** Whether a hook of the app or Fastify's `handlerTimeout` had answered before the handler was called. */
   #isAnswered = false
+  /** Fulfil the promises that wait for `reply` although the response is over, such as that of an async handler that has returned `reply`. */
+  readonly #waiting: Array<() => void> = []
 
   /** @param handOver called when the handler has ended and answers with the raw response, past Fastify */
   constructor (
@@ -75,9 +77,7 @@ export class OwnHandler {
   run (handler: RouteHandlerMethod, scope: FastifyInstance): void {
     const reply = this.reply
     ;(this.request as Started)[STARTED] = this
-    // Replaced, because an async onSend hook delays `reply.sent`, and this class has to know at once whether the handler has replied.
-    const send = (payload: unknown): FastifyReply => this.#send(payload)
-    reply.send = send
+    this.#replaceMethods()
     traceReset(reply.raw, this.request.raw)
     if (this.answer.state.at === 'late') this.#divertStatus()
     // While other handlers ran, a hook of the app or Fastify's `handlerTimeout` has answered.
@@ -100,6 +100,28 @@ export class OwnHandler {
     }
     if (result === undefined && handler.length > 1 && this.answer.state.at === 'open' && !this.#isSent) warnOnce(handler, this.request)
     this.#returned(result)
+  }
+
+  #replaceMethods (): void {
+    const { reply } = this
+    // An async onSend hook delays `reply.sent`, and this class has to know at once whether the handler has replied.
+    const send = (payload: unknown): FastifyReply => {
+      try {
+        return this.#send(payload)
+      } finally {
+        if (!this.#isAwaited) for (const fulfilled of this.#waiting.splice(0)) fulfilled()
+      }
+    }
+    reply.send = send
+    // A refusal, or a sender that goes away, ends the response before the handler has replied.
+    const { then } = reply
+    const wait: FastifyReply['then'] = (fulfilled, rejected) => {
+      then.call(reply, () => {
+        if (this.#isAwaited) this.#waiting.push(fulfilled)
+        else fulfilled()
+      }, rejected)
+    }
+    reply.then = wait
   }
 
   /** Called when the deadline is over. @returns whether the plugin may answer with `refusal`: false if there is an answer already */
@@ -283,6 +305,7 @@ export class OwnHandler {
       case 'open':
         if (this.#isSent) this.#wroteItself()
         else if (payload !== this.reply) this.#answerWith(payload)
+        else this.reply.raw.once('close', () => { if (this.#isSent) this.#wroteItself() })
     }
   }
 
@@ -324,6 +347,13 @@ export class OwnHandler {
   /** Whether the reply was sent or hijacked, or its headers were written to the raw response. */
   get #isSent (): boolean {
     return this.reply.sent || this.reply.raw.headersSent
+  }
+
+  /** Whether nothing shows yet how the handler ends, so that what it sends with `reply` will. */
+  get #isAwaited (): boolean {
+    const { state } = this.answer
+    if (state.at === 'late') return state.failed === undefined && state.unsure === undefined && !this.#isAnswered
+    return state.at === 'open' && !this.#isSent
   }
 
   #wroteItself (): void {

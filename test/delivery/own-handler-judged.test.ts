@@ -5,7 +5,7 @@ import { memoryStore } from '../../lib/index.ts'
 import type { IdempotencyStore } from '../../lib/index.ts'
 import { build, outcome, post, sign, stoppedClock, thin } from '../support/deliveries.ts'
 import type { Signed } from '../support/deliveries.ts'
-import { deferred, listen, redelivered, send, watchedStore } from '../support/observe.ts'
+import { deferred, dial, head, listen, redelivered, send, watchedStore } from '../support/observe.ts'
 
 // Whether a route's own handler has succeeded, where that is not plain.
 
@@ -87,6 +87,80 @@ t.test('a route\'s own handler that ends after the deadline is judged by what it
       const retry = await overdue(t, before, ending)
       t.equal(await retry(), DUPLICATE)
     })
+  }
+})
+
+t.test('an async one that returns or awaits the reply, and replies later, has not ended before that', async t => {
+  const waits: Record<string, (reply: FastifyReply) => Promise<unknown>> = {
+    'returns it': async reply => reply,
+    'awaits it': async reply => { await reply }
+  }
+  const endings: Record<string, [string, (reply: FastifyReply) => void]> = {
+    'in success': [DUPLICATE, reply => { reply.send('own') }],
+    'in failure': ['200 again', reply => { reply.code(500).send('disk full') }]
+  }
+  for (const [waiting, wait] of Object.entries(waits)) {
+    for (const [ending, [retried, end]] of Object.entries(endings)) {
+      for (const over of ['the refusal', 'a sender that goes away']) {
+        t.test(`${waiting}, ${ending}, after ${over}`, async t => {
+          const [started, closed, replying, left] = [deferred(), deferred(), deferred(), deferred()]
+          const { store, calls, next } = watchedStore()
+          const app = await build(t, { idempotency: { store }, ...(over === 'the refusal' && { deadline: 20 }) })
+          let runs = 0
+          app.post('/own', marked, async (_request, reply) => {
+            if (++runs > 1) return 'again'
+            reply.raw.once('close', closed.resolve)
+            replying.promise.then(() => { end(reply) }, () => {})
+            started.resolve()
+            try {
+              return await wait(reply)
+            } finally {
+              left.resolve()
+            }
+          })
+          await listen(app)
+          const delivery = sign(thin('batch.failed'))
+          const { socket } = await dial(app)
+          socket.write(head(delivery, '/own'))
+          socket.write(delivery.body)
+          await started.promise
+          if (over !== 'the refusal') socket.destroy()
+          await closed.promise
+          await new Promise(resolve => setImmediate(resolve))
+          t.same(calls, ['begin'], 'nothing is recorded while it runs')
+          const recorded = next(retried === DUPLICATE ? 'complete' : 'release')
+          replying.resolve()
+          await recorded
+          await left.promise
+          t.equal(await outcome(app, redelivered(delivery), '/own'), retried)
+        })
+      }
+    }
+  }
+})
+
+t.test('one that returns the reply, and later hijacks it and writes the answer itself', async t => {
+  for (const [status, recorded, retried] of [[202, 'complete', DUPLICATE], [500, 'release', '200 again']] as const) {
+    for (const isAsync of [false, true]) {
+      const { store, next } = watchedStore()
+      const app = await build(t, { idempotency: { store } })
+      let runs = 0
+      const handler: RouteHandlerMethod = (_request, reply) => {
+        if (++runs > 1) return reply.send('again')
+        setImmediate(() => {
+          reply.hijack()
+          reply.raw.writeHead(status).end('own')
+        })
+        return reply
+      }
+      app.post('/own', marked, isAsync ? async function (...args) { return await handler.apply(this, args) } : handler)
+      await listen(app)
+      const delivery = sign(thin('batch.failed'))
+      const settled = next(recorded)
+      t.equal(await outcome(app, delivery, '/own'), `${status} own`)
+      await settled
+      t.equal(await outcome(app, redelivered(delivery), '/own'), retried)
+    }
   }
 })
 
