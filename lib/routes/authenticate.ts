@@ -10,11 +10,10 @@ import type { Validators } from '../pipeline/validators.ts'
 import { signedHeadersOf, verify } from '../pipeline/verify.ts'
 import type { Verification } from '../pipeline/verify.ts'
 import { isPromise, then } from '../maybe-promise.ts'
-import type { MaybePromise } from '../maybe-promise.ts'
 import type { Observation } from '../observation.ts'
 import type { WebhookEvent } from '../events/map.ts'
-import type { Delivery, VerifiedRequest } from '../request.ts'
-import type { SignedDelivery, SignedHeaders } from '../verifiers/verifier.ts'
+import type { VerifiedRequest } from '../request.ts'
+import type { SignedHeaders, Verified } from '../verifiers/verifier.ts'
 import type { Endpoint } from './endpoint.ts'
 import { explainer } from './explain.ts'
 
@@ -30,13 +29,6 @@ type Admitted = FastifyRequest & { [SIGNED]?: SignedHeaders | undefined, [WAITED
 
 /** How many ms of the deadline are over when the handler of the route is called. */
 export const waitOf = (request: FastifyRequest): number => (request as Admitted)[WAITED] ?? 0
-
-type Authentic = Pick<Delivery, 'webhookId' | 'timestamp'> & {
-  /** An error if the signed bytes are not a valid event. */
-  readonly event: WebhookEvent | Error
-  /** Index of the secret that matched. Published on the channels only. */
-  readonly secretIndex: number | undefined
-}
 
 /** What is known about a refused delivery. The webhook-id is set if the signature matched. */
 type Known = Pick<Refused, 'tenant' | 'webhookId'>
@@ -80,50 +72,37 @@ export class Authentication {
     const signed = (request as Admitted)[SIGNED] ?? signedHeadersOf(endpoint, request.headers)
     const delivery = { rawBody, headers: request.headers }
 
-    const settle = (authentic: Authentic | Error): void => {
-      if (authentic instanceof Error) {
-        this.#explain(authentic, name, verification, request, rawBody)
-        return this.#refuse(authentic, endpoint, request, reply, done, { tenant })
+    const settle = (verified: Verified | Error): void => {
+      if (verified instanceof Error) {
+        this.#explain(verified, name, verification, request, rawBody)
+        return this.#refuse(verified, endpoint, request, reply, done, { tenant })
       }
-      const { webhookId, timestamp, event, secretIndex } = authentic
+      observer?.verified(request)
+      const { webhookId, timestamp, keyIndex } = verified
+      const event = validate(rawBody, this.validators) as WebhookEvent | Error
       if (event instanceof Error) return this.#refuse(event, endpoint, request, reply, done, { tenant, webhookId })
       request.openaiWebhook = tenant === undefined
         ? { webhookId, timestamp, endpoint: name, rawBody, event }
         : { webhookId, timestamp, endpoint: name, tenant, rawBody, event }
       if (channels.verified.hasSubscribers) {
-        channels.verified.publish({ endpoint: name, tenant, webhookId, timestamp, event, secretIndex, bodySize: rawBody.length, request: request as VerifiedRequest })
+        channels.verified.publish({ endpoint: name, tenant, webhookId, timestamp, event, secretIndex: keyIndex, bodySize: rawBody.length, request: request as VerifiedRequest })
       }
       observer?.validated(request as VerifiedRequest)
       done()
     }
-    const onVerified = observer && (() => { observer.verified(request) })
-    const authentic = tenants === undefined || tenant === undefined
-      ? this.examine(endpoint, delivery, signed, onVerified)
+    const verified = tenants === undefined || tenant === undefined
+      ? verify(endpoint, delivery, signed)
       : then(tenants.verificationOf(tenant), found => {
         if (found instanceof Error) return found
         verification = found
-        return this.examine(found, delivery, signed, onVerified)
+        return verify(found, delivery, signed)
       })
-    if (!isPromise<Authentic | Error>(authentic)) return settle(authentic)
+    if (!isPromise<Verified | Error>(verified)) return settle(verified)
     const since = performance.now()
-    authentic.then(authentic => {
+    verified.then(verified => {
       (request as Admitted)[WAITED] = performance.now() - since
-      settle(authentic)
+      settle(verified)
     }, done)
-  }
-
-  /**
-   * @param signed what `signedHeadersOf` returned
-   * @param onVerified called when the signature matches
-   * @returns the delivery, or the coded error that refuses it
-   */
-  examine (verification: Verification, delivery: SignedDelivery, signed: SignedHeaders | undefined | Error, onVerified?: () => void): MaybePromise<Authentic | Error> {
-    return then(verify(verification, delivery, signed), verified => {
-      if (verified instanceof Error) return verified
-      onVerified?.()
-      const { webhookId, timestamp, keyIndex } = verified
-      return { webhookId, timestamp, event: validate(delivery.rawBody, this.validators) as WebhookEvent | Error, secretIndex: keyIndex }
-    })
   }
 
   /**

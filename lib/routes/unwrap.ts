@@ -3,7 +3,8 @@ import { InvalidOptions } from '../errors.ts'
 import { assertUnwrapOptions } from '../options.ts'
 import type { EndpointOptions } from '../options.ts'
 import { toBytes } from '../pipeline/capture.ts'
-import { signedHeadersOf } from '../pipeline/verify.ts'
+import { validate } from '../pipeline/validate.ts'
+import { signedHeadersOf, verify } from '../pipeline/verify.ts'
 import type { Routes } from './routes.ts'
 
 /** Verifies and validates a delivery that did not come through a route. @returns the event; rejects with the coded errors of both steps */
@@ -13,10 +14,11 @@ export async function unwrap ({ verifications, authentication }: Routes, rawBody
   const body = toBytes(rawBody)
   if (body === undefined) throw new InvalidOptions('unwrap(): expected the raw body as a string, a Buffer or a Uint8Array: a parsed body cannot be verified')
   const plain = toHeaders(headers)
-  const authentic = await authentication.examine(verification, { rawBody: body, headers: plain }, signedHeadersOf(verification, plain))
-  if (authentic instanceof Error) throw authentic
-  if (authentic.event instanceof Error) throw authentic.event
-  return authentic.event
+  const verified = await verify(verification, { rawBody: body, headers: plain }, signedHeadersOf(verification, plain))
+  if (verified instanceof Error) throw verified
+  const event = validate(body, authentication.validators)
+  if (event instanceof Error) throw event
+  return event
 }
 
 /** With the names in lower case. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
