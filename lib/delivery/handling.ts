@@ -10,10 +10,10 @@ import { OWN_HANDLER } from '../handlers.ts'
 import type { Handler } from '../handlers.ts'
 import type { Observation, ObservedAttempt } from '../observation.ts'
 import type { HandlerTable } from '../registry.ts'
-import { after, then, tryOr } from '../maybe-promise.ts'
+import { then, tryOr } from '../maybe-promise.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
 import { Context } from './context.ts'
-import { ObservedRun, isTraced, traceDelivery } from './observe.ts'
+import { observeRun, traceDelivery } from './observe.ts'
 import type { State, Work, Works } from './work.ts'
 
 /** The handlers of the endpoints. */
@@ -51,22 +51,9 @@ export class Handling {
     work.remembered = job.remembered
     const handlers = finished.length === 0 ? all : all.filter(({ name }) => !finished.includes(name))
     if (channels.unhandled.hasSubscribers) this.#tellUnhandled(work)
-    const observed = ObservedRun.of(work, handlers, this.log, this.observation)
-    work.end = observed === undefined ? this.#run(work, handlers) : this.#observed(work, handlers, observed)
+    work.end = observeRun(work, handlers, this.log, this.observation, observed =>
+      traceDelivery(work, handlers, traced => this.#handle(work, traced, observed)))
     return work.end
-  }
-
-  #observed (work: Work, handlers: readonly Handler[], observed: ObservedRun): MaybePromise<void> {
-    return after(() => this.#run(work, handlers, observed.attempt), () => { observed.succeeded() }, error => {
-      observed.failed(error)
-      throw error
-    })
-  }
-
-  #run (work: Work, handlers: readonly Handler[], observed?: ObservedAttempt): MaybePromise<void> {
-    return isTraced()
-      ? traceDelivery(work, handlers, traced => this.#handle(work, traced, observed))
-      : this.#handle(work, handlers, observed)
   }
 
   #handle (work: Work, handlers: readonly Handler[], observed?: ObservedAttempt): MaybePromise<void> {

@@ -3,17 +3,15 @@ import { channels, trace } from '../channels.ts'
 import type { DeliveryMessage, DuplicateMessage } from '../channels.ts'
 import { logFields, logs, write } from '../log.ts'
 import type { Handler } from '../handlers.ts'
-import type { Observation, ObservedAttempt, Observer } from '../observation.ts'
+import type { Observation, ObservedAttempt } from '../observation.ts'
+import { after } from '../maybe-promise.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
 import type { Sender, Work } from './work.ts'
 
-export function isTraced (): boolean {
-  return channels.delivery.hasSubscribers || channels.handler.hasSubscribers
-}
-
-/** Runs the handlers, and publishes their start and end on the tracing channels. */
+/** Runs the handlers, and publishes their start and end on the tracing channels, if those have subscribers. */
 export function traceDelivery (work: Work, handlers: readonly Handler[], run: (handlers: readonly Handler[]) => MaybePromise<void>): MaybePromise<void> {
   const { delivery, handler } = channels
+  if (!delivery.hasSubscribers && !handler.hasSubscribers) return run(handlers)
   const { job: { webhookId, timestamp, endpoint, tenant, event, carrier }, attempt, sender } = work
   // Copied field by field, because a spread costs 4 µs per delivery, and a queue may have added an `error` to the job.
   const message: DeliveryMessage = { webhookId, timestamp, endpoint, tenant, event, carrier, attempt, queued: sender === undefined, handlers: handlers.length, request: sender?.request }
@@ -26,42 +24,25 @@ export function traceDelivery (work: Work, handlers: readonly Handler[], run: (h
   return trace(delivery, message, () => run(traced))
 }
 
-/** Reports one run of a delivery's handlers to the inspector, and its success to the log. */
-export class ObservedRun {
-  readonly #work: Work
-  readonly #log: FastifyBaseLogger | undefined
-  readonly #handlers: number
-  readonly #startedAt: number
-  readonly attempt: ObservedAttempt | undefined
-
-  /** @returns `undefined` if there is no inspector and the level `info` is not logged, so that no object is created for the delivery */
-  static of (work: Work, handlers: readonly Handler[], log: FastifyBaseLogger, { observer }: Observation): ObservedRun | undefined {
-    const to = work.sender?.request.log ?? log
-    const isLogged = logs(to, 'info')
-    return isLogged || observer !== undefined ? new ObservedRun(work, handlers, isLogged ? to : undefined, observer) : undefined
-  }
-
-  private constructor (work: Work, handlers: readonly Handler[], log: FastifyBaseLogger | undefined, observer: Observer | undefined) {
-    const { job, sender, attempt, finished } = work
-    this.#work = work
-    this.#log = log
-    this.#startedAt = log === undefined ? 0 : performance.now()
-    this.#handlers = handlers.length
-    this.attempt = observer?.started({ job, request: sender?.request, attempt, handlers, finished, replies: sender?.ownHandler !== undefined })
-  }
-
-  succeeded (): void {
-    this.attempt?.ended()
-    if (this.#log === undefined) return
-    const fields = logFields(this.#work.job, this.#work.attempt)
-    fields['handlers'] = this.#handlers
-    fields['ms'] = Math.round((performance.now() - this.#startedAt) * 1_000) / 1_000
-    write(this.#log, 'info', fields, 'webhook delivery processed')
-  }
-
-  failed (error: unknown): void {
-    this.attempt?.ended(error)
-  }
+/** Runs the handlers, and tells the inspector of the run and the log of its success. */
+export function observeRun (work: Work, handlers: readonly Handler[], log: FastifyBaseLogger, { observer }: Observation, run: (attempt?: ObservedAttempt) => MaybePromise<void>): MaybePromise<void> {
+  const { job, sender, attempt, finished } = work
+  const to = sender?.request.log ?? log
+  const isLogged = logs(to, 'info')
+  if (!isLogged && observer === undefined) return run()
+  const startedAt = performance.now()
+  const observed = observer?.started({ job, request: sender?.request, attempt, handlers, finished, replies: sender?.ownHandler !== undefined })
+  return after(() => run(observed), () => {
+    observed?.ended()
+    if (!isLogged) return
+    const fields = logFields(job, attempt)
+    fields['handlers'] = handlers.length
+    fields['ms'] = Math.round((performance.now() - startedAt) * 1_000) / 1_000
+    write(to, 'info', fields, 'webhook delivery processed')
+  }, error => {
+    observed?.ended(error)
+    throw error
+  })
 }
 
 export function observeDuplicate ({ request }: Sender, state: DuplicateMessage['state'], { observer }: Observation): void {
