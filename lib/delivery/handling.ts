@@ -43,13 +43,12 @@ export class Handling {
    */
   start (work: Work): MaybePromise<void> {
     if (this.signal.aborted) throw new Overloaded()
-    const { job } = work
     const { claim } = work.state as Extract<State, { at: 'claimed' }>
     work.move({ at: 'handling', claim })
+    if (claim.finished.length > 0) work.job = { ...work.job, finished: union(claim.finished, work.job.finished) }
+    const { finished } = work.job
     const all = this.#handlers(work)
-    const finished = work.finished = union(claim.finished, job.finished)
-    work.remembered = job.remembered
-    const handlers = finished.length === 0 ? all : all.filter(({ name }) => !finished.includes(name))
+    const handlers = finished === undefined ? all : all.filter(({ name }) => !finished.includes(name))
     if (channels.unhandled.hasSubscribers) this.#tellUnhandled(work)
     work.end = observeRun(work, handlers, this.log, this.observation, observed =>
       traceDelivery(work, handlers, traced => this.#handle(work, traced, observed)))
@@ -103,7 +102,7 @@ export class Handling {
   #failed (work: Work, failures: readonly HandlerFailure[]): Error {
     const handlers = this.#handlers(work)
     const succeeded = handlers.map(({ name }) => name).filter(name => !failures.some(({ handler }) => handler === name))
-    return handlersFailed(failures, handlers.length, union(work.finished, succeeded), work.remembered)
+    return handlersFailed(failures, handlers.length, union(work.job.finished, succeeded), work.job.remembered)
   }
 
   #handlers ({ job }: Work): readonly Handler[] {

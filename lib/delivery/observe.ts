@@ -26,12 +26,12 @@ export function traceDelivery (work: Work, handlers: readonly Handler[], run: (h
 
 /** Runs the handlers, and tells the inspector of the run and the log of its success. */
 export function observeRun (work: Work, handlers: readonly Handler[], log: FastifyBaseLogger, { observer }: Observation, run: (attempt?: ObservedAttempt) => MaybePromise<void>): MaybePromise<void> {
-  const { job, sender, attempt, finished } = work
+  const { job, sender, attempt } = work
   const to = sender?.request.log ?? log
   const isLogged = logs(to, 'info')
   if (!isLogged && observer === undefined) return run()
   const startedAt = performance.now()
-  const observed = observer?.started({ job, request: sender?.request, attempt, handlers, finished, replies: sender?.ownHandler !== undefined })
+  const observed = observer?.started({ job, request: sender?.request, attempt, handlers, finished: job.finished ?? [], replies: sender?.ownHandler !== undefined })
   return after(() => run(observed), () => {
     observed?.ended()
     if (!isLogged) return

@@ -49,10 +49,6 @@ export type RecordEnd = (succeeded: boolean, error?: unknown) => MaybePromise<vo
 export class Work {
   #state: State = { at: 'claiming' }
   verdict: Verdict | undefined = undefined
-  /** Handlers that had succeeded before this attempt. */
-  finished: readonly string[] = NONE
-  /** Handlers that have used an inbox, as in a job. */
-  remembered: Job['remembered'] = undefined
   /** Resolves once the success of all handlers is recorded, and rejects once a failure is recorded. */
   end: MaybePromise<void> = undefined
   /** How often a runner has started the handlers, including this time; `undefined` if the runner does not count. */
@@ -64,7 +60,10 @@ export class Work {
   /** Other senders of the same delivery, which wait for the verdict. */
   #joined: Map<Sender, (verdict: Verdict) => void> | undefined
 
-  /** @param sender `undefined` if the job comes from a queue, because its sender has been answered */
+  /**
+   * @param job replaced when more is known, such as which handlers had succeeded before
+   * @param sender `undefined` if the job comes from a queue, because its sender has been answered
+   */
   constructor (readonly key: string, public job: Job, readonly sender: Sender | undefined) {}
 
   get state (): State { return this.#state }
@@ -101,8 +100,9 @@ export class Work {
 
   /** Notes that an inbox remembers a handler. If an earlier attempt has noted an earlier end, that end stays. @param retention ms */
   remember (handler: string, retention: number): void {
-    const until = this.job.timestamp * 1_000 + retention
-    this.remembered = { ...this.remembered, [handler]: Math.min(until, this.remembered?.[handler] ?? until) }
+    const { timestamp, remembered } = this.job
+    const until = timestamp * 1_000 + retention
+    this.job = { ...this.job, remembered: { ...remembered, [handler]: Math.min(until, remembered?.[handler] ?? until) } }
   }
 
   tell (verdict: Verdict): void {
@@ -119,8 +119,6 @@ export class Work {
  * its retries.
  */
 const MAX_JOINED = 100
-
-const NONE: readonly string[] = []
 
 /** The deliveries that this process has, by key. */
 export class Works {

@@ -188,6 +188,6 @@ function both (first: MaybePromise<void>, second: MaybePromise<void>): MaybeProm
 }
 
 /** The names of both lists, without duplicates. */
-export function union (names: readonly string[], others: readonly string[] = []): readonly string[] {
+export function union (names: readonly string[] = [], others: readonly string[] = []): readonly string[] {
   return others.length === 0 ? names : [...new Set([...names, ...others])]
 }
