@@ -28,9 +28,7 @@ export class Queued implements RunnerHost {
   process (job: Job, attempt?: number, record?: () => MaybePromise<void>): MaybePromise<void> {
     // A user's runner may throw here, which must not make a processed delivery fail.
     const onSuccess = record && (() => tryOr(record, error => this.report(error, job)))
-    const { offered, received } = this.works
-    // inline() calls `process` while the job is being offered to it.
-    const work = offered?.job === job ? offered : received.get(keyOf(job))
+    const work = this.works.received.get(keyOf(job))
     switch (work?.state.at) {
       case 'claimed':
         work.attempt = attempt

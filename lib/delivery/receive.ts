@@ -90,24 +90,15 @@ export class Receiver {
       work.job = tenant === undefined ? job : { ...job, tenant }
     }
     // A runner without a queue runs the handlers now, so there is no queueing to trace.
-    if (this.runner.depth === undefined || !channels.enqueue.hasSubscribers) return this.#offer(work)
+    if (this.runner.depth === undefined || !channels.enqueue.hasSubscribers) return this.runner.run(work.job)
     const message: EnqueueMessage = { webhookId, timestamp, endpoint, tenant, event, request: work.sender!.request, carrier: {} }
     return trace(channels.enqueue, message, () => {
       if (Object.keys(message.carrier).length > 0) work.job = { ...work.job, carrier: message.carrier }
-      return then(this.#offer(work), accepted => {
+      return then(this.runner.run(work.job), accepted => {
         message.duplicate = accepted === 'duplicate'
         return accepted
       })
     })
-  }
-
-  #offer (work: Work): MaybePromise<Accepted> {
-    this.works.offered = work
-    try {
-      return this.runner.run(work.job)
-    } finally {
-      this.works.offered = undefined
-    }
   }
 
   /** Joins a delivery that this process already has: the sender gets the verdict of the first one. */

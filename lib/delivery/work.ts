@@ -128,13 +128,11 @@ export class Works {
   readonly queued = new Map<string, Work>()
   /** Claims on queued deliveries whose handlers this process is about to start. */
   readonly kept = new Map<string, Held>()
-  /** The delivery that is being offered to the runner. A runner that calls `process` at once needs no look-up then. */
-  offered: Work | undefined
   closing = false
   #onIdle: (() => void) | undefined
 
   find (key: string): Work | undefined {
-    return this.received.get(key) ?? (this.queued.size > 0 ? this.queued.get(key) : undefined)
+    return this.received.get(key) ?? this.queued.get(key)
   }
 
   /** Whether this process runs the handlers of a queued delivery, or is about to. No sender waits for them. */
