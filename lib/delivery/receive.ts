@@ -34,13 +34,15 @@ export class Receiver {
 
   /** @returns the delivery whose verdict the sender gets; `undefined` if the sender has been told a verdict at once and joins no delivery */
   receive (sender: Sender): Work | undefined {
-    const { webhookId, timestamp, endpoint, tenant, event } = sender.request.openaiWebhook
-    const job: Job = tenant === undefined ? { webhookId, timestamp, endpoint, event } : { webhookId, timestamp, endpoint, tenant, event }
-    const key = keyOf(job)
+    const delivery = sender.request.openaiWebhook
+    const key = keyOf(delivery)
     const known = this.works.find(key)
     if (known !== undefined) return this.#join(known, sender)
     if (this.works.closing) return this.#refuse(sender, new Overloaded())
 
+    const { webhookId, timestamp, endpoint, tenant, event } = delivery
+    const { hasRouteHandlers } = this.handling.endpoints.handlersOf(endpoint)
+    const job: Job = { webhookId, timestamp, endpoint, event, ...(tenant !== undefined && { tenant }), ...(hasRouteHandlers && { routeHandlers: true }) }
     const work = new Work(key, job, sender)
     this.works.received.set(key, work)
     after(() => this.claims.begin(key, job), begun => this.#begun(work, begun), error => { this.#over(work, refused(error)) })
@@ -83,14 +85,9 @@ export class Receiver {
   }
 
   #enqueue (work: Work): MaybePromise<Accepted> {
-    const { webhookId, timestamp, endpoint, tenant, event } = work.job
-    if (this.handling.endpoints.handlersOf(endpoint).hasRouteHandlers) {
-      // Copied field by field, because a spread costs 4 µs per delivery.
-      const job: Job = { webhookId, timestamp, endpoint, event, routeHandlers: true }
-      work.job = tenant === undefined ? job : { ...job, tenant }
-    }
     // A runner without a queue runs the handlers now, so there is no queueing to trace.
     if (this.runner.depth === undefined || !channels.enqueue.hasSubscribers) return this.runner.run(work.job)
+    const { webhookId, timestamp, endpoint, tenant, event } = work.job
     const message: EnqueueMessage = { webhookId, timestamp, endpoint, tenant, event, request: work.sender!.request, carrier: {} }
     return trace(channels.enqueue, message, () => {
       if (Object.keys(message.carrier).length > 0) work.job = { ...work.job, carrier: message.carrier }

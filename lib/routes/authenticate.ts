@@ -81,9 +81,7 @@ export class Authentication {
       const { webhookId, timestamp, keyIndex } = verified
       const event = validate(rawBody, this.validators) as WebhookEvent | Error
       if (event instanceof Error) return this.#refuse(event, endpoint, request, reply, done, { tenant, webhookId })
-      request.openaiWebhook = tenant === undefined
-        ? { webhookId, timestamp, endpoint: name, rawBody, event }
-        : { webhookId, timestamp, endpoint: name, tenant, rawBody, event }
+      request.openaiWebhook = { webhookId, timestamp, endpoint: name, ...(tenant !== undefined && { tenant }), rawBody, event }
       if (channels.verified.hasSubscribers) {
         channels.verified.publish({ endpoint: name, tenant, webhookId, timestamp, event, secretIndex: keyIndex, bodySize: rawBody.length, request: request as VerifiedRequest })
       }
