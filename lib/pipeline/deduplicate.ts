@@ -17,8 +17,6 @@ export interface Held {
   readonly finished: readonly string[]
   /** The claim on the event's resource, if that is claimed separately. The two claims are settled together. */
   readonly resource: Held | undefined
-  /** The index of the claim among the held claims; -1 when it is not held. */
-  place: number
 }
 
 /** The result of `begin`. */
@@ -43,7 +41,7 @@ export interface ClaimsOptions {
  * delivery has failed. Their errors are reported as trouble, and at worst a later duplicate finds the delivery unfinished.
  */
 export class Claims {
-  readonly #held = new HeldClaims()
+  readonly #held = new Set<Held>()
   #timer: NodeJS.Timeout | undefined
   // Bound here, because the timer serves the claims of many requests. It must neither run in the async context of one nor keep it in memory.
   readonly #startTimer = inContext(() => setInterval(() => this.#renewAll(), this.options.lease / 3).unref())
@@ -74,9 +72,10 @@ export class Claims {
 
   #bothBegun (claim: Held, resource: Begun): MaybePromise<Begun> {
     if (resource.state === 'claimed') {
-      const held: Held = { ...claim, place: -1, finished: union(claim.finished, resource.finished), resource }
+      const held: Held = { ...claim, finished: union(claim.finished, resource.finished), resource }
       this.#held.delete(claim)
-      return this.#held.add(held)
+      this.#held.add(held)
+      return held
     }
     // Another delivery has reported the same event, and was processed or is being processed.
     return then(resource.state === 'done' ? this.complete(claim) : this.release(claim), () => resource)
@@ -127,11 +126,13 @@ export class Claims {
     }
     // One timer renews all claims, and stops when there are none. A quick delivery is over before the timer fires.
     this.#timer ??= this.#startTimer()
-    return this.#held.add({ state: 'claimed', key, job, token: claim.token, finished: claim.finished, resource: undefined, place: -1 })
+    const held: Held = { state: 'claimed', key, job, token: claim.token, finished: claim.finished, resource: undefined }
+    this.#held.add(held)
+    return held
   }
 
   #renewAll (): void {
-    if (this.#held.all.length === 0) {
+    if (this.#held.size === 0) {
       clearInterval(this.#timer)
       this.#timer = undefined
     }
@@ -141,7 +142,7 @@ export class Claims {
       if (!isTold) this.options.onTrouble(error, job)
       isTold = true
     }
-    for (const claim of [...this.#held.all]) tryOr<void>(async () => await this.#renew(claim), error => onFailure(error, claim))
+    for (const claim of [...this.#held]) tryOr<void>(async () => await this.#renew(claim), error => onFailure(error, claim))
   }
 
   async #renew (claim: Held): Promise<void> {
@@ -152,30 +153,6 @@ export class Claims {
 
   #lost ({ key }: Held, before: string): Error {
     return new Error(`the claim on ${key} was lost: its lease of ${this.options.lease} ms ran out ${before}`)
-  }
-}
-
-/** The held claims, in no order. Not a Set, because V8 would compute a hash for each claim, which takes 3 % of a delivery's time. */
-class HeldClaims {
-  readonly all: Held[] = []
-
-  has ({ place }: Held): boolean { return place !== -1 }
-
-  add (claim: Held): Held {
-    claim.place = this.all.push(claim) - 1
-    return claim
-  }
-
-  /** @returns whether the claim was held */
-  delete (claim: Held): boolean {
-    if (!this.has(claim)) return false
-    const last = this.all.pop()!
-    if (last !== claim) {
-      last.place = claim.place
-      this.all[last.place] = last
-    }
-    claim.place = -1
-    return true
   }
 }
 

@@ -21,7 +21,7 @@ import { sized } from '../support/size.ts'
 const ENDPOINT = '/webhooks/openai'
 const TYPE = 'batch.failed'
 const silent = { isLevelEnabled: () => false } as unknown as FastifyBaseLogger
-const claim = { state: 'claimed', key: 'k', job: { webhookId: 'wh_1', timestamp: 1, endpoint: ENDPOINT, event: { type: TYPE } }, token: 't', finished: [], resource: undefined, place: -1 } as const
+const claim = { state: 'claimed', key: 'k', job: { webhookId: 'wh_1', timestamp: 1, endpoint: ENDPOINT, event: { type: TYPE } }, token: 't', finished: [], resource: undefined } as const
 
 const STATES: Record<State['at'], State> = {
   claiming: { at: 'claiming' },
