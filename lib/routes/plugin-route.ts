@@ -5,7 +5,7 @@ import { captureBody } from '../pipeline/capture.ts'
 import type { WebhookRouteOptions } from '../options.ts'
 import type { VerifiedRequest } from '../request.ts'
 import { keepRefusal, refuseErrors } from '../pipeline/refusal.ts'
-import { PLUGIN_ROUTE, PROTECTED } from './guard.ts'
+import { PROTECTED } from './guard.ts'
 import { declareRoute, shareDecorators } from './child-scope.ts'
 import { deliver, refusing } from './routes.ts'
 import type { Routes } from './routes.ts'
@@ -29,7 +29,6 @@ export function pluginRoute (
   scope.register(async child => {
     captureBody(child, body)
     shareDecorators(child)
-    child.decorate(PLUGIN_ROUTE, true)
     // As Fastify joins them.
     const name = child.prefix.replace(/\/$/, '') + url
     const endpoint = endpoints.add(name, verification, [registry.app, list], verifications.tenantsOf(name, overrides.tenant, verification))
