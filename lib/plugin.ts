@@ -91,17 +91,16 @@ function assemble (instance: FastifyInstance, options: OpenAIWebhookOptions, com
   const registry = new Registry(new Set(Object.keys(events)))
   const observation = new Observation()
   const failures = new Failures(instance.log, registry, observation)
-  const endpoints = new Endpoints(registry)
   const onTrouble = (error: unknown, delivery?: FailureInfo): void => failures.trouble(error, delivery)
   const claims = new Claims({ store: options.idempotency === false ? noStore : store ?? memoryStore(), lease, retention, reconcile, onTrouble })
-  const handling = new Handling(works, claims, endpoints, instance.log, observation, abort.signal)
+  const handling = new Handling(works, claims, registry, instance.log, observation, abort.signal)
   const deadline = options.deadline ?? DEFAULTS.deadline
   const verifications = new Verifications(options, { patience: deadline, warn: message => { instance.log.warn(message) }, onTrouble })
   const bounds = new Bounds(options, instance)
   const routes: Routes = {
     registry,
     events,
-    endpoints,
+    endpoints: new Endpoints(registry),
     verifications,
     authentication: new Authentication(new Validators(officialEvents, options.events ?? {}, compilers), failures, observation),
     failures,
@@ -121,8 +120,7 @@ function assemble (instance: FastifyInstance, options: OpenAIWebhookOptions, com
     async start (): Promise<void> {
       for (const work of routes.onReady) work()
       await secretInTime('secret', async () => { await verifications.load() }, hookTime(instance))
-      registry.isComplete = true
-      endpoints.makeTables()
+      registry.complete()
       // app.close() was called meanwhile, and would not close what is started now.
       if (closed !== undefined) return
       // A runner has one host. With two, a delivery that one registration acknowledged would run the handlers of the other.

@@ -4,7 +4,7 @@ import { AlreadyStarted, InvalidOptions } from './errors.ts'
 import { guideEvents } from './events/index.ts'
 import { assertHandlerName, givenName } from './handler-name.ts'
 import { matches, nearestType } from './nearest.ts'
-import type { EventContext, Handler } from './handlers.ts'
+import type { EventContext, Handler, RouteHandlers } from './handlers.ts'
 import type { DeadDelivery } from './runners/runner.ts'
 
 /** A handler of any event. The type of the event is checked where the handler is registered. */
@@ -107,10 +107,14 @@ function adviceOnType (type: string, known: readonly string[]): string {
 /** The handlers of one registration of the plugin. None can be added once the app is ready. */
 export class Registry {
   readonly app: HandlerList
+  /** The handlers of each receiving route, by endpoint. */
+  readonly lists = new Map<string, readonly HandlerList[]>()
   readonly errorHandlers: ErrorHandler[] = []
   readonly deadHandlers: DeadHandler[] = []
+  readonly #tables = new Map<string, HandlerTable>()
+  #appTable: HandlerTable | undefined
   /** Whether the app is ready, so that nothing can be added any more. */
-  isComplete = false
+  #isComplete = false
 
   constructor (readonly known: ReadonlySet<string>) {
     this.app = new HandlerList(known, '')
@@ -118,8 +122,33 @@ export class Registry {
 
   /** To be called before anything is added. @param method names the caller @throws FST_OPENAI_WEBHOOK_ALREADY_STARTED */
   open (method: string): this {
-    if (this.isComplete) throw new AlreadyStarted(method)
+    if (this.#isComplete) throw new AlreadyStarted(method)
     return this
+  }
+
+  /** Makes a list of the handlers in a route's `on`. */
+  listOf (on: RouteHandlers = {}, scope: FastifyInstance): HandlerList {
+    const list = new HandlerList(this.known, 'route')
+    for (const [type, handlers = []] of Object.entries(on)) {
+      for (const handler of [handlers].flat()) list.on(type, handler as never, scope)
+    }
+    return list
+  }
+
+  /** Computes the handlers for each event type. To be called when the app is ready. */
+  complete (): void {
+    this.#isComplete = true
+    for (const [endpoint, lists] of this.lists) this.#tables.set(endpoint, new HandlerTable(lists, this.known))
+  }
+
+  /** Whether the registration has routes, and this endpoint is none of them. A worker has no routes. */
+  lacks (endpoint: string): boolean {
+    return this.#tables.size > 0 && !this.#tables.has(endpoint)
+  }
+
+  handlersOf (endpoint: string): HandlerTable {
+    // A worker process may lack the route that received the job. It then runs the app's handlers.
+    return this.#tables.get(endpoint) ?? (this.#appTable ??= new HandlerTable([this.app], this.known))
   }
 }
 

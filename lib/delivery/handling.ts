@@ -9,20 +9,12 @@ import { dispatch } from '../pipeline/dispatch.ts'
 import { OWN_HANDLER } from '../handlers.ts'
 import type { Handler } from '../handlers.ts'
 import type { Observation, ObservedAttempt } from '../observation.ts'
-import type { HandlerTable } from '../registry.ts'
+import type { Registry } from '../registry.ts'
 import { then, tryOr } from '../maybe-promise.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
 import { Context } from './context.ts'
 import { observeRun, traceDelivery } from './observe.ts'
 import type { State, Work, Works } from './work.ts'
-
-/** The handlers of the endpoints. */
-interface HandlerTables {
-  /** The handlers of an endpoint; only the app's handlers if this process does not have the route. */
-  handlersOf (endpoint: string): HandlerTable
-  /** Whether this process has routes, and the endpoint is none of them. */
-  lacks (endpoint: string): boolean
-}
 
 /** Runs the handlers of a claimed delivery and records how they end. */
 export class Handling {
@@ -30,7 +22,7 @@ export class Handling {
   constructor (
     readonly works: Works,
     readonly claims: Claims,
-    readonly endpoints: HandlerTables,
+    readonly registry: Registry,
     readonly log: FastifyBaseLogger,
     readonly observation: Observation,
     readonly signal: AbortSignal
@@ -106,11 +98,11 @@ export class Handling {
   }
 
   #handlers ({ job }: Work): readonly Handler[] {
-    return this.endpoints.handlersOf(job.endpoint).for(job.event.type)
+    return this.registry.handlersOf(job.endpoint).for(job.event.type)
   }
 
   #tellUnhandled ({ job, sender }: Work): void {
-    const isHandled = sender?.ownHandler !== undefined || this.endpoints.handlersOf(job.endpoint).handles(job.event.type)
+    const isHandled = sender?.ownHandler !== undefined || this.registry.handlersOf(job.endpoint).handles(job.event.type)
     if (!isHandled) channels.unhandled.publish(job)
   }
 }

@@ -73,7 +73,7 @@ export class Queued implements RunnerHost {
     const retention = shortestRetention()
     if (retention === undefined) return job
     const { endpoint, event, timestamp, remembered } = job
-    const handlers = this.handling.endpoints.handlersOf(endpoint).for(event.type)
+    const handlers = this.handling.registry.handlersOf(endpoint).for(event.type)
     return { ...job, remembered: { ...Object.fromEntries(handlers.map(({ name }) => [name, timestamp * 1_000 + retention])), ...remembered } }
   }
 
@@ -89,8 +89,8 @@ export class Queued implements RunnerHost {
   }
 
   async #processQueued (job: Job, attempt: number | undefined, onSuccess: (() => MaybePromise<void>) | undefined): Promise<void> {
-    if (job.routeHandlers === true && !this.handling.endpoints.handlersOf(job.endpoint).hasRouteHandlers) throw new MissingRoute(job.endpoint)
-    if (this.handling.endpoints.lacks(job.endpoint)) this.failures.foreign(job)
+    if (job.routeHandlers === true && !this.handling.registry.handlersOf(job.endpoint).hasRouteHandlers) throw new MissingRoute(job.endpoint)
+    if (this.handling.registry.lacks(job.endpoint)) this.failures.foreign(job)
     await this.#whenFree(job, attempt, async (work, claim) => {
       work.onSuccess = onSuccess
       // Too late to start: start() throws, and leaves the claim to its caller.

@@ -41,7 +41,7 @@ export class Receiver {
     if (this.works.closing) return this.#refuse(sender, new Overloaded())
 
     const { webhookId, timestamp, endpoint, tenant, event } = delivery
-    const { hasRouteHandlers } = this.handling.endpoints.handlersOf(endpoint)
+    const { hasRouteHandlers } = this.handling.registry.handlersOf(endpoint)
     const job: Job = { webhookId, timestamp, endpoint, event, ...(tenant !== undefined && { tenant }), ...(hasRouteHandlers && { routeHandlers: true }) }
     const work = new Work(key, job, sender)
     this.works.received.set(key, work)

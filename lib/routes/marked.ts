@@ -26,7 +26,7 @@ export function protectMarked (routes: Routes, scope: FastifyInstance, route: Ro
   const { authentication, bounds, endpoints, failures, registry, verifications } = routes
   const body = bounds.of(overrides, route.bodyLimit)
   const verification = verifications.of(overrides, true)
-  const list = endpoints.listOf(on, scope)
+  const list = registry.listOf(on, scope)
   const dispatches = route.handler === routes.marker
   const tenants = verifications.tenantsOf(route.url, overrides.tenant, verification)
   const endpoint = endpoints.add(route.url, verification, dispatches ? [registry.app, list] : [list], tenants)

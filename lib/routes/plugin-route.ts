@@ -23,7 +23,7 @@ export function pluginRoute (
     throw new InvalidOptions('rateLimit: expected @fastify/rate-limit to be registered before, got none')
   }
   const verification = verifications.of(overrides, true)
-  const list = endpoints.listOf(on, scope)
+  const list = registry.listOf(on, scope)
   const own = handler === routes.marker ? undefined : handler as RouteHandlerMethod | undefined
   const body = bounds.of(overrides)
   scope.register(async child => {

@@ -12,7 +12,7 @@ import type { Sender, State, Verdict } from '../../lib/delivery/work.ts'
 import type { Failures } from '../../lib/failures.ts'
 import { Claims } from '../../lib/pipeline/deduplicate.ts'
 import { Observation } from '../../lib/observation.ts'
-import { HandlerList, HandlerTable } from '../../lib/registry.ts'
+import { Registry } from '../../lib/registry.ts'
 import type { Job, Runner } from '../../lib/runners/runner.ts'
 import { memoryStore } from '../../lib/stores/memory.ts'
 import type { IdempotencyStore } from '../../lib/stores/store.ts'
@@ -86,13 +86,12 @@ t.test('an answer changes its state in these ways and no other', async t => {
 
 t.test('a runner that asks again for a job before it is acknowledged is told how the first attempt has ended', async t => {
   for (const fails of [false, true]) {
-    const list = new HandlerList(new Set([TYPE]), '')
+    const registry = new Registry(new Set([TYPE]))
     let runs = 0
-    list.on(TYPE, () => { if (++runs === 1 && fails) throw new Error('the handler fails') }, {} as never)
-    const table = new HandlerTable([list], new Set([TYPE]))
+    registry.app.on(TYPE, () => { if (++runs === 1 && fails) throw new Error('the handler fails') }, {} as never)
     const works = new Works()
     const claims = new Claims({ store: memoryStore(), lease: 60_000, retention: 60_000, onTrouble () {} })
-    const handling = new Handling(works, claims, { handlersOf: () => table, lacks: () => false }, silent, new Observation(), new AbortController().signal)
+    const handling = new Handling(works, claims, registry, silent, new Observation(), new AbortController().signal)
     const host = new Queued(works, claims, handling, {} as Failures)
     const ends: string[] = []
     const attempt = async (job: Job): Promise<void> => {
@@ -185,8 +184,8 @@ async function follow (plan: Plan, scheduler: fc.Scheduler): Promise<void> {
   }
 
   let asked = 0
-  const list = new HandlerList(new Set([TYPE]), '')
-  list.on(TYPE, () => {
+  const registry = new Registry(new Set([TYPE]))
+  registry.app.on(TYPE, () => {
     const how = plan.handlers[asked++ % plan.handlers.length]
     model.started()
     if (how === 'at once' || how === 'throws') {
@@ -199,11 +198,10 @@ async function follow (plan: Plan, scheduler: fc.Scheduler): Promise<void> {
       if (how === 'fails') throw new Error('the handler fails')
     })
   }, {} as never)
-  const table = new HandlerTable([list], new Set([TYPE]))
 
   const works = new Works()
   const claims = new Claims({ store, lease: 60_000, retention: 60_000, onTrouble () {} })
-  const handling = new Handling(works, claims, { handlersOf: () => table, lacks: () => false }, silent, new Observation(), new AbortController().signal)
+  const handling = new Handling(works, claims, registry, silent, new Observation(), new AbortController().signal)
   const host = new Queued(works, claims, handling, {} as Failures)
   const queued: Array<Promise<unknown>> = []
   const attempt = async (job: Job): Promise<void> => {
