@@ -14,7 +14,7 @@ import { then, tryOr } from '../maybe-promise.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
 import { Context } from './context.ts'
 import { observeRun, traceDelivery } from './observe.ts'
-import type { State, Work, Works } from './work.ts'
+import type { Work, Works } from './work.ts'
 
 /** Runs the handlers of a claimed delivery and records how they end. */
 export class Handling {
@@ -33,23 +33,21 @@ export class Handling {
    *
    * @throws FST_OPENAI_WEBHOOK_OVERLOADED if `closeTimeout` is over, and the app closes what handlers use
    */
-  start (work: Work): MaybePromise<void> {
+  start (work: Work, claim: Held): MaybePromise<void> {
     if (this.signal.aborted) throw new Overloaded()
-    const { claim } = work.state as Extract<State, { at: 'claimed' }>
-    work.move({ at: 'handling', claim })
+    work.move({ at: 'handling' })
     if (claim.finished.length > 0) work.job = { ...work.job, finished: union(claim.finished, work.job.finished) }
     const { finished } = work.job
     const all = this.#handlers(work)
     const handlers = finished === undefined ? all : all.filter(({ name }) => !finished.includes(name))
     if (channels.unhandled.hasSubscribers) this.#tellUnhandled(work)
     work.end = observeRun(work, handlers, this.log, this.observation, observed =>
-      traceDelivery(work, handlers, traced => this.#handle(work, traced, observed)))
+      traceDelivery(work, handlers, traced => this.#handle(work, claim, traced, observed)))
     return work.end
   }
 
-  #handle (work: Work, handlers: readonly Handler[], observed?: ObservedAttempt): MaybePromise<void> {
+  #handle (work: Work, claim: Held, handlers: readonly Handler[], observed?: ObservedAttempt): MaybePromise<void> {
     const { claims, log, signal } = this
-    const { claim } = work.state as Extract<State, { at: 'handling' }>
     const replies = work.sender?.ownHandler !== undefined
     const failures = dispatch(handlers, work.job.event, new Context(work, log, signal), (handler, isLast) =>
       // The last success needs no checkpoint, because it completes the delivery, unless the route's own handler has yet to run.

@@ -36,7 +36,7 @@ export class Queued implements RunnerHost {
         // A dead delivery was requeued, and its sender sends it again at the same time. Only the requeued job has the results of earlier
         // attempts.
         if (job.finished !== undefined || job.remembered !== undefined) work.job = job
-        return this.handling.start(work)
+        return this.handling.start(work, work.state.claim)
       case 'handling':
         return work.end
       case 'over':
@@ -95,7 +95,7 @@ export class Queued implements RunnerHost {
       work.onSuccess = onSuccess
       // Too late to start: start() throws, and leaves the claim to its caller.
       if (this.handling.signal.aborted) await this.claims.release(claim)
-      await this.handling.start(work)
+      await this.handling.start(work, claim)
     })
   }
 

@@ -57,7 +57,7 @@ export class Receiver {
     work.move({ at: 'claimed', claim })
     return after<Accepted, void>(
       // A route's own handler replies after the event handlers have succeeded, so all of them run in the request, whatever the runner.
-      () => work.sender!.ownHandler === undefined ? this.#enqueue(work) : this.handling.start(work),
+      () => work.sender!.ownHandler === undefined ? this.#enqueue(work) : this.handling.start(work, claim),
       accepted => this.#answered(work, accepted === 'duplicate' ? DUPLICATE : PROCESSED),
       error => this.#answered(work, refused(isCoded(error) ? error : new Unavailable({ cause: error })))
     )

@@ -11,7 +11,7 @@ export type State =
   /** This process has the claim: no other process may run the handlers. */
   | { readonly at: 'claimed', readonly claim: Held }
   /** The handlers are running. When they have ended, the claim is completed or released. */
-  | { readonly at: 'handling', readonly claim: Held }
+  | { readonly at: 'handling' }
   /**
    * Nothing is left to do in the request: the handlers have ended, the delivery is a duplicate or was refused, or the runner has queued the job.
    *

@@ -26,7 +26,7 @@ const claim = { state: 'claimed', key: 'k', job: { webhookId: 'wh_1', timestamp:
 const STATES: Record<State['at'], State> = {
   claiming: { at: 'claiming' },
   claimed: { at: 'claimed', claim },
-  handling: { at: 'handling', claim },
+  handling: { at: 'handling' },
   over: { at: 'over', succeeded: true }
 }
 
