@@ -88,13 +88,11 @@ export class Authentication {
       observer?.validated(request as VerifiedRequest)
       done()
     }
-    const verified = tenants === undefined || tenant === undefined
-      ? verify(endpoint, delivery, signed)
-      : then(tenants.verificationOf(tenant), found => {
-        if (found instanceof Error) return found
-        verification = found
-        return verify(found, delivery, signed)
-      })
+    const verified = then(tenant === undefined ? endpoint : tenants!.verificationOf(tenant), (found: Verification | Error) => {
+      if (found instanceof Error) return found
+      verification = found
+      return verify(found, delivery, signed)
+    })
     if (!isPromise<Verified | Error>(verified)) return settle(verified)
     const since = performance.now()
     verified.then(verified => {
