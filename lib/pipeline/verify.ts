@@ -20,12 +20,11 @@ export interface Verification {
 }
 
 export function verificationBy (verifier: Verifier, keyring: Keys, tolerance: number): Verification {
-  const scheme = schemeOf(verifier)
-  if (scheme === undefined) return { verifier, keyring, tolerance, ...usersJudge(verifier) }
-  return { verifier, readHeaders: scheme.readHeaders, judge: ({ rawBody }, signed, keys) => scheme.judge(rawBody, signed, keys), keyring, tolerance }
+  const { readHeaders, judge } = schemeOf(verifier) ?? usersScheme(verifier)
+  return { verifier, readHeaders, judge, keyring, tolerance }
 }
 
-function usersJudge (verifier: Verifier): Pick<Verification, 'judge' | 'readHeaders'> {
+function usersScheme (verifier: Verifier): Pick<Verification, 'readHeaders' | 'judge'> {
   const { checkHeaders } = verifier
   return {
     readHeaders: checkHeaders && (headers => answerOf(() => checkHeaders(headers), toSigned)),

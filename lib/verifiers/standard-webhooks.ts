@@ -4,7 +4,7 @@ import type { IncomingHttpHeaders } from 'node:http'
 import { assertNone } from '../checks.ts'
 import { InvalidId, InvalidSignature, InvalidTimestamp, MissingHeader } from '../errors.ts'
 import { isMissing, secondsOf, verifierOf } from './verifier.ts'
-import type { Named, SignedHeaders, Verified, Verifier } from './verifier.ts'
+import type { Named, SignedDelivery, SignedHeaders, Verified, Verifier } from './verifier.ts'
 
 /**
  * The scheme that OpenAI signs with, https://github.com/standard-webhooks/standard-webhooks (spec, "Signature scheme"):
@@ -41,7 +41,7 @@ function readHeaders ({ 'webhook-id': webhookId, 'webhook-timestamp': seconds, '
   return timestamp === undefined ? new InvalidTimestamp('webhook-timestamp') : { timestamp, webhookId, signedHead: `${webhookId}.${seconds as string}.`, signatures }
 }
 
-function judge (rawBody: Buffer, { timestamp, webhookId, signedHead, signatures }: Read, keys: readonly KeyObject[]): Verified | Error {
+function judge ({ rawBody }: SignedDelivery, { timestamp, webhookId, signedHead, signatures }: Read, keys: readonly KeyObject[]): Verified | Error {
   // node:http joins repeated headers with ", ", which never occurs in a list of signatures.
   if (typeof signatures !== 'string' || signatures.includes(', ')) return new InvalidSignature()
 

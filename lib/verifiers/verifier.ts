@@ -51,7 +51,7 @@ export interface SignedHeaders {
  */
 export interface Scheme<Read extends SignedHeaders> {
   readonly readHeaders: (headers: IncomingHttpHeaders) => Read | Error
-  readonly judge: (rawBody: Buffer, signed: Read, keys: readonly KeyObject[]) => Verified | Error
+  readonly judge: (delivery: SignedDelivery, signed: Read, keys: readonly KeyObject[]) => Verified | Error
 }
 
 /** What is signed in addition to the body. */
@@ -76,7 +76,7 @@ const schemes = new WeakMap<Verifier, Scheme<any> & Signer>()
 export function verifierOf<Read extends SignedHeaders> (scheme: Scheme<Read> & Signer, properties: Pick<Verifier, 'keyBytes'> = {}): Verifier {
   const { readHeaders, judge } = scheme
   const verifier = Object.assign(
-    ({ rawBody, headers }: SignedDelivery, keys: readonly KeyObject[]) => orThrow(judge(rawBody, orThrow(readHeaders(headers)), keys)),
+    (delivery: SignedDelivery, keys: readonly KeyObject[]) => orThrow(judge(delivery, orThrow(readHeaders(delivery.headers)), keys)),
     { checkHeaders: (headers: IncomingHttpHeaders) => orThrow(readHeaders(headers)).timestamp, ...properties }
   )
   schemes.set(verifier, scheme)

@@ -4,7 +4,7 @@ import type { IncomingHttpHeaders } from 'node:http'
 import { assertNone, isId } from '../checks.ts'
 import { InvalidSignature, InvalidTimestamp, MissingHeader } from '../errors.ts'
 import { isMissing, secondsOf, verifierOf } from './verifier.ts'
-import type { Named, SignedHeaders, Verified, Verifier } from './verifier.ts'
+import type { Named, SignedDelivery, SignedHeaders, Verified, Verifier } from './verifier.ts'
 
 const SIGNATURE = 'x-openai-signature'
 const TIMESTAMP = 'x-openai-timestamp'
@@ -45,7 +45,7 @@ function readHeaders ({ [SIGNATURE]: signature, [TIMESTAMP]: seconds }: Incoming
 
 const HEX_SHA256 = /^[0-9a-f]{64}$/i
 
-function judge (rawBody: Buffer, { timestamp, signedHead, signature }: Read, keys: readonly KeyObject[]): Verified | Error {
+function judge ({ rawBody }: SignedDelivery, { timestamp, signedHead, signature }: Read, keys: readonly KeyObject[]): Verified | Error {
   if (typeof signature !== 'string' || !HEX_SHA256.test(signature)) return new InvalidSignature()
 
   const candidate = Buffer.from(signature, 'hex')
