@@ -2,6 +2,7 @@ import type { FastifyBaseLogger, FastifyRequest } from 'fastify'
 import { channels } from './channels.ts'
 import { codeOf, statusOf } from './coded.ts'
 import { InvalidEvent, InvalidSignature, UnknownTenant } from './errors.ts'
+import { isSuccess } from './pipeline/refusal.ts'
 import { causeOf, isHandlersFailure } from './runners/handler-failures.ts'
 import { tryOr } from './maybe-promise.ts'
 import { logError, logFields, write } from './log.ts'
@@ -13,6 +14,8 @@ import type { Attempts, DeadDelivery, Job } from './runners/runner.ts'
 
 /** Maximum number of characters in a code, because a user's verifier may throw an error with any code. */
 const MAX_CODE = 256
+/** The code of a delivery that a hook of the app has answered. */
+export const BY_A_HOOK = 'ANSWERED_BY_A_HOOK'
 /** Endpoints that are warned of. */
 const MAX_FOREIGN = 100
 
@@ -68,9 +71,13 @@ export class Failures {
     this.report(error, delivery, log)
   }
 
-  /** Logs that a hook of the app has answered 2xx, so that the handlers did not run. */
-  unprocessed (endpoint: string, { log }: FastifyRequest, statusCode: number): void {
-    this.#refusals.unprocessed(log, statusCode, endpoint)
+  /** Handles a delivery that a hook of the app has answered, so that its handlers do not run. After a 2xx OpenAI does not send it again. */
+  answeredByHook (endpoint: string, request: FastifyRequest, statusCode: number): void {
+    if (isSuccess(statusCode)) return this.#refusals.unprocessed(request.log, BY_A_HOOK, statusCode, endpoint)
+    const delivery = request.openaiWebhook ?? { endpoint }
+    const error = Object.assign(new Error(`a hook of the app has answered ${statusCode}, so the delivery was not processed`), { code: BY_A_HOOK, statusCode })
+    this.#refusals.write(request.log, BY_A_HOOK, statusCode, delivery, error.message)
+    this.#tell(BY_A_HOOK, statusCode, error, delivery, request)
   }
 
   /** Handles a failure that no sender is told about, such as that of a store after the handlers have run. */

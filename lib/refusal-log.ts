@@ -72,9 +72,9 @@ export class RefusalLog {
     if (this.#hasRoom(log, counted, delivery)) logError(log, cause, { code, ...logFields(delivery) }, message)
   }
 
-  unprocessed (log: FastifyBaseLogger, statusCode: number, endpoint: string): void {
-    const code = 'ANSWERED_BY_A_HOOK'
-    if (this.#hasRoom(log, code, { endpoint })) write(log, 'warn', { code, statusCode, endpoint }, 'the delivery was not processed')
+  unprocessed (log: FastifyBaseLogger, code: string, statusCode: number, endpoint: string): void {
+    // Counted apart from the refusals with this code, because a flood of those must not hide this line.
+    if (this.#hasRoom(log, 'NOT_PROCESSED', { endpoint })) write(log, 'warn', { code, statusCode, endpoint }, 'the delivery was not processed')
   }
 
   /** Whether the window has room for another line. */

@@ -12,7 +12,7 @@ export type AnyHandler = (this: FastifyInstance, event: never, context: EventCon
 
 export interface HandlerOptions {
   /**
-   * The name of the handler in the idempotency store (1 to 128 characters). With a name, a retry recognises the handler after a deployment that
+   * The name of the handler in the idempotency store (1 to 128 characters, none of them U+0000). With a name, a retry recognises the handler after a deployment that
    * changes the order of registration. A handler of `inbox.once()` already has a name.
    *
    * @default its place in the order of registration

@@ -1,3 +1,4 @@
+import { subscribe, unsubscribe } from 'node:diagnostics_channel'
 import { once } from 'node:events'
 import { connect } from 'node:http2'
 import type { AddressInfo } from 'node:net'
@@ -320,11 +321,16 @@ t.test('a delivery that @fastify/rate-limit refuses with an object is refused, a
   t.same(seen, [first.headers['webhook-id'], second.headers['webhook-id']])
 })
 
-t.test('a hook that answers 2xx by itself is told of in the log, five times in ten seconds', async t => {
+t.test('a hook that answers by itself is told of: a 2xx in the log, five times in ten seconds, and anything else as a refusal', async t => {
   const log = capturedLog()
   const app = await build(t, {}, { logger: log.logger })
   app.addHook('onRequest', async (request, reply) => { if (request.headers['x-hook'] !== undefined) return await reply.code(Number(request.headers['x-hook'])).send() })
   app.post('/marked', { config: { openaiWebhook: {} } }, async () => {})
+  const [refused, reported]: [unknown[], unknown[]] = [[], []]
+  const hear = (message: unknown): void => { refused.push(message) }
+  subscribe('fastify-openai-webhook.refused', hear)
+  t.teardown(() => { unsubscribe('fastify-openai-webhook.refused', hear) })
+  app.openaiWebhook.onError(error => { reported.push(error) })
   const send = async (status: string, url?: string): Promise<number> => {
     const { headers, body } = sign(thin('batch.failed'))
     return (await post(app, { body, headers: { ...headers, 'x-hook': status } }, url)).statusCode
@@ -335,8 +341,15 @@ t.test('a hook that answers 2xx by itself is told of in the log, five times in t
   t.match(lines(), [{ level: 40, msg: 'the delivery was not processed', code: 'ANSWERED_BY_A_HOOK', statusCode: 202, endpoint: '/webhooks/openai' }])
   t.equal(await send('204', '/marked'), 204)
   t.match(lines(), [{ msg: 'the delivery was not processed', statusCode: 204, endpoint: '/marked' }])
-  for (const status of ['302', '403', '503']) t.equal(await send(status), Number(status))
-  t.same(lines(), [], 'OpenAI sends those again')
+  for (const status of ['302', '403', '503']) {
+    for (const [url, endpoint] of [[undefined, '/webhooks/openai'], ['/marked', '/marked']] as const) {
+      t.equal(await send(status, url), Number(status))
+      const refusal = { code: 'ANSWERED_BY_A_HOOK', statusCode: Number(status), endpoint }
+      t.match(lines(), [{ msg: 'webhook delivery refused', ...refusal }], 'OpenAI sends it again')
+      t.match(refused.splice(0), [refusal])
+      t.match(reported.splice(0), [{ code: 'ANSWERED_BY_A_HOOK', statusCode: Number(status), message: `a hook of the app has answered ${status}, so the delivery was not processed` }])
+    }
+  }
   for (let i = 0; i < 9; i++) await send('200')
   t.equal(lines().length, 4)
 })

@@ -184,7 +184,7 @@ t.test('a handler\'s name is a short string, used once', async t => {
   webhook.on('batch.failed', () => {}, { name: 'ledger' })
   t.match(await naming('ledger'), /onAny\(\): the handler name "ledger" is taken/)
   t.match(await messageOf(() => webhook.onUnhandled(() => {}, { name: 'ledger' })), /onUnhandled\(\): the handler name "ledger" is taken/)
-  for (const name of ['', 'x'.repeat(129), 7, {}, null]) t.match(await naming(name), /expected `name` to be a string of 1 to 128 characters/)
+  for (const name of ['', 'x'.repeat(129), 'a\0b', 7, {}, null]) t.match(await naming(name), /expected `name` to be a string of 1 to 128 characters/)
   t.equal(await naming('x'.repeat(128)), '')
   t.equal(await codeOf(() => webhook.onAny(() => {}, { name: 'ledger' })), 'INVALID_OPTIONS')
 })

@@ -4,11 +4,15 @@ import { main } from './main.ts'
 const interrupted = new AbortController()
 for (const name of ['SIGINT', 'SIGTERM'] as const) process.once(name, () => interrupted.abort())
 process.stdout.on('error', ({ code }: NodeJS.ErrnoException) => {
-  // The reader has closed the pipe, as `| head` does. That is not a failure of the command.
-  if (code === 'EPIPE') process.exit()
+  // The reader has closed the pipe, as `| head` does. What is sent or requeued does not depend on a reader. `listen` would never end.
+  if (code === 'EPIPE') {
+    if (process.argv[2] === 'listen') interrupted.abort()
+    return
+  }
   process.stderr.write(`openai-webhook: cannot write the output: ${code}\n`)
   process.exit(1)
 })
+process.stderr.on('error', () => {}) // `2>&1 | head` closes it too
 
 process.exitCode = await main(process.argv.slice(2), {
   out: text => { process.stdout.write(text) },

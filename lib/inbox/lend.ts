@@ -6,10 +6,11 @@ import { isPromise } from '../maybe-promise.ts'
  *
  * @param name of the handler
  * @param holds returns whether the transaction still exists
- * @returns `tx`. Its methods and those of its statements throw FST_OPENAI_WEBHOOK_TRANSACTION_OVER once the transaction has ended, by `end` or by
- * itself
+ * @param isAsync whether the client's methods return promises
+ * @returns `tx`. Its methods and those of its statements fail with FST_OPENAI_WEBHOOK_TRANSACTION_OVER once the transaction has ended, by `end` or
+ * by itself: they reject if `isAsync`, and throw otherwise
  */
-export function lend<Tx extends object> (client: Tx, name: string, holds = (): boolean => true): { tx: Tx, end: () => void } {
+export function lend<Tx extends object> (client: Tx, name: string, holds = (): boolean => true, isAsync = false): { tx: Tx, end: () => void } {
   let over = false
   const iterators: Iterator<unknown>[] = []
 
@@ -23,7 +24,7 @@ export function lend<Tx extends object> (client: Tx, name: string, holds = (): b
         if (typeof value !== 'function' || isFixed(target, property)) return value
         return (...args: unknown[]): unknown => {
           // release() does nothing, because the pool would lend the client to others in the middle of the transaction.
-          return property === 'release' ? assertLent() : call(value, owned, args)
+          return property === 'release' ? (over ? refuse() : undefined) : call(value, owned, args)
         }
       }
     })
@@ -33,15 +34,17 @@ export function lend<Tx extends object> (client: Tx, name: string, holds = (): b
     // SQLite rolls back by itself if the disk is full, and work may say ROLLBACK, or use a library that does. Each further write would be a commit of
     // its own, and be repeated by each attempt.
     over ||= !holds()
-    assertLent()
+    if (over) return refuse()
     const result: unknown = Reflect.apply(method, self, args)
     if (!isMade(result)) return result
     if (isIterator(result)) iterators.push(result)
     return lent(result)
   }
 
-  function assertLent (): undefined {
-    if (over) throw new TransactionOver(name)
+  function refuse (): Promise<never> {
+    const error = new TransactionOver(name)
+    if (isAsync) return Promise.reject(error)
+    throw error
   }
 
   return {

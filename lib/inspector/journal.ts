@@ -3,6 +3,7 @@ import type { FastifyReply, FastifyRequest } from 'fastify'
 import type { DuplicateMessage } from '../channels.ts'
 import { codeOfClass } from '../coded.ts'
 import { DeadlineExceeded, HandlerFailed } from '../errors.ts'
+import { BY_A_HOOK } from '../failures.ts'
 import { OWN_HANDLER } from '../handlers.ts'
 import type { AttemptStart, ObservedAttempt, Observer } from '../observation.ts'
 import type { Refused } from '../log.ts'
@@ -29,8 +30,6 @@ type Observable = ServerResponse & { [ENTRY]?: Entry | undefined }
 
 const DEADLINE = codeOfClass(DeadlineExceeded)
 const HANDLER_FAILED = codeOfClass(HandlerFailed)
-/** A hook of the app answered, and no step of the plugin did. */
-const BY_A_HOOK = 'ANSWERED_BY_A_HOOK'
 
 /** Keeps the last deliveries of one registration and tells which of them have changed. */
 export class Journal implements Observer {

@@ -133,15 +133,15 @@ function rejected (reason: unknown): PromiseLike<never> {
 /**
  * Makes an onSend hook, which runs after the app's hooks and keeps an error handler from turning a refusal into a success.
  *
- * @param unprocessed called when a hook of the app has answered 2xx itself
+ * @param answeredByHook called when a hook of the app has answered, and thrown no error
  */
-export function keepRefusal (unprocessed: (request: FastifyRequest, statusCode: number) => void) {
+export function keepRefusal (answeredByHook: (request: FastifyRequest, statusCode: number) => void) {
   return (request: FastifyRequest, reply: FastifyReply, payload: unknown, done: (error?: null, payload?: unknown) => void): void => {
     const progress = (request as Answerable)[PROGRESS]
     const response = isResponse(payload) ? payload : undefined
     const statusCode = response?.status ?? reply.statusCode
     if (typeof progress !== 'object') {
-      if (progress === undefined && isSuccess(statusCode)) unprocessed(request, statusCode)
+      if (progress === undefined) answeredByHook(request, statusCode)
     } else if (statusCode < 400) {
       if (response !== undefined) return done(null, new Response(response.body, { status: progress.statusCode, headers: response.headers }))
       // Not with reply.code(), which the route's own handler may also call if it is still running.

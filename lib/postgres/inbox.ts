@@ -116,7 +116,7 @@ export function postgresInbox (db?: PgPool | PgLite, options: PostgresInboxOptio
           await database.transaction(settings, async (client, query) => {
             const [record] = await query(records.insert, recordOf(name, context, retention))
             if (record === undefined) return undefined
-            const { tx, end } = lend(client, name, () => (client as Partial<PgClient>).getTransactionStatus?.() !== 'I')
+            const { tx, end } = lend(client, name, () => (client as Partial<PgClient>).getTransactionStatus?.() !== 'I', true)
             try {
               await work.call(this, tx as never, event, context)
             } finally {

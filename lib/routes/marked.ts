@@ -40,7 +40,7 @@ export function protectMarked (routes: Routes, scope: FastifyInstance, route: Ro
   // `done('')` as an error only in the last hook.
   if (route.preValidation !== undefined) route.preValidation = [assertVerified, route.preValidation].flat()
   if (route.preHandler !== undefined) route.preHandler = [assertVerified, route.preHandler].flat()
-  route.onSend = [route.onSend ?? [], keepRefusal((request, statusCode) => failures.unprocessed(endpoint.name, request, statusCode)), recordAnswer].flat()
+  route.onSend = [route.onSend ?? [], keepRefusal((request, statusCode) => failures.answeredByHook(endpoint.name, request, statusCode)), recordAnswer].flat()
   route.errorHandler = refuseErrors(route.errorHandler as RouteErrorHandler | undefined)
   route.onError = [route.onError ?? [], refusing(routes, endpoint, body)].flat()
   route.handler = deliver(routes, endpoint, dispatches ? undefined : route.handler, () => route.handler)

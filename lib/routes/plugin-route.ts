@@ -37,7 +37,7 @@ export function pluginRoute (
     const documents = scope.hasPlugin('@fastify/swagger') ? await import('./openapi.ts') : undefined
     let declared: RouteOptions | undefined
     child.addHook('onRoute', route => { declared = route })
-    const keep = keepRefusal((request, statusCode) => failures.unprocessed(endpoint.name, request, statusCode))
+    const keep = keepRefusal((request, statusCode) => failures.answeredByHook(endpoint.name, request, statusCode))
     onReady.push(declareRoute(child, scope, {
       method: 'POST',
       url,

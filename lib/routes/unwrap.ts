@@ -1,5 +1,5 @@
 import type { IncomingHttpHeaders } from 'node:http'
-import { InvalidOptions } from '../errors.ts'
+import { InvalidOptions, InvalidSecret, InvalidSignature } from '../errors.ts'
 import { assertUnwrapOptions } from '../options.ts'
 import type { EndpointOptions } from '../options.ts'
 import { toBytes } from '../pipeline/capture.ts'
@@ -15,6 +15,8 @@ export async function unwrap ({ verifications, authentication }: Routes, rawBody
   if (body === undefined) throw new InvalidOptions('unwrap(): expected the raw body as a string, a Buffer or a Uint8Array: a parsed body cannot be verified')
   const plain = toHeaders(headers)
   const verified = await verify(verification, { rawBody: body, headers: plain }, signedHeadersOf(verification, plain))
+  // Without a key nothing was compared, so the delivery may be genuine.
+  if (verified instanceof InvalidSignature && verification.keyring.keys.length === 0) throw new InvalidSecret('unwrap(): the `secret` function has failed, so there is nothing to verify with: the log and onError say why')
   if (verified instanceof Error) throw verified
   const event = validate(body, authentication.validators)
   if (event instanceof Error) throw event
@@ -23,9 +25,9 @@ export async function unwrap ({ verifications, authentication }: Routes, rawBody
 
 /** With the names in lower case. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
 function toHeaders (headers: unknown): IncomingHttpHeaders {
-  if (typeof headers !== 'object' || headers === null) throw new InvalidOptions('unwrap(): expected the headers as an object or a Headers instance')
+  if (typeof headers !== 'object' || headers === null || Array.isArray(headers)) throw new InvalidOptions('unwrap(): expected the headers as an object or a Headers instance')
   const entries: Iterable<[string, unknown]> = typeof (headers as Headers).entries === 'function'
     ? (headers as Headers).entries()
     : Object.entries(headers)
-  return Object.fromEntries([...entries].map(([name, value]) => [name.toLowerCase(), value])) as IncomingHttpHeaders
+  return Object.fromEntries([...entries].map(([name, value]) => [String(name).toLowerCase(), value])) as IncomingHttpHeaders
 }

@@ -871,6 +871,31 @@ t.test('the bin ends quietly when nobody reads on', async t => {
   }
 })
 
+t.test('what the bin sends, and its exit code, do not depend on a reader', async t => {
+  for (const begin of [(argv: string[]) => launch(t, argv, { env }), (argv: string[]) => launchSource(t, argv, env)]) {
+    let requests = 0
+    const url = await answering(t, (_request, response) => {
+      requests++
+      response.writeHead(500).end('{}')
+    })
+    const session = begin(['trigger', 'video.failed', '--count', '20', '--url', url])
+    session.hangUp()
+    t.equal(await session.ended, 1)
+    t.equal(requests, 20)
+  }
+})
+
+t.test('listen ends when nobody reads on', async t => {
+  for (const listener of [launch(t, ['listen', '--port', '0'], { env }), launchSource(t, ['listen', '--port', '0'], env)]) {
+    const { url } = await listening(listener)
+    listener.hangUp()
+    const body = JSON.stringify(thin('batch.failed'))
+    await fetch(url, { method: 'POST', headers: sign(body, { secret: SECRET }), body }).catch(() => {}) // it may end before it has answered
+    t.equal(await listener.ended, 0)
+    t.equal(listener.err, '')
+  }
+})
+
 t.test('the bin, run as a child: every failure is one line and its exit code', async t => {
   const url = await refusing(t)
   const dir = t.testdir({})

@@ -77,3 +77,12 @@ t.test('iterators that are left are ended', async t => {
   end()
   t.equal(ended, 2)
 })
+
+t.test('a client whose methods return promises rejects once the loan is over, so that what catches its rejections catches that', async t => {
+  const { tx, end } = lend({ query: async () => 'rows', release () {} }, 'settle', () => true, true)
+  t.equal(await tx.query(), 'rows')
+  t.equal(tx.release(), undefined)
+  end()
+  await t.rejects(tx.query(), OVER)
+  await t.rejects(tx.release() as never, OVER)
+})

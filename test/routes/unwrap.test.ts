@@ -243,6 +243,23 @@ t.test('what is refused, and with which code', async t => {
   }
 })
 
+t.test('a secret function that fails proves no forgery', async t => {
+  const app = await build(t)
+  await app.ready()
+  const { headers, body } = sign(EVENT)
+  const failing = {
+    'it throws': () => { throw new Error('the secret manager is down') },
+    'it rejects': async () => { throw new Error('the secret manager is down') },
+    'it returns nothing': () => undefined as never,
+    'it returns an API key': () => 'sk-proj-abc'
+  }
+  for (const [name, secret] of Object.entries(failing)) {
+    const failed = { code: 'FST_OPENAI_WEBHOOK_INVALID_SECRET', message: /the `secret` function has failed/ }
+    await t.rejects(app.openaiWebhook.unwrap(body, headers, { secret }), failed, name)
+    await t.rejects(app.openaiWebhook.unwrap(body, headers, { secret }), failed, `${name}, and is not asked again at once`)
+  }
+})
+
 t.test('arguments of the wrong type', async t => {
   const app = await build(t)
   await app.ready()
@@ -253,7 +270,7 @@ t.test('arguments of the wrong type', async t => {
     await t.rejects(app.openaiWebhook.unwrap(rawBody as unknown as string, {}), wrongBody, 'told before what the headers lack')
   }
   const wrongHeaders = { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: /expected the headers as an object or a Headers instance/ }
-  for (const value of [undefined, null, 'webhook-id: wh_1', 7]) {
+  for (const value of [undefined, null, 'webhook-id: wh_1', 7, Object.entries(headers)]) {
     await t.rejects(app.openaiWebhook.unwrap(body, value as unknown as Headers), wrongHeaders)
   }
 })
