@@ -13,15 +13,15 @@ export interface WebhookMetricsOptions {
    *
    * @default prom-client's global registry
    */
-  register?: MetricsRegistry | { readonly register: MetricsRegistry }
+  register?: MetricsRegistry | { readonly register: MetricsRegistry } | undefined
   /** The event types of your `events` option. Any type that is neither OpenAI's nor listed here is counted as `other`. */
-  eventTypes?: readonly string[]
+  eventTypes?: readonly string[] | undefined
   /**
    * Upper bounds of the buckets of `webhook_processing_duration_seconds`, in seconds and in ascending order.
    *
    * @default [0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 300]
    */
-  buckets?: readonly number[]
+  buckets?: readonly number[] | undefined
 }
 
 export interface MetricsRouteOptions {
@@ -30,7 +30,7 @@ export interface MetricsRouteOptions {
    *
    * @default '/metrics'
    */
-  path?: string
+  path?: string | undefined
 }
 
 /** A Fastify plugin with one route, which is optional: metrics are collected even if it is not registered. */

@@ -17,20 +17,20 @@ import { xOpenAISignature } from './verifiers/x-openai-signature.ts'
 
 export interface IdempotencyOptions {
   /** @default memoryStore() */
-  store?: IdempotencyStore
+  store?: IdempotencyStore | undefined
   /**
    * ms for which a claim lasts if it is not renewed. The plugin renews it while handlers run, so this is how long a delivery stays locked after
    * its process has died.
    *
    * @default 30_000
    */
-  lease?: number
+  lease?: number | undefined
   /**
    * ms for which a processed `webhook-id` is remembered. OpenAI retries for up to 72 h.
    *
    * @default 270_000_000 (75 h)
    */
-  retention?: number
+  retention?: number | undefined
   /**
    * Whether the handlers run once for what an event says of a resource (its type and the id of the resource), and not once for each
    * `webhook-id`. Applies to event types that occur at most once for a resource. Needed for `reconcile()`. Must be the same in every process
@@ -38,7 +38,7 @@ export interface IdempotencyOptions {
    *
    * @default false
    */
-  reconcile?: boolean
+  reconcile?: boolean | undefined
 }
 
 /** Options that one route, or one call of `unwrap`, may override. */
@@ -50,21 +50,21 @@ export interface EndpointOptions {
    *
    * @default process.env.OPENAI_WEBHOOK_SECRET
    */
-  secret?: Secret
+  secret?: Secret | undefined
   /**
    * Seconds by which the signed timestamp may differ from this server's clock, past and future.
    *
    * @default 300
    */
-  tolerance?: number
+  tolerance?: number | undefined
   /**
    * Maximum length of a body, in bytes. A longer body is answered 413.
    *
    * @default 65_536
    */
-  bodyLimit?: number
+  bodyLimit?: number | undefined
   /** @default standardWebhooks() */
-  verifier?: Verifier
+  verifier?: Verifier | undefined
 }
 
 /** Options that a receiving route may override. */
@@ -76,7 +76,7 @@ export interface ReceivingOptions extends EndpointOptions {
    *
    * @default 10_000
    */
-  bodyTimeout?: number
+  bodyTimeout?: number | undefined
 }
 
 export interface OpenAIWebhookOptions extends ReceivingOptions {
@@ -85,44 +85,44 @@ export interface OpenAIWebhookOptions extends ReceivingOptions {
    *
    * @default '/webhooks/openai'
    */
-  path?: string | false
+  path?: string | false | undefined
   /** Put before `path`, as for any Fastify plugin. */
   prefix?: string
   /**
    * The limits of @fastify/rate-limit for the plugin's own route, as its `config.rateLimit`; `false` if the app's limits are not to apply. The
    * limits count deliveries whose headers are valid, before any body is hashed.
    */
-  rateLimit?: RateLimit
+  rateLimit?: RateLimit | undefined
   /**
    * Schemas of additional event types, or other schemas for known types: of TypeBox 0.34 or 1.x, or with Standard Schema (Zod, Valibot,
    * ArkType). They must be synchronous. They check an event and do not change it. To type these events, merge `EventsOf` into
    * `OpenAIWebhookEvents`.
    */
-  events?: Readonly<Record<string, AnySchema>>
+  events?: Readonly<Record<string, AnySchema>> | undefined
   /**
    * How deliveries are deduplicated. With `false`, a delivery that is sent again is processed again, unless it is still running in this process:
    * then it joins that one.
    */
-  idempotency?: IdempotencyOptions | false
+  idempotency?: IdempotencyOptions | false | undefined
   /**
    * When and where handlers run.
    *
    * @default inline()
    */
-  runner?: Runner
+  runner?: Runner | undefined
   /**
    * ms after which the sender is answered 503 (`FST_OPENAI_WEBHOOK_DEADLINE`) while the handlers keep running. The retry joins them or finds
    * their result.
    *
    * @default 4_500
    */
-  deadline?: number
+  deadline?: number | undefined
   /**
    * ms for which `app.close()` waits for what is running. Then the handlers' `signal` aborts.
    *
    * @default 10_000
    */
-  closeTimeout?: number
+  closeTimeout?: number | undefined
 }
 
 /** The tenants of a route, each with its own signing secret. */
@@ -146,13 +146,13 @@ export interface TenantOptions {
    *
    * @default 300_000
    */
-  ttl?: number
+  ttl?: number | undefined
   /**
    * Maximum number of tenants whose secrets are kept. Beyond it, the tenant that was not used for the longest time is forgotten.
    *
    * @default 10_000
    */
-  max?: number
+  max?: number | undefined
 }
 
 /** A tenant's signing secret, or several while one replaces another. `undefined` and `null` mean that there is no such tenant. */
@@ -161,9 +161,9 @@ export type TenantSecret = string | readonly string[] | null | undefined
 /** `config.openaiWebhook` of a marked route. */
 export interface RouteOverrides extends ReceivingOptions {
   /** Replaces `secret` on a route that serves many tenants. */
-  tenant?: TenantOptions
+  tenant?: TenantOptions | undefined
   /** Handlers by event type or pattern. */
-  on?: RouteHandlers
+  on?: RouteHandlers | undefined
 }
 
 /** The type that @fastify/rate-limit gives to `config.rateLimit`, if that package is imported. */
@@ -175,9 +175,9 @@ export interface WebhookRouteOptions extends RouteOverrides {
   /**
    * The route's own handler, which replies once the event handlers have succeeded. If it returns nothing, the answer is 200 `{"received":true}`.
    */
-  handler?: VerifiedHandler
+  handler?: VerifiedHandler | undefined
   /** The limits of @fastify/rate-limit for this route, as its `config.rateLimit`. */
-  rateLimit?: RateLimit
+  rateLimit?: RateLimit | undefined
 }
 
 /** A route's own handler. Its requests have passed verification. */

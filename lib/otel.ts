@@ -9,7 +9,7 @@ import type { VerifiedRequest } from './request.ts'
 
 export interface WebhookTracingOptions {
   /** @default the global tracer provider, which may be registered later */
-  tracerProvider?: TracerProvider
+  tracerProvider?: TracerProvider | undefined
 }
 
 export interface WebhookTracing {

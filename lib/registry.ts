@@ -17,7 +17,7 @@ export interface HandlerOptions {
    *
    * @default its place in the order of registration
    */
-  name?: string
+  name?: string | undefined
 }
 
 export type ErrorHandler = (error: Error, info: FailureInfo) => unknown

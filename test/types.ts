@@ -440,6 +440,12 @@ export const options: OpenAIWebhookOptions[] = [
   { idempotency: { store: new ClassStore() }, runner: new KeepingRunner() }
 ]
 
+// With exactOptionalPropertyTypes too, `undefined` means the default
+
+app.register(openaiWebhook, { secret: process.env['SECRET'], tolerance: undefined, runner: undefined, idempotency: { store: memoryStore({ max: undefined }), lease: undefined } })
+app.openaiWebhook.on('batch.failed', () => {}, { name: undefined })
+app.openaiWebhook.route({ url: '/defaults', on: undefined, tenant: undefined, handler: undefined })
+
 // Dead deliveries
 
 app.openaiWebhook.onDead(delivery => {

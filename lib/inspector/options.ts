@@ -13,31 +13,31 @@ export interface InspectorOptions {
    *
    * @default '/openai-webhook'
    */
-  path?: string
+  path?: string | undefined
   /**
    * Your authentication: a hook, or several, like Fastify's `onRequest`. It admits those who may see deliveries. Without it the page is
    * served only on the loopback interface, and not at all when NODE_ENV is `production`.
    */
-  onRequest?: OnRequest | readonly OnRequest[]
+  onRequest?: OnRequest | readonly OnRequest[] | undefined
   /**
    * Whether the page may only show deliveries, and not send or requeue any. A function decides for each request; only the result `false`
    * allows actions.
    *
    * @default true where NODE_ENV is 'production', else false
    */
-  readOnly?: boolean | ((request: FastifyRequest) => boolean | Promise<boolean>)
+  readOnly?: boolean | ((request: FastifyRequest) => boolean | Promise<boolean>) | undefined
   /**
    * The number of deliveries that are kept in memory. Refused deliveries are kept apart from these, at most 200. All of them together take
    * at most 16 MB.
    *
    * @default 500
    */
-  max?: number
+  max?: number | undefined
   /**
    * Returns the headers to show, given a copy of those that arrived. The values of `authorization`, `proxy-authorization`, `cookie` and
    * `set-cookie` are always hidden, whatever this function returns.
    */
-  redact?: (headers: IncomingHttpHeaders) => IncomingHttpHeaders
+  redact?: ((headers: IncomingHttpHeaders) => IncomingHttpHeaders) | undefined
 }
 
 /** The defaults of the options. Each is repeated at its option as `@default`. */

@@ -20,37 +20,37 @@ export interface PostgresInboxOptions {
    *
    * @default 'openai_webhook_inbox'
    */
-  table?: string
+  table?: string | undefined
   /**
    * ms for which a record is kept.
    *
    * @default 2_592_000_000 (30 days)
    */
-  retention?: number
+  retention?: number | undefined
   /**
    * `false` if the table already exists, or is created by other tools with the SQL that `migration()` returns.
    *
    * @default true
    */
-  migrate?: boolean
+  migrate?: boolean | undefined
   /**
    * Maximum number of concurrent transactions of `once()`. The pool's other clients are left to the store and the app.
    *
    * @default 8
    */
-  concurrency?: number
+  concurrency?: number | undefined
   /**
    * ms that a statement of `once()` waits for a lock, such as the lock of another process that handles the same delivery.
    *
    * @default 5_000
    */
-  lockTimeout?: number
+  lockTimeout?: number | undefined
   /**
    * ms after which PostgreSQL ends a transaction of `once()` in which nothing happens.
    *
    * @default 60_000
    */
-  idleTimeout?: number
+  idleTimeout?: number | undefined
 }
 
 /** An inbox that has only `first()`, because `once()` needs connections. */

@@ -15,13 +15,13 @@ export interface PostgresStoreOptions {
    *
    * @default 'openai_webhook_deliveries'
    */
-  table?: string
+  table?: string | undefined
   /**
    * `false` if the table already exists, or is created by other tools with the SQL that `migration()` returns.
    *
    * @default true
    */
-  migrate?: boolean
+  migrate?: boolean | undefined
 }
 
 /** ms that each step may take. Less than the default deadline of 4,500 ms, so that the sender is answered 503 before the deadline. */

@@ -29,19 +29,19 @@ export interface BatchEvent {
 
 export interface BatchResultsOptions {
   /** Aborts the iteration with the signal's reason. A handler has such a signal in its context. */
-  signal?: AbortSignal
+  signal?: AbortSignal | undefined
   /**
    * ms without a byte after which reading a file is given up.
    *
    * @default 60_000
    */
-  idleTimeout?: number
+  idleTimeout?: number | undefined
   /**
    * The most bytes of one line. One line at a time is held in memory.
    *
    * @default 67_108_864 (64 MiB)
    */
-  lineLimit?: number
+  lineLimit?: number | undefined
 }
 
 const IDLE_TIMEOUT = 60_000

@@ -19,7 +19,7 @@ export interface ReconcileOptions {
    *
    * @default process.env.OPENAI_WEBHOOK_SECRET
    */
-  secret?: string
+  secret?: string | undefined
   /**
    * The start of the period whose ended resources are listed: a Date, ms since the epoch, a date as text, or how long ago, such as `3d`,
    * `12h`, `90m`. Go no further back than the receiver's `idempotency.retention`: the receiver would process again what its store has
@@ -32,24 +32,24 @@ export interface ReconcileOptions {
    *
    * @default all of them
    */
-  types?: readonly string[]
+  types?: readonly string[] | undefined
   /** The ids of the evals whose runs are listed. The API has no list of the runs of all evals. */
-  evals?: readonly string[]
+  evals?: readonly string[] | undefined
   /**
    * Whether the events are only listed, and none is delivered.
    *
    * @default false
    */
-  dryRun?: boolean
+  dryRun?: boolean | undefined
   /**
    * ms to wait for an answer of the receiver.
    *
    * @default 10_000
    */
-  timeout?: number
-  signal?: AbortSignal
+  timeout?: number | undefined
+  signal?: AbortSignal | undefined
   /** Called after each step. An error that it throws ends the run. */
-  onProgress?: (progress: ReconcileProgress) => void
+  onProgress?: ((progress: ReconcileProgress) => void) | undefined
 }
 
 export type ReconcileProgress =

@@ -12,9 +12,9 @@ export type Retrievable<Event extends EventLike> = [Problem<Event['type']>] exte
 
 export interface RetrieveOptions {
   /** Aborts the request. A handler has such a signal in its context. */
-  signal?: AbortSignal
+  signal?: AbortSignal | undefined
   /** The eval that a run belongs to. The API requires it, and events of eval runs do not contain it. */
-  evalId?: string
+  evalId?: string | undefined
 }
 
 type Options<Type extends string> = [Extract<Type, `eval.run.${string}`>] extends [never]

@@ -37,7 +37,7 @@ export class Verifications {
    * @param atBoot whether `load` calls a secret function. Otherwise it is called when a delivery needs it
    * @throws FST_OPENAI_WEBHOOK_INVALID_SECRET, FST_OPENAI_WEBHOOK_INVALID_OPTIONS for a verifier whose methods are none
    */
-  of ({ secret, tenant, verifier = this.#verifier, tolerance = this.#own.tolerance ?? DEFAULTS.tolerance }: EndpointOptions & { tenant?: TenantOptions }, atBoot: boolean): Verification {
+  of ({ secret, tenant, verifier = this.#verifier, tolerance = this.#own.tolerance ?? DEFAULTS.tolerance }: EndpointOptions & { tenant?: TenantOptions | undefined }, atBoot: boolean): Verification {
     for (const method of ['checkHeaders', 'keyBytes'] as const) assertOption('verifier', method, verifier[method], FUNCTION)
     if (tenant !== undefined) return verificationBy(verifier, NO_KEYS, tolerance)
     const source = secret === undefined ? this.#ownSource ??= this.#source(secretOf(this.#own)) : this.#source(secret)

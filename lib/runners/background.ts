@@ -11,13 +11,13 @@ export interface BackgroundOptions {
    *
    * @default 10
    */
-  concurrency?: number
+  concurrency?: number | undefined
   /**
    * Maximum number of deliveries that wait. Beyond it, the sender is answered 503 (`FST_OPENAI_WEBHOOK_OVERLOADED`).
    *
    * @default 1_000
    */
-  maxQueue?: number
+  maxQueue?: number | undefined
 }
 
 interface Waiting {

@@ -23,37 +23,37 @@ export interface BullMQOptions {
    *
    * @default Redis
    */
-  backend?: Backend
+  backend?: Backend | undefined
   /** @default 'openai-webhook' */
-  queueName?: string
+  queueName?: string | undefined
   /**
    * Whether this process runs handlers, or BullMQ's worker options: `concurrency`, `lockDuration` (ms) and `stalledInterval` (ms). The last two
    * decide how long after a crash the interrupted deliveries are attempted again.
    *
    * @default true, with a concurrency of 10 and BullMQ's 30_000 ms
    */
-  worker?: boolean | Pick<WorkerOptions, 'concurrency' | 'lockDuration' | 'stalledInterval'>
+  worker?: boolean | Pick<WorkerOptions, 'concurrency' | 'lockDuration' | 'stalledInterval'> | undefined
   /**
    * How often the handlers of a delivery are started before the job is kept as failed, which is BullMQ's dead letter.
    *
    * @default 16
    */
-  attempts?: number
+  attempts?: number | undefined
   /**
    * ms before the second attempt, or BullMQ's own backoff options. With a number, the wait doubles with each attempt, and a random part of up to
    * half is taken off.
    *
    * @default 1_000
    */
-  backoff?: number | BackoffOptions
+  backoff?: number | BackoffOptions | undefined
   /**
    * BullMQ's retention of completed jobs. While a job is kept, a delivery that is sent again is not queued again.
    *
    * @default { age: 270_000 } (seconds: 75 h)
    */
-  removeOnComplete?: KeepJobs
+  removeOnComplete?: KeepJobs | undefined
   /** BullMQ's retention of failed jobs, for a person to look at. @default kept */
-  removeOnFail?: KeepJobs
+  removeOnFail?: KeepJobs | undefined
 }
 
 /** BullMQ's `BackendFactory`. Declared here, because BullMQ 5 does not have this type. */

@@ -22,7 +22,7 @@ export interface PgBossOptions {
    *
    * @default 'openai-webhook'
    */
-  queueName?: string
+  queueName?: string | undefined
   /**
    * Whether this process runs handlers, or an object: `concurrency` is the maximum number of deliveries that run at the same time, `batchSize`
    * the maximum number that is fetched together (at most `concurrency`), and `pollingIntervalSeconds` how often pg-boss is asked for jobs that no
@@ -33,21 +33,21 @@ export interface PgBossOptions {
    *
    * @default true, with a concurrency of 10, as many in a batch, and every 2 s
    */
-  worker?: boolean | { concurrency?: number, batchSize?: number, pollingIntervalSeconds?: number }
+  worker?: boolean | { concurrency?: number, batchSize?: number, pollingIntervalSeconds?: number } | undefined
   /**
    * How often the handlers of a delivery are started before it goes to the dead letter queue. A start counts even if it ends in a crash, and
    * even if it finds the claim of the dead process still held in the store.
    *
    * @default 16
    */
-  attempts?: number
+  attempts?: number | undefined
   /**
    * ms before the second attempt, rounded up to whole seconds, because pg-boss counts in seconds. The wait doubles with each attempt, up to an
    * hour, and a random part of up to the same length is added. 0: at once.
    *
    * @default 1_000
    */
-  backoff?: number
+  backoff?: number | undefined
   /**
    * Seconds that a worker may be silent before another worker attempts its deliveries, 10 or more. Use no less than `idempotency.lease`, because
    * the next attempt may otherwise find the dead worker's claim still held. pg-boss looks for silent workers every `superviseIntervalSeconds`,
@@ -55,13 +55,13 @@ export interface PgBossOptions {
    *
    * @default 30
    */
-  heartbeatSeconds?: number
+  heartbeatSeconds?: number | undefined
   /**
    * Seconds that an attempt may take, up to 86_400.
    *
    * @default 3_600
    */
-  expireInSeconds?: number
+  expireInSeconds?: number | undefined
 }
 
 /** A delivery as pg-boss keeps it. */

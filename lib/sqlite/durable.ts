@@ -15,27 +15,27 @@ export interface DurableOptions {
    *
    * @default 10
    */
-  concurrency?: number
+  concurrency?: number | undefined
   /**
    * How often the handlers of a delivery are started before it is kept as dead. A start counts even if it ends in a crash. A crash also costs up
    * to 200 waiting deliveries one attempt each, unless `attempts` is 1.
    *
    * @default 16
    */
-  attempts?: number
+  attempts?: number | undefined
   /**
    * ms before the second attempt. The wait doubles with each attempt, up to an hour; a random part of up to half is taken off.
    *
    * @default 1_000
    */
-  backoff?: number
+  backoff?: number | undefined
   /**
    * ms for which the lease of an attempt lasts if it is not renewed. This is how long after a crash the interrupted deliveries are attempted
    * again.
    *
    * @default 30_000
    */
-  lease?: number
+  lease?: number | undefined
 }
 
 export interface DurableRunner extends Runner {

@@ -36,7 +36,7 @@ export interface SqliteInboxOptions {
    *
    * @default 2_592_000_000 (30 days)
    */
-  retention?: number
+  retention?: number | undefined
 }
 
 export interface SqliteInbox<Tx> extends Inbox<Tx> {

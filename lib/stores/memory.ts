@@ -34,7 +34,7 @@ const TICK = 100
  * @param options.max number of deliveries, up to 8,000,000; default 100,000, about 16 MB
  * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS
  */
-export function memoryStore (options: { max?: number } = {}): IdempotencyStore {
+export function memoryStore (options: { max?: number | undefined } = {}): IdempotencyStore {
   assertNames('memoryStore', options, ['max'])
   const { max = 100_000 } = options
   assertCount('memoryStore', 'max', max, 1, MOST)

@@ -7,9 +7,9 @@ import type { SignedHeaders, SignOptions } from './sign.ts'
 
 export interface DeliverOptions extends SignOptions {
   /** @default '/webhooks/openai' */
-  url?: string
+  url?: string | undefined
   /** Added to the signed headers. A header of the same name replaces the signed one. */
-  headers?: Record<string, string>
+  headers?: Record<string, string> | undefined
 }
 
 const OPTIONS = ['secret', 'webhookId', 'timestamp', 'url', 'headers'] as const

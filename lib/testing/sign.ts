@@ -7,15 +7,15 @@ export const testSecret = `whsec_${randomBytes(32).toString('base64')}`
 
 export interface SignOptions {
   /** @default testSecret */
-  secret?: string
+  secret?: string | undefined
   /** @default a new id */
-  webhookId?: string
+  webhookId?: string | undefined
   /**
    * Unix seconds.
    *
    * @default now
    */
-  timestamp?: number
+  timestamp?: number | undefined
 }
 
 export interface SignedHeaders {
