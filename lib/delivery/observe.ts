@@ -13,7 +13,7 @@ export function traceDelivery (work: Work, handlers: readonly Handler[], run: (h
   const { delivery, handler } = channels
   if (!delivery.hasSubscribers && !handler.hasSubscribers) return run(handlers)
   const { job: { webhookId, timestamp, endpoint, tenant, event, carrier }, attempt, sender } = work
-  // Copied field by field, because a spread costs 4 µs per delivery, and a queue may have added an `error` to the job.
+  // Copied field by field, because a queue may have added an `error` to the job.
   const message: DeliveryMessage = { webhookId, timestamp, endpoint, tenant, event, carrier, attempt, queued: sender === undefined, handlers: handlers.length, request: sender?.request }
   const traced = !handler.hasSubscribers
     ? handlers

@@ -159,7 +159,7 @@ export class OwnHandler {
         if (succeeded && !isWhole) return watchDestroy(this.reply.raw, () => this.#broke())
         // The answer may be that of a hook of the app while the handler still runs. It is recorded once the handler has ended, because a retry
         // must not run the handler while it still runs.
-        if (!succeeded && this.#call === 'runs') return this.answer.move({ at: 'cut off', judge: failure })
+        if (!succeeded && this.#call === 'runs') return this.answer.move({ at: 'cut off', succeeds: never })
         return this.#settleBeforeAnswer(succeeded, state.at === 'replying' && state.isOverdue)
     }
   }
@@ -186,8 +186,8 @@ export class OwnHandler {
     const { at } = answer.state
     if (codeOf(payload) === 'FST_ERR_HANDLER_TIMEOUT' && (at === 'open' || at === 'late')) return this.#timeOut(payload)
     if (at === 'late') return this.#sendLate(answer.state, payload)
-    const succeeds = isSuccessful(payload, reply.statusCode)
-    if (at === 'open') answer.move({ at: 'replying', judge: () => succeeds && isSuccess(reply.raw.statusCode), isOverdue: false })
+    const isGood = isSuccessful(payload, reply.statusCode)
+    if (at === 'open') answer.move({ at: 'replying', succeeds: () => isGood && isSuccess(reply.raw.statusCode), isOverdue: false })
     try {
       this.#sendPlainly.call(reply, payload)
     } catch (error) {
@@ -284,7 +284,7 @@ export class OwnHandler {
     const { state } = this.answer
     if (state.at === 'cut off' || (state.at === 'late' && state.failed !== undefined)) return
     if (succeeded || this.#call !== 'runs') this.#settle(succeeded, error)
-    else this.answer.move(state.at === 'late' ? { ...state, failed: { error } } : { at: 'cut off', judge: failure })
+    else this.answer.move(state.at === 'late' ? { ...state, failed: { error } } : { at: 'cut off', succeeds: never })
   }
 
   #returned (payload: unknown): void {
@@ -300,7 +300,7 @@ export class OwnHandler {
         else if (this.#isAnswered) this.#settle(false)
         return
       case 'cut off':
-        this.#settle(state.judge())
+        this.#settle(state.succeeds())
         return
       case 'open':
         if (this.#isSent) this.#wroteItself()
@@ -359,7 +359,7 @@ export class OwnHandler {
   #wroteItself (): void {
     const { raw } = this.reply
     if (this.answer.state.at !== 'open') return
-    this.answer.move({ at: 'replying', judge: () => raw.writableEnded && isSuccess(sentStatusOf(raw)), isOverdue: false })
+    this.answer.move({ at: 'replying', succeeds: () => raw.writableEnded && isSuccess(sentStatusOf(raw)), isOverdue: false })
     this.#awaitClose()
     this.handOver()
   }
@@ -375,10 +375,10 @@ export class OwnHandler {
       if (state.at !== 'replying') return
       const left = isOut(raw)
       if (left) this.statusCode = sentStatusOf(raw)
-      const judge = left ? () => isSuccess(sentStatusOf(raw)) : state.judge
+      const succeeds = left ? () => isSuccess(sentStatusOf(raw)) : state.succeeds
       const hasEnded = this.#call === 'returned' || this.#call === 'threw'
-      if (!hasEnded && !(left && judge())) this.answer.move({ at: 'cut off', judge })
-      else this.#settle((left || this.#call === 'returned') && judge())
+      if (!hasEnded && !(left && succeeds())) this.answer.move({ at: 'cut off', succeeds })
+      else this.#settle((left || this.#call === 'returned') && succeeds())
     }
     if (isClosed(raw)) closed()
     else raw.once('close', closed)
@@ -387,7 +387,7 @@ export class OwnHandler {
   /** Called when the source of the answer's stream has failed. */
   #broke (): void {
     const { state } = this.answer
-    if (state.at === 'replying') this.answer.move({ ...state, judge: failure })
+    if (state.at === 'replying') this.answer.move({ ...state, succeeds: never })
   }
 
   /** Called when the answer does not come from the own handler. @param statusCode that the handler has set so far */
@@ -422,7 +422,7 @@ function warnOnce (handler: RouteHandlerMethod, { log, routeOptions: { url } }: 
   write(log, 'warn', { url }, 'the handler of a webhook route is not async, takes reply and has returned nothing without a reply, so the delivery is acknowledged now: return reply where it replies later')
 }
 
-const failure = (): boolean => false
+const never = (): boolean => false
 
 const isText = (payload: unknown): boolean => typeof payload === 'string' || Buffer.isBuffer(payload) || payload === undefined || payload === null
 

@@ -70,7 +70,7 @@ export class Receiver {
   #answered (work: Work, verdict: Verdict): MaybePromise<void> {
     const { state } = work
     return then(state.at === 'claimed' ? this.#letGo(work, state.claim, verdict) : undefined, () => {
-      if (verdict === DUPLICATE) observeDuplicate(work.sender!, 'queued', this.observation)
+      if (verdict.outcome === 'duplicate') observeDuplicate(work.sender!, 'queued', this.observation)
       this.#tell(work, verdict)
     })
   }
@@ -79,8 +79,8 @@ export class Receiver {
   #letGo (work: Work, claim: Held, verdict: Verdict): MaybePromise<void> {
     // Moved before the release is awaited, because an attempt that takes the job from the queue meanwhile must not use this claim.
     work.move({ at: 'over', succeeded: false })
-    if (verdict === PROCESSED) this.observation.observer?.queued(work.job, work.sender!.request)
-    if (work.isKept && verdict === PROCESSED) this.works.kept.set(work.key, claim)
+    if (verdict.outcome === 'processed') this.observation.observer?.queued(work.job, work.sender!.request)
+    if (work.isKept && verdict.outcome === 'processed') this.works.kept.set(work.key, claim)
     else return this.claims.release(claim)
   }
 

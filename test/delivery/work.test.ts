@@ -49,11 +49,11 @@ t.test('a delivery changes its state in these ways and no other', async t => {
 })
 
 t.test('an answer changes its state in these ways and no other', async t => {
-  const judge = (): boolean => true
+  const succeeds = (): boolean => true
   const states: Record<AnswerState['at'], AnswerState> = {
     open: { at: 'open' },
-    replying: { at: 'replying', judge, isOverdue: false },
-    'cut off': { at: 'cut off', judge },
+    replying: { at: 'replying', succeeds, isOverdue: false },
+    'cut off': { at: 'cut off', succeeds },
     late: { at: 'late', statusCode: 200 },
     recorded: { at: 'recorded' },
     closed: { at: 'closed' }
