@@ -32,6 +32,8 @@ export type AnswerState =
     readonly at: 'late'
     /** The status that the own handler would answer with, because `reply` has the status of the refusal. */
     readonly statusCode: number
+    /** Whether the answer was sent before the own handler was called. */
+    readonly wasSent: boolean
     /** Whether an error handler has sent the refusal. */
     readonly isRefused?: boolean
     /**

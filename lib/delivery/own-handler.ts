@@ -57,8 +57,6 @@ export class OwnHandler {
   #refusal: unknown
   /** Whether `#pass` is running. The error handlers that Fastify calls send everything that is sent meanwhile. */
   #isPassing = false
-  /** Whether a hook of the app or Fastify's `handlerTimeout` had answered before the handler was called. */
-  #isAnswered = false
   /** Fulfil the promises that wait for `reply` although the response is over, such as that of an async handler that has returned `reply`. */
   readonly #waiting: Array<() => void> = []
 
@@ -81,10 +79,7 @@ export class OwnHandler {
     traceReset(reply.raw, this.request.raw)
     if (this.answer.state.at === 'late') this.#divertStatus()
     // While other handlers ran, a hook of the app or Fastify's `handlerTimeout` has answered.
-    else if (this.#isSent) {
-      this.#isAnswered = true
-      this.#becomeLate(200)
-    }
+    else if (this.#isSent) this.#becomeLate(200, true)
     let result
     let pending
     try {
@@ -297,7 +292,7 @@ export class OwnHandler {
         else if (payload !== this.reply) this.#settleUnheard(payload)
         // The handler returns a reply that was sent before the handler was called. Nothing else will show how the handler ended, so it counts as
         // failed.
-        else if (this.#isAnswered) this.#settle(false)
+        else if (state.wasSent) this.#settle(false)
         return
       case 'cut off':
         this.#settle(state.succeeds())
@@ -352,7 +347,7 @@ export class OwnHandler {
   /** Whether nothing shows yet how the handler ends, so that what it sends with `reply` will. */
   get #isAwaited (): boolean {
     const { state } = this.answer
-    if (state.at === 'late') return state.failed === undefined && state.unsure === undefined && !this.#isAnswered
+    if (state.at === 'late') return state.failed === undefined && state.unsure === undefined && !state.wasSent
     return state.at === 'open' && !this.#isSent
   }
 
@@ -391,8 +386,8 @@ export class OwnHandler {
   }
 
   /** Called when the answer does not come from the own handler. @param statusCode that the handler has set so far */
-  #becomeLate (statusCode = this.reply.statusCode): void {
-    this.answer.move({ at: 'late', statusCode })
+  #becomeLate (statusCode = this.reply.statusCode, wasSent = false): void {
+    this.answer.move({ at: 'late', statusCode, wasSent })
     this.#divertStatus()
   }
 

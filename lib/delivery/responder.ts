@@ -89,7 +89,7 @@ export class Responder implements Sender {
   /** Called when the deadline is over. */
   expired (): void {
     const refusal = this.#work?.state.at === 'claiming' ? new Unavailable() : new DeadlineExceeded()
-    if (this.#own === undefined) this.#answer.move({ at: 'late', statusCode: this.reply.statusCode })
+    if (this.#own === undefined) this.#answer.move({ at: 'late', statusCode: this.reply.statusCode, wasSent: false })
     else if (!this.#own.giveUp(refusal)) return
     this.#work?.forgetSender(this)
     this.#refuse(refusal)

@@ -54,7 +54,7 @@ t.test('an answer changes its state in these ways and no other', async t => {
     open: { at: 'open' },
     replying: { at: 'replying', succeeds, isOverdue: false },
     'cut off': { at: 'cut off', succeeds },
-    late: { at: 'late', statusCode: 200 },
+    late: { at: 'late', statusCode: 200, wasSent: false },
     recorded: { at: 'recorded' },
     closed: { at: 'closed' }
   }
