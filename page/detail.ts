@@ -89,7 +89,7 @@ function Body ({ detail, readOnly, say, ask }: { detail: Detail, readOnly: boole
     </dl>
     ${refusal !== null && refusal.code !== HANDLER_FAILED && html`
       <section class="cause">
-        <h3>${row.state === 'refused' ? 'Why it was not taken' : `Why the sender was told ${refusal.statusCode}`}</h3>
+        <h3>${row.state === 'refused' ? 'Why it was refused' : `Why the sender was told ${refusal.statusCode}`}</h3>
         <p><code>${refusal.code}</code> ${refusal.message}</p>
         ${(diagnosis ?? refusal.fix) !== null && html`<${Diagnosis} diagnosis=${diagnosis} fix=${diagnosis?.fix ?? refusal.fix} />`}
         ${refusal.error !== null && html`<${Failure} error=${refusal.error} />`}
@@ -160,7 +160,7 @@ function Buttons ({ detail, readOnly, say, ask }: { detail: Detail, readOnly: bo
         <button type="button" class="quiet" onClick=${copy('a trigger command', () => asTrigger(detail, text, location.origin))}>Copy as trigger</button>
         <button type="button" class="quiet" onClick=${copy('a test', () => asTest(detail, text))}>Copy as test</button>`}
     </div>
-    ${!readOnly && deliver.again !== null && html`<p class="hint">It is not offered to be delivered again: ${deliver.again}.</p>`}
+    ${!readOnly && deliver.again !== null && html`<p class="hint">It cannot be delivered again: ${deliver.again}.</p>`}
     ${refusal !== '' && html`<p class="fault" role="alert">${refusal} <button type="button" onClick=${async () => await requeue(true)}>By force</button></p>`}`
 }
 

@@ -20,7 +20,7 @@ export const STATES: Readonly<Record<DeliveryState, { tone: string, meaning: str
   late: { tone: 'warn', meaning: 'answered 503 by the deadline; its handlers run on' },
   processed: { tone: 'good', meaning: 'its handlers have succeeded' },
   duplicate: { tone: 'dull', meaning: 'its webhook-id has been seen' },
-  refused: { tone: 'bad', meaning: 'not taken' },
+  refused: { tone: 'bad', meaning: 'not accepted' },
   failed: { tone: 'bad', meaning: 'a handler failed' },
   dead: { tone: 'bad', meaning: 'its attempts are used up' }
 }

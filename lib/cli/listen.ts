@@ -305,7 +305,7 @@ function hintFor ({ is404, headers }: FastifyRequest, { file, trouble }: Arrival
   if (is404) return `this receiver takes POST ${path} alone`
   if (trouble !== undefined) return trouble
   if (code === 'FST_OPENAI_WEBHOOK_INVALID_SIGNATURE') {
-    return `${message!}; to see why: openai-webhook diagnose ${file ?? 'FILE, with what --save DIR keeps'}`
+    return `${message!}; to see why: npx fastify-openai-webhook diagnose ${file ?? 'FILE, with what --save DIR keeps'}`
   }
   if (code === 'FST_OPENAI_WEBHOOK_TIMESTAMP_OUT_OF_TOLERANCE') {
     const age = Math.round(Date.now() / 1000) - Number(headers['webhook-timestamp'])

@@ -54,7 +54,7 @@ export class Actions {
     const endpoint = this.#endpoint(name)
     if (endpoint === undefined) return 'this process has no such route'
     // Signing an unverified payload would pass a stranger's data to the handlers.
-    if (headers !== undefined && verifiedAt === undefined) return 'it was not verified, so nobody knows whose it is'
+    if (headers !== undefined && verifiedAt === undefined) return 'it was not verified, so anybody may have sent it'
     if (headers === undefined && (isPattern(name) || tenant !== undefined)) return 'it came out of a queue, which does not say at which URL it arrived'
     // Whoever sent it chose the URL, which is not signed.
     if (!isLiteral(url)) return 'its URL has parts that lead elsewhere, such as ".."'

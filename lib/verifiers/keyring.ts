@@ -197,7 +197,7 @@ function assertSecret (secret: unknown): asserts secret is string {
     throw new InvalidSecret(`expected a signing secret (a string), got ${inWords(secret)}`)
   }
   if (secret === '') {
-    throw new InvalidSecret('expected a signing secret, got an empty string: set OPENAI_WEBHOOK_SECRET or the `secret` option to the whsec_… value shown when the endpoint was created, or have `tenant.secret` answer that')
+    throw new InvalidSecret('expected a signing secret, got an empty string: set OPENAI_WEBHOOK_SECRET or the `secret` option to the whsec_… value that was shown when the endpoint was created (the `secret` option of a route, and what `tenant.secret` returns, may not be empty either)')
   }
   if (secret === PREFIX) throw new InvalidSecret('expected base64 after "whsec_" in the signing secret, got nothing: copy it again whole')
   if (secret.startsWith('sk-')) {

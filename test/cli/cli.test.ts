@@ -632,7 +632,7 @@ t.test('listen says why it refuses, and what to do', async t => {
   const signed = (timestamp = now, body: Buffer | string = event): Record<string, string> => sign(body, { secret: SECRET, timestamp })
 
   t.equal(await deliver(sign(event)), 401)
-  const [, file] = await listener.shows(/401 FST_OPENAI_WEBHOOK_INVALID_SIGNATURE {2}b .+\n {10}no signature matches .+; to see why: openai-webhook diagnose (\S+)\n/)
+  const [, file] = await listener.shows(/401 FST_OPENAI_WEBHOOK_INVALID_SIGNATURE {2}b .+\n {10}no signature matches .+; to see why: npx fastify-openai-webhook diagnose (\S+)\n/)
   t.equal(parseSaved(readFileSync(file!)).body.toString(), event)
 
   t.equal(await deliver(signed(now - 900)), 401)

@@ -124,7 +124,7 @@ t.test('in a browser', { skip: chromiumMissing }, async t => {
     await detail.getByText('FST_OPENAI_WEBHOOK_INVALID_SIGNATURE').waitFor()
     await detail.getByText(/a newline.*with that undone the signature matches/i).waitFor()
     await detail.getByText('What to change').waitFor()
-    t.equal(await button(page, 'Deliver again').count(), 0, 'nobody knows whose it is')
+    t.equal(await button(page, 'Deliver again').count(), 0, 'anybody may have sent it')
     t.same(await serious(page), [])
     await button(page, 'Bytes').click()
     await detail.getByText('7b 22 69 64').waitFor()
@@ -214,7 +214,7 @@ t.test('in a browser', { skip: chromiumMissing }, async t => {
     await post(app, sign(thin('batch.completed'), { secret: `whsec_${Buffer.alloc(32, 'o').toString('base64')}` }))
     await rows(page, /refused/).click()
     const detail = page.getByRole('complementary')
-    await detail.getByText('Why it was not taken').waitFor()
+    await detail.getByText('Why it was refused').waitFor()
     const text = await detail.innerText()
     t.equal(text.match(/not proved/g)?.length, 1)
     t.equal(text.match(/likel/gi)?.length, 1)
@@ -224,7 +224,7 @@ t.test('in a browser', { skip: chromiumMissing }, async t => {
     end()
     await rows(page, /processed/).click()
     await detail.getByText('Why the sender was told 503').waitFor()
-    t.equal(await detail.getByText('Why it was not taken').count(), 0)
+    t.equal(await detail.getByText('Why it was refused').count(), 0)
   })
 
   t.test('copied as curl, as a command, as a test', async t => {
