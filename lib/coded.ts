@@ -25,6 +25,9 @@ export function isCoded (error: unknown): error is Error {
   }
 }
 
+/** The code of a delivery that a hook of the app has answered without an error. Not one of ours, because no step of the plugin has refused it. */
+export const BY_A_HOOK = 'ANSWERED_BY_A_HOOK'
+
 /** Whether an error that a user's verifier has thrown may be sent as it is. */
 export function isRefusal (error: unknown): error is Error {
   try {

@@ -1,6 +1,6 @@
 import type { FastifyBaseLogger, FastifyRequest } from 'fastify'
 import { channels } from './channels.ts'
-import { codeOf, statusOf } from './coded.ts'
+import { BY_A_HOOK, codeOf, statusOf } from './coded.ts'
 import { InvalidEvent, InvalidSignature, UnknownTenant } from './errors.ts'
 import { isSuccess } from './pipeline/refusal.ts'
 import { causeOf, isHandlersFailure } from './runners/handler-failures.ts'
@@ -14,8 +14,6 @@ import type { Attempts, DeadDelivery, Job } from './runners/runner.ts'
 
 /** Maximum number of characters in a code, because a user's verifier may throw an error with any code. */
 const MAX_CODE = 256
-/** The code of a delivery that a hook of the app has answered. */
-export const BY_A_HOOK = 'ANSWERED_BY_A_HOOK'
 /** Endpoints that are warned of. */
 const MAX_FOREIGN = 100
 

@@ -2,6 +2,7 @@ import { subscribe, unsubscribe } from 'node:diagnostics_channel'
 import { once } from 'node:events'
 import { connect } from 'node:http2'
 import type { AddressInfo } from 'node:net'
+import { Readable } from 'node:stream'
 import rateLimit from '@fastify/rate-limit'
 import Fastify from 'fastify'
 import type { FastifyBaseLogger, FastifyInstance, FastifyReply, RouteHandlerMethod } from 'fastify'
@@ -352,6 +353,15 @@ t.test('a hook that answers by itself is told of: a 2xx in the log, five times i
   }
   for (let i = 0; i < 9; i++) await send('200')
   t.equal(lines().length, 4)
+})
+
+t.test('a hook\'s answer that fails is told of once', async t => {
+  const app = await build(t)
+  app.addHook('onRequest', async (_request, reply) => await reply.code(403).send(new Readable({ read () { this.destroy(new Error('disk full')) } })))
+  const reported: unknown[] = []
+  app.openaiWebhook.onError(error => { reported.push((error as { code?: unknown }).code) })
+  await post(app, sign(thin('batch.failed')))
+  t.same(reported, ['ANSWERED_BY_A_HOOK'])
 })
 
 t.test('a hook that throws nothing, so that Fastify skips verification, has the delivery refused', async t => {

@@ -104,19 +104,41 @@ export class OwnHandler {
       try {
         return this.#send(payload)
       } finally {
-        if (!this.#isAwaited) for (const fulfilled of this.#waiting.splice(0)) fulfilled()
+        this.#endWaits()
       }
     }
     reply.send = send
     // A refusal, or a sender that goes away, ends the response before the handler has replied.
     const { then } = reply
     const wait: FastifyReply['then'] = (fulfilled, rejected) => {
+      const isOfErrorHandler = isInErrorHandler(this.request)
       then.call(reply, () => {
-        if (this.#isAwaited) this.#waiting.push(fulfilled)
+        if (this.#isAwaited && !isOfErrorHandler) this.#waiting.push(fulfilled)
         else fulfilled()
       }, rejected)
     }
     reply.then = wait
+    // No event tells of what is written to a response that is over.
+    const { hijack } = reply
+    const takeOver: FastifyReply['hijack'] = () => {
+      if (isClosed(reply.raw)) setImmediate(() => { this.#wroteInVain() })
+      return hijack.call(reply)
+    }
+    reply.hijack = takeOver
+  }
+
+  /** Called when the handler has hijacked a response that is over. If it had returned the reply, nothing else shows how it ends. */
+  #wroteInVain (): void {
+    const { state } = this.answer
+    if (this.#call !== 'returned' && this.#waiting.length === 0) return
+    if (state.at === 'late') this.#settle(state.failed === undefined)
+    else this.#wroteItself()
+    this.#endWaits()
+  }
+
+  /** Fulfils, once it shows how the handler ends, what waits for that. Later, because it may throw. */
+  #endWaits (): void {
+    if (!this.#isAwaited) for (const fulfilled of this.#waiting.splice(0)) queueMicrotask(fulfilled)
   }
 
   /** Called when the deadline is over. @returns whether the plugin may answer with `refusal`: false if there is an answer already */
@@ -171,6 +193,7 @@ export class OwnHandler {
 
   #settle (succeeded: boolean, error = this.#error): MaybePromise<void> {
     this.answer.move({ at: 'recorded' })
+    this.#endWaits()
     return this.record(succeeded, error)
   }
 
@@ -201,7 +224,7 @@ export class OwnHandler {
     if (this.answer.state.at === 'open') this.#becomeLate()
     this.#refusal ??= error
     try {
-      this.#sendPlainly.call(this.reply, error)
+      this.#pass(error)
     } catch {
       // An async onError hook is running for another answer. The error is swallowed, because Fastify's timer has called `send`, and catches
       // nothing.
@@ -219,7 +242,7 @@ export class OwnHandler {
 
   /** Whether an error handler is sending this payload, or the payload is the error that error handlers are to get. */
   #isOfErrorHandlers (payload: unknown): boolean {
-    return this.#call !== 'begins' && (this.#isPassing || payload === this.#refusal || isInErrorHandler(this.request))
+    return this.#call !== 'begins' && (this.#isPassing || (payload !== undefined && payload === this.#refusal) || isInErrorHandler(this.request))
   }
 
   #sendRefusal (state: Late, payload: unknown): FastifyReply {

@@ -6,9 +6,9 @@ import { isPromise } from '../maybe-promise.ts'
  *
  * @param name of the handler
  * @param holds returns whether the transaction still exists
- * @param isAsync whether the client's methods return promises
+ * @param isAsync whether `query` returns a promise
  * @returns `tx`. Its methods and those of its statements fail with FST_OPENAI_WEBHOOK_TRANSACTION_OVER once the transaction has ended, by `end` or
- * by itself: they reject if `isAsync`, and throw otherwise
+ * by itself: `query` rejects if `isAsync`, and all others throw
  */
 export function lend<Tx extends object> (client: Tx, name: string, holds = (): boolean => true, isAsync = false): { tx: Tx, end: () => void } {
   let over = false
@@ -24,26 +24,27 @@ export function lend<Tx extends object> (client: Tx, name: string, holds = (): b
         if (typeof value !== 'function' || isFixed(target, property)) return value
         return (...args: unknown[]): unknown => {
           // release() does nothing, because the pool would lend the client to others in the middle of the transaction.
-          return property === 'release' ? (over ? refuse() : undefined) : call(value, owned, args)
+          if (property === 'release') return over ? refuse() : undefined
+          return call(value, owned, args, isAsync && property === 'query' && typeof args.at(-1) !== 'function')
         }
       }
     })
   }
 
-  function call (method: Function, self: unknown, args: unknown[]): unknown {
+  function call (method: Function, self: unknown, args: unknown[], rejects = false): unknown {
     // SQLite rolls back by itself if the disk is full, and work may say ROLLBACK, or use a library that does. Each further write would be a commit of
     // its own, and be repeated by each attempt.
     over ||= !holds()
-    if (over) return refuse()
+    if (over) return refuse(rejects)
     const result: unknown = Reflect.apply(method, self, args)
     if (!isMade(result)) return result
     if (isIterator(result)) iterators.push(result)
     return lent(result)
   }
 
-  function refuse (): Promise<never> {
+  function refuse (rejects = false): Promise<never> {
     const error = new TransactionOver(name)
-    if (isAsync) return Promise.reject(error)
+    if (rejects) return Promise.reject(error)
     throw error
   }
 

@@ -1,5 +1,5 @@
 import fastify from 'fastify'
-import { codeOfClass } from '../coded.ts'
+import { BY_A_HOOK, codeOfClass } from '../coded.ts'
 import {
   BodyTimeout, DeadlineExceeded, HandlerFailed, InProgress, InvalidBody, InvalidEvent, InvalidId, InvalidSignature, InvalidTimestamp, MissingHeader, Overloaded,
   TimestampOutOfTolerance, Unavailable, UnknownTenant, UnprotectedRoute
@@ -23,7 +23,7 @@ export const refusalCodes: readonly string[] = [
   HandlerFailed, DeadlineExceeded
 ].map(codeOfClass).concat(OVERLOADED, UNAVAILABLE)
 
-const knownCodes = new Set([...refusalCodes, ...Object.keys(fastify.errorCodes).filter(code => code.startsWith('FST_ERR_CTP_'))])
+const knownCodes = new Set([...refusalCodes, BY_A_HOOK, ...Object.keys(fastify.errorCodes).filter(code => code.startsWith('FST_ERR_CTP_'))])
 
 /** A verifier, error handler or rate limit of the user may refuse with any code. */
 export function codeLabel (code: string): string {

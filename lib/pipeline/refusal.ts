@@ -4,11 +4,11 @@ import { inContext } from '../async-context.ts'
 import { codeOf, statusOf } from '../coded.ts'
 import { isPromise } from '../maybe-promise.ts'
 
-/** Key on a request to a receiving route whose value is the progress of the answer. Absent until the delivery is verified or refused. */
+/** Key on a request to a receiving route whose value is the progress of the answer. Absent until the delivery is verified, refused or answered. */
 const PROGRESS = Symbol('openai-webhook.progress')
 
-/** `handling`: only the plugin answers. `replying`: the route's own handler may answer too. */
-type Progress = 'handling' | 'replying' | 'acknowledged' | Refusal
+/** `handling`: only the plugin answers. `replying`: the route's own handler may answer too. `answered`: a hook of the app has answered. */
+type Progress = 'handling' | 'replying' | 'acknowledged' | 'answered' | Refusal
 
 interface Refusal {
   statusCode: number
@@ -38,7 +38,7 @@ export function markHandling (request: FastifyRequest, ownHandler: boolean): voi
   (request as Answerable)[PROGRESS] = ownHandler ? 'replying' : 'handling'
 }
 
-/** Whether the delivery has been verified and given to the plugin's handler, or refused. Until then Fastify, another plugin or a hook of the app may refuse it. */
+/** Whether the delivery has been verified and given to the plugin's handler, refused, or answered by a hook. Until then Fastify, another plugin or a hook of the app may refuse it. */
 export function hasProgress (request: FastifyRequest): boolean {
   return (request as Answerable)[PROGRESS] !== undefined
 }
@@ -141,7 +141,10 @@ export function keepRefusal (answeredByHook: (request: FastifyRequest, statusCod
     const response = isResponse(payload) ? payload : undefined
     const statusCode = response?.status ?? reply.statusCode
     if (typeof progress !== 'object') {
-      if (progress === undefined) answeredByHook(request, statusCode)
+      if (progress === undefined) {
+        (request as Answerable)[PROGRESS] = 'answered'
+        answeredByHook(request, statusCode)
+      }
     } else if (statusCode < 400) {
       if (response !== undefined) return done(null, new Response(response.body, { status: progress.statusCode, headers: response.headers }))
       // Not with reply.code(), which the route's own handler may also call if it is still running.

@@ -139,6 +139,121 @@ t.test('an async one that returns or awaits the reply, and replies later, has no
   }
 })
 
+t.test('one that starts after the deadline, and replies without a payload', async t => {
+  const wait = async (): Promise<void> => { await new Promise(resolve => setImmediate(resolve)) }
+  const callback = (end: (reply: FastifyReply) => unknown): RouteHandlerMethod => (_request, reply) => {
+    setImmediate(() => { end(reply) })
+    return reply
+  }
+  const endings: Record<string, ['complete' | 'release', RouteHandlerMethod]> = {
+    'a callback, 204': ['complete', callback(reply => reply.code(204).send())],
+    'a callback, 500': ['release', callback(reply => reply.code(500).send())],
+    'a callback, a redirect': ['release', callback(reply => reply.redirect('/elsewhere'))],
+    'async, 500': ['release', async (_request, reply) => { await wait(); reply.code(500).send() }],
+    'async, 500, awaited': ['release', async (_request, reply) => { await wait(); await reply.code(500).send() }],
+    'async, 500, returned': ['release', async (_request, reply) => { await wait(); return reply.code(500).send() }]
+  }
+  for (const [name, [recorded, handler]] of Object.entries(endings)) {
+    t.test(name, async t => {
+      const over = deferred()
+      const { store, next } = watchedStore()
+      const app = await build(t, { idempotency: { store }, deadline: 20 })
+      app.openaiWebhook.route({ url: '/own', on: { 'batch.failed': async () => await over.promise }, handler })
+      await listen(app)
+      const settled = next(recorded)
+      t.equal(await outcome(app, sign(thin('batch.failed')), '/own'), '503 DEADLINE')
+      over.resolve()
+      await settled
+    })
+  }
+})
+
+t.test('whatever waits for the reply goes on, once the handler has ended late without replying', async t => {
+  for (const isError of [false, true]) {
+    const [over, side, cleaned] = [deferred(), deferred(), deferred()]
+    const { store, next } = watchedStore()
+    const app = await build(t, { idempotency: { store }, deadline: 20 })
+    app.setErrorHandler(async (_error, _request, reply) => {
+      await reply.code(503).send('refused')
+      cleaned.resolve()
+    })
+    app.post('/own', marked, async (_request, reply) => {
+      reply.then(side.resolve, () => {})
+      await over.promise
+      if (isError) throw new Error('disk full')
+      return 'own'
+    })
+    await listen(app)
+    const settled = next(isError ? 'release' : 'complete')
+    t.equal(await outcome(app, sign(thin('batch.failed')), '/own'), '503 refused')
+    await cleaned.promise // it does not wait for the handler
+    over.resolve()
+    await settled
+    await side.promise
+  }
+})
+
+t.test('a deadline whose async error handler still runs when Fastify\'s handlerTimeout fires: the handler\'s own status counts', async t => {
+  const [held, holding, timedOut, over] = [deferred(), deferred(), deferred(), deferred()]
+  const { store, next } = watchedStore()
+  const app = await build(t, { idempotency: { store }, deadline: 20 })
+  holdRefusal(app, held.promise, holding.resolve)
+  app.post('/own', { ...marked, handlerTimeout: 60 }, async request => {
+    request.signal.addEventListener('abort', () => { setImmediate(timedOut.resolve) })
+    await over.promise
+    return 'own'
+  })
+  await listen(app)
+  const delivery = sign(thin('batch.failed'))
+  const answering = outcome(app, delivery, '/own')
+  await holding.promise
+  await timedOut.promise
+  held.resolve()
+  t.match(await answering, /^503 /)
+  const completed = next('complete')
+  over.resolve()
+  await completed
+  t.equal(await outcome(app, redelivered(delivery), '/own'), DUPLICATE)
+})
+
+t.test('one that returns the reply, and hijacks it when the response is over, has answered', async t => {
+  for (const end of ['the refusal', 'a sender that goes away']) {
+    for (const isAsync of [false, true]) {
+      t.test(`${end}, ${isAsync ? 'async' : 'sync'}`, async t => {
+        const [started, closed] = [deferred(), deferred()]
+        const { store, next } = watchedStore()
+        const app = await build(t, { idempotency: { store }, ...(end === 'the refusal' && { deadline: 20 }) })
+        let runs = 0
+        const handler: RouteHandlerMethod = (_request, reply) => {
+          runs++
+          reply.raw.once('close', () => {
+            setImmediate(() => {
+              reply.hijack()
+              reply.raw.end()
+              closed.resolve()
+            })
+          })
+          started.resolve()
+          return reply
+        }
+        app.post('/own', marked, isAsync ? async function (...args) { return await handler.apply(this, args) } : handler)
+        await listen(app)
+        const delivery = sign(thin('batch.failed'))
+        const completed = next('complete')
+        const { socket } = await dial(app)
+        socket.write(head(delivery, '/own'))
+        socket.write(delivery.body)
+        await started.promise
+        if (end !== 'the refusal') socket.destroy()
+        await closed.promise
+        await completed
+        t.equal(await outcome(app, redelivered(delivery), '/own'), DUPLICATE)
+        t.equal(runs, 1)
+      })
+    }
+  }
+})
+
 t.test('one that returns the reply, and later hijacks it and writes the answer itself', async t => {
   for (const [status, recorded, retried] of [[202, 'complete', DUPLICATE], [500, 'release', '200 again']] as const) {
     for (const isAsync of [false, true]) {

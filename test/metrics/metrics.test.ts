@@ -171,6 +171,7 @@ t.test('a refusal is counted by its code, from zero; a code of somebody else\'s 
   const { register } = observe(t)
   const verifier: Verifier = ({ headers }) => { throw Object.assign(new Error('no'), { code: headers['x-code'], statusCode: 401 }) }
   const app = await build(t)
+  app.addHook('onRequest', async (request, reply) => { if (request.headers['x-hook'] !== undefined) return await reply.code(403).send() })
   app.post('/marked', { config: { openaiWebhook: { verifier } } }, () => {})
   const zeros = await scrape(register, 'webhook_refusals_total')
   t.equal(Object.keys(zeros).length, 15)
@@ -184,12 +185,14 @@ t.test('a refusal is counted by its code, from zero; a code of somebody else\'s 
   await post(app, withHeaders({ 'content-type': 'text/plain' }))
   await post(app, sign({ type: 'batch.failed' }))
   for (const code of ['ACME_1', 'ACME_2', 'FST_ERR_CTP_ACME']) await post(app, withHeaders({ 'x-code': code }), '/marked')
+  await post(app, withHeaders({ 'x-hook': '403' }))
   const refusal = (code: string): string => `webhook_refusals_total{code="${code}"}`
   t.same(await counted(register, 'webhook_refusals_total'), {
     [refusal('FST_OPENAI_WEBHOOK_MISSING_HEADER')]: 1,
     [refusal('FST_OPENAI_WEBHOOK_INVALID_SIGNATURE')]: 2,
     [refusal('FST_ERR_CTP_INVALID_MEDIA_TYPE')]: 1,
     [refusal('FST_OPENAI_WEBHOOK_INVALID_EVENT')]: 1,
+    [refusal('ANSWERED_BY_A_HOOK')]: 1,
     [refusal('other')]: 3
   })
   t.same(await scrape(register, 'webhook_events_total'), {}, 'of none of them is it known what they were')
