@@ -57,6 +57,8 @@ export class OwnHandler {
   #refusal: unknown
   /** Whether `#pass` is running. The error handlers that Fastify calls send everything that is sent meanwhile. */
   #isPassing = false
+  /** Whether the handler has hijacked the reply. */
+  #isHijacked = false
   /** Fulfil the promises that wait for `reply` although the response is over, such as that of an async handler that has returned `reply`. */
   readonly #waiting: Array<() => void> = []
 
@@ -118,22 +120,15 @@ export class OwnHandler {
       }, rejected)
     }
     reply.then = wait
-    // No event tells of what is written to a response that is over.
+    // What waits for the reply would wait for ever, because a handler that has hijacked the reply sends nothing with it.
     const { hijack } = reply
     const takeOver: FastifyReply['hijack'] = () => {
-      if (isClosed(reply.raw)) setImmediate(() => { this.#wroteInVain() })
-      return hijack.call(reply)
+      hijack.call(reply)
+      if (!isInErrorHandler(this.request) || isClosed(reply.raw)) this.#isHijacked = true
+      this.#endWaits()
+      return reply
     }
     reply.hijack = takeOver
-  }
-
-  /** Called when the handler has hijacked a response that is over. If it had returned the reply, nothing else shows how it ends. */
-  #wroteInVain (): void {
-    const { state } = this.answer
-    if (this.#call !== 'returned' && this.#waiting.length === 0) return
-    if (state.at === 'late') this.#settle(state.failed === undefined)
-    else this.#wroteItself()
-    this.#endWaits()
   }
 
   /** Fulfils, once it shows how the handler ends, what waits for that. Later, because it may throw. */
@@ -370,6 +365,7 @@ export class OwnHandler {
   /** Whether nothing shows yet how the handler ends, so that what it sends with `reply` will. */
   get #isAwaited (): boolean {
     const { state } = this.answer
+    if (this.#isHijacked) return false
     if (state.at === 'late') return state.failed === undefined && state.unsure === undefined && !state.wasSent
     return state.at === 'open' && !this.#isSent
   }

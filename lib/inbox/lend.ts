@@ -25,7 +25,7 @@ export function lend<Tx extends object> (client: Tx, name: string, holds = (): b
         return (...args: unknown[]): unknown => {
           // release() does nothing, because the pool would lend the client to others in the middle of the transaction.
           if (property === 'release') return over ? refuse() : undefined
-          return call(value, owned, args, isAsync && property === 'query' && typeof args.at(-1) !== 'function')
+          return call(value, owned, args, isAsync && property === 'query' && !isHeard(args))
         }
       }
     })
@@ -56,6 +56,12 @@ export function lend<Tx extends object> (client: Tx, name: string, holds = (): b
       for (const iterator of iterators) iterator.return?.()
     }
   }
+}
+
+/** Whether a query of `pg` tells a callback or a cursor of its end, and returns no promise. */
+function isHeard (args: unknown[]): boolean {
+  const { submit, callback } = Object(args[0]) as { submit?: unknown, callback?: unknown }
+  return [args.at(-1), submit, callback].some(each => typeof each === 'function')
 }
 
 /** Whether the property is fixed: a proxy must return the value that the target has. */

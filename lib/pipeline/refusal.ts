@@ -7,7 +7,7 @@ import { isPromise } from '../maybe-promise.ts'
 /** Key on a request to a receiving route whose value is the progress of the answer. Absent until the delivery is verified, refused or answered. */
 const PROGRESS = Symbol('openai-webhook.progress')
 
-/** `handling`: only the plugin answers. `replying`: the route's own handler may answer too. `answered`: a hook of the app has answered. */
+/** `handling`: only the plugin answers. `replying`: the route's own handler may answer too. `answered`: a hook of the app has answered other than 2xx. */
 type Progress = 'handling' | 'replying' | 'acknowledged' | 'answered' | Refusal
 
 interface Refusal {
@@ -142,7 +142,8 @@ export function keepRefusal (answeredByHook: (request: FastifyRequest, statusCod
     const statusCode = response?.status ?? reply.statusCode
     if (typeof progress !== 'object') {
       if (progress === undefined) {
-        (request as Answerable)[PROGRESS] = 'answered'
+        // After a 2xx, which is no refusal, a refusal may still have to be told of.
+        if (!isSuccess(statusCode)) (request as Answerable)[PROGRESS] = 'answered'
         answeredByHook(request, statusCode)
       }
     } else if (statusCode < 400) {

@@ -79,10 +79,10 @@ t.test('iterators that are left are ended', async t => {
 })
 
 t.test('a query that returns a promise rejects once the loan is over, so that what catches its rejections catches that; the rest throws', async t => {
-  const { tx, end } = lend({ query: async (_text: string, ..._rest: unknown[]) => 'rows', escapeLiteral: (text: string) => `'${text}'`, release () {} }, 'settle', () => true, true)
+  const { tx, end } = lend({ query: async (_query: string | object, ..._rest: unknown[]) => 'rows', escapeLiteral: (text: string) => `'${text}'`, release () {} }, 'settle', () => true, true)
   t.equal(await tx.query('SELECT 1'), 'rows')
   t.equal(tx.release(), undefined)
   end()
   await t.rejects(tx.query('SELECT 1'), OVER)
-  for (const act of [() => tx.release(), () => tx.escapeLiteral('a'), () => tx.query('SELECT 1', () => {})]) t.throws(act, OVER)
+  for (const act of [() => tx.release(), () => tx.escapeLiteral('a'), () => tx.query('SELECT 1', () => {}), () => tx.query({ text: 'SELECT 1', callback () {} }), () => tx.query({ submit () {} })]) t.throws(act, OVER)
 })
