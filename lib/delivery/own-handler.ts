@@ -124,7 +124,8 @@ export class OwnHandler {
     const { hijack } = reply
     const takeOver: FastifyReply['hijack'] = () => {
       hijack.call(reply)
-      if (!isInErrorHandler(this.request) || isClosed(reply.raw)) this.#isHijacked = true
+      // Once the refusal was sent, no error handler hijacks. A listener of 'close' has the async context of the one that has sent it.
+      if (!isInErrorHandler(this.request) || reply.raw.headersSent) this.#isHijacked = true
       this.#endWaits()
       return reply
     }
