@@ -25,6 +25,11 @@ export function isCoded (error: unknown): error is Error {
   }
 }
 
+/** Whether an error is one of ours after which a retry may succeed soon. */
+export function isTemporary (error: unknown): boolean {
+  return isCoded(error) && [409, 503].includes(statusOf(error))
+}
+
 /** The code of a delivery that a hook of the app has answered without an error. Not one of ours, because no step of the plugin has refused it. */
 export const BY_A_HOOK = 'ANSWERED_BY_A_HOOK'
 

@@ -36,14 +36,16 @@ export class Failures {
     const statusCode = statusOf(error)
     // The error of a database or gRPC client in a hook of the app may have a number as its code.
     const code = typeof given === 'string' || typeof given === 'number' ? String(given).slice(0, MAX_CODE) : 'UNKNOWN'
-    const { endpoint, webhookId } = delivery
-    if (cause === undefined) this.#refusals.write(request.log, code, statusCode, delivery, message)
-    else if (statusCode >= 500 && webhookId !== undefined) logError(request.log, cause, { code, ...logFields(delivery) }, message)
-    else if (statusCode >= 500) this.#refusals.failed(request.log, code, cause, delivery, message)
-    else if (error instanceof InvalidSignature && (cause instanceof TypeError || cause instanceof ReferenceError)) this.#refusals.failed(request.log, code, cause, { endpoint }, 'the verifier failed, and the delivery was refused', 'VERIFIER_FAILED')
-    else if (error instanceof InvalidEvent) this.#refusals.failed(request.log, code, cause, delivery, 'a schema failed, and the delivery was refused', 'SCHEMA_FAILED')
-    else if (error instanceof UnknownTenant) this.#refusals.failed(request.log, code, cause, { endpoint }, 'tenant.of failed, and the delivery was refused', 'TENANT_OF_FAILED')
-    else this.#refusals.write(request.log, code, statusCode, delivery, message)
+    const usersFault = usersFaultOf(error, cause)
+    if (cause !== undefined && statusCode >= 500) {
+      // A verified delivery is told of each time, because no stranger can cause many of them.
+      if (delivery.webhookId !== undefined) logError(request.log, cause, { code, ...logFields(delivery) }, message)
+      else this.#refusals.failed(request.log, code, cause, delivery, message)
+    } else if (usersFault !== undefined) {
+      this.#refusals.failed(request.log, code, cause, delivery, `${usersFault.what} failed, and the delivery was refused`, usersFault.code)
+    } else {
+      this.#refusals.write(request.log, code, statusCode, delivery, message)
+    }
     this.#tell(code, statusCode, error, delivery, request)
   }
 
@@ -122,6 +124,15 @@ export class Failures {
   flush (): void {
     this.#refusals.flush()
   }
+}
+
+/** What of the user's has failed, so that the delivery was refused, and the code under which such failures are counted. */
+function usersFaultOf (error: unknown, cause: unknown): { readonly what: string, readonly code: string } | undefined {
+  if (cause === undefined) return undefined
+  if (error instanceof InvalidEvent) return { what: 'a schema', code: 'SCHEMA_FAILED' }
+  if (error instanceof UnknownTenant) return { what: 'tenant.of', code: 'TENANT_OF_FAILED' }
+  // A verifier may throw any other error to say that the signature does not match.
+  if (error instanceof InvalidSignature && (cause instanceof TypeError || cause instanceof ReferenceError)) return { what: 'the verifier', code: 'VERIFIER_FAILED' }
 }
 
 function infoOf ({ endpoint, tenant, webhookId, event }: Described): FailureInfo {

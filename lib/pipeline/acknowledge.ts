@@ -20,8 +20,6 @@ export function acknowledge (reply: FastifyReply, outcome: 'processed' | 'duplic
 export function refuse (reply: FastifyReply, error: unknown): void {
   // Marked before it is sent, because a hook of the app may have replaced `send`.
   markRefused(error, reply.request, reply)
-  const { statusCode } = error as { statusCode?: number }
-  if (statusCode === 409 || statusCode === 503) retryLater(reply)
   reply.send(error)
 }
 

@@ -4,7 +4,6 @@ import fastify from 'fastify'
 import type { FastifyInstance, FastifyReply, FastifyRequest, RequestPayload } from 'fastify'
 import type { Deadline } from '../deadline.ts'
 import { BodyTimeout, Overloaded } from '../errors.ts'
-import { retryLater } from './acknowledge.ts'
 import { Gathered } from './gathered.ts'
 
 /** Called once, with the bytes or with an error. */
@@ -105,8 +104,7 @@ export function readPayload (request: FastifyRequest, payload: RequestPayload, {
  * HTTP/2 stream is reset without an error once the answer has been sent, which asks the sender to stop. HTTP/1.1 can only close the connection.
  * That happens only at the deadline, so that honest senders and the proxies in front of them keep their connection if the body arrives in time.
  */
-export function boundRefused ({ raw }: FastifyRequest, reply: FastifyReply, error: Error, { deadline }: BodyBounds): void {
-  if (error instanceof Overloaded) retryLater(reply)
+export function boundRefused ({ raw }: FastifyRequest, reply: FastifyReply, { deadline }: BodyBounds): void {
   const { stream } = raw as { stream?: Http2ServerRequest['stream'] }
   // `complete` is `undefined` on an injected request.
   if (raw.complete !== false) return

@@ -1,9 +1,8 @@
 import type { FastifyReply, FastifyRequest } from 'fastify'
 import { channels } from '../channels.ts'
-import { InvalidSignature, Overloaded, Unavailable, UnknownTenant } from '../errors.ts'
+import { InvalidSignature, UnknownTenant } from '../errors.ts'
 import type { Failures } from '../failures.ts'
 import type { Refused } from '../log.ts'
-import { retryLater } from '../pipeline/acknowledge.ts'
 import { hasProgress } from '../pipeline/refusal.ts'
 import { validate } from '../pipeline/validate.ts'
 import type { Validators } from '../pipeline/validators.ts'
@@ -61,12 +60,12 @@ export class Authentication {
   }
 
   /** Sets `request.openaiWebhook` and calls `done`, or calls `done` with the error that refuses the request. */
-  authenticate (endpoint: Endpoint, request: FastifyRequest, reply: FastifyReply, rawBody: Buffer, done: Done): void {
+  authenticate (endpoint: Endpoint, request: FastifyRequest, rawBody: Buffer, done: Done): void {
     const { observer } = this.observation
     observer?.captured(request, rawBody)
     const { name, tenants } = endpoint
     const tenant = tenants?.nameOf(request)
-    if (tenant instanceof Error) return this.#refuse(tenant, endpoint, request, reply, done)
+    if (tenant instanceof Error) return this.#refuse(tenant, endpoint, request, done)
     let verification: Verification = endpoint
     // A hook of the app that throws null makes Fastify skip the hook that reads the headers.
     const signed = (request as Admitted)[SIGNED] ?? signedHeadersOf(endpoint, request.headers)
@@ -75,12 +74,12 @@ export class Authentication {
     const settle = (verified: Verified | Error): void => {
       if (verified instanceof Error) {
         this.#explain(verified, name, verification, request, rawBody)
-        return this.#refuse(verified, endpoint, request, reply, done, { tenant })
+        return this.#refuse(verified, endpoint, request, done, { tenant })
       }
       observer?.verified(request)
       const { webhookId, timestamp, keyIndex } = verified
       const event = validate(rawBody, this.validators) as WebhookEvent | Error
-      if (event instanceof Error) return this.#refuse(event, endpoint, request, reply, done, { tenant, webhookId })
+      if (event instanceof Error) return this.#refuse(event, endpoint, request, done, { tenant, webhookId })
       request.openaiWebhook = { webhookId, timestamp, endpoint: name, ...(tenant !== undefined && { tenant }), rawBody, event }
       if (channels.verified.hasSubscribers) {
         channels.verified.publish({ endpoint: name, tenant, webhookId, timestamp, event, secretIndex: keyIndex, bodySize: rawBody.length, request: request as VerifiedRequest })
@@ -118,9 +117,8 @@ export class Authentication {
     if (!this.#told.has(error) && !hasProgress(request)) this.failures.refused(error, request.openaiWebhook ?? { endpoint: name }, request)
   }
 
-  #refuse (error: Error, endpoint: Endpoint, request: FastifyRequest, reply: FastifyReply, done: Done, known?: Known): void {
+  #refuse (error: Error, endpoint: Endpoint, request: FastifyRequest, done: Done, known?: Known): void {
     this.tell(error, endpoint, request, known)
-    if (error instanceof Unavailable || error instanceof Overloaded) retryLater(reply)
     if (!(error instanceof UnknownTenant)) return done(error)
     const answer = new InvalidSignature()
     this.#told.add(answer)

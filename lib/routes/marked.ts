@@ -87,7 +87,7 @@ function captureAndAuthenticate ({ authentication }: Routes, endpoint: Endpoint,
         closeConnection(reply)
         return refuse(error)
       }
-      authentication.authenticate(endpoint, request, reply, rawBody, error => {
+      authentication.authenticate(endpoint, request, rawBody, error => {
         if (error === undefined) done(null, replayPayload(rawBody, payload.receivedEncodedLength))
         else done(error)
       })

@@ -48,10 +48,10 @@ export function pluginRoute (
         ...(rateLimit !== undefined && { rateLimit })
       } as FastifyContextConfig,
       onRequest: admit,
-      preHandler: (request, reply, done) => {
+      preHandler: (request, _reply, done) => {
         // Fastify does not parse a request that has neither a body nor a content type.
         const rawBody = Buffer.isBuffer(request.body) ? request.body : Buffer.alloc(0)
-        authentication.authenticate(endpoint, request, reply, rawBody, error => {
+        authentication.authenticate(endpoint, request, rawBody, error => {
           if (error === undefined) request.body = (request as VerifiedRequest).openaiWebhook.event
           done(error)
         })

@@ -1,10 +1,12 @@
 import type { RouteHandlerMethod, onErrorHookHandler } from 'fastify'
+import { isTemporary } from '../coded.ts'
 import { noteError } from '../delivery/own-handler.ts'
 import { Responder } from '../delivery/responder.ts'
 import type { Receiver } from '../delivery/receive.ts'
 import type { AnySchema } from '../events/users.ts'
 import type { Failures } from '../failures.ts'
 import type { Observation } from '../observation.ts'
+import { retryLater } from '../pipeline/acknowledge.ts'
 import { markHandling, markRefused } from '../pipeline/refusal.ts'
 import { boundRefused } from '../pipeline/capture.ts'
 import type { BodyBounds } from '../pipeline/capture.ts'
@@ -60,7 +62,8 @@ export function refusing ({ authentication }: Routes, endpoint: Endpoint, body: 
     authentication.tellOfOthers(error, endpoint, request)
     noteError(request, error)
     markRefused(error, request, reply)
-    boundRefused(request, reply, error, body)
+    if (isTemporary(error)) retryLater(reply)
+    boundRefused(request, reply, body)
     done()
   }
 }
