@@ -1,17 +1,15 @@
 import fastify from 'fastify'
 import type { FastifyContextConfig, FastifyInstance, FastifyReply, FastifyRequest, RequestPayload, RouteOptions } from 'fastify'
 import { inContext } from '../async-context.ts'
-import { recordAnswer } from '../delivery/own-handler.ts'
 import { InvalidRoute } from '../errors.ts'
 import { assertOverrides } from '../options.ts'
 import { closeConnection } from '../pipeline/acknowledge.ts'
 import { readPayload, replayPayload } from '../pipeline/capture.ts'
 import type { BodyBounds } from '../pipeline/capture.ts'
-import { keepRefusal, refuseErrors } from '../pipeline/refusal.ts'
 import type { RouteErrorHandler } from '../pipeline/refusal.ts'
 import type { Endpoint } from './endpoint.ts'
 import { PROTECTED, isProtected, unverified } from './guard.ts'
-import { deliver, refusing } from './routes.ts'
+import { receiving } from './routes.ts'
 import type { Routes } from './routes.ts'
 import { assertSpelling } from './unprotected.ts'
 
@@ -23,7 +21,7 @@ export function protectMarked (routes: Routes, scope: FastifyInstance, route: Ro
   assertMarkable(route)
   assertOverrides(config)
   const { on, ...overrides } = config
-  const { authentication, bounds, endpoints, failures, registry, verifications } = routes
+  const { bounds, endpoints, registry, verifications } = routes
   const body = bounds.of(overrides, route.bodyLimit)
   const verification = verifications.of(overrides, true)
   const list = registry.listOf(on, scope)
@@ -32,18 +30,23 @@ export function protectMarked (routes: Routes, scope: FastifyInstance, route: Ro
   const endpoint = endpoints.add(route.url, verification, dispatches ? [registry.app, list] : [list], tenants)
 
   const capture = captureAndAuthenticate(routes, endpoint, body)
+  const { onRequest, onSend, onError, errorHandler, handler } = receiving(routes, endpoint, body, {
+    own: dispatches ? undefined : route.handler,
+    ownErrors: route.errorHandler as RouteErrorHandler | undefined,
+    declared: () => route.handler
+  })
   route.config = { ...route.config, [PROTECTED]: capture } as FastifyContextConfig
   route.bodyLimit = body.limit
-  route.onRequest = [authentication.admit(endpoint), route.onRequest ?? []].flat()
+  route.onRequest = [onRequest, route.onRequest ?? []].flat()
   route.preParsing = [capture, route.preParsing ?? []].flat()
   // Added only if the route has such hooks itself. Otherwise assertVerified would follow the app's last hook, and Fastify treats an odd
   // `done('')` as an error only in the last hook.
   if (route.preValidation !== undefined) route.preValidation = [assertVerified, route.preValidation].flat()
   if (route.preHandler !== undefined) route.preHandler = [assertVerified, route.preHandler].flat()
-  route.onSend = [route.onSend ?? [], keepRefusal((request, statusCode) => failures.answeredByHook(endpoint.name, request, statusCode)), recordAnswer].flat()
-  route.errorHandler = refuseErrors(route.errorHandler as RouteErrorHandler | undefined)
-  route.onError = [route.onError ?? [], refusing(routes, endpoint, body)].flat()
-  route.handler = deliver(routes, endpoint, dispatches ? undefined : route.handler, () => route.handler)
+  route.onSend = [route.onSend ?? [], onSend].flat()
+  route.onError = [route.onError ?? [], onError].flat()
+  route.errorHandler = errorHandler
+  route.handler = handler
 }
 
 /** @throws FST_OPENAI_WEBHOOK_INVALID_ROUTE */

@@ -1,13 +1,14 @@
 import type { RouteHandlerMethod, onErrorHookHandler } from 'fastify'
 import { isTemporary } from '../coded.ts'
-import { noteError } from '../delivery/own-handler.ts'
+import { noteError, recordAnswer } from '../delivery/own-handler.ts'
 import { Responder } from '../delivery/responder.ts'
 import type { Receiver } from '../delivery/receive.ts'
 import type { AnySchema } from '../events/users.ts'
 import type { Failures } from '../failures.ts'
 import type { Observation } from '../observation.ts'
 import { retryLater } from '../pipeline/acknowledge.ts'
-import { markHandling, markRefused } from '../pipeline/refusal.ts'
+import { keepRefusal, markHandling, markRefused, refuseErrors } from '../pipeline/refusal.ts'
+import type { RouteErrorHandler } from '../pipeline/refusal.ts'
 import { boundRefused } from '../pipeline/capture.ts'
 import type { BodyBounds } from '../pipeline/capture.ts'
 import type { Registry } from '../registry.ts'
@@ -38,12 +39,30 @@ export interface Routes {
   readonly marker: RouteHandlerMethod
 }
 
-/**
- * Makes the handler of a receiving route, which answers by the deadline.
- *
- * @param declared returns the current handler of the route: an onRoute hook of the app may have wrapped the one made here
- */
-export function deliver ({ receiver, deadline, failures }: Routes, { name }: Endpoint, own: RouteHandlerMethod | undefined, declared: () => unknown): RouteHandlerMethod {
+export interface OfRoute {
+  /** The route's own handler, which replies. */
+  readonly own: RouteHandlerMethod | undefined
+  /** The route's own error handler. */
+  readonly ownErrors?: RouteErrorHandler | undefined
+  /** Returns the current handler of the route: an onRoute hook of the app may have wrapped the one made here. */
+  readonly declared: () => unknown
+}
+
+/** Makes the handler and the hooks that every receiving route has, besides the hook that captures and authenticates. */
+export function receiving (routes: Routes, endpoint: Endpoint, body: BodyBounds, of: OfRoute) {
+  const { authentication, failures } = routes
+  const keep = keepRefusal((request, statusCode) => failures.answeredByHook(endpoint.name, request, statusCode))
+  return {
+    onRequest: authentication.admit(endpoint),
+    onSend: of.own === undefined ? [keep] : [keep, recordAnswer],
+    onError: refusing(routes, endpoint, body),
+    errorHandler: refuseErrors(of.ownErrors),
+    handler: deliver(routes, endpoint, of)
+  }
+}
+
+/** Makes the handler, which answers by the deadline. */
+function deliver ({ receiver, deadline, failures }: Routes, { name }: Endpoint, { own, declared }: OfRoute): RouteHandlerMethod {
   const options = { receiver, failures, own }
   const handle: RouteHandlerMethod = function (request, reply) {
     if (request.openaiWebhook === null) throw unverified(name)
@@ -56,8 +75,8 @@ export function deliver ({ receiver, deadline, failures }: Routes, { name }: End
   return handle
 }
 
-/** Makes the onError hook of a receiving route, which runs after the app's. Whoever sends the answer, it is a refusal from now on. */
-export function refusing ({ authentication }: Routes, endpoint: Endpoint, body: BodyBounds): onErrorHookHandler {
+/** Makes the onError hook, which runs after the app's. Whoever sends the answer, it is a refusal from now on. */
+function refusing ({ authentication }: Routes, endpoint: Endpoint, body: BodyBounds): onErrorHookHandler {
   return (request, reply, error, done) => {
     authentication.tellOfOthers(error, endpoint, request)
     noteError(request, error)
