@@ -12,6 +12,11 @@ export function then<T, U> (value: MaybePromise<T>, next: (value: T) => MaybePro
   return isPromise<T>(value) ? later(value, next, rethrow) : next(value)
 }
 
+/** Waits for the first, and then for the second, which must not reject while the first is waited for. */
+export function both (first: MaybePromise<void>, second: MaybePromise<void>): MaybePromise<void> {
+  return first === undefined ? second : then(first, () => second)
+}
+
 /** Like `Promise.try(work).then(next, recover)`, but synchronous if `work` does not return a promise. */
 export function after<T, U> (work: () => MaybePromise<T>, next: (value: T) => MaybePromise<U>, recover: (error: unknown) => MaybePromise<U>): MaybePromise<U> {
   let result

@@ -1,7 +1,7 @@
 import { inContext } from '../async-context.ts'
 import { Unavailable } from '../errors.ts'
 import type { Job } from '../runners/runner.ts'
-import { after, then, tryOr } from '../maybe-promise.ts'
+import { after, both, then, tryOr } from '../maybe-promise.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
 import type { Claim, IdempotencyStore } from '../stores/store.ts'
 import { resourceKeyOf } from './resource-key.ts'
@@ -158,10 +158,6 @@ export class Claims {
 
 function unavailable (cause: unknown): never {
   throw new Unavailable({ cause })
-}
-
-function both (first: MaybePromise<void>, second: MaybePromise<void>): MaybePromise<void> {
-  return first === undefined ? second : then(first, () => second)
 }
 
 /** The names of both lists, without duplicates. */

@@ -1,7 +1,7 @@
 import type { EventContext, Handler } from '../handlers.ts'
 import type { ObservedAttempt } from '../observation.ts'
 import type { HandlerFailure } from '../runners/handler-failures.ts'
-import { after, isPromise } from '../maybe-promise.ts'
+import { after, both, then } from '../maybe-promise.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
 
 /** Called when a handler has succeeded. @param isLast whether it was the last one to end, and all others have succeeded */
@@ -10,7 +10,7 @@ type Succeeded = (handler: Handler, isLast: boolean) => MaybePromise<void>
 /** Starts all handlers in order and waits for all of them. @returns the handlers that failed, with what they threw */
 export function dispatch (handlers: readonly Handler[], event: unknown, context: EventContext, succeeded: Succeeded, observed?: ObservedAttempt): MaybePromise<readonly HandlerFailure[]> {
   const failures: HandlerFailure[] = []
-  const waiting: Promise<void>[] = []
+  let allEnded: MaybePromise<void> | undefined
   let remaining = handlers.length
   for (const [index, handler] of handlers.entries()) {
     const ended = after<unknown, void>(() => handler.run(event, context), () => {
@@ -21,7 +21,7 @@ export function dispatch (handlers: readonly Handler[], event: unknown, context:
       remaining--
       failures.push({ handler: handler.name, error })
     })
-    if (isPromise<void>(ended)) waiting.push(ended)
+    allEnded = both(allEnded, ended)
   }
-  return waiting.length === 0 ? failures : Promise.all(waiting).then(() => failures)
+  return then(allEnded, () => failures)
 }
