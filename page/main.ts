@@ -198,8 +198,8 @@ function Table ({ rows, selected, hello }: { rows: readonly Row[], selected: num
     </table>`
 }
 
-/** Allows line breaks after dots and slashes, because the end of a type or an endpoint distinguishes it from others. */
-const breakable = (name: string): unknown => name.split(/(?<=[./])/).map((part, i) => i === 0 ? part : html`<wbr />${part}`)
+/** Allows line breaks after dots, slashes and underscores, because the end of a type or an endpoint distinguishes it from others. */
+const breakable = (name: string): unknown => name.split(/(?<=[./_])/).map((part, i) => i === 0 ? part : html`<wbr />${part}`)
 
 interface RowProps {
   row: Row
