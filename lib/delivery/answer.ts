@@ -32,16 +32,7 @@ export type AnswerState =
     readonly at: 'late'
     /** The status that the own handler would answer with, because `reply` has the status of the refusal. */
     readonly statusCode: number
-    /** Whether the answer was sent before the own handler was called. */
-    readonly wasSent: boolean
-    /** Whether an error handler has sent the refusal. */
-    readonly isRefused?: boolean
-    /**
-     * A payload that was sent before that, by the own handler or by an error handler that has lost the async context. `succeeded`: whether the
-     * payload was a success. `isError`: whether it was an error, which Fastify passes to the next error handler.
-     */
-    readonly unsure?: { readonly succeeded: boolean, readonly isError: boolean }
-    /** A failure that the own handler or a hook of the app has sent since then. It is recorded once the own handler has ended. */
+    /** A failure that the own handler has sent since then. It is recorded once the own handler has ended. */
     readonly failed?: { readonly error: unknown }
   }
   /** The own handler's result is recorded, or is being recorded. `release` sends an answer that still waits for the store. */

@@ -1,13 +1,14 @@
+import { Readable } from 'node:stream'
 import type { FastifyInstance, FastifyReply, FastifyRequest, RouteHandlerMethod } from 'fastify'
 import { codeOf } from '../coded.ts'
 import { HandlerFailed } from '../errors.ts'
 import { logError, write } from '../log.ts'
 import { acknowledge } from '../pipeline/acknowledge.ts'
-import { isAnswerHeld, isInErrorHandler, isRefusedByFastify, isResponse, isSuccess, markHandling, markRefused } from '../pipeline/refusal.ts'
+import { isAnswerHeld, isRefused, isResponse, isSuccess, markRefused } from '../pipeline/refusal.ts'
 import { isPromise, later } from '../maybe-promise.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
 import { isClosed, isOut, sentStatusOf, traceReset, watchDestroy } from './raw-response.ts'
-import type { AnswerState, Answer } from './answer.ts'
+import type { Answer } from './answer.ts'
 import type { RecordEnd } from './work.ts'
 
 /** Key on a request whose value is the run of its route's own handler. Absent until the own handler is started. */
@@ -38,25 +39,23 @@ export function noteError (request: FastifyRequest, error: unknown): void {
 /**
  * One run of a route's own handler, which sends the answer. If the handler returns nothing and has not replied, the delivery is acknowledged.
  * The result is recorded once: how the handler answered or, after the deadline, how it ended.
+ *
+ * The handler gets a reply of its own, which stands for the one that hooks and error handlers have. So what the handler does with it after the
+ * deadline is told apart from the refusal, and cannot reach the sender.
  */
 export class OwnHandler {
   /** The reply's status code before the handler was called. */
   readonly #givenStatus: number
-  /** `reply.send` as it was before this class replaced it. */
-  readonly #sendPlainly: FastifyReply['send']
+  /** The reply that the handler gets. */
+  readonly #lent: FastifyReply
   /**
-   * `begins`: the handler is being called, so only the handler can be sending. `runs`: the handler has returned a promise, which has not
-   * settled.
+   * `begins`: the handler is being called. `runs`: it has returned a promise, which has not settled.
    */
   #call: 'begins' | 'runs' | 'returned' | 'threw' = 'begins'
   /** The error that the handler threw, sent or returned. Fastify logs that of a stream that fails half way. */
   #error: unknown
   /** The status code of the answer, if it is not that of the deadline or of Fastify's `handlerTimeout`. */
   statusCode: number | undefined
-  /** The error of the deadline or of `handlerTimeout`. Only error handlers get it, so only an error handler can send it again. */
-  #refusal: unknown
-  /** Whether `#pass` is running. The error handlers that Fastify calls send everything that is sent meanwhile. */
-  #isPassing = false
   /** Whether the handler has hijacked the reply. */
   #isHijacked = false
   /** Fulfil the promises that wait for `reply` although the response is over, such as that of an async handler that has returned `reply`. */
@@ -71,37 +70,35 @@ export class OwnHandler {
     readonly handOver: () => void
   ) {
     this.#givenStatus = reply.statusCode
-    this.#sendPlainly = reply.send
+    this.#lent = this.#lend()
   }
 
   run (handler: RouteHandlerMethod, scope: FastifyInstance): void {
-    const reply = this.reply
-    ;(this.request as Started)[STARTED] = this
-    this.#replaceMethods()
-    traceReset(reply.raw, this.request.raw)
-    if (this.answer.state.at === 'late') this.#divertStatus()
-    // While other handlers ran, a hook of the app or Fastify's `handlerTimeout` has answered.
-    else if (this.#isSent) this.#becomeLate(200, true)
+    const { answer, request, reply } = this
+    ;(request as Started)[STARTED] = this
+    traceReset(reply.raw, request.raw)
+    // While other handlers ran, a hook of the app or Fastify's `handlerTimeout` has answered, or is answering with an error.
+    if (answer.state.at === 'open' && (this.#isSent || isRefused(request))) this.#becomeLate(200)
     let result
     let pending
     try {
-      result = handler.call(scope, this.request, reply)
+      result = handler.call(scope, request, this.#lent)
       pending = isPromise(result) // reads `result.then`, which may be a getter that throws
     } catch (error) {
       return this.#threw(error)
     }
-    if (pending && result !== (reply as unknown)) {
+    if (pending && !this.#isReply(result)) {
       this.#call = 'runs'
       later(result as Promise<unknown>, payload => this.#returned(payload), error => this.#threw(error))
       return
     }
-    if (result === undefined && handler.length > 1 && this.answer.state.at === 'open' && !this.#isSent) warnOnce(handler, this.request)
+    if (result === undefined && handler.length > 1 && answer.state.at === 'open' && !this.#isSent) warnOnce(handler, request)
     this.#returned(result)
   }
 
-  #replaceMethods (): void {
-    const { reply } = this
-    // An async onSend hook delays `reply.sent`, and this class has to know at once whether the handler has replied.
+  /** Makes the reply that the handler gets. Whatever does not show how the handler ends is done with the reply that it stands for. */
+  #lend (): FastifyReply {
+    const { answer, reply } = this
     const send = (payload: unknown): FastifyReply => {
       try {
         return this.#send(payload)
@@ -109,27 +106,48 @@ export class OwnHandler {
         this.#endWaits()
       }
     }
-    reply.send = send
+    const code = (statusCode: number): FastifyReply => {
+      const { state } = answer
+      // The refusal keeps its status.
+      if (state.at === 'late') answer.move({ ...state, statusCode })
+      else reply.code(statusCode)
+      return this.#lent
+    }
+    const hijack = (): FastifyReply => {
+      reply.hijack()
+      this.#isHijacked = true
+      // What waits for the reply would wait for ever, because a handler that has hijacked the reply sends nothing with it.
+      if (answer.state.at === 'late' && this.#call === 'returned') this.#settle(true)
+      else this.#endWaits()
+      return this.#lent
+    }
     // A refusal, or a sender that goes away, ends the response before the handler has replied.
-    const { then } = reply
-    const wait: FastifyReply['then'] = (fulfilled, rejected) => {
-      const isOfErrorHandler = isInErrorHandler(this.request)
-      then.call(reply, () => {
-        if (this.#isAwaited && !isOfErrorHandler) this.#waiting.push(fulfilled)
+    const then: FastifyReply['then'] = (fulfilled, rejected) => {
+      reply.then(() => {
+        if (this.#isAwaited) this.#waiting.push(fulfilled)
         else fulfilled()
       }, rejected)
     }
-    reply.then = wait
-    // What waits for the reply would wait for ever, because a handler that has hijacked the reply sends nothing with it.
-    const { hijack } = reply
-    const takeOver: FastifyReply['hijack'] = () => {
-      hijack.call(reply)
-      // Once the refusal was sent, no error handler hijacks. A listener of 'close' has the async context of the one that has sent it.
-      if (!isInErrorHandler(this.request) || reply.raw.headersSent) this.#isHijacked = true
-      this.#endWaits()
-      return reply
-    }
-    reply.hijack = takeOver
+    const methods: Record<PropertyKey, unknown> = { __proto__: null, send, code, status: code, hijack, then }
+    // No accessors among the methods: V8 would keep what they hold, such as the request, until a full garbage collection.
+    return new Proxy(reply, {
+      get: (target, key, lent) => {
+        const { state } = answer
+        if (key === 'sent' && state.at === 'late') return !this.#isAwaited
+        if (key === 'statusCode' && state.at === 'late') return state.statusCode
+        return key in methods ? methods[key] : Reflect.get(target, key, lent)
+      },
+      set: (target, key, value) => {
+        if (key === 'statusCode') code(value as number)
+        else if (key in methods) methods[key] = value
+        else return Reflect.set(target, key, value)
+        return true
+      }
+    })
+  }
+
+  #isReply (value: unknown): boolean {
+    return value === this.#lent || value === this.reply
   }
 
   /** Fulfils, once it shows how the handler ends, what waits for that. Later, because it may throw. */
@@ -137,22 +155,26 @@ export class OwnHandler {
     if (!this.#isAwaited) for (const fulfilled of this.#waiting.splice(0)) queueMicrotask(fulfilled)
   }
 
-  /** Called when the deadline is over. @returns whether the plugin may answer with `refusal`: false if there is an answer already */
-  giveUp (refusal: Error): boolean {
+  /** Called when the deadline is over. @returns whether the plugin may answer: false if there is an answer already */
+  giveUp (): boolean {
     const { state } = this.answer
     if (state.at === 'recorded') state.release?.()
     else if (state.at === 'replying') this.answer.move({ ...state, isOverdue: true })
     else if (state.at === 'open' && !this.#isSent) {
-      this.#becomeLate()
-      this.#refusal = refusal
+      this.#becomeLate(this.#ownStatus)
       return true
     }
     return false
   }
 
-  /** Notes an error that is about to be answered, unless it is that of the deadline or of Fastify's `handlerTimeout`. */
+  /** Notes an error that is about to be answered, unless it is that of the deadline. Fastify's `handlerTimeout` counts as a deadline: the handler keeps running. */
   note (error: unknown): void {
-    if (this.answer.state.at !== 'late' && codeOf(error) !== 'FST_ERR_HANDLER_TIMEOUT') this.#error ??= error
+    const { at } = this.answer.state
+    if (codeOf(error) !== HANDLER_TIMEOUT) {
+      if (at !== 'late') this.#error ??= error
+    } else if (at === 'open') {
+      this.#becomeLate(this.#ownStatus)
+    }
   }
 
   /**
@@ -193,17 +215,15 @@ export class OwnHandler {
     return this.record(succeeded, error)
   }
 
-  /** Replaces `reply.send`. */
+  /** Sends with the reply, or records what no sender gets, because it shows how the handler ended. */
   #send (payload: unknown): FastifyReply {
-    const answer = this.answer
-    const reply = this.reply
+    const { answer, reply } = this
     const { at } = answer.state
-    if (codeOf(payload) === 'FST_ERR_HANDLER_TIMEOUT' && (at === 'open' || at === 'late')) return this.#timeOut(payload)
-    if (at === 'late') return this.#sendLate(answer.state, payload)
+    if (at === 'late') return this.#settleUnheard(payload)
     const isGood = isSuccessful(payload, reply.statusCode)
     if (at === 'open') answer.move({ at: 'replying', succeeds: () => isGood && isSuccess(reply.raw.statusCode), isOverdue: false })
     try {
-      this.#sendPlainly.call(reply, payload)
+      reply.send(payload)
     } catch (error) {
       if ((at === 'open' || at === 'cut off') && isAnswerHeld(error)) return this.#settleUnheard(payload)
       // A serializer of the app has thrown, so nothing is being sent.
@@ -212,82 +232,14 @@ export class OwnHandler {
     }
     // If `recordAnswer` does not record the answer, because it is a stream or another onSend hook has failed, the response's close does.
     if (at === 'open') this.#awaitClose()
-    return reply
+    return this.#lent
   }
 
-  /** Treats Fastify's `handlerTimeout` as a deadline: the handler keeps running. */
-  #timeOut (error: unknown): FastifyReply {
-    if (this.answer.state.at === 'open') this.#becomeLate()
-    this.#refusal ??= error
-    try {
-      this.#pass(error)
-    } catch {
-      // An async onError hook is running for another answer. The error is swallowed, because Fastify's timer has called `send`, and catches
-      // nothing.
-    }
-    return this.reply
-  }
-
-  /**
-   * Handles what is sent after the deadline. The first payload is the sender's answer, as a refusal. A payload of the own handler is recorded.
-   */
-  #sendLate (state: Late, payload: unknown): FastifyReply {
-    if (this.#isOfErrorHandlers(payload)) return this.#sendRefusal(state, payload)
-    return this.#isOwn(state) ? this.#settleUnheard(payload) : this.#sendUnsure(state, payload)
-  }
-
-  /** Whether an error handler is sending this payload, or the payload is the error that error handlers are to get. */
-  #isOfErrorHandlers (payload: unknown): boolean {
-    return this.#call !== 'begins' && (this.#isPassing || (payload !== undefined && payload === this.#refusal) || isInErrorHandler(this.request))
-  }
-
-  #sendRefusal (state: Late, payload: unknown): FastifyReply {
-    // An error handler is sending now, so the earlier payload came from the own handler.
-    if (state.unsure !== undefined && !this.#isPassing) this.#settleOnce(state.unsure.succeeded)
-    else if (!(payload instanceof Error)) this.answer.move({ ...state, isRefused: true })
-    return this.#pass(payload)
-  }
-
-  /**
-   * Whether a payload that no known error handler sends certainly comes from the own handler: either the own handler is being called, or the
-   * error handlers have nothing left to send, because an answer has been sent already.
-   */
-  #isOwn ({ isRefused, unsure }: Late): boolean {
-    return this.#call === 'begins' || isRefused === true || isRefusedByFastify(this.request) || this.reply.sent || unsure?.isError === false
-  }
-
-  /**
-   * Sends a payload of the own handler, or of an error handler that has lost the async context. Only what follows shows which of the two has
-   * sent it.
-   */
-  #sendUnsure (state: Late, payload: unknown): FastifyReply {
-    const succeeded = state.unsure?.succeeded !== false && isSuccessful(payload, state.statusCode)
-    this.answer.move({ ...state, unsure: { succeeded, isError: payload instanceof Error } })
-    try {
-      return this.#pass(payload)
-    } catch (error) {
-      if (!isAnswerHeld(error)) throw error
-      this.answer.move(state)
-      return this.#settleUnheard(payload)
-    }
-  }
-
-  #pass (payload: unknown): FastifyReply {
-    const outer = this.#isPassing
-    this.#isPassing = true
-    try {
-      return this.#sendPlainly.call(this.reply, payload)
-    } finally {
-      this.#isPassing = outer
-    }
-  }
-
-  /** Records a reply that no sender gets, because the reply shows how the handler ended. */
   #settleUnheard (payload: unknown): FastifyReply {
     const { state } = this.answer
-    const late = state.at === 'late' ? state : undefined
-    this.#settleOnce(late?.unsure?.succeeded !== false && isSuccessful(payload, late?.statusCode ?? this.#ownStatus), payload instanceof Error ? payload : undefined)
-    return this.reply
+    discard(payload)
+    this.#settleOnce(isSuccessful(payload, state.at === 'late' ? state.statusCode : this.#ownStatus), payload instanceof Error ? payload : undefined)
+    return this.#lent
   }
 
   /**
@@ -307,26 +259,23 @@ export class OwnHandler {
     switch (state.at) {
       case 'late':
         if (state.failed !== undefined) this.#settle(false, state.failed.error)
-        else if (payload === undefined) this.#settle(state.unsure?.succeeded !== false)
-        else if (payload !== this.reply) this.#settleUnheard(payload)
-        // The handler returns a reply that was sent before the handler was called. Nothing else will show how the handler ended, so it counts as
-        // failed.
-        else if (state.wasSent) this.#settle(false)
+        else if (payload === undefined || this.#isHijacked) this.#settle(true)
+        else if (!this.#isReply(payload)) this.#settleUnheard(payload)
         return
       case 'cut off':
         this.#settle(state.succeeds())
         return
       case 'open':
         if (this.#isSent) this.#wroteItself()
-        else if (payload !== this.reply) this.#answerWith(payload)
+        else if (!this.#isReply(payload)) this.#answerWith(payload)
         else this.reply.raw.once('close', () => { if (this.#isSent) this.#wroteItself() })
     }
   }
 
   #answerWith (payload: unknown): void {
     try {
-      if (payload === undefined) acknowledge(this.reply, 'processed')
-      else this.reply.send(payload)
+      if (payload === undefined) acknowledge(this.#lent, 'processed')
+      else this.#lent.send(payload)
     } catch (error) {
       this.#threw(error) // thrown by a serializer of the app
     }
@@ -339,10 +288,9 @@ export class OwnHandler {
       this.#settle(false, error)
     } else if (at === 'open' && !this.reply.sent) {
       this.#error = error
-      markHandling(this.request, false)
       const shown = isMeant(error) ? error : new HandlerFailed({ cause: new AggregateError([error], 'the route\'s handler failed') })
       markRefused(shown, this.request, this.reply)
-      this.reply.send(shown)
+      this.#lent.send(shown)
     } else {
       logError(this.request.log, error, {}, 'a webhook route\'s handler failed after the answer')
       if (at === 'cut off') this.#settle(false)
@@ -367,8 +315,7 @@ export class OwnHandler {
   get #isAwaited (): boolean {
     const { state } = this.answer
     if (this.#isHijacked) return false
-    if (state.at === 'late') return state.failed === undefined && state.unsure === undefined && !state.wasSent
-    return state.at === 'open' && !this.#isSent
+    return state.at === 'late' ? state.failed === undefined : state.at === 'open' && !this.#isSent
   }
 
   #wroteItself (): void {
@@ -406,25 +353,20 @@ export class OwnHandler {
   }
 
   /** Called when the answer does not come from the own handler. @param statusCode that the handler has set so far */
-  #becomeLate (statusCode = this.reply.statusCode, wasSent = false): void {
-    this.answer.move({ at: 'late', statusCode, wasSent })
-    this.#divertStatus()
-  }
-
-  /**
-   * Keeps the handler from changing the status of a refusal that was sent. The status that the handler sets is noted instead, because it shows
-   * how the handler ended.
-   */
-  #divertStatus (): void {
-    const reply = this.reply
-    const { code } = reply
-    const divert = (statusCode: number): FastifyReply => {
-      const { state } = this.answer
-      if (state.at !== 'late' || this.#isPassing || isInErrorHandler(this.request)) return reply.sent ? reply : code.call(reply, statusCode)
-      this.answer.move({ ...state, statusCode })
-      return reply.sent || state.isRefused === true || isRefusedByFastify(this.request) ? reply : code.call(reply, statusCode)
+  #becomeLate (statusCode: number): void {
+    this.answer.move({ at: 'late', statusCode })
+    // Fastify's timer catches nothing, and `send` throws while an async onError hook holds the refusal.
+    const { reply } = this
+    const { send } = reply
+    const guarded = (payload: unknown): FastifyReply => {
+      try {
+        return send.call(reply, payload)
+      } catch (error) {
+        if (codeOf(payload) === HANDLER_TIMEOUT && isAnswerHeld(error)) return reply
+        throw error
+      }
     }
-    reply.code = reply.status = divert
+    reply.send = guarded
   }
 }
 
@@ -437,6 +379,9 @@ function warnOnce (handler: RouteHandlerMethod, { log, routeOptions: { url } }: 
   write(log, 'warn', { url }, 'the handler of a webhook route is not async, takes reply and has returned nothing without a reply, so the delivery is acknowledged now: return reply where it replies later')
 }
 
+/** The code of the error that Fastify sends when a route's `handlerTimeout` is over. */
+const HANDLER_TIMEOUT = 'FST_ERR_HANDLER_TIMEOUT'
+
 const never = (): boolean => false
 
 const isText = (payload: unknown): boolean => typeof payload === 'string' || Buffer.isBuffer(payload) || payload === undefined || payload === null
@@ -447,7 +392,12 @@ function isSuccessful (payload: unknown, statusCode: number): boolean {
   return isSuccess(isResponse(payload) ? payload.status : statusCode)
 }
 
-type Late = Extract<AnswerState, { at: 'late' }>
+/** Closes a stream that nobody reads. */
+function discard (payload: unknown): void {
+  if (!(payload instanceof Readable)) return
+  payload.on('error', () => {})
+  payload.destroy()
+}
 
 /**
  * Whether a thrown error is meant as the answer, because it has a `statusCode`. Any other error is a failure, and the sender must not read its

@@ -66,8 +66,7 @@ export class Responder implements Sender {
     return new Promise((resolve, reject) => {
       this.#onHandedOver = resolve
       if (this.reply.raw.headersSent) resolve()
-      // Not with the reply's own `then`, which waits for the own handler.
-      else (Object.getPrototypeOf(this.reply) as FastifyReply).then.call(this.reply, resolve, reject)
+      else this.reply.then(resolve, reject)
     })
   }
 
@@ -89,8 +88,8 @@ export class Responder implements Sender {
   /** Called when the deadline is over. */
   expired (): void {
     const refusal = this.#work?.state.at === 'claiming' ? new Unavailable() : new DeadlineExceeded()
-    if (this.#own === undefined) this.#answer.move({ at: 'late', statusCode: this.reply.statusCode, wasSent: false })
-    else if (!this.#own.giveUp(refusal)) return
+    if (this.#own === undefined) this.#answer.move({ at: 'late', statusCode: 200 })
+    else if (!this.#own.giveUp()) return
     this.#work?.forgetSender(this)
     this.#refuse(refusal)
   }

@@ -1,41 +1,23 @@
-import { AsyncLocalStorage } from 'node:async_hooks'
 import type { FastifyReply, FastifyRequest } from 'fastify'
-import { inContext } from '../async-context.ts'
 import { codeOf, statusOf } from '../coded.ts'
-import { isPromise } from '../maybe-promise.ts'
 
 /** Key on a request to a receiving route whose value is the progress of the answer. Absent until the delivery is verified, refused or answered. */
 const PROGRESS = Symbol('openai-webhook.progress')
 
-/** `handling`: only the plugin answers. `replying`: the route's own handler may answer too. `answered`: a hook of the app has answered other than 2xx. */
-type Progress = 'handling' | 'replying' | 'acknowledged' | 'answered' | Refusal
+/** `handling`: the plugin answers. `answered`: a hook of the app has answered other than 2xx. */
+type Progress = 'handling' | 'acknowledged' | 'answered' | Refusal
 
 interface Refusal {
   statusCode: number
-  /** Whether the error went to Fastify's default error handler, which answers at once. */
-  isByFastify: boolean
-  /** Whether the route's own handler may also send an answer. */
-  readonly isReplying: boolean
 }
 
 type Answerable = FastifyRequest & { [PROGRESS]?: Progress }
 
 export type RouteErrorHandler = (error: unknown, request: FastifyRequest, reply: FastifyReply) => unknown
 
-/**
- * The request whose error handler is running: whatever is sent in this context is sent by that error handler. Entered only if the route's own
- * handler may also send an answer, because the context makes every promise cost more. Holds the request weakly, because timers keep the context
- * in which they were set, such as the timer of node:http for its Date header.
- */
-const errorHandlers = new AsyncLocalStorage<WeakRef<FastifyRequest>>()
-
-/**
- * Records that the delivery has been verified, and that the plugin answers from now on.
- *
- * @param ownHandler whether the route's own handler may answer too
- */
-export function markHandling (request: FastifyRequest, ownHandler: boolean): void {
-  (request as Answerable)[PROGRESS] = ownHandler ? 'replying' : 'handling'
+/** Records that the delivery has been verified, and that the plugin answers from now on. */
+export function markHandling (request: FastifyRequest): void {
+  (request as Answerable)[PROGRESS] = 'handling'
 }
 
 /** Whether the delivery has been verified and given to the plugin's handler, refused, or answered by a hook. Until then Fastify, another plugin or a hook of the app may refuse it. */
@@ -50,19 +32,16 @@ export function markAcknowledged (request: FastifyRequest): void {
 /**
  * Records that the delivery is refused, whoever sends the answer, so that nothing the app does with the error can turn it into a success. Does
  * nothing after an acknowledgement: an onSend hook that fails then does not undo what the handlers have done.
- *
- * @param isByFastify whether the error went to Fastify's default error handler
  */
-export function markRefused (error: unknown, request: Answerable, { raw }: FastifyReply, isByFastify = false): void {
+export function markRefused (error: unknown, request: Answerable, { raw }: FastifyReply): void {
   const progress = request[PROGRESS]
   if (progress === 'acknowledged') return
   const statusCode = statusOf(error)
   if (typeof progress === 'object') {
     progress.statusCode = statusCode
-    progress.isByFastify = isByFastify
     return
   }
-  const refusal: Refusal = { statusCode, isByFastify, isReplying: progress === 'replying' }
+  const refusal: Refusal = { statusCode }
   request[PROGRESS] = refusal
   // `keepRefusal` alone is not enough: if an onSend hook throws undefined, Fastify skips the onSend hooks after it.
   const writeHead = raw.writeHead as (statusCode: number, ...rest: unknown[]) => typeof raw
@@ -79,43 +58,14 @@ export function markRefused (error: unknown, request: Answerable, { raw }: Fasti
  */
 export function refuseErrors (own: RouteErrorHandler | undefined): RouteErrorHandler {
   return (error, request, reply) => {
-    markRefused(error, request, reply, own === undefined && hasNoErrorHandler(request))
-    const progress = (request as Answerable)[PROGRESS]
-    const answer = (): unknown => own === undefined ? passOn(error, reply) : own(error, request, reply)
-    return typeof progress === 'object' && progress.isReplying ? inErrorHandlers(answer, request, reply) : answer()
+    markRefused(error, request, reply)
+    return own === undefined ? passOn(error, reply) : own(error, request, reply)
   }
 }
 
-/**
- * Calls an error handler as Fastify does, but within `errorHandlers`, so that its answer can be distinguished from an answer of the route's own
- * handler.
- */
-function inErrorHandlers (answer: () => unknown, request: FastifyRequest, reply: FastifyReply): unknown {
-  return errorHandlers.run(new WeakRef(request), () => {
-    try {
-      const result = answer()
-      if (isPromise<unknown>(result)) return { then: inContext(result.then.bind(result)) }
-      if (result !== undefined) reply.send(result)
-    } catch (thrown) {
-      reply.send(thrown)
-    }
-  })
-}
-
-/** Whether the refusal went to Fastify's default error handler. It is then being sent, whatever hooks do with it. */
-export function isRefusedByFastify (request: FastifyRequest): boolean {
-  const progress = (request as Answerable)[PROGRESS]
-  return typeof progress === 'object' && progress.isByFastify
-}
-
-/** Checks the name, because Fastify does not export its default error handler. If the name changes, the handler counts as one of the app's. */
-function hasNoErrorHandler ({ server }: FastifyRequest): boolean {
-  return server.errorHandler.name === 'defaultErrorHandler'
-}
-
-/** Whether an error handler is sending now. An error handler that has lost the async context is not recognised. */
-export function isInErrorHandler (request: FastifyRequest): boolean {
-  return errorHandlers.getStore()?.deref() === request
+/** Whether the delivery is being refused, or was. */
+export function isRefused (request: FastifyRequest): boolean {
+  return typeof (request as Answerable)[PROGRESS] === 'object'
 }
 
 /** Has Fastify call the next error handler. */

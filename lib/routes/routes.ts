@@ -66,7 +66,7 @@ function deliver ({ receiver, deadline, failures }: Routes, { name }: Endpoint, 
   const options = { receiver, failures, own }
   const handle: RouteHandlerMethod = function (request, reply) {
     if (request.openaiWebhook === null) throw unverified(name)
-    markHandling(request, own !== undefined)
+    markHandling(request)
     const responder = new Responder(request as VerifiedRequest, reply, options, this)
     responder.run(Math.max(0, deadline - waitOf(request)))
     // If an async function wraps this handler and gets no promise from it, Fastify sends an empty answer at once.

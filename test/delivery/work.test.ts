@@ -54,7 +54,7 @@ t.test('an answer changes its state in these ways and no other', async t => {
     open: { at: 'open' },
     replying: { at: 'replying', succeeds, isOverdue: false },
     'cut off': { at: 'cut off', succeeds },
-    late: { at: 'late', statusCode: 200, wasSent: false },
+    late: { at: 'late', statusCode: 200 },
     recorded: { at: 'recorded' },
     closed: { at: 'closed' }
   }
