@@ -47,7 +47,7 @@ export class OwnHandler {
   /** The reply's status code before the handler was called. */
   readonly #givenStatus: number
   /** The reply that the handler gets. */
-  readonly #lent: FastifyReply
+  readonly #ownReply: FastifyReply
   /**
    * `begins`: the handler is being called. `runs`: it has returned a promise, which has not settled.
    */
@@ -70,7 +70,7 @@ export class OwnHandler {
     readonly handOver: () => void
   ) {
     this.#givenStatus = reply.statusCode
-    this.#lent = this.#lend()
+    this.#ownReply = this.#makeReply()
   }
 
   run (handler: RouteHandlerMethod, scope: FastifyInstance): void {
@@ -82,7 +82,7 @@ export class OwnHandler {
     let result
     let pending
     try {
-      result = handler.call(scope, request, this.#lent)
+      result = handler.call(scope, request, this.#ownReply)
       pending = isPromise(result) // reads `result.then`, which may be a getter that throws
     } catch (error) {
       return this.#threw(error)
@@ -97,7 +97,7 @@ export class OwnHandler {
   }
 
   /** Makes the reply that the handler gets. Whatever does not show how the handler ends is done with the reply that it stands for. */
-  #lend (): FastifyReply {
+  #makeReply (): FastifyReply {
     const { answer, reply } = this
     const send = (payload: unknown): FastifyReply => {
       try {
@@ -109,9 +109,9 @@ export class OwnHandler {
     const code = (statusCode: number): FastifyReply => {
       const { state } = answer
       // The refusal keeps its status.
-      if (state.at === 'late') answer.move({ ...state, statusCode })
+      if (state.at === 'late') answer.move({ ...state, statusCode: Number(statusCode) })
       else reply.code(statusCode)
-      return this.#lent
+      return this.#ownReply
     }
     const hijack = (): FastifyReply => {
       reply.hijack()
@@ -119,7 +119,7 @@ export class OwnHandler {
       // What waits for the reply would wait for ever, because a handler that has hijacked the reply sends nothing with it.
       if (answer.state.at === 'late' && this.#call === 'returned') this.#settle(true)
       else this.#endWaits()
-      return this.#lent
+      return this.#ownReply
     }
     // A refusal, or a sender that goes away, ends the response before the handler has replied.
     const then: FastifyReply['then'] = (fulfilled, rejected) => {
@@ -131,11 +131,11 @@ export class OwnHandler {
     const methods: Record<PropertyKey, unknown> = { __proto__: null, send, code, status: code, hijack, then }
     // No accessors among the methods: V8 would keep what they hold, such as the request, until a full garbage collection.
     return new Proxy(reply, {
-      get: (target, key, lent) => {
+      get: (target, key, receiver) => {
         const { state } = answer
         if (key === 'sent' && state.at === 'late') return !this.#isAwaited
         if (key === 'statusCode' && state.at === 'late') return state.statusCode
-        return key in methods ? methods[key] : Reflect.get(target, key, lent)
+        return key in methods ? methods[key] : Reflect.get(target, key, receiver)
       },
       set: (target, key, value) => {
         if (key === 'statusCode') code(value as number)
@@ -147,7 +147,7 @@ export class OwnHandler {
   }
 
   #isReply (value: unknown): boolean {
-    return value === this.#lent || value === this.reply
+    return value === this.#ownReply || value === this.reply
   }
 
   /** Fulfils, once it shows how the handler ends, what waits for that. Later, because it may throw. */
@@ -232,14 +232,14 @@ export class OwnHandler {
     }
     // If `recordAnswer` does not record the answer, because it is a stream or another onSend hook has failed, the response's close does.
     if (at === 'open') this.#awaitClose()
-    return this.#lent
+    return this.#ownReply
   }
 
   #settleUnheard (payload: unknown): FastifyReply {
     const { state } = this.answer
     discard(payload)
     this.#settleOnce(isSuccessful(payload, state.at === 'late' ? state.statusCode : this.#ownStatus), payload instanceof Error ? payload : undefined)
-    return this.#lent
+    return this.#ownReply
   }
 
   /**
@@ -274,8 +274,8 @@ export class OwnHandler {
 
   #answerWith (payload: unknown): void {
     try {
-      if (payload === undefined) acknowledge(this.#lent, 'processed')
-      else this.#lent.send(payload)
+      if (payload === undefined) acknowledge(this.#ownReply, 'processed')
+      else this.#ownReply.send(payload)
     } catch (error) {
       this.#threw(error) // thrown by a serializer of the app
     }
@@ -290,7 +290,7 @@ export class OwnHandler {
       this.#error = error
       const shown = isMeant(error) ? error : new HandlerFailed({ cause: new AggregateError([error], 'the route\'s handler failed') })
       markRefused(shown, this.request, this.reply)
-      this.#lent.send(shown)
+      this.#ownReply.send(shown)
     } else {
       logError(this.request.log, error, {}, 'a webhook route\'s handler failed after the answer')
       if (at === 'cut off') this.#settle(false)

@@ -6,11 +6,11 @@ import { isPromise } from '../maybe-promise.ts'
  *
  * @param name of the handler
  * @param holds returns whether the transaction still exists
- * @param isAsync whether `query` returns a promise
+ * @param isPg whether `query` is that of `pg`, which tells a promise or a callback of its end
  * @returns `tx`. Its methods and those of its statements fail with FST_OPENAI_WEBHOOK_TRANSACTION_OVER once the transaction has ended, by `end` or
- * by itself: `query` rejects if `isAsync`, and all others throw
+ * by itself: `query` of `pg` as it fails otherwise, and all others throw
  */
-export function lend<Tx extends object> (client: Tx, name: string, holds = (): boolean => true, isAsync = false): { tx: Tx, end: () => void } {
+export function lend<Tx extends object> (client: Tx, name: string, holds = (): boolean => true, isPg = false): { tx: Tx, end: () => void } {
   let over = false
   const iterators: Iterator<unknown>[] = []
 
@@ -24,28 +24,22 @@ export function lend<Tx extends object> (client: Tx, name: string, holds = (): b
         if (typeof value !== 'function' || isFixed(target, property)) return value
         return (...args: unknown[]): unknown => {
           // release() does nothing, because the pool would lend the client to others in the middle of the transaction.
-          if (property === 'release') return over ? refuse() : undefined
-          return call(value, owned, args, isAsync && property === 'query' && !isHeard(args))
+          if (property === 'release') return over ? raise(new TransactionOver(name)) : undefined
+          return call(value, owned, args, isPg && property === 'query' ? failQuery : raise)
         }
       }
     })
   }
 
-  function call (method: Function, self: unknown, args: unknown[], rejects = false): unknown {
+  function call (method: Function, self: unknown, args: unknown[], fail: (error: Error, args: unknown[]) => unknown = raise): unknown {
     // SQLite rolls back by itself if the disk is full, and work may say ROLLBACK, or use a library that does. Each further write would be a commit of
     // its own, and be repeated by each attempt.
     over ||= !holds()
-    if (over) return refuse(rejects)
+    if (over) return fail(new TransactionOver(name), args)
     const result: unknown = Reflect.apply(method, self, args)
     if (!isMade(result)) return result
     if (isIterator(result)) iterators.push(result)
     return lent(result)
-  }
-
-  function refuse (rejects = false): Promise<never> {
-    const error = new TransactionOver(name)
-    if (rejects) return Promise.reject(error)
-    throw error
   }
 
   return {
@@ -58,10 +52,16 @@ export function lend<Tx extends object> (client: Tx, name: string, holds = (): b
   }
 }
 
-/** Whether a query of `pg` tells a callback or a cursor of its end, and returns no promise. */
-function isHeard (args: unknown[]): boolean {
+function raise (error: Error): never { throw error }
+
+/** Fails a query of `pg` as `pg` does when its connection is lost: by its callback or its promise. A cursor has neither. */
+function failQuery (error: Error, args: unknown[]): Promise<never> | undefined {
   const { submit, callback } = Object(args[0]) as { submit?: unknown, callback?: unknown }
-  return [args.at(-1), submit, callback].some(each => typeof each === 'function')
+  // `pg` takes the callback as the second argument or the third.
+  const told = [...args.slice(1), callback].find(each => typeof each === 'function')
+  if (told !== undefined) process.nextTick(told as (error: Error) => void, error)
+  else if (typeof submit === 'function') throw error
+  else return Promise.reject(error)
 }
 
 /** Whether the property is fixed: a proxy must return the value that the target has. */

@@ -78,11 +78,19 @@ t.test('iterators that are left are ended', async t => {
   t.equal(ended, 2)
 })
 
-t.test('a query that returns a promise rejects once the loan is over, so that what catches its rejections catches that; the rest throws', async t => {
+t.test('once the loan is over, a query of pg fails as pg has it fail: by its promise or its callback; the rest throws', async t => {
   const { tx, end } = lend({ query: async (_query: string | object, ..._rest: unknown[]) => 'rows', escapeLiteral: (text: string) => `'${text}'`, release () {} }, 'settle', () => true, true)
   t.equal(await tx.query('SELECT 1'), 'rows')
   t.equal(tx.release(), undefined)
   end()
   await t.rejects(tx.query('SELECT 1'), OVER)
-  for (const act of [() => tx.release(), () => tx.escapeLiteral('a'), () => tx.query('SELECT 1', () => {}), () => tx.query({ text: 'SELECT 1', callback () {} }), () => tx.query({ submit () {} })]) t.throws(act, OVER)
+  for (const act of [() => tx.release(), () => tx.escapeLiteral('a'), () => tx.query({ submit () {} })]) t.throws(act, OVER)
+  type Told = (error: Error) => void
+  const asked: Array<(told: Told) => unknown> = [
+    told => tx.query('SELECT 1', told),
+    told => tx.query('SELECT $1', [1], told),
+    told => tx.query('SELECT 1', told, undefined), // by a function that passes on (text, values, callback)
+    callback => tx.query({ text: 'SELECT 1', callback })
+  ]
+  for (const ask of asked) t.match(await new Promise<Error>(resolve => { t.equal(ask(resolve), undefined) }), OVER)
 })
