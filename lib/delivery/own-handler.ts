@@ -1,10 +1,9 @@
 import { Readable } from 'node:stream'
 import type { FastifyInstance, FastifyReply, FastifyRequest, RouteHandlerMethod } from 'fastify'
-import { codeOf } from '../coded.ts'
 import { HandlerFailed } from '../errors.ts'
 import { logError, write } from '../log.ts'
 import { acknowledge } from '../pipeline/acknowledge.ts'
-import { isAnswerHeld, isRefused, isResponse, isSuccess, markRefused } from '../pipeline/refusal.ts'
+import { isAnswerHeld, isHandlerTimeout, isRefused, isResponse, isSuccess, markRefused } from '../pipeline/refusal.ts'
 import { isPromise, later } from '../maybe-promise.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
 import { isClosed, isOut, sentStatusOf, traceReset, watchDestroy } from './raw-response.ts'
@@ -41,16 +40,14 @@ export function noteError (request: FastifyRequest, error: unknown): void {
  * The result is recorded once: how the handler answered or, after the deadline, how it ended.
  *
  * The handler gets a reply of its own, which stands for the one that hooks and error handlers have. So what the handler does with it after the
- * deadline is told apart from the refusal, and cannot reach the sender.
+ * deadline is told apart from the refusal.
  */
 export class OwnHandler {
   /** The reply's status code before the handler was called. */
   readonly #givenStatus: number
   /** The reply that the handler gets. */
   readonly #ownReply: FastifyReply
-  /**
-   * `begins`: the handler is being called. `runs`: it has returned a promise, which has not settled.
-   */
+  /** `begins`: the handler is being called. `runs`: it has returned a promise, which has not settled. */
   #call: 'begins' | 'runs' | 'returned' | 'threw' = 'begins'
   /** The error that the handler threw, sent or returned. Fastify logs that of a stream that fails half way. */
   #error: unknown
@@ -78,7 +75,7 @@ export class OwnHandler {
     ;(request as Started)[STARTED] = this
     traceReset(reply.raw, request.raw)
     // While other handlers ran, a hook of the app or Fastify's `handlerTimeout` has answered, or is answering with an error.
-    if (answer.state.at === 'open' && (this.#isSent || isRefused(request))) this.#becomeLate(200)
+    if (answer.state.at === 'open' && (this.#isSent || isRefused(request))) answer.move({ at: 'late', statusCode: 200 })
     let result
     let pending
     try {
@@ -161,19 +158,19 @@ export class OwnHandler {
     if (state.at === 'recorded') state.release?.()
     else if (state.at === 'replying') this.answer.move({ ...state, isOverdue: true })
     else if (state.at === 'open' && !this.#isSent) {
-      this.#becomeLate(this.#ownStatus)
+      this.answer.move({ at: 'late', statusCode: this.#ownStatus })
       return true
     }
     return false
   }
 
-  /** Notes an error that is about to be answered, unless it is that of the deadline. Fastify's `handlerTimeout` counts as a deadline: the handler keeps running. */
+  /** Notes an error that is about to be answered. Fastify's `handlerTimeout` counts as a deadline: the handler keeps running. */
   note (error: unknown): void {
     const { at } = this.answer.state
-    if (codeOf(error) !== HANDLER_TIMEOUT) {
+    if (!isHandlerTimeout(error)) {
       if (at !== 'late') this.#error ??= error
     } else if (at === 'open') {
-      this.#becomeLate(this.#ownStatus)
+      this.answer.move({ at: 'late', statusCode: this.#ownStatus })
     }
   }
 
@@ -351,23 +348,6 @@ export class OwnHandler {
     const { state } = this.answer
     if (state.at === 'replying') this.answer.move({ ...state, succeeds: never })
   }
-
-  /** Called when the answer does not come from the own handler. @param statusCode that the handler has set so far */
-  #becomeLate (statusCode: number): void {
-    this.answer.move({ at: 'late', statusCode })
-    // Fastify's timer catches nothing, and `send` throws while an async onError hook holds the refusal.
-    const { reply } = this
-    const { send } = reply
-    const guarded = (payload: unknown): FastifyReply => {
-      try {
-        return send.call(reply, payload)
-      } catch (error) {
-        if (codeOf(payload) === HANDLER_TIMEOUT && isAnswerHeld(error)) return reply
-        throw error
-      }
-    }
-    reply.send = guarded
-  }
 }
 
 const warned = new WeakSet<RouteHandlerMethod>()
@@ -378,9 +358,6 @@ function warnOnce (handler: RouteHandlerMethod, { log, routeOptions: { url } }: 
   warned.add(handler)
   write(log, 'warn', { url }, 'the handler of a webhook route is not async, takes reply and has returned nothing without a reply, so the delivery is acknowledged now: return reply where it replies later')
 }
-
-/** The code of the error that Fastify sends when a route's `handlerTimeout` is over. */
-const HANDLER_TIMEOUT = 'FST_ERR_HANDLER_TIMEOUT'
 
 const never = (): boolean => false
 

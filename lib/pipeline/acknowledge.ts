@@ -1,5 +1,5 @@
 import type { FastifyReply } from 'fastify'
-import { markAcknowledged, markRefused } from './refusal.ts'
+import { isAnswerHeld, isHandlerTimeout, markAcknowledged, markRefused } from './refusal.ts'
 
 const RECEIVED = '{"received":true}'
 const DUPLICATE = '{"received":true,"duplicate":true}'
@@ -20,7 +20,22 @@ export function acknowledge (reply: FastifyReply, outcome: 'processed' | 'duplic
 export function refuse (reply: FastifyReply, error: unknown): void {
   // Marked before it is sent, because a hook of the app may have replaced `send`.
   markRefused(error, reply.request, reply)
+  if (reply.request.routeOptions.handlerTimeout) holdTimeout(reply)
   reply.send(error)
+}
+
+/** Fastify's timer catches nothing, and `send` throws while an async onError hook of the app holds the refusal. */
+function holdTimeout (reply: FastifyReply): void {
+  const { send } = reply
+  const held = (payload: unknown): FastifyReply => {
+    try {
+      return send.call(reply, payload)
+    } catch (error) {
+      if (isHandlerTimeout(payload) && isAnswerHeld(error)) return reply
+      throw error
+    }
+  }
+  reply.send = held
 }
 
 /** Closes an HTTP/1 connection after this answer. HTTP/2 has no such header, and Node warns about it. */

@@ -105,6 +105,9 @@ export function keepRefusal (answeredByHook: (request: FastifyRequest, statusCod
   }
 }
 
+/** Whether the error is the one that Fastify sends when a route's `handlerTimeout` is over. */
+export const isHandlerTimeout = (error: unknown): boolean => codeOf(error) === 'FST_ERR_HANDLER_TIMEOUT'
+
 /** Whether an answer was not sent because an async onError hook is running for another answer. Fastify refuses all others until it ends. */
 export const isAnswerHeld = (error: unknown): boolean => codeOf(error) === 'FST_ERR_SEND_INSIDE_ONERR'
 
