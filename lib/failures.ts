@@ -36,17 +36,21 @@ export class Failures {
     const statusCode = statusOf(error)
     // The error of a database or gRPC client in a hook of the app may have a number as its code.
     const code = typeof given === 'string' || typeof given === 'number' ? String(given).slice(0, MAX_CODE) : 'UNKNOWN'
-    const usersFault = usersFaultOf(error, cause)
-    if (cause !== undefined && statusCode >= 500) {
-      // A verified delivery is told of each time, because no stranger can cause many of them.
-      if (delivery.webhookId !== undefined) logError(request.log, cause, { code, ...logFields(delivery) }, message)
-      else this.#refusals.failed(request.log, code, cause, delivery, message)
-    } else if (usersFault !== undefined) {
-      this.#refusals.failed(request.log, code, cause, delivery, `${usersFault.what} failed, and the delivery was refused`, usersFault.code)
-    } else {
-      this.#refusals.write(request.log, code, statusCode, delivery, message)
-    }
+    this.#log(code, statusCode, error, cause, message, delivery, request)
     this.#tell(code, statusCode, error, delivery, request)
+  }
+
+  #log (code: string, statusCode: number, error: unknown, cause: unknown, message: string, delivery: Refused, { log }: FastifyRequest): void {
+    if (cause === undefined) return this.#refusals.write(log, code, statusCode, delivery, message)
+    // A verified delivery is logged each time, because no stranger can cause many of them.
+    if (statusCode >= 500 && delivery.webhookId !== undefined) return logError(log, cause, { code, ...logFields(delivery) }, message)
+    if (statusCode >= 500) return this.#refusals.failed(log, code, cause, delivery, message)
+    if (error instanceof InvalidEvent) return this.#refusals.failed(log, code, cause, delivery, 'a schema failed, and the delivery was refused', 'SCHEMA_FAILED')
+    if (error instanceof UnknownTenant) return this.#refusals.failed(log, code, cause, delivery, 'tenant.of failed, and the delivery was refused', 'TENANT_OF_FAILED')
+    // A verifier may throw any other error to say that no signature matches.
+    const isMistake = cause instanceof TypeError || cause instanceof ReferenceError
+    if (error instanceof InvalidSignature && isMistake) return this.#refusals.failed(log, code, cause, delivery, 'the verifier failed, and the delivery was refused', 'VERIFIER_FAILED')
+    this.#refusals.write(log, code, statusCode, delivery, message)
   }
 
   /** Handles a delivery whose route's own handler has not answered 2xx. @param statusCode of that answer */
@@ -124,15 +128,6 @@ export class Failures {
   flush (): void {
     this.#refusals.flush()
   }
-}
-
-/** What of the user's has failed, so that the delivery was refused, and the code under which such failures are counted. */
-function usersFaultOf (error: unknown, cause: unknown): { readonly what: string, readonly code: string } | undefined {
-  if (cause === undefined) return undefined
-  if (error instanceof InvalidEvent) return { what: 'a schema', code: 'SCHEMA_FAILED' }
-  if (error instanceof UnknownTenant) return { what: 'tenant.of', code: 'TENANT_OF_FAILED' }
-  // A verifier may throw any other error to say that the signature does not match.
-  if (error instanceof InvalidSignature && (cause instanceof TypeError || cause instanceof ReferenceError)) return { what: 'the verifier', code: 'VERIFIER_FAILED' }
 }
 
 function infoOf ({ endpoint, tenant, webhookId, event }: Described): FailureInfo {

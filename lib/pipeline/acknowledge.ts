@@ -31,8 +31,8 @@ function holdTimeout (reply: FastifyReply): void {
     try {
       return send.call(reply, payload)
     } catch (error) {
-      if (isHandlerTimeout(payload) && isAnswerHeld(error)) return reply
-      throw error
+      if (!isHandlerTimeout(payload) || !isAnswerHeld(error)) throw error
+      return reply
     }
   }
   reply.send = held

@@ -3,8 +3,8 @@ import type { FastifyInstance, FastifyReply } from 'fastify'
 import t from 'tap'
 import type { Test } from 'tap'
 import openaiWebhook from '../../lib/index.ts'
-import { SECRET, build, post, sign, thin } from '../support/deliveries.ts'
-import { capturedLog, deferred, redelivered } from '../support/observe.ts'
+import { SECRET, build, outcome, post, sign, thin } from '../support/deliveries.ts'
+import { capturedLog, deferred, listen, redelivered } from '../support/observe.ts'
 
 // Somebody else answers, or has a hand in the answer: a hook's own time limit, a hook that wraps `reply.send`, an onRoute hook.
 
@@ -101,6 +101,25 @@ t.test('a hook that answers with a failure while the own handler runs: a retry d
   ends[1]!.resolve()
   t.equal((await third).body, '{"received":true}')
   t.equal(runs, 2)
+})
+
+t.test('a hook that answers while an async onError hook holds the refusal is told that it cannot, whatever the route\'s handlerTimeout', async t => {
+  const [holding, held, over] = [deferred(), deferred(), deferred()]
+  const app = await build(t, { deadline: 10 })
+  let latest: FastifyReply
+  app.addHook('onRequest', async (_request, reply) => { latest = reply })
+  app.addHook('onError', async () => {
+    holding.resolve()
+    await held.promise
+  })
+  app.post('/own', { ...marked, handlerTimeout: 10_000 }, async () => { await over.promise })
+  await listen(app)
+  const answering = outcome(app, delivered(), '/own')
+  await holding.promise
+  t.throws(() => latest.send('busy'), { code: 'FST_ERR_SEND_INSIDE_ONERR' })
+  held.resolve()
+  t.equal(await answering, '503 DEADLINE')
+  over.resolve()
 })
 
 t.test('a hook that answers while the own handler runs, which throws', async t => {
