@@ -89,6 +89,8 @@ export class SecretSource {
   refresh (): Promise<boolean> | undefined {
     if (typeof this.#secret !== 'function') return undefined
     if (this.#asking !== undefined) return this.#asking
+    // The boot is calling it.
+    if (this.#loading !== undefined && this.answer === undefined) return this.#loading.then(() => true, () => false)
     // Math.abs: a clock that is set back must not stop refreshes until it has caught up.
     if (Math.abs(Date.now() - this.#askedAt) < REFRESH_INTERVAL) return undefined
     this.#askedAt = Date.now()

@@ -611,6 +611,27 @@ t.test('a secret function is one, however many ask it', async t => {
     t.same(await statuses(app, [signed()]), [200])
   })
 
+  t.test('unwrap() while the boot is calling it', async t => {
+    for (const fails of [false, true]) {
+      const source = vault()
+      const app = await register(t, { secret: source.secret })
+      const [asked, answer] = [deferred<void>(), deferred<string>()]
+      source.answer = async () => {
+        asked.resolve()
+        const secret = await answer.promise
+        if (fails) throw new Error('vault is sealed')
+        return secret
+      }
+      const ready = Promise.resolve(app.ready()).catch(error => error)
+      await asked.promise
+      const unwrapped = app.openaiWebhook.unwrap(...unwrappable(signed())).catch(error => error)
+      answer.resolve(SECRET)
+      t.match(await unwrapped, fails ? { code: 'FST_OPENAI_WEBHOOK_INVALID_SECRET' } : { type: 'response.completed' })
+      await ready
+      t.equal(source.calls, 1)
+    }
+  })
+
   t.test('two functions are two', async t => {
     const [one, two] = [vault(), vault(OTHER)]
     const app = await register(t, { secret: one.secret })
