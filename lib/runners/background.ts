@@ -43,8 +43,8 @@ export function background (options: BackgroundOptions = {}): Runner {
   // By key, so that a delivery that is sent again while it waits or runs is not queued twice. `waiting` is in the order of arrival.
   const waiting = new Map<string, Waiting>()
   const running = new Map<string, Promise<void>>()
+  /** Given when the app is ready. */
   let host: RunnerHost
-  let isStarted = false
   let closing = false
   /** Whether `closeTimeout` is over. The app then closes what handlers use, so no handler may start. */
   let isOver = false
@@ -88,7 +88,6 @@ export function background (options: BackgroundOptions = {}): Runner {
     start (startedBy) {
       assertOpen('background', closing)
       host = startedBy
-      isStarted = true
     },
     run (job) {
       const key = keyOf(job)
@@ -99,7 +98,7 @@ export function background (options: BackgroundOptions = {}): Runner {
       return undefined
     },
     async close (signal) {
-      if (!isStarted) return // another app may still start this runner
+      if (host === undefined) return // another app may still start this runner
       closing = true
       onAbort(signal, () => {
         isOver = true

@@ -160,8 +160,8 @@ export function bullmq (options: BullMQOptions): Runner {
   const isUsers = 'disconnect' in connection
   let queue: Queue<QueuedData> | undefined
   let processor: Worker<QueuedData> | undefined
+  /** Given when the app is ready. */
   let host: RunnerHost
-  let isStarted = false
   let closing = false
   /** Whether `closeTimeout` is over. */
   let isGivenUp = false
@@ -257,7 +257,6 @@ export function bullmq (options: BullMQOptions): Runner {
     async start (startedBy) {
       assertOpen('bullmq', closing)
       host = startedBy
-      isStarted = true
       // An 'error' event without a listener would end the process. It is reported as trouble, and BullMQ connects again by itself.
       queue = new Queue<QueuedData>(queueName, { connection: redis }, ...others)
       queue.on('error', error => host.report(error))
@@ -314,7 +313,7 @@ export function bullmq (options: BullMQOptions): Runner {
       }
     },
     async close (signal) {
-      if (!isStarted) return // another app may still start this runner
+      if (host === undefined) return // another app may still start this runner
       closing = true
       const gaveUp = new Promise<void>(resolve => {
         onAbort(signal, () => {

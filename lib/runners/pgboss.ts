@@ -183,8 +183,8 @@ export function pgboss (options: PgBossOptions): Runner {
     onRecord: tellOfDead,
     onError
   })
+  /** Given when the app is ready. */
   let host: RunnerHost
-  let isStarted = false
   let closing = false
 
   function onError (error: Error & { queue?: string }): void {
@@ -309,7 +309,6 @@ export function pgboss (options: PgBossOptions): Runner {
     async start (startedBy) {
       assertOpen('pgboss', closing)
       host = startedBy
-      isStarted = true
       boss.on('error', onError)
       await boss.createQueue(deadName, { retentionSeconds: KEPT })
       await boss.createQueue(queueName, { ...settings, retryLimit: attempts, notify: true })
@@ -317,7 +316,7 @@ export function pgboss (options: PgBossOptions): Runner {
       await workers.start()
     },
     async run (job) {
-      if (closing || !isStarted) throw new Overloaded()
+      if (closing || host === undefined) throw new Overloaded()
       return await enqueue(job) ? undefined : 'duplicate'
     },
     async dead (limit = 100, type) {
@@ -346,7 +345,7 @@ export function pgboss (options: PgBossOptions): Runner {
       return requeued
     },
     async close () {
-      if (!isStarted) return // another app may still start this runner
+      if (host === undefined) return // another app may still start this runner
       closing = true
       await workers.close()
       drained.abort()

@@ -103,8 +103,8 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
   const jobs = pendingJobs(database)
   const deadJobs = new DeadJobs(database)
 
+  /** Given when the app is ready. */
   let host: RunnerHost
-  let isStarted = false
   let closing = false
   /** The attempts of this process, by the job's key. */
   const active = new Map<string, Attempt>()
@@ -145,7 +145,7 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
   /** Starts due jobs while there is room, and sets the timer for the next look. */
   function pump (): void {
     scheduled = false
-    if (closing || !isStarted) return
+    if (closing || host === undefined) return
     clearTimeout(timer)
     let wait = POLL_INTERVAL
     if (!isWritable && ahead.size > 0) renewAll()
@@ -399,7 +399,6 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
     start (startedBy) {
       assertOpen('durable', closing)
       host = startedBy
-      isStarted = true
       schedule()
     },
     async run (job) {
@@ -409,7 +408,7 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
       // Jobs in the file come first. With one attempt, none is recorded ahead, because a crash would then use up an attempt that had not
       // started.
       const most = attempts === 1 ? concurrency : concurrency + AHEAD
-      if (!isStarted || behind || active.size >= most || active.has(key)) {
+      if (host === undefined || behind || active.size >= most || active.has(key)) {
         behind = true
         const inserted = await write(() => jobs.insert(key, text, Date.now(), 0))
         schedule()
@@ -434,7 +433,7 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
       return undefined
     },
     async close () {
-      if (!isStarted) return // another app may still start this runner
+      if (host === undefined) return // another app may still start this runner
       closing = true
       clearTimeout(timer)
       if (ahead.size > 0) giveBack([...ahead])
