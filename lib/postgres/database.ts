@@ -1,4 +1,3 @@
-import { setTimeout as sleep } from 'node:timers/promises'
 import { codeOf } from '../coded.ts'
 import { InvalidOptions } from '../errors.ts'
 import { within } from '../within.ts'
@@ -268,11 +267,9 @@ export class Creation {
    */
   async readyIn (query: Query): Promise<void> {
     if (this.#isThere) return
-    const elsewhere = this.ready()?.catch(() => {})
+    const elsewhere = this.ready()!.catch(() => {})
     if (await this.#isIn(query)) return
-    const patience = new AbortController()
-    await Promise.race([elsewhere, sleep(PATIENCE, undefined, { signal: patience.signal }).catch(() => {})])
-    patience.abort()
+    await within(elsewhere, PATIENCE, () => {})
     if (this.#isThere) return
     for (const statement of [ALONE, ...this.statements]) await query(statement, [])
   }
