@@ -13,7 +13,7 @@ export default [
     // space; what AsyncResource.bind defines on its function has the same effect on Node 20 to 24. A delivery costs up to twice
     // as much with one of them. test/delivery/kept.test.ts measures it.
     files: ['lib/**/*.ts'],
-    ignores: ['lib/cli/**', 'lib/testing/**', 'lib/routes/own-scope.ts'],
+    ignores: ['lib/cli/**', 'lib/testing/**'],
     rules: {
       'no-restricted-syntax': ['error',
         { selector: ':function :function[generator=true]', message: 'A generator function within another is made at each call. Put it outside.' },
