@@ -54,13 +54,8 @@ class Tenant implements Verification, Keys {
 
 /** The tenants of one endpoint. Their secrets are fetched by name and cached. Senders who invent names cause a bounded cost. */
 export class Tenants {
-  readonly #endpoint: string
-  readonly #of: TenantOptions['of']
-  readonly #secret: TenantOptions['secret']
   /** ms */
   readonly #ttl: number
-  readonly #verification: Verification
-  readonly #options: SecretOptions
   readonly #kept: LRUCache<string, Tenant>
   /** When each unknown name was looked up. Separate from `#kept`, so that unknown names evict no known tenant. */
   readonly #unknown = new LRUCache<string, number>({ max: MAX_UNKNOWN })
@@ -71,13 +66,9 @@ export class Tenants {
   #refreshes = 0
 
   /** @param verification how each tenant's deliveries are verified, apart from the keys */
-  constructor (endpoint: string, { of, secret, ttl = DEFAULTS.tenantTtl, max = DEFAULTS.tenantMax }: TenantOptions, verification: Verification, options: SecretOptions) {
-    this.#endpoint = endpoint
-    this.#of = of
-    this.#secret = secret
+  constructor (readonly endpoint: string, readonly tenant: TenantOptions, readonly verification: Verification, readonly options: SecretOptions) {
+    const { ttl = DEFAULTS.tenantTtl, max = DEFAULTS.tenantMax } = tenant
     this.#ttl = ttl
-    this.#verification = verification
-    this.#options = options
     this.#kept = new LRUCache({ max })
   }
 
@@ -86,7 +77,7 @@ export class Tenants {
     let name: unknown
     let cause: unknown
     try {
-      name = this.#of(request)
+      name = this.tenant.of(request)
     } catch (error) {
       cause = error
     }
@@ -140,7 +131,7 @@ export class Tenants {
     } catch (error) {
       // A failed refresh is repeated sooner than a successful one.
       tenant.holdsFor = Math.min(this.#ttl, REFRESH_INTERVAL)
-      this.#options.onTrouble(error, { endpoint: this.#endpoint, tenant: name })
+      this.options.onTrouble(error, { endpoint: this.endpoint, tenant: name })
       return false
     }
     if (keys === undefined) {
@@ -176,15 +167,15 @@ export class Tenants {
       this.#unknown.set(name, performance.now())
       return unknown()
     }
-    const tenant = new Tenant(this, name, this.#verification, keys, this.#ttl)
+    const tenant = new Tenant(this, name, this.verification, keys, this.#ttl)
     this.#kept.set(name, tenant)
     return tenant
   }
 
   /** @returns undefined for an unknown tenant; rejects with what `secret` threw, or with FST_OPENAI_WEBHOOK_INVALID_SECRET */
   async #ask (name: string): Promise<KeyObject[] | undefined> {
-    const secrets = await secretInTime('tenant.secret', () => this.#secret(name), this.#options.patience)
-    return secrets === undefined || secrets === null ? undefined : keysOf(secrets, this.#verification.verifier.keyBytes, this.#options.warn)
+    const secrets = await secretInTime('tenant.secret', () => this.tenant.secret(name), this.options.patience)
+    return secrets === undefined || secrets === null ? undefined : keysOf(secrets, this.verification.verifier.keyBytes, this.options.warn)
   }
 }
 
