@@ -14,16 +14,22 @@ export const codeOf = (error: unknown): unknown => (error as { code?: unknown } 
 /** The code of all errors of one class. */
 export const codeOfClass = (CodedError: FastifyErrorConstructor): string => new CodedError().code
 
-/** Whether an error is one of our coded errors, which are sent as they are. */
-export function isCoded (error: unknown): error is Error {
+/**
+ * Whether a thrown value is an Error that has these fields. Fastify would send any other object as a body, with the status 200.
+ *
+ * @param has reads the fields, any of which may be a getter that throws
+ */
+export function isErrorThat (error: unknown, has: (error: Error & { code?: unknown, statusCode?: unknown }) => boolean): error is Error {
   try {
-    const { code } = error as { code?: unknown }
-    // Fastify would send any other object as a body, with the status 200.
-    return error instanceof Error && typeof code === 'string' && code.startsWith('FST_OPENAI_WEBHOOK_')
+    return error instanceof Error && has(error)
   } catch {
-    return false // null, or a getter that throws
+    return false
   }
 }
+
+/** Whether an error is one of our coded errors, which are sent as they are. */
+export const isCoded = (error: unknown): error is Error =>
+  isErrorThat(error, ({ code }) => typeof code === 'string' && code.startsWith('FST_OPENAI_WEBHOOK_'))
 
 /** Whether an error is one of ours after which a retry may succeed soon. */
 export function isTemporary (error: unknown): boolean {
@@ -34,12 +40,6 @@ export function isTemporary (error: unknown): boolean {
 export const BY_A_HOOK = 'ANSWERED_BY_A_HOOK'
 
 /** Whether an error that a user's verifier has thrown may be sent as it is. */
-export function isRefusal (error: unknown): error is Error {
-  try {
-    const { code, statusCode } = error as { code?: unknown, statusCode?: unknown }
-    // Fastify would await an error that has a `then`.
-    return error instanceof Error && !isPromise(error) && typeof code === 'string' && typeof statusCode === 'number' && statusCode >= 400 && statusCode < 500
-  } catch {
-    return false // null, or a getter that throws
-  }
-}
+export const isRefusal = (error: unknown): error is Error => isErrorThat(error, error =>
+  // Fastify would await an error that has a `then`.
+  !isPromise(error) && typeof error.code === 'string' && typeof error.statusCode === 'number' && error.statusCode >= 400 && error.statusCode < 500)

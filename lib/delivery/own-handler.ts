@@ -1,5 +1,6 @@
 import { Readable } from 'node:stream'
 import type { FastifyInstance, FastifyReply, FastifyRequest, RouteHandlerMethod } from 'fastify'
+import { isErrorThat } from '../coded.ts'
 import { HandlerFailed } from '../errors.ts'
 import { logError, write } from '../log.ts'
 import { acknowledge } from '../pipeline/acknowledge.ts'
@@ -380,11 +381,4 @@ function discard (payload: unknown): void {
  * Whether a thrown error is meant as the answer, because it has a `statusCode`. Any other error is a failure, and the sender must not read its
  * text.
  */
-function isMeant (error: unknown): boolean {
-  try {
-    // Only an Error, because Fastify would send any other object as the body of a 200.
-    return error instanceof Error && typeof (error as { statusCode?: unknown }).statusCode === 'number'
-  } catch {
-    return false // a getter that throws
-  }
-}
+const isMeant = (error: unknown): boolean => isErrorThat(error, ({ statusCode }) => typeof statusCode === 'number')
