@@ -43,7 +43,7 @@ interface Place {
   /** Text before the name of the option. */
   readonly at?: string
   /** Options that other code reads. */
-  readonly foreign?: readonly string[]
+  readonly ignored?: readonly string[]
   /** Returns what to do about an unknown name; `undefined` if there is no special advice. */
   readonly advice?: (name: string) => string | undefined
 }
@@ -53,9 +53,9 @@ interface Place {
  *
  * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS
  */
-export function assertRules (rules: Readonly<Record<string, Rule>>, options: object, { caller = '', at = '', foreign = [], advice }: Place): void {
+export function assertRules (rules: Readonly<Record<string, Rule>>, options: object, { caller = '', at = '', ignored = [], advice }: Place): void {
   for (const [name, value] of Object.entries(options)) {
-    if (foreign.includes(name) || value === undefined) continue
+    if (ignored.includes(name) || value === undefined) continue
     const rule = Object.hasOwn(rules, name) ? rules[name] : undefined
     if (rule === undefined) throw new InvalidOptions(`${caller}unknown option "${at}${name}"${advice?.(name) ?? adviceOn(name, Object.keys(rules))}`)
     if (!rule.accepts(value)) throw new InvalidOptions(`${caller}expected ${at}${name} to be ${rule.expected}, got ${show(value)}`)

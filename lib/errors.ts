@@ -60,7 +60,7 @@ export const NoDeadLetters = coded('NO_DEAD_LETTERS',
   'the runner keeps no dead deliveries: expected durable(), bullmq(), pgboss(), or one with dead(), deadCount() and requeue()', 500)
 
 export const NeedsForce = coded('NEEDS_FORCE',
-  'the delivery %s is older than what the inbox remembers of its handler "%s", whose effect could happen twice: look whether it has happened, and say { force: true } if it is to', 500)
+  'the delivery %s is older than what the inbox remembers of its handler "%s", whose effect could happen twice: check whether it has happened, and pass { force: true } if the handler is to run again', 500)
 
 // Inspector
 

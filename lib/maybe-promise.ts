@@ -12,7 +12,7 @@ export function then<T, U> (value: MaybePromise<T>, next: (value: T) => MaybePro
   return isPromise<T>(value) ? later(value, next, rethrow) : next(value)
 }
 
-/** Waits for the first, and then for the second, which must not reject while the first is waited for. */
+/** Waits for the first, and then for the second, which must not reject: nothing handles its rejection until the first has ended. */
 export function both (first: MaybePromise<void>, second: MaybePromise<void>): MaybePromise<void> {
   return first === undefined ? second : then(first, () => second)
 }

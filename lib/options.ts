@@ -266,10 +266,10 @@ const idempotencyRules: Record<keyof Required<IdempotencyOptions>, Rule> = {
 const JSON_SCHEMA_KEYWORDS = ['type', 'properties', 'required', '$ref', 'allOf', 'anyOf', 'oneOf', 'const', 'enum']
 
 /**
- * Options of `register` that are not for the plugin. Fastify reads the first two. A test passes the third one to an app that fastify-cli
- * generated, and such an app passes its options on to every plugin.
+ * Options of `register` that are not for the plugin. Fastify reads the first two. `skipOverride` is fastify-cli's: the tests that it generates
+ * pass it to the app, which passes its options on to every plugin.
  */
-export const FOREIGN_OPTIONS = ['logLevel', 'logSerializers', 'skipOverride']
+export const IGNORED_OPTIONS = ['logLevel', 'logSerializers', 'skipOverride']
 
 const each = (names: string[], place: (name: string) => string): Record<string, string> => Object.fromEntries(names.map(name => [name, place(name)]))
 
@@ -292,7 +292,7 @@ const RIGHT_PLACES: Readonly<Record<string, string>> = {
 
 /** Checks the plugin's options. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
 export function assertOptions (options: unknown): asserts options is OpenAIWebhookOptions {
-  assertOptionsBy(pluginRules, options, '', FOREIGN_OPTIONS)
+  assertOptionsBy(pluginRules, options, '', IGNORED_OPTIONS)
   const { path, rateLimit, idempotency, runner, events = {} } = options as OpenAIWebhookOptions
   if (path === false && isObject(rateLimit)) throw new InvalidOptions('expected rateLimit together with a path, got path: false: it is for the plugin\'s own route alone; further ones have theirs, as in app.openaiWebhook.route({ url, rateLimit })')
   if (idempotencyRules.store.accepts(idempotency)) throw new InvalidOptions(`expected idempotency to be ${pluginRules.idempotency.expected}, got a store: say { idempotency: { store } }`)
@@ -338,9 +338,9 @@ function assertTenant ({ tenant, secret }: RouteOverrides): void {
   }
 }
 
-function assertOptionsBy (rules: Record<string, Rule>, options: unknown, at = '', foreign: readonly string[] = []): asserts options is Record<string, unknown> {
+function assertOptionsBy (rules: Record<string, Rule>, options: unknown, at = '', ignored: readonly string[] = []): asserts options is Record<string, unknown> {
   if (!isObject(options)) throw new InvalidOptions(`expected options to be an object, got ${show(options)}`)
-  assertRules(rules, options, { at, foreign, advice: name => Object.hasOwn(RIGHT_PLACES, name) ? `: ${RIGHT_PLACES[name]!}` : undefined })
+  assertRules(rules, options, { at, ignored, advice: name => Object.hasOwn(RIGHT_PLACES, name) ? `: ${RIGHT_PLACES[name]!}` : undefined })
 }
 
 function assertSchema (type: string, schema: AnySchema): void {

@@ -40,7 +40,7 @@ import { within } from './within.ts'
 // `options` has no default, because Fastify always passes an object, and its types cannot infer the options from an optional parameter.
 async function openaiWebhook (instance: FastifyInstance, options: OpenAIWebhookOptions): Promise<void> {
   if (typeof (instance as Partial<FastifyInstance> | undefined)?.decorateRequest !== 'function') {
-    throw new InvalidOptions('openaiWebhook is a Fastify plugin, and no function to call, handler or middleware: expected await app.register(openaiWebhook, { … })')
+    throw new InvalidOptions('openaiWebhook is a Fastify plugin, and cannot be called or used as a handler or middleware: expected await app.register(openaiWebhook, { … })')
   }
   assertOptions(options)
   if (instance.hasDecorator('openaiWebhook')) throw new AlreadyRegistered()

@@ -120,7 +120,7 @@ t.test('unknown options are refused, with the nearest known one', async t => {
 })
 
 t.test('the plugin is registered, and nothing else', async t => {
-  const message = 'openaiWebhook is a Fastify plugin, and no function to call, handler or middleware: expected await app.register(openaiWebhook, { … })'
+  const message = 'openaiWebhook is a Fastify plugin, and cannot be called or used as a handler or middleware: expected await app.register(openaiWebhook, { … })'
   const plugin = openaiWebhook as unknown as (...args: unknown[]) => Promise<void>
   for (const args of [[], [{ secret: SECRET }], [{ headers: {} }, { end () {} }, () => {}]]) {
     await t.rejects(plugin(...args), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message })

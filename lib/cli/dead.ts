@@ -212,7 +212,7 @@ function assertSafe (delivery: DeadDelivery): void {
   try {
     assertRemembered(delivery)
   } catch {
-    throw new CommandError(`${printable(delivery.webhookId, 256)}: it is older than what the inbox remembers, so an effect could happen twice: see by \`show\` what has failed, look whether it has taken effect, and say --force if it is to`)
+    throw new CommandError(`${printable(delivery.webhookId, 256)}: it is older than what the inbox remembers, so an effect could happen twice: see by \`show\` what has failed, check whether it has taken effect, and say --force if it is to run again`)
   }
 }
 

@@ -12,13 +12,13 @@ import type { Answer } from './answer.ts'
 import type { RecordEnd } from './work.ts'
 
 /** Key on a request whose value is the run of its route's own handler. Absent until the own handler is started. */
-const STARTED = Symbol('openai-webhook.own-handler')
+const OWN_RUN = Symbol('openai-webhook.own-handler')
 
-type Started = FastifyRequest & { [STARTED]?: OwnHandler }
+type WithOwnRun = FastifyRequest & { [OWN_RUN]?: OwnHandler }
 
 /** The onSend hook of a route with an own handler. It records the own handler's answer before the sender gets the answer. */
 export function recordAnswer (request: FastifyRequest, reply: FastifyReply, payload: unknown, done: (error?: Error) => void): void {
-  const recorded = (request as Started)[STARTED]?.answers(isResponse(payload) ? payload.status : reply.statusCode, isText(payload))
+  const recorded = (request as WithOwnRun)[OWN_RUN]?.answers(isResponse(payload) ? payload.status : reply.statusCode, isText(payload))
   if (!isPromise<void>(recorded)) return done()
   // `done` throws if a header cannot be sent. Before 5.11 Fastify catches nothing after an asynchronous hook, so the process would end.
   const send = (): void => {
@@ -33,7 +33,7 @@ export function recordAnswer (request: FastifyRequest, reply: FastifyReply, payl
 
 /** For onError hooks: notes why the answer of the route's own handler, if it has been started, is an error. */
 export function noteError (request: FastifyRequest, error: unknown): void {
-  (request as Started)[STARTED]?.note(error)
+  (request as WithOwnRun)[OWN_RUN]?.note(error)
 }
 
 /**
@@ -73,7 +73,7 @@ export class OwnHandler {
 
   run (handler: RouteHandlerMethod, scope: FastifyInstance): void {
     const { answer, request, reply } = this
-    ;(request as Started)[STARTED] = this
+    ;(request as WithOwnRun)[OWN_RUN] = this
     traceReset(reply.raw, request.raw)
     // While other handlers ran, a hook of the app or Fastify's `handlerTimeout` has answered, or is answering with an error.
     if (answer.state.at === 'open' && (this.#isSent || isRefused(request))) answer.move({ at: 'late', statusCode: 200 })

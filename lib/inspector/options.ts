@@ -2,7 +2,7 @@ import type { IncomingHttpHeaders } from 'node:http'
 import type { FastifyInstance, FastifyReply, FastifyRequest, HookHandlerDoneFunction } from 'fastify'
 import { assertRules, isFunction, wholeNumber } from '../checks.ts'
 import type { Rule } from '../checks.ts'
-import { FOREIGN_OPTIONS } from '../options.ts'
+import { IGNORED_OPTIONS } from '../options.ts'
 
 /** A hook that calls `done` or is asynchronous. This is one type, because TypeScript infers no parameters from a union of Fastify's two. */
 export type OnRequest = (this: FastifyInstance, request: FastifyRequest, reply: FastifyReply, done: HookHandlerDoneFunction) => void | Promise<unknown>
@@ -58,7 +58,7 @@ const rules: Record<keyof Required<InspectorOptions>, Rule> = {
 export function assertInspectorOptions (options: object): asserts options is InspectorOptions {
   assertRules(rules, options, {
     caller: 'inspector: ',
-    foreign: ['prefix', ...FOREIGN_OPTIONS],
+    ignored: ['prefix', ...IGNORED_OPTIONS],
     advice: name => OTHER_NAMES.test(name) ? ', did you mean "onRequest"?' : undefined
   })
 }

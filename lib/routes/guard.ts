@@ -38,5 +38,5 @@ export function isProtected ({ config, onRequest, preParsing }: RouteOptions): b
  */
 export const dispatching = (): RouteHandlerMethod => function ({ method, routeOptions: { config, url } }) {
   if (!(PROTECTED in config)) throw new UnprotectedRoute(`${method} ${String(url)}`, UNMARKED)
-  throw new InvalidRoute(method, url, 'app.openaiWebhook.handler cannot be told where another plugin has wrapped it, as @fastify/otel, @fastify/websocket, Sentry and New Relic do: register that plugin after fastify-openai-webhook, or declare the route with app.openaiWebhook.route(), or for otel with `otel: { instrumentHandler: false }` in its config')
+  throw new InvalidRoute(method, url, 'app.openaiWebhook.handler is not recognised where another plugin has wrapped it, as @fastify/otel, @fastify/websocket, Sentry and New Relic do: register that plugin after fastify-openai-webhook, or declare the route with app.openaiWebhook.route(), or for otel with `otel: { instrumentHandler: false }` in its config')
 }

@@ -39,7 +39,7 @@ export interface Routes {
   readonly marker: RouteHandlerMethod
 }
 
-export interface OfRoute {
+export interface RouteParts {
   /** The route's own handler, which replies. */
   readonly own: RouteHandlerMethod | undefined
   /** The route's own error handler. */
@@ -49,20 +49,20 @@ export interface OfRoute {
 }
 
 /** Makes the handler and the hooks that every receiving route has, besides the hook that captures and authenticates. */
-export function receiving (routes: Routes, endpoint: Endpoint, body: BodyBounds, of: OfRoute) {
+export function receiving (routes: Routes, endpoint: Endpoint, body: BodyBounds, parts: RouteParts) {
   const { authentication, failures } = routes
   const keep = keepRefusal((request, statusCode) => failures.answeredByHook(endpoint.name, request, statusCode))
   return {
     onRequest: authentication.admit(endpoint),
-    onSend: of.own === undefined ? [keep] : [keep, recordAnswer],
+    onSend: parts.own === undefined ? [keep] : [keep, recordAnswer],
     onError: refusing(routes, endpoint, body),
-    errorHandler: refuseErrors(of.ownErrors),
-    handler: deliver(routes, endpoint, of)
+    errorHandler: refuseErrors(parts.ownErrors),
+    handler: deliver(routes, endpoint, parts)
   }
 }
 
 /** Makes the handler, which answers by the deadline. */
-function deliver ({ receiver, deadline, failures }: Routes, { name }: Endpoint, { own, declared }: OfRoute): RouteHandlerMethod {
+function deliver ({ receiver, deadline, failures }: Routes, { name }: Endpoint, { own, declared }: RouteParts): RouteHandlerMethod {
   const options = { receiver, failures, own }
   const handle: RouteHandlerMethod = function (request, reply) {
     if (request.openaiWebhook === null) throw unverified(name)

@@ -12,18 +12,18 @@ import { NO_KEYS, Tenants } from './tenants.ts'
 
 /** Makes the verification of each endpoint of one registration, from the plugin's options and the route's overrides. */
 export class Verifications {
-  readonly #own: EndpointOptions
+  readonly #defaults: EndpointOptions
   readonly #verifier: Verifier
   readonly #secretOptions: SecretOptions
-  #ownSource: SecretSource | undefined
+  #defaultSource: SecretSource | undefined
   /** Keyed by secret function, so that a function that several endpoints share is called once for all of them. */
   readonly #sources = new WeakMap<Function, SecretSource>()
   readonly #loading = new Set<Keyring>()
   #warned = false
 
-  constructor (own: EndpointOptions, options: SecretOptions) {
-    this.#own = own
-    this.#verifier = own.verifier ?? standardWebhooks()
+  constructor (defaults: EndpointOptions, options: SecretOptions) {
+    this.#defaults = defaults
+    this.#verifier = defaults.verifier ?? standardWebhooks()
     this.#secretOptions = {
       ...options,
       warn: message => {
@@ -37,10 +37,10 @@ export class Verifications {
    * @param atBoot whether `load` calls a secret function. Otherwise it is called when a delivery needs it
    * @throws FST_OPENAI_WEBHOOK_INVALID_SECRET, FST_OPENAI_WEBHOOK_INVALID_OPTIONS for a verifier whose methods are none
    */
-  of ({ secret, tenant, verifier = this.#verifier, tolerance = this.#own.tolerance ?? DEFAULTS.tolerance }: EndpointOptions & { tenant?: TenantOptions | undefined }, atBoot: boolean): Verification {
+  of ({ secret, tenant, verifier = this.#verifier, tolerance = this.#defaults.tolerance ?? DEFAULTS.tolerance }: EndpointOptions & { tenant?: TenantOptions | undefined }, atBoot: boolean): Verification {
     for (const method of ['checkHeaders', 'keyBytes'] as const) assertOption('verifier', method, verifier[method], FUNCTION)
     if (tenant !== undefined) return verificationBy(verifier, NO_KEYS, tolerance)
-    const source = secret === undefined ? this.#ownSource ??= this.#source(secretOf(this.#own)) : this.#source(secret)
+    const source = secret === undefined ? this.#defaultSource ??= this.#source(secretOf(this.#defaults)) : this.#source(secret)
     const keyring = source.keyring(verifier.keyBytes)
     if (atBoot) this.#loading.add(keyring)
     return verificationBy(verifier, keyring, tolerance)

@@ -45,7 +45,7 @@ const BUSY_TIMEOUT = 1_000
 const LOCK_RETRY = 10
 
 /** After a write has waited in vain, no write waits for ten times as long, so that a locked file blocks the event loop a tenth of the time. */
-const PATIENCE = 10
+const REST_FACTOR = 10
 
 /** The time (performance.now()) until which writes do not wait. Keyed by handle, so that a store and a runner on one handle wait only once. */
 const impatientUntil = new WeakMap<SqliteDatabase, number>()
@@ -202,7 +202,7 @@ export class Database {
       this.#db.exec('BEGIN IMMEDIATE')
     } catch (error) {
       const now = performance.now()
-      if (isLocked(error)) impatientUntil.set(this.#db, now + PATIENCE * (now - startedAt))
+      if (isLocked(error)) impatientUntil.set(this.#db, now + REST_FACTOR * (now - startedAt))
       throw error
     }
   }

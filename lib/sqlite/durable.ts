@@ -121,7 +121,7 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
   /** Set while the file cannot be written. No job is started then, since its success could not be recorded and it would run again. */
   let isWritable = true
   /** Set when more jobs are due than there was room for. */
-  let behind = false
+  let moreDue = false
   // Bound here, because the jobs in the file belong to many requests and must not run in the async context of one.
   const pumpOutside = inContext(pump)
   const startOutside = inContext(startAhead)
@@ -153,11 +153,11 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
       const now = Date.now()
       const room = Math.max(concurrency - running - ahead.size, 0)
       const rows = jobs.due(now, room + 1)
-      behind = rows.length > room
+      moreDue = rows.length > room
       // A due job may still run here: the event loop was blocked for longer than the lease, and nothing renewed it meanwhile.
       startAll(rows.slice(0, room).filter(({ key }) => !active.has(key)))
       const soonest = jobs.nextDue(now)
-      if (!behind && soonest !== null) wait = Math.min(wait, soonest - now)
+      if (!moreDue && soonest !== null) wait = Math.min(wait, soonest - now)
     } catch (error) {
       host.report(error)
     }
@@ -230,7 +230,7 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
       host.report(error)
     }
     letGo(attempt)
-    if (behind) schedule()
+    if (moreDue) schedule()
   }
 
   function startAhead (): void {
@@ -408,8 +408,8 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
       // Jobs in the file come first. With one attempt, none is recorded ahead, because a crash would then use up an attempt that had not
       // started.
       const most = attempts === 1 ? concurrency : concurrency + AHEAD
-      if (host === undefined || behind || active.size >= most || active.has(key)) {
-        behind = true
+      if (host === undefined || moreDue || active.size >= most || active.has(key)) {
+        moreDue = true
         const inserted = await write(() => jobs.insert(key, text, Date.now(), 0))
         schedule()
         return inserted ? undefined : 'duplicate'

@@ -117,7 +117,7 @@ t.test('requeue gives those that are named their attempts anew, all or none', as
 t.test('what an inbox may have forgotten is requeued by --force alone, all or none', async t => {
   const { file, db, runner } = await fileWith(t, job('wh_1'), job('wh_2'))
   db.exec('UPDATE openai_webhook_jobs SET failure = json_set(failure, \'$.remembered\', json(\'{"bill":1,"import":1}\')) WHERE key LIKE \'%wh_2\'')
-  const refused = { code: 1, out: '', err: 'openai-webhook: wh_2: it is older than what the inbox remembers, so an effect could happen twice: see by `show` what has failed, look whether it has taken effect, and say --force if it is to\n' }
+  const refused = { code: 1, out: '', err: 'openai-webhook: wh_2: it is older than what the inbox remembers, so an effect could happen twice: see by `show` what has failed, check whether it has taken effect, and say --force if it is to run again\n' }
   t.same(await run(t, ['requeue', '--all', '--sqlite', file]), refused)
   t.same(await run(t, ['requeue', 'wh_1', 'wh_2', '--sqlite', file]), refused)
   t.equal(runner.deadCount(), 2)

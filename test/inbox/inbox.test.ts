@@ -292,7 +292,7 @@ t.test('request.openaiWebhook of a marked route is the context of first()', asyn
 t.test('a dead delivery that an inbox may have forgotten is requeued by force alone', async t => {
   const NEEDS_FORCE = {
     code: 'FST_OPENAI_WEBHOOK_NEEDS_FORCE',
-    message: 'the delivery wh_1 is older than what the inbox remembers of its handler "settle", whose effect could happen twice: look whether it has happened, and say { force: true } if it is to'
+    message: 'the delivery wh_1 is older than what the inbox remembers of its handler "settle", whose effect could happen twice: check whether it has happened, and pass { force: true } if the handler is to run again'
   }
   const REF = { endpoint: '/webhooks/openai', webhookId: 'wh_1' }
   const fail = (): never => { throw new Error('each time') }
