@@ -241,8 +241,8 @@ export class OwnHandler {
   }
 
   /**
-   * Records the first result and ignores later ones. A failure that the handler or a hook of the app sends while the handler runs is recorded
-   * once the handler has ended, because a retry must not run the handler while it still runs.
+   * Records the first result and ignores later ones. A failure that the handler sends while it runs is recorded once it has ended, because a
+   * retry must not run the handler while it still runs.
    */
   #settleOnce (succeeded: boolean, error?: unknown): void {
     const { state } = this.answer
