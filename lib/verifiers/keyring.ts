@@ -15,7 +15,7 @@ export interface SecretOptions {
   warn: (message: string) => void
   /** Called when a secret function fails after boot. The keys known so far stay in use. */
   onTrouble: (error: unknown, of?: { readonly endpoint: string, readonly tenant: string }) => void
-  /** ms for which a refresh may delay a delivery. */
+  /** ms that a call of a secret function may take while a delivery waits for it. */
   patience: number
 }
 
