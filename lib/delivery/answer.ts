@@ -35,8 +35,11 @@ export type AnswerState =
     /** A failure that the own handler has sent since then. It is recorded once the own handler has ended. */
     readonly failed?: { readonly error: unknown }
   }
-  /** The own handler's result is recorded, or is being recorded. `release` sends an answer that still waits for the store. */
-  | { readonly at: 'recorded', readonly release?: () => void }
+  /**
+   * The own handler's result is recorded, or is being recorded. `isLate`: whether the answer was late. `release` sends an answer that still waits
+   * for the store.
+   */
+  | { readonly at: 'recorded', readonly isLate: boolean, readonly release?: () => void }
   /** The delivery's verdict is known. It is the answer, or it came after the deadline had answered. */
   | { readonly at: 'closed' }
 

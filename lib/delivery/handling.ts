@@ -14,7 +14,7 @@ import { then, tryOr } from '../maybe-promise.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
 import { Context } from './context.ts'
 import { observeRun, traceDelivery } from './observe.ts'
-import type { Work, Works } from './work.ts'
+import type { RecordEnd, Work, Works } from './work.ts'
 
 /** Runs the handlers of a claimed delivery and records how they end. */
 export class Handling {
@@ -62,11 +62,18 @@ export class Handling {
     // The event handlers have outlasted `closeTimeout`.
     if (this.signal.aborted) return this.#settle(work, claim, new Overloaded())
     return new Promise<void>((resolve, reject) => {
-      ownHandler((succeeded, error) => {
+      const record: RecordEnd = (succeeded, error) => {
         // The answer waits until the result is recorded. A failure goes to `reject`, which fails the delivery, and not to the answer.
         const settled = tryOr(() => this.#settle(work, claim, succeeded ? undefined : ownFailure(error)), reject)
         return then(settled, () => { resolve() })
-      })
+      }
+      try {
+        ownHandler(record)
+      } catch (error) {
+        // A method that the app has put in place of one of the reply's has thrown.
+        if (work.state.at === 'handling') record(false, error)
+        else throw error
+      }
     })
   }
 

@@ -1,11 +1,11 @@
-import { Readable } from 'node:stream'
+import type { Readable } from 'node:stream'
 import type { FastifyInstance, FastifyReply, FastifyRequest, RouteHandlerMethod } from 'fastify'
 import { isErrorThat } from '../coded.ts'
 import { HandlerFailed } from '../errors.ts'
 import { logError, write } from '../log.ts'
 import { acknowledge } from '../pipeline/acknowledge.ts'
 import { isAnswerHeld, isHandlerTimeout, isRefused, isResponse, isSuccess, markRefused } from '../pipeline/refusal.ts'
-import { isPromise, later } from '../maybe-promise.ts'
+import { isPromise, later, tryOr } from '../maybe-promise.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
 import { isClosed, isOut, sentStatusOf, traceReset, watchDestroy } from './raw-response.ts'
 import type { Answer } from './answer.ts'
@@ -56,6 +56,10 @@ export class OwnHandler {
   statusCode: number | undefined
   /** Whether the handler has hijacked the reply. */
   #isHijacked = false
+  /** Whether somebody, the handler or an error handler, has sent a second answer after the refusal. */
+  #isUnclear = false
+  /** Whether no reply is to be expected any more. */
+  #hasGivenUp = false
   /** Fulfil the promises that wait for `reply` although the response is over, such as that of an async handler that has returned `reply`. */
   readonly #waiting: Array<() => void> = []
 
@@ -75,6 +79,7 @@ export class OwnHandler {
     const { answer, request, reply } = this
     ;(request as WithOwnRun)[OWN_RUN] = this
     traceReset(reply.raw, request.raw)
+    this.#watchReply()
     // While other handlers ran, a hook of the app or Fastify's `handlerTimeout` has answered, or is answering with an error.
     if (answer.state.at === 'open' && (this.#isSent || isRefused(request))) answer.move({ at: 'late', statusCode: 200 })
     let result
@@ -108,40 +113,137 @@ export class OwnHandler {
       const { state } = answer
       // The refusal keeps its status.
       if (state.at === 'late') answer.move({ ...state, statusCode: Number(statusCode) })
-      else reply.code(statusCode)
+      else if (!this.#isLate) reply.code(statusCode)
       return this.#ownReply
     }
     const hijack = (): FastifyReply => {
       reply.hijack()
       this.#isHijacked = true
-      // What waits for the reply would wait for ever, because a handler that has hijacked the reply sends nothing with it.
       if (answer.state.at === 'late' && this.#call === 'returned') this.#settle(true)
+      else if (this.#call === 'returned' && isClosed(reply.raw)) this.#wroteItself()
+      // What waits for the reply would wait for ever, because a handler that has hijacked the reply sends nothing with it.
       else this.#endWaits()
       return this.#ownReply
     }
-    // A refusal, or a sender that goes away, ends the response before the handler has replied.
-    const then: FastifyReply['then'] = (fulfilled, rejected) => {
-      reply.then(() => {
-        if (this.#isAwaited) this.#waiting.push(fulfilled)
-        else fulfilled()
-      }, rejected)
-    }
-    const methods: Record<PropertyKey, unknown> = { __proto__: null, send, code, status: code, hijack, then }
+    const then = (fulfilled: () => void, rejected: (error: Error) => void): Promise<unknown> => this.#wait(fulfilled, rejected)
+    const original: Record<PropertyKey, unknown> = { __proto__: null, send, code, status: code, hijack, then }
+    const methods = { ...original }
     // No accessors among the methods: V8 would keep what they hold, such as the request, until a full garbage collection.
     return new Proxy(reply, {
       get: (target, key, receiver) => {
-        const { state } = answer
-        if (key === 'sent' && state.at === 'late') return !this.#isAwaited
-        if (key === 'statusCode' && state.at === 'late') return state.statusCode
-        return key in methods ? methods[key] : Reflect.get(target, key, receiver)
+        if (key === 'sent' && this.#isLate) return !this.#isAwaited
+        if (key === 'statusCode' && answer.state.at === 'late') return answer.state.statusCode
+        return key in original ? methods[key] : Reflect.get(target, key, receiver)
       },
-      set: (target, key, value) => {
+      set: (target, key, value, receiver) => {
+        if (receiver !== this.#ownReply) return Reflect.set(target, key, value, receiver)
         if (key === 'statusCode') code(value as number)
-        else if (key in methods) methods[key] = value
+        else if (key in original) methods[key] = value
         else return Reflect.set(target, key, value)
+        return true
+      },
+      defineProperty: (target, key, descriptor) => {
+        if (!(key in original)) return Reflect.defineProperty(target, key, descriptor)
+        methods[key] = descriptor.value
+        return true
+      },
+      deleteProperty: (target, key) => {
+        if (!(key in original)) return Reflect.deleteProperty(target, key)
+        methods[key] = original[key]
         return true
       }
     })
+  }
+
+  /**
+   * Waits as `then` of the reply does. A refusal, or a sender that goes away, ends the response before the handler has replied, so what waits for
+   * the handler's reply goes on only when that shows how the handler ends.
+   *
+   * @returns a promise, for functions that wrap handlers and return what `then` returned, as @fastify/otel does
+   */
+  #wait (fulfilled: () => unknown, rejected: (error: Error) => unknown): Promise<unknown> {
+    return new Promise((resolve, reject) => {
+      const follow = (settle: () => unknown): void => {
+        try {
+          resolve(settle())
+        } catch (error) {
+          reject(error)
+        }
+      }
+      plainThen.call(this.reply, () => {
+        const go = (): void => follow(fulfilled)
+        if (this.#isUnclear) this.#hasGivenUp = true
+        if (this.#isAwaited) this.#waiting.push(go)
+        else go()
+      }, error => follow(() => rejected(error)))
+    })
+  }
+
+  /**
+   * Watches the reply that hooks have, because the handler may have kept it, or use a function that a hook has made of it. Before there is an
+   * answer, whoever replies counts as the handler. Once a refusal is out, nobody else has anything left to send.
+   */
+  #watchReply (): void {
+    const { answer, reply } = this
+    const { raw, send, code, then } = reply
+    // After the refusal of the deadline and that of Fastify's `handlerTimeout`, an error handler may still reply when one of them is out.
+    let isRefusedTwice = false
+    let hasStatus = false
+    const isRefusalOut = (): boolean => answer.state.at === 'late' && raw.headersSent && !isRefusedTwice
+    const watchedCode = (statusCode: number): FastifyReply => {
+      if (!isRefusalOut()) return code.call(reply, statusCode)
+      hasStatus = true
+      this.#ownReply.code(statusCode)
+      return reply
+    }
+    const watchedSend = (payload: unknown): FastifyReply => {
+      if (isHandlerTimeout(payload) && answer.state.at === 'late') isRefusedTwice = true
+      if (!isRefusalOut()) return send.call(reply, payload)
+      if (hasStatus || payload instanceof Error) this.#ownReply.send(payload)
+      else this.#repliedUnclearly()
+      return reply
+    }
+    const watchedThen: FastifyReply['then'] = (fulfilled, rejected) => {
+      // An error handler waits for its own answer.
+      if (answer.state.at === 'open') this.#wait(fulfilled, rejected)
+      else then.call(reply, fulfilled, rejected)
+    }
+    reply.send = watchedSend
+    reply.code = reply.status = watchedCode
+    reply.then = watchedThen
+    const { end } = raw as { end: (...args: unknown[]) => typeof raw }
+    // Not `writableEnded`, which Node sets when a stream of HTTP/2 is reset.
+    let wasEnded = this.#isSent
+    const watchedEnd = (...args: unknown[]): typeof raw => {
+      end.apply(raw, args)
+      this.#ended(wasEnded)
+      wasEnded = true
+      return raw
+    }
+    raw.end = watchedEnd
+  }
+
+  /** Called when the raw response was ended. @param isAgain whether it had been ended before, as by a refusal */
+  #ended (isAgain: boolean): void {
+    const { at } = this.answer.state
+    if (at === 'late' && isAgain) {
+      this.#giveUpReply() // NestJS ends it again if a handler fails
+    } else if (at === 'open' && this.#call === 'returned' && isClosed(this.reply.raw)) {
+      this.#wroteItself()
+    }
+  }
+
+  /** Called for a reply that an error handler which sends twice may have sent as well. What the handler returns or throws says more. */
+  #repliedUnclearly (): void {
+    this.#isUnclear = true
+    if (this.#call === 'returned' || this.#waiting.length > 0) this.#giveUpReply()
+  }
+
+  /** Called when no reply is to be expected, and whether the handler has succeeded is not known. It may run again. */
+  #giveUpReply (): void {
+    this.#hasGivenUp = true
+    if (this.#call === 'returned') this.#settle(false)
+    else this.#endWaits()
   }
 
   #isReply (value: unknown): boolean {
@@ -192,7 +294,10 @@ export class OwnHandler {
         if (succeeded && !isWhole) return watchDestroy(this.reply.raw, () => this.#broke())
         // The answer may be that of a hook of the app while the handler still runs. It is recorded once the handler has ended, because a retry
         // must not run the handler while it still runs.
-        if (!succeeded && this.#call === 'runs') return this.answer.move({ at: 'cut off', succeeds: never })
+        if (!succeeded && this.#call === 'runs') {
+          this.answer.move({ at: 'cut off', succeeds: never })
+          return this.#endWaits()
+        }
         return this.#settleBeforeAnswer(succeeded, state.at === 'replying' && state.isOverdue)
     }
   }
@@ -202,13 +307,13 @@ export class OwnHandler {
     const recording = this.#settle(succeeded)
     if (!isPromise<void>(recording) || isOverdue) return
     return new Promise((resolve, reject) => {
-      this.answer.move({ at: 'recorded', release: resolve })
+      this.answer.move({ at: 'recorded', isLate: false, release: resolve })
       recording.then(resolve, reject)
     })
   }
 
   #settle (succeeded: boolean, error = this.#error): MaybePromise<void> {
-    this.answer.move({ at: 'recorded' })
+    this.answer.move({ at: 'recorded', isLate: this.#isLate })
     this.#endWaits()
     return this.record(succeeded, error)
   }
@@ -217,7 +322,7 @@ export class OwnHandler {
   #send (payload: unknown): FastifyReply {
     const { answer, reply } = this
     const { at } = answer.state
-    if (at === 'late') return this.#settleUnheard(payload)
+    if (this.#isLate) return this.#settleUnheard(payload)
     const isGood = isSuccessful(payload, reply.statusCode)
     if (at === 'open') answer.move({ at: 'replying', succeeds: () => isGood && isSuccess(reply.raw.statusCode), isOverdue: false })
     try {
@@ -246,7 +351,7 @@ export class OwnHandler {
    */
   #settleOnce (succeeded: boolean, error?: unknown): void {
     const { state } = this.answer
-    if (state.at === 'cut off' || (state.at === 'late' && state.failed !== undefined)) return
+    if (state.at === 'recorded' || state.at === 'cut off' || (state.at === 'late' && state.failed !== undefined)) return
     if (succeeded || this.#call !== 'runs') this.#settle(succeeded, error)
     else this.answer.move(state.at === 'late' ? { ...state, failed: { error } } : { at: 'cut off', succeeds: never })
   }
@@ -257,7 +362,7 @@ export class OwnHandler {
     switch (state.at) {
       case 'late':
         if (state.failed !== undefined) this.#settle(false, state.failed.error)
-        else if (payload === undefined || this.#isHijacked) this.#settle(true)
+        else if (payload === undefined || this.#isHijacked) this.#settle(this.#isHijacked || !this.#hasGivenUp)
         else if (!this.#isReply(payload)) this.#settleUnheard(payload)
         return
       case 'cut off':
@@ -273,7 +378,7 @@ export class OwnHandler {
   #answerWith (payload: unknown): void {
     try {
       if (payload === undefined) acknowledge(this.#ownReply, 'processed')
-      else this.#ownReply.send(payload)
+      else this.#send(payload)
     } catch (error) {
       this.#threw(error) // thrown by a serializer of the app
     }
@@ -288,7 +393,7 @@ export class OwnHandler {
       this.#error = error
       const shown = isMeant(error) ? error : new HandlerFailed({ cause: new AggregateError([error], 'the route\'s handler failed') })
       markRefused(shown, this.request, this.reply)
-      this.#ownReply.send(shown)
+      this.#send(shown)
     } else {
       logError(this.request.log, error, {}, 'a webhook route\'s handler failed after the answer')
       if (at === 'cut off') this.#settle(false)
@@ -309,10 +414,16 @@ export class OwnHandler {
     return this.reply.sent || this.reply.raw.headersSent
   }
 
+  /** Whether the answer does not come from the handler. */
+  get #isLate (): boolean {
+    const { state } = this.answer
+    return state.at === 'late' || (state.at === 'recorded' && state.isLate)
+  }
+
   /** Whether nothing shows yet how the handler ends, so that what it sends with `reply` will. */
   get #isAwaited (): boolean {
     const { state } = this.answer
-    if (this.#isHijacked) return false
+    if (this.#isHijacked || this.#hasGivenUp) return false
     return state.at === 'late' ? state.failed === undefined : state.at === 'open' && !this.#isSent
   }
 
@@ -351,6 +462,9 @@ export class OwnHandler {
   }
 }
 
+/** `then` of Fastify's replies. */
+const plainThen: FastifyReply['then'] = function (this: FastifyReply, ...listeners) { Object.getPrototypeOf(this).then.apply(this, listeners) }
+
 const warned = new WeakSet<RouteHandlerMethod>()
 
 /** On other routes such a handler may reply at any later time. On a webhook route, returning nothing acknowledges the delivery. */
@@ -372,9 +486,13 @@ function isSuccessful (payload: unknown, statusCode: number): boolean {
 
 /** Closes a stream that nobody reads. */
 function discard (payload: unknown): void {
-  if (!(payload instanceof Readable)) return
-  payload.on('error', () => {})
-  payload.destroy()
+  const stream = (isResponse(payload) ? payload.body : payload) as Partial<Readable> & { cancel?: unknown } | null | undefined
+  if (typeof stream?.destroy === 'function') {
+    stream.on?.('error', () => {})
+    stream.destroy()
+  } else if (typeof stream?.cancel === 'function') {
+    tryOr<unknown>(() => (stream as ReadableStream).cancel(), () => {})
+  }
 }
 
 /**

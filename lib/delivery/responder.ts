@@ -66,7 +66,8 @@ export class Responder implements Sender {
     return new Promise((resolve, reject) => {
       this.#onHandedOver = resolve
       if (this.reply.raw.headersSent) resolve()
-      else this.reply.then(resolve, reject)
+      // Not with the reply's own `then`, which waits for the own handler.
+      else (Object.getPrototypeOf(this.reply) as FastifyReply).then.call(this.reply, resolve, reject)
     })
   }
 

@@ -1,8 +1,10 @@
 import { Readable } from 'node:stream'
+import Fastify from 'fastify'
 import type { FastifyInstance, FastifyReply, FastifyRequest, RouteHandlerMethod } from 'fastify'
 import t from 'tap'
-import { build, outcome, sign, thin } from '../support/deliveries.ts'
-import { deferred, listen, redelivered, watchedStore } from '../support/observe.ts'
+import openaiWebhook from '../../lib/index.ts'
+import { SECRET, build, outcome, sign, thin } from '../support/deliveries.ts'
+import { deferred, dial, head, listen, redelivered, watchedStore } from '../support/observe.ts'
 
 // A route's own handler has a reply of its own. Whatever others do with theirs, its end counts, and a refusal stays one.
 
@@ -275,6 +277,253 @@ t.test('after the deadline', async t => {
     const payload = new Readable({ read () {}, destroy: (_error, done) => { done(new Error('no such file')) } })
     await late(t, 'complete', reply => reply.send(payload))
     t.ok(payload.destroyed)
+    for (const wrap of [(stream: ReadableStream) => stream, (stream: ReadableStream) => new Response(stream)]) {
+      const cancelled = deferred()
+      const stream = new ReadableStream({
+        cancel () {
+          cancelled.resolve()
+          throw new Error('no upstream')
+        }
+      })
+      await late(t, 'complete', reply => reply.send(wrap(stream)))
+      await cancelled.promise
+    }
+  })
+
+  t.test('raw.end() without a reply, as NestJS does when a handler fails, is a failure', async t => {
+    await late(t, 'release', reply => { reply.raw.end() })
+    const over = deferred()
+    const { store, next } = watchedStore()
+    const app = await build(t, { idempotency: { store }, deadline: 10 })
+    app.post('/own', marked, async (_request, reply) => {
+      await over.promise
+      reply.raw.end()
+      return reply
+    })
+    await listen(app)
+    const released = next('release')
+    t.equal(await outcome(app, sign(thin('batch.failed')), '/own'), '503 DEADLINE')
+    over.resolve()
+    await released
+  })
+
+  t.test('only the first reply counts, and none of them is the sender\'s answer', async t => {
+    const [holding, held, over] = [deferred(), deferred(), deferred()]
+    const { store, next } = watchedStore()
+    const app = await build(t, { idempotency: { store }, deadline: 10 })
+    app.addHook('onSend', async () => {
+      holding.resolve()
+      await held.promise
+    })
+    app.post('/own', marked, (_request, reply) => {
+      over.promise.then(() => {
+        reply.send('own')
+        if (!reply.sent) reply.code(418).send('not sent')
+        reply.code(418).send('twice')
+      }, () => {})
+      return reply
+    })
+    await listen(app)
+    const completed = next('complete')
+    const answering = outcome(app, sign(thin('batch.failed')), '/own')
+    await holding.promise
+    over.resolve()
+    await completed
+    held.resolve()
+    t.equal(await answering, '503 DEADLINE')
+  })
+})
+
+t.test('a handler that replies with the reply of a hook', async t => {
+  type Kept = FastifyRequest & { kept: FastifyReply }
+  const kinds: Record<string, (over: Promise<void>, end: Reply) => RouteHandlerMethod> = {
+    'calls back': (over, end) => (request, reply) => {
+      over.then(() => { end((request as Kept).kept) }, () => {})
+      return reply
+    },
+    'calls back, and returns it': (over, end) => request => {
+      over.then(() => { end((request as Kept).kept) }, () => {})
+      return (request as Kept).kept
+    },
+    'async, returns it before': (over, end) => async request => {
+      over.then(() => { end((request as Kept).kept) }, () => {})
+      return (request as Kept).kept
+    },
+    'async, returns what it sends': (over, end) => async request => {
+      await over
+      return end((request as Kept).kept)
+    },
+    'async, returns its own after that': (over, end) => async (request, reply) => {
+      await over
+      end((request as Kept).kept)
+      return reply
+    }
+  }
+  const keptEnds: Record<string, ['complete' | 'release' | undefined, Reply]> = {
+    'in success': ['complete', reply => reply.code(200).send('own')],
+    'in failure': ['release', reply => reply.code(500).send('disk full')],
+    'with an error': ['release', reply => reply.send(new Error('disk full'))],
+    // With the status of the refusal nobody can tell, so the handler may run again.
+    'without a status': [undefined, reply => reply.send('own')]
+  }
+  for (const [kind, handler] of Object.entries(kinds)) {
+    for (const [how, [recorded, end]] of Object.entries(keptEnds)) {
+      for (const over of ['the deadline', 'the sender has gone']) {
+        t.test(`${kind}, ${how}, after ${over}`, async t => {
+          const [started, closed, replying] = [deferred(), deferred(), deferred()]
+          const { store, calls, next } = watchedStore()
+          const app = await build(t, { idempotency: { store }, ...(over === 'the deadline' && { deadline: 10 }) })
+          app.addHook('preHandler', async (request, reply) => { (request as Kept).kept = reply })
+          let runs = 0
+          const own = handler(replying.promise, end)
+          app.post('/own', marked, function (request, reply) {
+            if (++runs > 1) return reply.send('again')
+            reply.raw.once('close', closed.resolve)
+            started.resolve()
+            return own.call(this, request, reply)
+          })
+          await listen(app)
+          const delivery = sign(thin('batch.failed'))
+          const { socket } = await dial(app)
+          socket.write(head(delivery, '/own'))
+          socket.write(delivery.body)
+          await started.promise
+          if (over !== 'the deadline') socket.destroy()
+          await closed.promise
+          await tick()
+          t.same(calls, ['begin'], 'nothing is recorded while it runs')
+          const settled = Promise.race([next('complete'), next('release')])
+          replying.resolve()
+          await settled
+          if (recorded !== undefined) t.equal(calls.at(-1), recorded)
+          t.equal(await outcome(app, redelivered(delivery), '/own'), calls[1] === 'complete' ? DUPLICATE : '200 again')
+        })
+      }
+    }
+  }
+})
+
+t.test('a handler that ends the raw response once the sender has gone', async t => {
+  const endings: Record<string, ['complete' | 'release', Reply]> = {
+    'without a hijack': ['complete', reply => reply.raw.end('own')],
+    // It had not ended by then.
+    'after a hijack': ['release', reply => {
+      reply.hijack()
+      reply.raw.end('own')
+    }]
+  }
+  for (const [name, [recorded, end]] of Object.entries(endings)) {
+    t.test(name, async t => {
+      const [started, closed] = [deferred(), deferred()]
+      const { store, next } = watchedStore()
+      const app = await build(t, { idempotency: { store } })
+      app.post('/own', marked, (_request, reply) => {
+        reply.raw.once('close', () => {
+          closed.resolve()
+          setImmediate(() => { end(reply) })
+        })
+        started.resolve()
+        return reply
+      })
+      await listen(app)
+      const delivery = sign(thin('batch.failed'))
+      const settled = next(recorded)
+      const { socket } = await dial(app)
+      socket.write(head(delivery, '/own'))
+      socket.write(delivery.body)
+      await started.promise
+      socket.destroy()
+      await closed.promise
+      await settled
+    })
+  }
+})
+
+t.test('a function that wraps the handler and returns what then() has returned, as @fastify/otel does', async t => {
+  const { store, calls } = watchedStore()
+  const app = Fastify() as FastifyInstance
+  t.teardown(() => app.close())
+  const failures: unknown[] = []
+  app.addHook('onRoute', route => {
+    const { handler } = route
+    route.handler = function (request, reply) {
+      const result = handler.call(this, request, reply) as FastifyReply | undefined
+      if (result === undefined) return
+      return (result.then as unknown as (fulfilled: () => void, rejected: (error: Error) => void) => unknown)(() => {
+        if (request.headers['x-fails'] !== undefined) throw new Error('no span')
+      }, error => { failures.push(error) })
+    }
+  })
+  await app.register(openaiWebhook, { secret: SECRET, idempotency: { store } })
+  app.post('/own', marked, (_request, reply) => {
+    setImmediate(() => reply.code(500).send('disk full'))
+    return reply
+  })
+  await listen(app)
+  const delivery = sign(thin('batch.failed'))
+  t.equal(await outcome(app, delivery, '/own'), '500 disk full')
+  t.same(calls, ['begin', 'release'])
+  const failing = redelivered(delivery)
+  t.equal(await outcome(app, { ...failing, headers: { ...failing.headers, 'x-fails': 'yes' } }, '/own'), '500 disk full')
+  t.same(failures, [])
+})
+
+t.test('a `send` of the handler\'s own', async t => {
+  const sends: Record<string, [string, (reply: FastifyReply) => unknown]> = {
+    'of an object that inherits from reply': ['200 own!', reply => {
+      const loud = Object.create(reply) as FastifyReply
+      loud.send = ((payload: unknown) => reply.send(`${String(payload)}!`)) as typeof reply.send
+      return loud.send('own')
+    }],
+    'that is defined': ['200 own!', reply => {
+      const { send } = reply
+      Object.defineProperty(reply, 'send', { configurable: true, value: (payload: unknown) => send(`${String(payload)}!`) })
+      Object.defineProperty(reply, 'loud', { configurable: true, value: true })
+      return reply.send('own')
+    }],
+    'that is deleted': ['200 own!', reply => {
+      reply.send = ((payload: unknown) => {
+        delete (reply as Partial<FastifyReply>).send
+        delete (reply as { loud?: boolean }).loud
+        return reply.send(`${String(payload)}!`)
+      }) as typeof reply.send
+      return reply.send('own')
+    }],
+    'that throws': ['500 HANDLER_FAILED', reply => {
+      reply.send = (() => { throw new Error('no') }) as typeof reply.send
+      return reply.send('own')
+    }]
+  }
+  for (const [name, [answer, end]] of Object.entries(sends)) {
+    t.test(name, async t => {
+      const { store, calls } = watchedStore()
+      const app = await build(t, { idempotency: { store } })
+      app.post('/own', marked, (_request, reply) => end(reply))
+      await listen(app)
+      t.equal(await outcome(app, sign(thin('batch.failed')), '/own'), answer)
+      t.same(calls, ['begin', answer.startsWith('200') ? 'complete' : 'release'])
+    })
+  }
+
+  t.test('and one of a hook\'s that throws: the claim is let go', async t => {
+    const { store, next } = watchedStore()
+    const app = await build(t, { idempotency: { store } })
+    app.addHook('preHandler', async (_request, reply) => {
+      const send = reply.send
+      let isFirst = true
+      reply.send = ((payload: unknown) => {
+        if (isFirst) {
+          isFirst = false
+          throw new Error('no')
+        }
+        return send.call(reply, payload)
+      }) as typeof reply.send
+    })
+    app.post('/own', marked, (_request, reply) => reply.send('own'))
+    await listen(app)
+    const released = next('release')
+    t.match(await outcome(app, sign(thin('batch.failed')), '/own'), /^500 /)
+    await released
   })
 })
 

@@ -55,7 +55,7 @@ t.test('an answer changes its state in these ways and no other', async t => {
     replying: { at: 'replying', succeeds, isOverdue: false },
     'cut off': { at: 'cut off', succeeds },
     late: { at: 'late', statusCode: 200 },
-    recorded: { at: 'recorded' },
+    recorded: { at: 'recorded', isLate: false },
     closed: { at: 'closed' }
   }
   const legal: Record<AnswerState['at'], ReadonlyArray<AnswerState['at']>> = {
