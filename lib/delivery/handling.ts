@@ -70,9 +70,7 @@ export class Handling {
       try {
         ownHandler(record)
       } catch (error) {
-        // A method that the app has put in place of one of the reply's has thrown.
-        if (work.state.at === 'handling') record(false, error)
-        else throw error
+        record(false, error) // thrown by what a hook of the app has put in place of a method of reply
       }
     })
   }

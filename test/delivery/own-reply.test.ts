@@ -505,26 +505,30 @@ t.test('a `send` of the handler\'s own', async t => {
     })
   }
 
-  t.test('and one of a hook\'s that throws: the claim is let go', async t => {
-    const { store, next } = watchedStore()
-    const app = await build(t, { idempotency: { store } })
-    app.addHook('preHandler', async (_request, reply) => {
-      const send = reply.send
-      let isFirst = true
-      reply.send = ((payload: unknown) => {
-        if (isFirst) {
+  for (const isOnce of [true, false]) {
+    t.test(`and one of a hook's that throws ${isOnce ? 'once' : 'always'}: the claim is let go`, async t => {
+      const { store, next } = watchedStore()
+      const app = await build(t, { idempotency: { store } })
+      let latest: FastifyReply
+      app.addHook('preHandler', async (_request, reply) => {
+        latest = reply
+        const send = reply.send
+        let isFirst = true
+        reply.send = ((payload: unknown) => {
+          if (isOnce && !isFirst) return send.call(reply, payload)
           isFirst = false
           throw new Error('no')
-        }
-        return send.call(reply, payload)
-      }) as typeof reply.send
+        }) as typeof reply.send
+      })
+      app.post('/own', marked, (_request, reply) => reply.send('own'))
+      await listen(app)
+      const released = next('release')
+      const answering = outcome(app, sign(thin('batch.failed')), '/own')
+      await released
+      if (!isOnce) latest!.raw.writeHead(500).end()
+      t.match(await answering, /^500 /)
     })
-    app.post('/own', marked, (_request, reply) => reply.send('own'))
-    await listen(app)
-    const released = next('release')
-    t.match(await outcome(app, sign(thin('batch.failed')), '/own'), /^500 /)
-    await released
-  })
+  }
 })
 
 t.test('the handler\'s reply is otherwise that of the hooks', async t => {
