@@ -197,7 +197,11 @@ export class OwnHandler {
       return reply
     }
     const watchedSend = (payload: unknown): FastifyReply => {
-      if (isHandlerTimeout(payload) && answer.state.at === 'late') isRefusedTwice = true
+      if (isHandlerTimeout(payload)) {
+        // It counts as a deadline: the handler keeps running.
+        if (answer.state.at === 'open') answer.move({ at: 'late', statusCode: this.#ownStatus })
+        else if (answer.state.at === 'late') isRefusedTwice = true
+      }
       if (!isRefusalOut()) return send.call(reply, payload)
       if (hasStatus || payload instanceof Error) this.#ownReply.send(payload)
       else this.#repliedUnclearly()
@@ -267,14 +271,9 @@ export class OwnHandler {
     return false
   }
 
-  /** Notes an error that is about to be answered. Fastify's `handlerTimeout` counts as a deadline: the handler keeps running. */
+  /** Notes an error that is about to be answered, unless it is that of the deadline or of Fastify's `handlerTimeout`. */
   note (error: unknown): void {
-    const { at } = this.answer.state
-    if (!isHandlerTimeout(error)) {
-      if (at !== 'late') this.#error ??= error
-    } else if (at === 'open') {
-      this.answer.move({ at: 'late', statusCode: this.#ownStatus })
-    }
+    if (this.answer.state.at !== 'late' && !isHandlerTimeout(error)) this.#error ??= error
   }
 
   /**

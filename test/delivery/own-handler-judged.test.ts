@@ -481,6 +481,26 @@ t.test('whatever the error handler does at the deadline, and Fastify\'s handlerT
   }
 })
 
+t.test('Fastify\'s handlerTimeout counts as a deadline, whether or not the app\'s onError hooks fail', async t => {
+  for (const fails of [false, true]) {
+    const over = deferred()
+    const { store, next } = watchedStore()
+    const app = await build(t, { idempotency: { store } })
+    app.addHook('onError', async () => { if (fails) throw new Error('no collector') })
+    app.post('/own', { ...marked, handlerTimeout: 10 }, async () => {
+      await over.promise
+      return 'own'
+    })
+    await listen(app)
+    const delivery = sign(thin('batch.failed'))
+    t.match(await outcome(app, delivery, '/own'), /^50\d /)
+    const completed = next('complete')
+    over.resolve()
+    await completed
+    t.equal(await outcome(app, redelivered(delivery), '/own'), DUPLICATE)
+  }
+})
+
 t.test('an error handler that forgets the status, where the async context is lost', async t => {
   const forgetful: Record<string, (app: FastifyInstance, query: ReturnType<typeof connection>) => void> = {
     'by an onSend hook': (app, query) => {
