@@ -9,6 +9,7 @@ import { isPromise, later, tryOr } from '../maybe-promise.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
 import { isClosed, isOut, sentStatusOf, traceReset, watchDestroy } from './raw-response.ts'
 import type { Answer } from './answer.ts'
+import { standIn } from './stand-in.ts'
 import type { RecordEnd } from './work.ts'
 
 /** Key on a request whose value is the run of its route's own handler. Absent until the own handler is started. */
@@ -126,32 +127,10 @@ export class OwnHandler {
       return this.#ownReply
     }
     const then = (fulfilled: () => void, rejected: (error: Error) => void): Promise<unknown> => this.#wait(fulfilled, rejected)
-    const original: Record<PropertyKey, unknown> = { __proto__: null, send, code, status: code, hijack, then }
-    const methods = { ...original }
-    // No accessors among the methods: V8 would keep what they hold, such as the request, until a full garbage collection.
-    return new Proxy(reply, {
-      get: (target, key, receiver) => {
-        if (key === 'sent' && this.#isLate) return !this.#isAwaited
-        if (key === 'statusCode' && answer.state.at === 'late') return answer.state.statusCode
-        return key in original ? methods[key] : Reflect.get(target, key, receiver)
-      },
-      set: (target, key, value, receiver) => {
-        if (receiver !== this.#ownReply) return Reflect.set(target, key, value, receiver)
-        if (key === 'statusCode') code(value as number)
-        else if (key in original) methods[key] = value
-        else return Reflect.set(target, key, value)
-        return true
-      },
-      defineProperty: (target, key, descriptor) => {
-        if (!(key in original)) return Reflect.defineProperty(target, key, descriptor)
-        methods[key] = descriptor.value
-        return true
-      },
-      deleteProperty: (target, key) => {
-        if (!(key in original)) return Reflect.deleteProperty(target, key)
-        methods[key] = original[key]
-        return true
-      }
+    return standIn(reply, {
+      methods: { send, code, status: code, hijack, then },
+      sent: () => this.#isLate ? !this.#isAwaited : undefined,
+      statusCode: () => answer.state.at === 'late' ? answer.state.statusCode : undefined
     })
   }
 
