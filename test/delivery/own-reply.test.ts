@@ -544,6 +544,7 @@ t.test('the handler\'s reply is otherwise that of the hooks', async t => {
     seen.push(decorated.language, reply.request === request, reply.sent)
     decorated.language = 'de'
     reply.statusCode = 202
+    t.equal(reply.statusCode, 202)
     // A handler may put a `send` of its own in place.
     const send = reply.send.bind(reply)
     reply.send = ((payload: unknown) => send(`${String(payload)}!`)) as typeof reply.send
