@@ -60,7 +60,7 @@ export class OwnHandler {
   /** Whether somebody, the handler or an error handler, has sent a second answer after the refusal. */
   #isUnclear = false
   /** Whether no reply is to be expected any more. */
-  #hasGivenUp = false
+  #expectsNoReply = false
   /** Fulfil the promises that wait for `reply` although the response is over, such as that of an async handler that has returned `reply`. */
   readonly #waiting: Array<() => void> = []
 
@@ -151,7 +151,7 @@ export class OwnHandler {
       }
       plainThen.call(this.reply, () => {
         const go = (): void => follow(fulfilled)
-        if (this.#isUnclear) this.#hasGivenUp = true
+        if (this.#isUnclear) this.#expectsNoReply = true
         if (this.#isAwaited) this.#waiting.push(go)
         else go()
       }, error => follow(() => rejected(error)))
@@ -210,7 +210,7 @@ export class OwnHandler {
   #ended (isAgain: boolean): void {
     const { at } = this.answer.state
     if (at === 'late' && isAgain) {
-      this.#giveUpReply() // NestJS ends it again if a handler fails
+      this.#expectNoReply() // NestJS ends it again if a handler fails
     } else if (at === 'open' && this.#call === 'returned' && isClosed(this.reply.raw)) {
       this.#wroteItself()
     }
@@ -219,12 +219,12 @@ export class OwnHandler {
   /** Called for a reply that an error handler which sends twice may have sent as well. What the handler returns or throws says more. */
   #repliedUnclearly (): void {
     this.#isUnclear = true
-    if (this.#call === 'returned' || this.#waiting.length > 0) this.#giveUpReply()
+    if (this.#call === 'returned' || this.#waiting.length > 0) this.#expectNoReply()
   }
 
   /** Called when no reply is to be expected, and whether the handler has succeeded is not known. It may run again. */
-  #giveUpReply (): void {
-    this.#hasGivenUp = true
+  #expectNoReply (): void {
+    this.#expectsNoReply = true
     if (this.#call === 'returned') this.#settle(false)
     else this.#endWaits()
   }
@@ -340,7 +340,7 @@ export class OwnHandler {
     switch (state.at) {
       case 'late':
         if (state.failed !== undefined) this.#settle(false, state.failed.error)
-        else if (payload === undefined || this.#isHijacked) this.#settle(this.#isHijacked || !this.#hasGivenUp)
+        else if (payload === undefined || this.#isHijacked) this.#settle(this.#isHijacked || !this.#expectsNoReply)
         else if (!this.#isReply(payload)) this.#settleUnheard(payload)
         return
       case 'cut off':
@@ -401,7 +401,7 @@ export class OwnHandler {
   /** Whether nothing shows yet how the handler ends, so that what it sends with `reply` will. */
   get #isAwaited (): boolean {
     const { state } = this.answer
-    if (this.#isHijacked || this.#hasGivenUp) return false
+    if (this.#isHijacked || this.#expectsNoReply) return false
     return state.at === 'late' ? state.failed === undefined : state.at === 'open' && !this.#isSent
   }
 
@@ -440,8 +440,8 @@ export class OwnHandler {
   }
 }
 
-/** `then` of Fastify's replies. */
-const plainThen: FastifyReply['then'] = function (this: FastifyReply, ...listeners) { Object.getPrototypeOf(this).then.apply(this, listeners) }
+/** `then` of Fastify's replies, which does not wait for the own handler as that of a watched reply does. */
+export const plainThen: FastifyReply['then'] = function (this: FastifyReply, ...listeners) { Object.getPrototypeOf(this).then.apply(this, listeners) }
 
 const warned = new WeakSet<RouteHandlerMethod>()
 

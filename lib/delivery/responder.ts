@@ -5,7 +5,7 @@ import { logError } from '../log.ts'
 import { acknowledge, closeConnection, refuse } from '../pipeline/acknowledge.ts'
 import { isAnswerHeld, isSuccess } from '../pipeline/refusal.ts'
 import type { VerifiedRequest } from '../request.ts'
-import { OwnHandler } from './own-handler.ts'
+import { OwnHandler, plainThen } from './own-handler.ts'
 import type { Receiver } from './receive.ts'
 import { isInjected, sentStatusOf } from './raw-response.ts'
 import { Answer } from './answer.ts'
@@ -66,8 +66,7 @@ export class Responder implements Sender {
     return new Promise((resolve, reject) => {
       this.#onHandedOver = resolve
       if (this.reply.raw.headersSent) resolve()
-      // Not with the reply's own `then`, which waits for the own handler.
-      else (Object.getPrototypeOf(this.reply) as FastifyReply).then.call(this.reply, resolve, reject)
+      else plainThen.call(this.reply, resolve, reject)
     })
   }
 

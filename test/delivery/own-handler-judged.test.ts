@@ -5,7 +5,7 @@ import { memoryStore } from '../../lib/index.ts'
 import type { IdempotencyStore } from '../../lib/index.ts'
 import { build, outcome, post, sign, stoppedClock, thin } from '../support/deliveries.ts'
 import type { Signed } from '../support/deliveries.ts'
-import { deferred, dial, head, listen, redelivered, send, watchedStore } from '../support/observe.ts'
+import { deferred, dialWith, listen, redelivered, send, watchedStore } from '../support/observe.ts'
 
 // Whether a route's own handler has succeeded, where that is not plain.
 
@@ -120,9 +120,7 @@ t.test('an async one that returns or awaits the reply, and replies later, has no
           })
           await listen(app)
           const delivery = sign(thin('batch.failed'))
-          const { socket } = await dial(app)
-          socket.write(head(delivery, '/own'))
-          socket.write(delivery.body)
+          const { socket } = await dialWith(app, delivery, '/own')
           await started.promise
           if (over !== 'the refusal') socket.destroy()
           await closed.promise
@@ -215,9 +213,7 @@ t.test('an async one that returns the reply, and hijacks it when the response is
       await listen(app)
       const delivery = sign(thin('batch.failed'))
       const completed = next('complete')
-      const { socket } = await dial(app)
-      socket.write(head(delivery, '/own'))
-      socket.write(delivery.body)
+      const { socket } = await dialWith(app, delivery, '/own')
       await started.promise
       if (end !== 'the refusal') socket.destroy()
       await closed.promise

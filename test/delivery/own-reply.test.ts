@@ -4,7 +4,7 @@ import type { FastifyInstance, FastifyReply, FastifyRequest, RouteHandlerMethod 
 import t from 'tap'
 import openaiWebhook from '../../lib/index.ts'
 import { SECRET, build, outcome, sign, thin } from '../support/deliveries.ts'
-import { deferred, dial, head, listen, redelivered, watchedStore } from '../support/observe.ts'
+import { deferred, dialWith, listen, redelivered, watchedStore } from '../support/observe.ts'
 
 // A route's own handler has a reply of its own. Whatever others do with theirs, its end counts, and a refusal stays one.
 
@@ -384,9 +384,7 @@ t.test('a handler that replies with the reply of a hook', async t => {
           })
           await listen(app)
           const delivery = sign(thin('batch.failed'))
-          const { socket } = await dial(app)
-          socket.write(head(delivery, '/own'))
-          socket.write(delivery.body)
+          const { socket } = await dialWith(app, delivery, '/own')
           await started.promise
           if (over !== 'the deadline') socket.destroy()
           await closed.promise
@@ -428,9 +426,7 @@ t.test('a handler that ends the raw response once the sender has gone', async t 
       await listen(app)
       const delivery = sign(thin('batch.failed'))
       const settled = next(recorded)
-      const { socket } = await dial(app)
-      socket.write(head(delivery, '/own'))
-      socket.write(delivery.body)
+      const { socket } = await dialWith(app, delivery, '/own')
       await started.promise
       socket.destroy()
       await closed.promise

@@ -153,10 +153,16 @@ export async function dial (app: FastifyInstance): Promise<{ socket: Socket, rec
   return { socket, received }
 }
 
+/** Sends a delivery over a connection of its own, and does not wait for the answer. */
+export async function dialWith (app: FastifyInstance, delivery: Signed, url?: string): ReturnType<typeof dial> {
+  const connection = await dial(app)
+  connection.socket.write(head(delivery, url))
+  connection.socket.write(delivery.body)
+  return connection
+}
+
 /** Sends a delivery over a connection of its own, and returns the answer as it arrived. */
 export async function send (app: FastifyInstance, delivery: Signed, url?: string): Promise<string> {
-  const { socket, received } = await dial(app)
-  socket.write(head(delivery, url))
-  socket.write(delivery.body)
+  const { received } = await dialWith(app, delivery, url)
   return await received
 }
