@@ -7,7 +7,7 @@ import { acknowledge } from '../pipeline/acknowledge.ts'
 import { isAnswerHeld, isHandlerTimeout, isRefused, isResponse, isSuccess, markRefused } from '../pipeline/refusal.ts'
 import { isPromise, later, tryOr } from '../maybe-promise.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
-import { isClosed, isOut, sentStatusOf, traceReset, watchDestroy } from './raw-response.ts'
+import { isClosed, isOut, sentStatusOf, traceReset } from './raw-response.ts'
 import type { Answer } from './answer.ts'
 import { standIn } from './stand-in.ts'
 import type { RecordEnd } from './work.ts'
@@ -41,14 +41,17 @@ export function noteError (request: FastifyRequest, error: unknown): void {
  * One run of a route's own handler, which sends the answer. If the handler returns nothing and has not replied, the delivery is acknowledged.
  * The result is recorded once: how the handler answered or, after the deadline, how it ended.
  *
- * The handler gets a reply of its own, which stands for the one that hooks and error handlers have. So what the handler does with it after the
- * deadline is told apart from the refusal.
+ * Three replies tell apart who replies: the handler gets one of its own, a refusal is sent with another one, which error handlers get, and both
+ * stand for the one that hooks have had before. What comes with that one after the deadline is the handler's too, because it has kept it.
  */
 export class OwnHandler {
   /** The reply's status code before the handler was called. */
   readonly #givenStatus: number
+  /** The reply's methods before they are watched. */
+  readonly #methods: Pick<FastifyReply, 'send' | 'code' | 'status' | 'then'>
   /** The reply that the handler gets. */
   readonly #ownReply: FastifyReply
+  #refusing: FastifyReply | undefined
   /** `begins`: the handler is being called. `runs`: it has returned a promise, which has not settled. */
   #call: 'begins' | 'runs' | 'returned' | 'threw' = 'begins'
   /** The error that the handler threw, sent or returned. Fastify logs that of a stream that fails half way. */
@@ -57,8 +60,6 @@ export class OwnHandler {
   statusCode: number | undefined
   /** Whether the handler has hijacked the reply. */
   #isHijacked = false
-  /** Whether somebody, the handler or an error handler, has sent a second answer after the refusal. */
-  #isUnclear = false
   /** Whether no reply is to be expected any more. */
   #expectsNoReply = false
   /** Fulfil the promises that wait for `reply` although the response is over, such as that of an async handler that has returned `reply`. */
@@ -72,17 +73,26 @@ export class OwnHandler {
     readonly record: RecordEnd,
     readonly handOver: () => void
   ) {
+    const { send, code, status, then } = reply
+    this.#methods = { send, code, status, then }
     this.#givenStatus = reply.statusCode
     this.#ownReply = this.#makeReply()
+  }
+
+  /** The reply to send a refusal with, so that nothing that hooks and error handlers do with it is taken for the handler's answer. */
+  get refusing (): FastifyReply {
+    this.#refusing ??= standIn(this.reply, { methods: this.#methods })
+    return this.#refusing
   }
 
   run (handler: RouteHandlerMethod, scope: FastifyInstance): void {
     const { answer, request, reply } = this
     ;(request as WithOwnRun)[OWN_RUN] = this
     traceReset(reply.raw, request.raw)
-    this.#watchReply()
     // While other handlers ran, a hook of the app or Fastify's `handlerTimeout` has answered, or is answering with an error.
     if (answer.state.at === 'open' && (this.#isSent || isRefused(request))) answer.move({ at: 'late', statusCode: 200 })
+    this.#watchReply()
+    this.#watchResponse()
     let result
     let pending
     try {
@@ -140,7 +150,7 @@ export class OwnHandler {
    *
    * @returns a promise, for functions that wrap handlers and return what `then` returned, as @fastify/otel does
    */
-  #wait (fulfilled: () => unknown, rejected: (error: Error) => unknown): Promise<unknown> {
+  #wait (fulfilled: () => unknown, rejected?: (error: Error) => unknown): Promise<unknown> {
     return new Promise((resolve, reject) => {
       const follow = (settle: () => unknown): void => {
         try {
@@ -149,52 +159,64 @@ export class OwnHandler {
           reject(error)
         }
       }
+      const failed = rejected && ((error: Error): void => follow(() => rejected(error)))
       plainThen.call(this.reply, () => {
         const go = (): void => follow(fulfilled)
-        if (this.#isUnclear) this.#expectsNoReply = true
         if (this.#isAwaited) this.#waiting.push(go)
         else go()
-      }, error => follow(() => rejected(error)))
+      }, failed as (error: Error) => void)
     })
   }
 
   /**
    * Watches the reply that hooks have, because the handler may have kept it, or use a function that a hook has made of it. Before there is an
-   * answer, whoever replies counts as the handler. Once a refusal is out, nobody else has anything left to send.
+   * answer, whoever replies counts as the handler. Once a refusal is out, nobody else has anything left to send. While it is on its way, a hook
+   * may answer too, and then Fastify decides.
    */
   #watchReply (): void {
     const { answer, reply } = this
-    const { raw, send, code, then } = reply
-    // After the refusal of the deadline and that of Fastify's `handlerTimeout`, an error handler may still reply when one of them is out.
-    let isRefusedTwice = false
-    let hasStatus = false
-    const isRefusalOut = (): boolean => answer.state.at === 'late' && raw.headersSent && !isRefusedTwice
-    const watchedCode = (statusCode: number): FastifyReply => {
-      if (!isRefusalOut()) return code.call(reply, statusCode)
-      hasStatus = true
-      this.#ownReply.code(statusCode)
+    const { send, code, then } = this.#methods
+    // The answer of others is sent with this reply too if it had begun before, or if a hook has replaced `send` by a function of this reply.
+    const isShared = this.#isLate || Object.hasOwn(reply, 'send')
+    const isRefusalOut = (): boolean => this.#isLate && reply.raw.headersSent
+    let statusCode: number | undefined
+    const watchedCode = (given: number): FastifyReply => {
+      if (!isRefusalOut()) return code.call(reply, given)
+      statusCode = given
       return reply
     }
     const watchedSend = (payload: unknown): FastifyReply => {
-      if (isHandlerTimeout(payload)) {
-        // It counts as a deadline: the handler keeps running.
-        if (answer.state.at === 'open') answer.move({ at: 'late', statusCode: this.#ownStatus })
-        else if (answer.state.at === 'late') isRefusedTwice = true
+      if (isHandlerTimeout(payload)) return this.#sendTimeout(payload)
+      if (answer.state.at === 'open') {
+        this.#send(payload)
+      } else if (!isRefusalOut()) {
+        return send.call(reply, payload)
+      } else if (isShared) {
+        this.#expectNoReply() // it may be an error handler's second answer
+      } else {
+        if (statusCode !== undefined) this.#ownReply.code(statusCode)
+        this.#ownReply.send(payload)
       }
-      if (!isRefusalOut()) return send.call(reply, payload)
-      if (hasStatus || payload instanceof Error) this.#ownReply.send(payload)
-      else this.#repliedUnclearly()
       return reply
     }
     const watchedThen: FastifyReply['then'] = (fulfilled, rejected) => {
-      // An error handler waits for its own answer.
       if (answer.state.at === 'open') this.#wait(fulfilled, rejected)
       else then.call(reply, fulfilled, rejected)
     }
     reply.send = watchedSend
     reply.code = reply.status = watchedCode
     reply.then = watchedThen
-    const { end } = raw as { end: (...args: unknown[]) => typeof raw }
+  }
+
+  /** Called when Fastify's `handlerTimeout` is over. It counts as a deadline: the handler keeps running. */
+  #sendTimeout (error: unknown): FastifyReply {
+    if (this.answer.state.at === 'open') this.answer.move({ at: 'late', statusCode: this.#ownStatus })
+    return this.#methods.send.call(this.#isLate ? this.refusing : this.reply, error)
+  }
+
+  #watchResponse (): void {
+    const { raw } = this.reply
+    const { end, destroy } = raw as unknown as Record<'end' | 'destroy', (...args: unknown[]) => typeof raw>
     // Not `writableEnded`, which Node sets when a stream of HTTP/2 is reset.
     let wasEnded = this.#isSent
     const watchedEnd = (...args: unknown[]): typeof raw => {
@@ -203,7 +225,13 @@ export class OwnHandler {
       wasEnded = true
       return raw
     }
+    const watchedDestroy = (error?: Error): typeof raw => {
+      // An injected response destroys itself once it has ended.
+      if (!isClosed(raw) && !raw.writableEnded) this.#broke()
+      return destroy.call(raw, error)
+    }
     raw.end = watchedEnd
+    raw.destroy = watchedDestroy
   }
 
   /** Called when the raw response was ended. @param isAgain whether it had been ended before, as by a refusal */
@@ -216,10 +244,11 @@ export class OwnHandler {
     }
   }
 
-  /** Called for a reply that an error handler which sends twice may have sent as well. What the handler returns or throws says more. */
-  #repliedUnclearly (): void {
-    this.#isUnclear = true
-    if (this.#call === 'returned' || this.#waiting.length > 0) this.#expectNoReply()
+  /** Called when this process destroys the response before its end, as Fastify does when the source of a stream fails. */
+  #broke (): void {
+    const { state } = this.answer
+    if (state.at === 'replying') this.answer.move({ ...state, succeeds: never })
+    else if (state.at === 'open' && !this.#isSent) this.#expectNoReply()
   }
 
   /** Called when no reply is to be expected, and whether the handler has succeeded is not known. It may run again. */
@@ -269,7 +298,7 @@ export class OwnHandler {
       case 'replying':
       case 'cut off':
         this.statusCode = statusCode
-        if (succeeded && !isWhole) return watchDestroy(this.reply.raw, () => this.#broke())
+        if (succeeded && !isWhole) return
         // The answer may be that of a hook of the app while the handler still runs. It is recorded once the handler has ended, because a retry
         // must not run the handler while it still runs.
         if (!succeeded && this.#call === 'runs') {
@@ -308,7 +337,7 @@ export class OwnHandler {
     } catch (error) {
       if ((at === 'open' || at === 'cut off') && isAnswerHeld(error)) return this.#settleUnheard(payload)
       // A serializer of the app has thrown, so nothing is being sent.
-      if (at === 'open') answer.move({ at: 'open' })
+      if (answer.state.at === 'replying') answer.move({ at: 'open' })
       throw error
     }
     // If `recordAnswer` does not record the answer, because it is a stream or another onSend hook has failed, the response's close does.
@@ -348,6 +377,7 @@ export class OwnHandler {
         return
       case 'open':
         if (this.#isSent) this.#wroteItself()
+        else if (this.#expectsNoReply) this.#settle(false)
         else if (!this.#isReply(payload)) this.#answerWith(payload)
         else this.reply.raw.once('close', () => { if (this.#isSent) this.#wroteItself() })
     }
@@ -392,6 +422,9 @@ export class OwnHandler {
     return this.reply.sent || this.reply.raw.headersSent
   }
 
+  /** Whether the handler is async and has not ended. */
+  get runs (): boolean { return this.#call === 'runs' }
+
   /** Whether the answer does not come from the handler. */
   get #isLate (): boolean {
     const { state } = this.answer
@@ -432,12 +465,6 @@ export class OwnHandler {
     if (isClosed(raw)) closed()
     else raw.once('close', closed)
   }
-
-  /** Called when the source of the answer's stream has failed. */
-  #broke (): void {
-    const { state } = this.answer
-    if (state.at === 'replying') this.answer.move({ ...state, succeeds: never })
-  }
 }
 
 /** `then` of Fastify's replies, which does not wait for the own handler as that of a watched reply does. */
@@ -462,14 +489,14 @@ function isSuccessful (payload: unknown, statusCode: number): boolean {
   return isSuccess(isResponse(payload) ? payload.status : statusCode)
 }
 
-/** Closes a stream that nobody reads. */
+/** Closes a stream that nobody reads. Only what is a stream: `destroy` of a database library deletes a row. */
 function discard (payload: unknown): void {
-  const stream = (isResponse(payload) ? payload.body : payload) as Partial<Readable> & { cancel?: unknown } | null | undefined
-  if (typeof stream?.destroy === 'function') {
+  const stream = (isResponse(payload) ? payload.body : payload) as Partial<Readable & ReadableStream> | null | undefined
+  if (typeof stream?.pipe === 'function' && typeof stream.destroy === 'function') {
     stream.on?.('error', () => {})
     stream.destroy()
-  } else if (typeof stream?.cancel === 'function') {
-    tryOr<unknown>(() => (stream as ReadableStream).cancel(), () => {})
+  } else if (typeof stream?.getReader === 'function') {
+    tryOr<unknown>(() => stream.cancel?.(), () => {})
   }
 }
 

@@ -90,14 +90,3 @@ function traceStream (raw: RawResponse, stream: ServerHttp2Stream): void {
 function show (raw: RawResponse, name: 'closed' | 'headersSent' | 'writableEnded'): void {
   Object.defineProperty(raw, name, { value: true, configurable: true })
 }
-
-/** Calls `broken` if this process destroys the response before it has ended. Fastify does so when the source of a stream fails. */
-export function watchDestroy (raw: RawResponse, broken: () => void): void {
-  const { destroy } = raw
-  const watched: RawResponse['destroy'] = error => {
-    // An injected response destroys itself once it has ended.
-    if (!isClosed(raw) && !raw.writableEnded) broken()
-    return destroy.call(raw, error)
-  }
-  raw.destroy = watched
-}

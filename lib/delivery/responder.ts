@@ -2,12 +2,12 @@ import type { FastifyInstance, FastifyReply, RouteHandlerMethod } from 'fastify'
 import { DeadlineExceeded, Unavailable } from '../errors.ts'
 import type { Failures } from '../failures.ts'
 import { logError } from '../log.ts'
-import { acknowledge, closeConnection, refuse } from '../pipeline/acknowledge.ts'
+import { acknowledge, closeConnection, holdTimeout, refuse } from '../pipeline/acknowledge.ts'
 import { isAnswerHeld, isSuccess } from '../pipeline/refusal.ts'
 import type { VerifiedRequest } from '../request.ts'
 import { OwnHandler, plainThen } from './own-handler.ts'
 import type { Receiver } from './receive.ts'
-import { isInjected, sentStatusOf } from './raw-response.ts'
+import { isClosed, isInjected, sentStatusOf } from './raw-response.ts'
 import { Answer } from './answer.ts'
 import type { Sender, Verdict, Work } from './work.ts'
 
@@ -64,9 +64,13 @@ export class Responder implements Sender {
    */
   given (): Promise<void> {
     return new Promise((resolve, reject) => {
+      const { reply } = this
+      const { raw } = reply
       this.#onHandedOver = resolve
-      if (this.reply.raw.headersSent) resolve()
-      else plainThen.call(this.reply, resolve, reject)
+      // The own handler still runs and answers by itself.
+      if (this.#own?.runs === true && (reply.sent || raw.headersSent) && !raw.writableEnded && !isClosed(raw)) raw.once('close', resolve)
+      else if (raw.headersSent) resolve()
+      else plainThen.call(reply, resolve, reject)
     })
   }
 
@@ -81,7 +85,7 @@ export class Responder implements Sender {
       else if (answered !== undefined && !isSuccess(answered)) this.options.failures.ownFailed(verdict.error, this.request.openaiWebhook, this.request, answered)
       else this.options.failures.late(verdict.error, this.request.openaiWebhook, this.request)
     } else if (at === 'open') {
-      this.#send(() => { acknowledge(this.reply, verdict.outcome) })
+      this.#send(reply => { acknowledge(reply, verdict.outcome) })
     }
   }
 
@@ -103,23 +107,25 @@ export class Responder implements Sender {
 
   #refuse (error: Error): void {
     this.options.failures.refused(error, this.request.openaiWebhook, this.request)
-    this.#send(() => { refuse(this.reply, error) })
+    if (this.request.routeOptions.handlerTimeout) holdTimeout(this.reply)
+    this.#send(reply => { refuse(reply, error) })
   }
 
-  #send (send: () => void): void {
+  #send (send: (reply: FastifyReply) => void): void {
+    const reply = this.#own?.refusing ?? this.reply
     this.#closeConnection()
     try {
-      send()
+      send(reply)
     } catch (error) {
-      this.#unsent(error)
+      this.#unsent(reply, error)
     }
   }
 
-  #unsent (error: unknown): void {
+  #unsent (reply: FastifyReply, error: unknown): void {
     if (!isAnswerHeld(error)) {
       try {
         // A serializer of the app has thrown, so its error is the answer, as on any route.
-        this.reply.send(error)
+        reply.send(error)
         return
       } catch {}
     }

@@ -2,10 +2,10 @@ import type { FastifyReply } from 'fastify'
 
 /** What a reply that stands for another one does itself. */
 export interface OwnParts {
-  readonly methods: Readonly<Record<'send' | 'code' | 'status' | 'hijack' | 'then', (...args: any[]) => unknown>>
+  readonly methods: Readonly<Record<'code' | 'status' | 'send' | 'then', (...args: any[]) => unknown> & { hijack?: () => unknown }>
   /** The values of its properties; `undefined` for those of the other reply. */
-  readonly sent: () => boolean | undefined
-  readonly statusCode: () => number | undefined
+  readonly sent?: () => boolean | undefined
+  readonly statusCode?: () => number | undefined
 }
 
 /** Makes a reply that stands for another one: everything but `own` is the other's. */
@@ -16,13 +16,14 @@ export function standIn (reply: FastifyReply, own: OwnParts): FastifyReply {
   const made: FastifyReply = new Proxy(reply, {
     get (target, key, receiver) {
       if (key in original) return methods[key]
-      const value = key === 'sent' ? own.sent() : key === 'statusCode' ? own.statusCode() : undefined
-      return value ?? Reflect.get(target, key, receiver)
+      const value = key === 'sent' ? own.sent?.() : key === 'statusCode' ? own.statusCode?.() : undefined
+      // A getter of the app gets what its setter gets, which may be the key of a WeakMap.
+      return value ?? Reflect.get(target, key, receiver === made ? target : receiver)
     },
     set (target, key, value, receiver) {
       // An object that inherits from this reply gets a property of its own.
       if (receiver !== made) return Reflect.set(target, key, value, receiver)
-      if (key === 'statusCode') own.methods.code(value)
+      if (key === 'statusCode') Reflect.apply(own.methods.code, made, [value])
       else if (key in original) methods[key] = value
       else return Reflect.set(target, key, value)
       return true

@@ -20,12 +20,11 @@ export function acknowledge (reply: FastifyReply, outcome: 'processed' | 'duplic
 export function refuse (reply: FastifyReply, error: unknown): void {
   // Marked before it is sent, because a hook of the app may have replaced `send`.
   markRefused(error, reply.request, reply)
-  if (reply.request.routeOptions.handlerTimeout) holdTimeout(reply)
   reply.send(error)
 }
 
-/** Fastify's timer catches nothing, and `send` throws while an async onError hook of the app holds the refusal. */
-function holdTimeout (reply: FastifyReply): void {
+/** For a reply that is about to be refused: Fastify's timer catches nothing, and `send` throws while an async onError hook of the app holds the refusal. */
+export function holdTimeout (reply: FastifyReply): void {
   const { send } = reply
   const held = (payload: unknown): FastifyReply => {
     try {

@@ -1,10 +1,11 @@
-import { Readable } from 'node:stream'
+import { createReadStream } from 'node:fs'
+import { Readable, pipeline } from 'node:stream'
 import Fastify from 'fastify'
 import type { FastifyInstance, FastifyReply, FastifyRequest, RouteHandlerMethod } from 'fastify'
 import t from 'tap'
 import openaiWebhook from '../../lib/index.ts'
 import { SECRET, build, outcome, sign, thin } from '../support/deliveries.ts'
-import { deferred, dialWith, listen, redelivered, watchedStore } from '../support/observe.ts'
+import { deferred, dialWith, listen, redelivered, send, watchedStore } from '../support/observe.ts'
 
 // A route's own handler has a reply of its own. Whatever others do with theirs, its end counts, and a refusal stays one.
 
@@ -96,6 +97,19 @@ t.test('what an app does with the refusal at the deadline', async t => {
           })
         }, () => {})
       })
+    },
+    'an async error handler that does not return the reply, beside an async onSend hook': (app, hold) => {
+      app.setErrorHandler(async (_error, _request, reply) => { reply.code(503).send('refused') })
+      app.addHook('onSend', async () => { await hold() })
+    },
+    'an error handler that sends and returns a value': app => {
+      app.setErrorHandler((_error, _request, reply) => {
+        reply.code(503).send('refused')
+        return 'refused'
+      })
+    },
+    'an onResponse hook that sets a status': app => {
+      app.addHook('onResponse', async (_request, reply) => { reply.code(599) })
     },
     'an onResponse hook that hijacks': app => {
       app.addHook('onResponse', async (_request, reply) => { reply.hijack() })
@@ -290,6 +304,12 @@ t.test('after the deadline', async t => {
     }
   })
 
+  t.test('what is no stream is left alone, though it has a method of that name', async t => {
+    for (const name of ['destroy', 'cancel']) {
+      await late(t, 'complete', reply => reply.send({ id: 7, [name]: async () => { t.fail(`${name}() was called`) } }))
+    }
+  })
+
   t.test('raw.end() without a reply, as NestJS does when a handler fails, is a failure', async t => {
     await late(t, 'release', reply => { reply.raw.end() })
     const over = deferred()
@@ -359,12 +379,11 @@ t.test('a handler that replies with the reply of a hook', async t => {
       return reply
     }
   }
-  const keptEnds: Record<string, ['complete' | 'release' | undefined, Reply]> = {
+  const keptEnds: Record<string, ['complete' | 'release', Reply]> = {
     'in success': ['complete', reply => reply.code(200).send('own')],
     'in failure': ['release', reply => reply.code(500).send('disk full')],
     'with an error': ['release', reply => reply.send(new Error('disk full'))],
-    // With the status of the refusal nobody can tell, so the handler may run again.
-    'without a status': [undefined, reply => reply.send('own')]
+    'without a status': ['complete', reply => reply.send('own')]
   }
   for (const [kind, handler] of Object.entries(kinds)) {
     for (const [how, [recorded, end]] of Object.entries(keptEnds)) {
@@ -390,15 +409,124 @@ t.test('a handler that replies with the reply of a hook', async t => {
           await closed.promise
           await tick()
           t.same(calls, ['begin'], 'nothing is recorded while it runs')
-          const settled = Promise.race([next('complete'), next('release')])
+          const settled = next(recorded)
           replying.resolve()
           await settled
-          if (recorded !== undefined) t.equal(calls.at(-1), recorded)
-          t.equal(await outcome(app, redelivered(delivery), '/own'), calls[1] === 'complete' ? DUPLICATE : '200 again')
+          t.equal(await outcome(app, redelivered(delivery), '/own'), recorded === 'complete' ? DUPLICATE : '200 again')
         })
       }
     }
   }
+
+  t.test('whose send a hook has replaced: an error handler may have sent that, so the handler may run again', async t => {
+    const over = deferred()
+    const { store, next } = watchedStore()
+    const app = await build(t, { idempotency: { store }, deadline: 10 })
+    let kept: FastifyReply
+    app.addHook('preHandler', async (_request, reply) => {
+      kept = reply
+      const { send } = reply
+      reply.send = (payload: unknown) => send.call(reply, payload)
+    })
+    app.post('/own', marked, (_request, reply) => {
+      over.promise.then(() => { kept.send('own') }, () => {})
+      return reply
+    })
+    await listen(app)
+    const released = next('release')
+    t.equal(await outcome(app, sign(thin('batch.failed')), '/own'), '503 DEADLINE')
+    over.resolve()
+    await released
+  })
+
+  // An app whose answers wait before they are written.
+  const waiting: Record<string, (app: FastifyInstance) => void> = {
+    'an async onSend hook': app => { app.addHook('onSend', async () => { await tick() }) },
+    'an async preSerialization hook': app => { app.addHook('preSerialization', async (_request, _reply, payload) => await tick().then(() => payload)) },
+    'an async error handler': app => { app.setErrorHandler(async (error: Error, _request, reply) => await tick().then(() => reply.code(500).send({ error: error.message }))) }
+  }
+  for (const [name, set] of Object.entries(waiting)) {
+    for (const handler of [(request: FastifyRequest) => { fail(request) }, async (request: FastifyRequest, reply: FastifyReply) => { await fail(request); return reply }]) {
+      t.test(`at once, in failure, beside ${name}, ${handler.length === 1 ? 'and returns nothing' : 'async'}`, async t => {
+        const { store, calls } = watchedStore()
+        const app = await build(t, { idempotency: { store } })
+        set(app)
+        app.addHook('preHandler', async (request, reply) => { (request as Kept).kept = reply })
+        app.post('/own', marked, handler)
+        await listen(app)
+        t.equal(await outcome(app, sign(thin('batch.failed')), '/own'), '500 {"error":"disk full"}')
+        t.same(calls, ['begin', 'release'])
+      })
+    }
+    function fail (request: FastifyRequest): FastifyReply {
+      const { kept } = request as Kept
+      return name === 'an async error handler' ? kept.send(new Error('disk full')) : kept.code(500).send({ error: 'disk full' })
+    }
+  }
+})
+
+t.test('a handler that destroys the response, or pipes to it from what fails', async t => {
+  const ways: Record<string, (reply: FastifyReply) => void> = {
+    'destroys it': reply => { reply.raw.destroy() },
+    'destroys it later': reply => { setImmediate(() => { reply.raw.destroy() }) },
+    'pipes to it': reply => { pipeline(createReadStream('/no/such/file'), reply.raw, () => {}) }
+  }
+  for (const [name, end] of Object.entries(ways)) {
+    for (const handler of [(_request: FastifyRequest, reply: FastifyReply) => { end(reply); return reply }, async (_request: FastifyRequest, reply: FastifyReply) => { end(reply); return reply }]) {
+      t.test(`${name}${handler.constructor.name === 'AsyncFunction' ? ', async' : ''}`, async t => {
+        const { store, next } = watchedStore()
+        const app = await build(t, { idempotency: { store } })
+        let runs = 0
+        app.post('/own', marked, function (request, reply) { return ++runs > 1 ? reply.send('again') : handler(request, reply) })
+        await listen(app)
+        const delivery = sign(thin('batch.failed'))
+        const released = next('release')
+        t.equal(await send(app, delivery, '/own'), '', 'as on a plain route')
+        await released
+        t.equal(await outcome(app, redelivered(delivery), '/own'), '200 again')
+      })
+    }
+  }
+})
+
+t.test('a function that wraps the handler goes on when the handler has ended, though it began its answer before', async t => {
+  const { store, calls } = watchedStore()
+  const app = await build(t, { idempotency: { store } })
+  let isOpen = false
+  app.addHook('onRoute', route => {
+    const { handler } = route
+    route.handler = async function (request, reply) {
+      isOpen = true
+      try {
+        return await handler.call(this, request, reply)
+      } finally {
+        isOpen = false
+      }
+    }
+  })
+  app.post('/own', marked, async (_request, reply) => {
+    reply.hijack()
+    reply.raw.writeHead(200)
+    reply.raw.write('a')
+    await tick()
+    reply.raw.end(isOpen ? 'b' : 'closed')
+  })
+  await listen(app)
+  t.equal(await outcome(app, sign(thin('batch.failed')), '/own'), '200 ab')
+  t.same(calls, ['begin', 'complete'])
+})
+
+t.test('what a decorator of the app keeps by reply is there for the handler', async t => {
+  const tenants = new WeakMap<object, string>()
+  const app = await build(t)
+  app.decorateReply('tenant', {
+    getter () { return tenants.get(this) },
+    setter (this: FastifyReply, name: string) { tenants.set(this, name) }
+  } as never)
+  app.addHook('preHandler', async (_request, reply) => { (reply as unknown as { tenant: string }).tenant = 'acme' })
+  app.post('/own', marked, (_request, reply) => reply.send((reply as unknown as { tenant: string }).tenant))
+  await listen(app)
+  t.equal(await outcome(app, sign(thin('batch.failed')), '/own'), '200 acme')
 })
 
 t.test('a handler that ends the raw response once the sender has gone', async t => {
