@@ -16,6 +16,9 @@ import type { Works } from './work.ts'
 const FIRST_WAIT = 20
 const LONGEST_WAIT = 2_560
 
+/** What is done with the claim on a job. */
+type Use = (work: Work, claim: Held) => Promise<void>
+
 /** The host of a runner: runs the handlers of the jobs in its queue, and takes its reports. */
 export class Queued implements RunnerHost {
   constructor (
@@ -79,10 +82,7 @@ export class Queued implements RunnerHost {
 
   async recorded (job: Job): Promise<{ done: boolean } & Required<Pick<Job, 'finished'>> & Pick<Job, 'remembered'>> {
     let finished: readonly string[] | undefined
-    await this.#whenFree(job, undefined, async (_work, claim) => {
-      finished = union(claim.finished, job.finished)
-      await this.claims.release(claim)
-    })
+    await this.#whenFree(job, async (_work, claim) => { finished = union(claim.finished, job.finished) })
     if (finished === undefined) return { done: true, finished: [] }
     const { remembered } = this.interrupted(job)
     return { done: false, finished, ...(remembered !== undefined && { remembered }) }
@@ -91,24 +91,24 @@ export class Queued implements RunnerHost {
   async #processQueued (job: Job, attempt: number | undefined, onSuccess: (() => MaybePromise<void>) | undefined): Promise<void> {
     if (job.routeHandlers === true && !this.handling.registry.handlersOf(job.endpoint).hasRouteHandlers) throw new MissingRoute(job.endpoint)
     if (this.handling.registry.lacks(job.endpoint)) this.failures.foreign(job)
-    await this.#whenFree(job, attempt, async (work, claim) => {
+    await this.#whenFree(job, async (work, claim) => {
+      work.attempt = attempt
       work.onSuccess = onSuccess
-      // Too late to start: start() throws, and leaves the claim to its caller.
-      if (this.handling.signal.aborted) await this.claims.release(claim)
       await this.handling.start(work, claim)
     })
   }
 
   /**
-   * Calls `use` with the claim once no other caller holds it. Does not call `use` if the job has been processed.
+   * Calls `use` with the claim once no other caller holds it, and releases the claim if `use` starts no handlers. Does not call `use` if the job
+   * has been processed.
    *
    * @throws FST_OPENAI_WEBHOOK_IN_PROGRESS if another caller still holds the claim after the last wait, FST_OPENAI_WEBHOOK_OVERLOADED if
    * `closeTimeout` is over
    */
-  async #whenFree (job: Job, attempt: number | undefined, use: (work: Work, claim: Held) => Promise<void>): Promise<void> {
+  async #whenFree (job: Job, use: Use): Promise<void> {
     const key = keyOf(job)
     // Tries again, because the process that received the delivery releases its claim a moment after the runner has the job.
-    for (let wait = FIRST_WAIT; this.works.queued.has(key) || !await this.#claim(key, job, attempt, use); wait *= 2) {
+    for (let wait = FIRST_WAIT; this.works.queued.has(key) || !await this.#claim(key, job, use); wait *= 2) {
       if (wait > LONGEST_WAIT) throw new InProgress()
       await sleep(wait, undefined, { signal: this.handling.signal }).catch(() => {})
       // The app is about to close what the store needs.
@@ -117,9 +117,8 @@ export class Queued implements RunnerHost {
   }
 
   /** @returns false if another caller has the claim */
-  async #claim (key: string, job: Job, attempt: number | undefined, use: (work: Work, claim: Held) => Promise<void>): Promise<boolean> {
+  async #claim (key: string, job: Job, use: Use): Promise<boolean> {
     const work = new Work(key, job, undefined)
-    work.attempt = attempt
     this.works.queued.set(key, work)
     try {
       const kept = this.works.takeKept(key)
@@ -134,6 +133,7 @@ export class Queued implements RunnerHost {
       }
       return true
     } finally {
+      if (work.state.at === 'claimed') await this.claims.release(work.state.claim)
       this.works.forget(work)
     }
   }
