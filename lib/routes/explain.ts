@@ -14,10 +14,11 @@ export function explainer (failures: Failures) {
   const explainedAt = new Map<string, number>()
   return (refusal: Error, name: string, { verifier, keyring, tolerance }: Verification, { headers, log }: FastifyRequest, rawBody: Buffer): void => {
     if (!(refusal instanceof InvalidSignature) || !DETAILED.has(log.level) || verifier !== standardWebhooks()) return
+    // On the monotonic clock, so that a system clock that is set back does not suppress diagnoses until it has caught up.
+    const since = performance.now()
+    if (since - (explainedAt.get(name) ?? -Infinity) < INTERVAL) return
+    explainedAt.set(name, since)
     const now = Date.now()
-    // Math.abs: a clock that is set back must not suppress diagnoses until it has caught up.
-    if (Math.abs(now - (explainedAt.get(name) ?? 0)) < INTERVAL) return
-    explainedAt.set(name, now)
     const tell = async (): Promise<void> => {
       // Imported on demand, because few apps log at debug level.
       const { diagnoseQuickly } = await import('../diagnose.ts')

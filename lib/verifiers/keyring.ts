@@ -42,7 +42,8 @@ export class SecretSource {
   readonly #keyrings = new WeakMap<object, Keyring>()
   /** The last answer of the secret function, or the secrets that were given without a function. */
   answer: { readonly secrets: string | readonly string[] } | undefined
-  #askedAt = 0
+  /** On the monotonic clock, so that a system clock that is set back does not stop refreshes until it has caught up. */
+  #askedAt = -Infinity
   #loading: Promise<void> | undefined
   #asking: Promise<boolean> | undefined
 
@@ -78,7 +79,7 @@ export class SecretSource {
     } catch (cause) {
       throw new InvalidSecret('the `secret` function failed at boot: expected it to return the signing secret', { cause })
     }
-    this.#askedAt = Date.now()
+    this.#askedAt = performance.now()
   }
 
   /**
@@ -91,9 +92,9 @@ export class SecretSource {
     if (this.#asking !== undefined) return this.#asking
     // The boot is calling it.
     if (this.#loading !== undefined && this.answer === undefined) return this.#loading.then(() => true, () => false)
-    // Math.abs: a clock that is set back must not stop refreshes until it has caught up.
-    if (Math.abs(Date.now() - this.#askedAt) < REFRESH_INTERVAL) return undefined
-    this.#askedAt = Date.now()
+    const now = performance.now()
+    if (now - this.#askedAt < REFRESH_INTERVAL) return undefined
+    this.#askedAt = now
     this.#asking = this.#ask(this.#secret).finally(() => { this.#asking = undefined })
     return this.#asking
   }
