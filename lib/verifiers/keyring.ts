@@ -38,7 +38,6 @@ const WHSEC = {}
 /** A source of secrets. There is one for each secret function, even if several endpoints use the function. */
 export class SecretSource {
   readonly #secret: Secret
-  readonly #options: SecretOptions
   readonly #keyrings = new WeakMap<object, Keyring>()
   /** The last answer of the secret function, or the secrets that were given without a function. */
   answer: { readonly secrets: string | readonly string[] } | undefined
@@ -47,9 +46,8 @@ export class SecretSource {
   #loading: Promise<void> | undefined
   #asking: Promise<boolean> | undefined
 
-  constructor (secret: Secret, options: SecretOptions) {
+  constructor (secret: Secret, readonly options: SecretOptions) {
     this.#secret = secret
-    this.#options = options
     if (typeof secret !== 'function') this.answer = { secrets: secret }
   }
 
@@ -57,7 +55,7 @@ export class SecretSource {
   keyring (keyBytes: KeyBytes): Keyring {
     let keyring = this.#keyrings.get(keyBytes ?? WHSEC)
     if (keyring === undefined) {
-      keyring = new Keyring(this, keyBytes, this.#options)
+      keyring = new Keyring(this, keyBytes)
       // An unusable secret throws here. The secret of a function throws in load().
       if (typeof this.#secret !== 'function') keyring.adopt()
       this.#keyrings.set(keyBytes ?? WHSEC, keyring)
@@ -101,10 +99,10 @@ export class SecretSource {
 
   async #ask (secret: Extract<Secret, Function>): Promise<boolean> {
     try {
-      this.answer = { secrets: await secretInTime('secret', secret, this.#options.patience) }
+      this.answer = { secrets: await secretInTime('secret', secret, this.options.patience) }
       return true
     } catch (error) {
-      this.#options.onTrouble(error)
+      this.options.onTrouble(error)
       return false
     }
   }
@@ -122,15 +120,11 @@ export async function secretInTime<T> (option: string, secret: () => T | Promise
 /** The keys that a verifier uses. They are made at boot, and again when their source has a new answer. */
 export class Keyring implements Keys {
   readonly #source: SecretSource
-  readonly #keyBytes: KeyBytes
-  readonly #options: SecretOptions
   #keys: readonly KeyObject[] = []
   #madeOf: SecretSource['answer']
 
-  constructor (source: SecretSource, keyBytes: KeyBytes, options: SecretOptions) {
+  constructor (source: SecretSource, readonly keyBytes: KeyBytes) {
     this.#source = source
-    this.#keyBytes = keyBytes
-    this.#options = options
   }
 
   get keys (): readonly KeyObject[] {
@@ -138,7 +132,7 @@ export class Keyring implements Keys {
       try {
         this.adopt()
       } catch (error) {
-        this.#options.onTrouble(error)
+        this.#source.options.onTrouble(error)
       }
     }
     return this.#keys
@@ -157,27 +151,25 @@ export class Keyring implements Keys {
   /** Makes keys from the source's last answer. If the answer is unusable, the keys do not change. @throws FST_OPENAI_WEBHOOK_INVALID_SECRET */
   adopt (): void {
     this.#madeOf = this.#source.answer
-    this.#keys = keysOf(this.#madeOf?.secrets, this.#keyBytes, this.#options.warn)
+    this.#keys = keysOf(this.#madeOf?.secrets, this.keyBytes, this.#source.options.warn)
   }
 }
 
 /** Makes keys from the text of one secret or several. @throws FST_OPENAI_WEBHOOK_INVALID_SECRET */
-export function keysOf (secrets: unknown, keyBytes: KeyBytes, warn: (message: string) => void): KeyObject[] {
+export function keysOf (secrets: unknown, bytesOf: KeyBytes, warn: (message: string) => void): KeyObject[] {
   const list: unknown = typeof secrets === 'string' ? [secrets] : secrets
   if (!Array.isArray(list) || list.length === 0) {
     throw new InvalidSecret(`expected a signing secret or a non-empty array of them, got ${inWords(secrets)}`)
   }
-  return list.map((secret: unknown) => {
-    assertSecret(secret)
-    return createSecretKey(keyBytes === undefined ? secretBytes(secret, warn) : bytesBy(keyBytes, secret))
-  })
+  return list.map((secret: unknown) => createSecretKey(bytesOf === undefined ? keyBytes(secret, warn) : bytesBy(bytesOf, secret)))
 }
 
 /** What a verifier makes of a secret; a user's may make anything. @throws FST_OPENAI_WEBHOOK_INVALID_SECRET */
-function bytesBy (keyBytes: NonNullable<KeyBytes>, secret: string): Uint8Array {
+function bytesBy (bytesOf: NonNullable<KeyBytes>, secret: unknown): Uint8Array {
+  assertSecret(secret)
   let bytes: unknown
   try {
-    bytes = keyBytes(secret)
+    bytes = bytesOf(secret)
   } catch (cause) {
     throw new InvalidSecret('the verifier\'s keyBytes failed: expected it to return the bytes of the key', { cause })
   }
@@ -193,7 +185,6 @@ function inWords (value: unknown): string {
 }
 
 const PREFIX = 'whsec_'
-const BASE64 = /^(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}(?:==)?|[A-Za-z0-9+/]{3}=?)?$/
 
 function assertSecret (secret: unknown): asserts secret is string {
   if (typeof secret !== 'string') {
@@ -217,22 +208,23 @@ function assertSecret (secret: unknown): asserts secret is string {
   }
 }
 
-/** The HMAC key bytes of a secret, by the default rule. @throws FST_OPENAI_WEBHOOK_INVALID_SECRET */
+/**
+ * The HMAC key bytes of a secret, by the default rule. As in OpenAI's SDKs, the text after `whsec_` is base64, and any other text stands for its
+ * UTF-8 bytes.
+ *
+ * @throws FST_OPENAI_WEBHOOK_INVALID_SECRET
+ */
 export function keyBytes (secret: unknown, warn: (message: string) => void): Uint8Array {
   assertSecret(secret)
-  return secretBytes(secret, warn)
-}
-
-/** As in OpenAI's SDKs, the text after `whsec_` is base64, and any other text stands for its UTF-8 bytes. */
-function secretBytes (secret: string, warn: (message: string) => void): Uint8Array {
   if (!secret.startsWith(PREFIX)) {
     warn('a signing secret does not begin with "whsec_": its UTF-8 bytes are used as the key, as OpenAI\'s SDKs do; if it is OpenAI\'s, copy it again whole')
     return Buffer.from(secret)
   }
   const text = secret.slice(PREFIX.length)
   const bytes = Buffer.from(text, 'base64')
-  // A lenient decoder accepts truncated base64 with bits left over, and the resulting key would match no signature.
-  if (!BASE64.test(text) || bytes.toString('base64').replace(/=+$/, '') !== text.replace(/=+$/, '')) {
+  const canonical = bytes.toString('base64')
+  // A lenient decoder accepts truncated base64 with bits left over, and the resulting key would match no signature. The padding may be missing.
+  if (text !== canonical && text !== canonical.replace(/=+$/, '')) {
     throw new InvalidSecret('expected base64 after "whsec_" in the signing secret, got other characters, a cut or nothing: copy it again whole')
   }
   return bytes
