@@ -7,6 +7,13 @@ export function isPromise<T> (value: MaybePromise<T> | unknown): value is Promis
   return (typeof value === 'object' || typeof value === 'function') && value !== null && typeof (value as Promise<T>).then === 'function'
 }
 
+/** Whether a value is a promise where none is expected. Its rejection is ignored, because an unhandled rejection would end the process. */
+export function isStray (value: unknown): boolean {
+  if (!isPromise(value)) return false
+  value.then(undefined, () => {})
+  return true
+}
+
 /** Like `value.then(next)`, but calls `next` synchronously if `value` is not a promise. */
 export function then<T, U> (value: MaybePromise<T>, next: (value: T) => MaybePromise<U>): MaybePromise<U> {
   return isPromise<T>(value) ? later(value, next, rethrow) : next(value)

@@ -6,7 +6,7 @@ import { diagnoseQuickly } from '../diagnose.ts'
 import { causes } from '../diagnose/causes.ts'
 import { InvalidSignature, TimestampOutOfTolerance, UnknownTenant } from '../errors.ts'
 import { logError } from '../log.ts'
-import { isPromise } from '../maybe-promise.ts'
+import { isStray } from '../maybe-promise.ts'
 import type { Verification } from '../pipeline/verify.ts'
 import { fixOf } from '../refusal-log.ts'
 import type { DeadDelivery, DeliveryError } from '../runners/runner.ts'
@@ -117,8 +117,8 @@ const HIDDEN: readonly string[] = ['authorization', 'proxy-authorization', 'cook
 function shown (headers: IncomingHttpHeaders, redact: InspectorOptions['redact'], log: FastifyBaseLogger): Array<[string, string]> {
   try {
     const visible: unknown = redact === undefined ? headers : redact({ ...headers })
-    if (isPromise(visible)) visible.then(undefined, () => {}) // an unhandled rejection would end the process
-    if (!isObject(visible) || isPromise(visible)) throw new TypeError(`expected the headers to show, got ${isPromise(visible) ? 'a promise' : show(visible)}`)
+    if (isStray(visible)) throw new TypeError('expected the headers to show, got a promise')
+    if (!isObject(visible)) throw new TypeError(`expected the headers to show, got ${show(visible)}`)
     return Object.entries(visible)
       .filter(([, value]) => value !== undefined)
       .map(([name, value]) => [name, HIDDEN.includes(name.toLowerCase()) ? '(hidden)' : String(value)])

@@ -3,7 +3,7 @@ import type { TypeCheck } from '@sinclair/typebox/compiler'
 import { InvalidOptions } from '../errors.ts'
 import { isStandard, kindOf } from '../events/users.ts'
 import type { AnySchema, StandardResult, StandardSchema } from '../events/users.ts'
-import { isPromise } from '../maybe-promise.ts'
+import { isStray } from '../maybe-promise.ts'
 import { TypeCompiler } from '../typebox.ts'
 
 /**
@@ -101,24 +101,17 @@ function standard (schema: StandardSchema, type: string): Check {
     probed = props.validate({ type })
   } catch {} // the cause may be this event, which is incomplete
   // A schema that is asynchronous only in a part may answer this probe synchronously. Deliveries that reach the part then fail.
-  if (isLater(probed)) throw new TypeError(LATER)
+  if (isStray(probed)) throw new TypeError(ASYNCHRONOUS)
   return event => {
     const result: unknown = props.validate(event)
-    if (isLater(result)) throw new TypeError(LATER)
+    if (isStray(result)) throw new TypeError(ASYNCHRONOUS)
     if (typeof result !== 'object' || result === null) throw new TypeError('a validator that answers neither a value nor issues')
     const { issues } = result as StandardResult
     return issues === undefined ? undefined : listed(issues, ({ path = [] }) => [pointerOf(path), undefined])
   }
 }
 
-const LATER = 'a validator that answers with a promise: expected a synchronous one'
-
-/** Whether the result is a promise. Its rejection is ignored, because an unhandled rejection would end the process. */
-function isLater (result: unknown): boolean {
-  if (!isPromise(result)) return false
-  result.then(undefined, () => {})
-  return true
-}
+const ASYNCHRONOUS = 'a validator that answers with a promise: expected a synchronous one'
 
 function pointerOf (path: Iterable<PropertyKey | { readonly key: PropertyKey }>): string {
   return Array.from(path, part => `/${String(typeof part === 'object' ? part.key : part).replaceAll('~', '~0').replaceAll('/', '~1')}`).join('')

@@ -3,7 +3,7 @@ import type { IncomingHttpHeaders } from 'node:http'
 import { isRefusal } from '../coded.ts'
 import { InvalidId, InvalidSignature, InvalidTimestamp, TimestampOutOfTolerance } from '../errors.ts'
 import type { Keys } from '../verifiers/keyring.ts'
-import { isPromise } from '../maybe-promise.ts'
+import { isStray } from '../maybe-promise.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
 import { schemeOf } from '../verifiers/verifier.ts'
 import type { SignedDelivery, SignedHeaders, Verified, Verifier } from '../verifiers/verifier.ts'
@@ -65,10 +65,9 @@ function verifyNow ({ judge, keyring, tolerance }: Verification, delivery: Signe
 function answerOf<Asked, Answer> (ask: () => Asked | Error, checked: (asked: Asked) => Answer | Error): Answer | Error {
   try {
     const answer = ask()
-    if (!isPromise(answer)) return answer instanceof Error ? toRefusal(answer) : checked(answer)
-    // A promise has verified nothing yet. Its rejection is ignored, because an unhandled rejection would end the process.
-    answer.then(undefined, () => {})
-    return faulty('a promise: a verifier answers at once')
+    // A promise has verified nothing yet.
+    if (isStray(answer)) return faulty('a promise: a verifier answers at once')
+    return answer instanceof Error ? toRefusal(answer) : checked(answer)
   } catch (error) {
     return toRefusal(error)
   }

@@ -6,7 +6,7 @@ import { Overloaded, Unavailable, UnknownTenant } from '../errors.ts'
 import { DEFAULTS } from '../options.ts'
 import type { TenantOptions } from '../options.ts'
 import type { Verification } from '../pipeline/verify.ts'
-import { tryOr } from '../maybe-promise.ts'
+import { isStray } from '../maybe-promise.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
 import { REFRESH_INTERVAL, secretInTime, keysOf } from '../verifiers/keyring.ts'
 import type { Keys, SecretOptions } from '../verifiers/keyring.ts'
@@ -74,16 +74,14 @@ export class Tenants {
 
   /** @returns the tenant's name, or FST_OPENAI_WEBHOOK_UNKNOWN_TENANT */
   nameOf (request: FastifyRequest): string | Error {
-    let name: unknown
     let cause: unknown
     try {
-      name = this.tenant.of(request)
+      const name: unknown = this.tenant.of(request)
+      if (isId(name)) return name
+      isStray(name) // if `tenant.of` is async
     } catch (error) {
       cause = error
     }
-    if (isId(name)) return name
-    // `name` may be the promise of an async `tenant.of`, whose unhandled rejection would end the process.
-    tryOr(() => name, () => undefined)
     return new UnknownTenant('tenant.of gave no name of 1 to 256 visible ASCII characters', { cause })
   }
 

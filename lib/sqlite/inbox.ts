@@ -5,7 +5,7 @@ import { assertHandlerName, giveName } from '../handler-name.ts'
 import { INBOX_RETENTION, assertFirst, noteRetention, prune, recordOf } from '../inbox/inbox.ts'
 import type { Inbox, InboxContext, InboxQuery, InboxWork } from '../inbox/inbox.ts'
 import { lend } from '../inbox/lend.ts'
-import { isPromise } from '../maybe-promise.ts'
+import { isStray } from '../maybe-promise.ts'
 import type { EventContext } from '../handlers.ts'
 import { PRUNE_LIMIT, Pruning } from '../pruning.ts'
 import { assertCount, assertNames } from '../checks.ts'
@@ -77,10 +77,8 @@ export function sqliteInbox<Db extends SqliteDatabase> (db: Db, options: SqliteI
           if (insert.all(...recordOf(name, context, retention)).length === 0) return
           const { tx, end } = lend(db, name, () => database.isInTransaction())
           try {
-            const result = work.call(this, tx, event, context)
-            if (!isPromise(result)) return
-            // The work continues without its `tx` and fails. Its error is ignored, because the error below says what is wrong.
-            result.then(undefined, () => {})
+            // Asynchronous work continues without its `tx` and fails. The error below says what is wrong.
+            if (!isStray(work.call(this, tx, event, context))) return
           } finally {
             end()
           }
