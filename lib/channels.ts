@@ -18,6 +18,11 @@ export interface DeliveryInfo {
   readonly event: { readonly type: string, readonly id?: unknown, readonly created_at?: unknown }
 }
 
+/** The fields of every message about a verified delivery. Copied one by one, because a job or a request has more. */
+export function deliveryInfoOf ({ endpoint, tenant, webhookId, timestamp, event }: DeliveryInfo): DeliveryInfo {
+  return { endpoint, tenant, webhookId, timestamp, event }
+}
+
 /** A delivery whose signature and shape are valid. */
 export interface VerifiedMessage extends DeliveryInfo {
   /** Index of the endpoint's secret that matched, in the order of the `secret` option. The secret itself is never published. */

@@ -1,5 +1,5 @@
 import type { FastifyBaseLogger } from 'fastify'
-import { channels, trace } from '../channels.ts'
+import { channels, deliveryInfoOf, trace } from '../channels.ts'
 import type { DeliveryMessage, DuplicateMessage } from '../channels.ts'
 import { logFields, logs, write } from '../log.ts'
 import type { Handler } from '../handlers.ts'
@@ -12,9 +12,8 @@ import type { Sender, Work } from './work.ts'
 export function traceDelivery (work: Work, handlers: readonly Handler[], run: (handlers: readonly Handler[]) => MaybePromise<void>): MaybePromise<void> {
   const { delivery, handler } = channels
   if (!delivery.hasSubscribers && !handler.hasSubscribers) return run(handlers)
-  const { job: { webhookId, timestamp, endpoint, tenant, event, carrier }, attempt, sender } = work
-  // Copied field by field, because a queue may have added an `error` to the job.
-  const message: DeliveryMessage = { webhookId, timestamp, endpoint, tenant, event, carrier, attempt, queued: sender === undefined, handlers: handlers.length, request: sender?.request }
+  const { job, attempt, sender } = work
+  const message: DeliveryMessage = { ...deliveryInfoOf(job), carrier: job.carrier, attempt, queued: sender === undefined, handlers: handlers.length, request: sender?.request }
   const traced = !handler.hasSubscribers
     ? handlers
     : handlers.map((traced): Handler => ({
@@ -48,7 +47,7 @@ export function observeRun (work: Work, handlers: readonly Handler[], log: Fasti
 export function observeDuplicate ({ request }: Sender, state: DuplicateMessage['state'], { observer }: Observation): void {
   observer?.duplicate(request, state)
   // Taken from the duplicate's request, because the duplicate was signed later than the first delivery.
-  const { webhookId, timestamp, endpoint, tenant, event } = request.openaiWebhook
-  if (logs(request.log, 'info')) write(request.log, 'info', { ...logFields(request.openaiWebhook), state }, 'webhook delivery is a duplicate')
-  if (channels.duplicate.hasSubscribers) channels.duplicate.publish({ endpoint, tenant, webhookId, timestamp, event, state, request })
+  const delivery = request.openaiWebhook
+  if (logs(request.log, 'info')) write(request.log, 'info', { ...logFields(delivery), state }, 'webhook delivery is a duplicate')
+  if (channels.duplicate.hasSubscribers) channels.duplicate.publish({ ...deliveryInfoOf(delivery), state, request })
 }

@@ -1,4 +1,4 @@
-import { channels, trace } from '../channels.ts'
+import { channels, deliveryInfoOf, trace } from '../channels.ts'
 import type { EnqueueMessage } from '../channels.ts'
 import { isCoded } from '../coded.ts'
 import { InProgress, Overloaded, Unavailable } from '../errors.ts'
@@ -87,8 +87,7 @@ export class Receiver {
   #enqueue (work: Work): MaybePromise<Accepted> {
     // A runner without a queue runs the handlers now, so there is no queueing to trace.
     if (this.runner.depth === undefined || !channels.enqueue.hasSubscribers) return this.runner.run(work.job)
-    const { webhookId, timestamp, endpoint, tenant, event } = work.job
-    const message: EnqueueMessage = { webhookId, timestamp, endpoint, tenant, event, request: work.sender!.request, carrier: {} }
+    const message: EnqueueMessage = { ...deliveryInfoOf(work.job), request: work.sender!.request, carrier: {} }
     return trace(channels.enqueue, message, () => {
       if (Object.keys(message.carrier).length > 0) work.job = { ...work.job, carrier: message.carrier }
       return then(this.runner.run(work.job), accepted => {
