@@ -1,16 +1,8 @@
 import type { FastifyBaseLogger, FastifyInstance } from 'fastify'
 import type { EventOf, EventPattern, EventType } from './events/map.ts'
-import type { VerifiedRequest } from './request.ts'
+import type { Delivery, VerifiedRequest } from './request.ts'
 
-export interface EventContext {
-  /** The idempotency key: the same for every retry of the delivery. */
-  readonly webhookId: string
-  /** When the delivery was signed, in Unix seconds. */
-  readonly timestamp: number
-  /** The receiving route's URL. */
-  readonly endpoint: string
-  /** The tenant whose secret the delivery was signed with. Set only if the route serves many tenants. */
-  readonly tenant?: string
+export interface EventContext extends Pick<Delivery, 'webhookId' | 'timestamp' | 'endpoint' | 'tenant'> {
   /** Logs with the delivery's `webhookId`, `eventId`, `eventType`, `endpoint` and `tenant`, and with `attempt` if the runner counts attempts. */
   readonly log: FastifyBaseLogger
   /** Aborts when the app is closing and `closeTimeout` has passed, but not at the deadline. */

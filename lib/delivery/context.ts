@@ -11,19 +11,17 @@ export class Context implements EventContext {
   readonly timestamp: number
   readonly endpoint: string
   declare readonly tenant?: string
-  readonly signal: AbortSignal
   declare readonly request?: VerifiedRequest
   readonly #work: Work
   readonly #parentLog: FastifyBaseLogger
   #log: FastifyBaseLogger | undefined
 
-  constructor (work: Work, log: FastifyBaseLogger, signal: AbortSignal) {
+  constructor (work: Work, log: FastifyBaseLogger, readonly signal: AbortSignal) {
     const { job, sender } = work
     this.webhookId = job.webhookId
     this.timestamp = job.timestamp
     this.endpoint = job.endpoint
     if (job.tenant !== undefined) this.tenant = job.tenant
-    this.signal = signal
     this.#work = work
     this.#parentLog = sender?.request.log ?? log
     if (sender !== undefined) this.request = sender.request
