@@ -1,4 +1,5 @@
-import { assertNames } from './checks.ts'
+import { BOOLEAN, assertNames, assertOption, wholeNumber } from './checks.ts'
+import type { Rule } from './checks.ts'
 import { InvalidOptions, NoDeadLetters } from './errors.ts'
 import type { DeadDelivery, DeliveryRef, RequeueOptions, Runner } from './runners/runner.ts'
 
@@ -33,6 +34,8 @@ export interface DeadLetters {
   requeue (delivery: DeliveryRef, options?: RequeueOptions): Promise<boolean>
 }
 
+const TYPE: Rule = { expected: 'an event type, such as "batch.completed"', accepts: value => typeof value === 'string' }
+
 /** The dead letters of any runner that keeps them. */
 export function deadLettersOf (runner: Runner): DeadLetters {
   return {
@@ -40,8 +43,8 @@ export function deadLettersOf (runner: Runner): DeadLetters {
       if (runner.dead === undefined) throw new NoDeadLetters()
       assertNames('deadLetters.list()', options, ['limit', 'type'])
       const { limit = 100, type } = options
-      if (!Number.isSafeInteger(limit) || limit < 1) throw new InvalidOptions('deadLetters.list(): expected limit to be a whole number of deliveries, 1 or more')
-      if (type !== undefined && typeof type !== 'string') throw new InvalidOptions('deadLetters.list(): expected type to be an event type, such as "batch.completed"')
+      assertOption('deadLetters.list()', 'limit', limit, wholeNumber('deliveries', 1))
+      assertOption('deadLetters.list()', 'type', type, TYPE)
       return await runner.dead(limit, type)
     },
     async count () {
@@ -52,8 +55,7 @@ export function deadLettersOf (runner: Runner): DeadLetters {
       if (runner.requeue === undefined) throw new NoDeadLetters()
       assertNames('deadLetters.requeue()', options, ['force'])
       const { force = false } = options
-      // A string such as 'false' would count as true.
-      if (typeof force !== 'boolean') throw new InvalidOptions(`deadLetters.requeue(): expected force to be true or false, got a value of type ${typeof force}`)
+      assertOption('deadLetters.requeue()', 'force', force, BOOLEAN)
       const { endpoint, webhookId, tenant } = (delivery ?? {}) as Partial<DeliveryRef>
       if (typeof endpoint !== 'string' || typeof webhookId !== 'string') {
         throw new InvalidOptions('deadLetters.requeue(): expected { endpoint, webhookId }, such as a delivery of list()')
