@@ -1,4 +1,5 @@
 import { isUtf8 } from 'node:buffer'
+import { isObject } from '../checks.ts'
 import { InvalidBody, InvalidEvent } from '../errors.ts'
 import type { Validators } from './validators.ts'
 
@@ -29,9 +30,7 @@ function toEvent (rawBody: Buffer): { type: string } | Error {
     // Without the parser's message, which may quote the body.
     return new InvalidBody(CLEAN_JSON)
   }
-  if (typeof body !== 'object' || body === null || typeof (body as { type?: unknown }).type !== 'string') {
-    return new InvalidBody('an object with a string `type`')
-  }
+  if (!isObject(body) || typeof body['type'] !== 'string') return new InvalidBody('an object with a string `type`')
   const fault = faultIn(body, MAX_DEPTH)
   return fault === undefined ? body as { type: string } : new InvalidBody(fault)
 }

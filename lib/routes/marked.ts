@@ -1,6 +1,7 @@
 import fastify from 'fastify'
 import type { FastifyContextConfig, FastifyInstance, FastifyReply, FastifyRequest, RequestPayload, RouteOptions } from 'fastify'
 import { inContext } from '../async-context.ts'
+import { isObject } from '../checks.ts'
 import { InvalidRoute } from '../errors.ts'
 import { assertOverrides } from '../options.ts'
 import { closeConnection } from '../pipeline/acknowledge.ts'
@@ -55,10 +56,7 @@ function assertMarkable ({ method, url, config, schema }: RouteOptions): void {
   if (method !== 'POST' && !(Array.isArray(method) && method.length === 1 && method[0] === 'POST')) {
     throw fault('expected the method POST alone, which is what OpenAI sends')
   }
-  const asked: unknown = config?.openaiWebhook
-  if (typeof asked !== 'object' || asked === null || Array.isArray(asked)) {
-    throw fault('expected config.openaiWebhook to be an object, such as {}')
-  }
+  if (!isObject(config?.openaiWebhook)) throw fault('expected config.openaiWebhook to be an object, such as {}')
   if ((schema as { body?: unknown } | undefined)?.body !== undefined) {
     throw fault('schema.body would be checked before the signature, and tell unsigned senders about it: remove it, events are validated after verification')
   }

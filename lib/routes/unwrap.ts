@@ -1,4 +1,5 @@
 import type { IncomingHttpHeaders } from 'node:http'
+import { isFunction, isObject } from '../checks.ts'
 import { InvalidOptions, InvalidSecret, InvalidSignature } from '../errors.ts'
 import { assertUnwrapOptions } from '../options.ts'
 import type { EndpointOptions } from '../options.ts'
@@ -25,9 +26,7 @@ export async function unwrap ({ verifications, authentication }: Routes, rawBody
 
 /** With the names in lower case. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
 function toHeaders (headers: unknown): IncomingHttpHeaders {
-  if (typeof headers !== 'object' || headers === null || Array.isArray(headers)) throw new InvalidOptions('unwrap(): expected the headers as an object or a Headers instance')
-  const entries: Iterable<[string, unknown]> = typeof (headers as Headers).entries === 'function'
-    ? (headers as Headers).entries()
-    : Object.entries(headers)
+  if (!isObject(headers)) throw new InvalidOptions('unwrap(): expected the headers as an object or a Headers instance')
+  const entries: Iterable<[string, unknown]> = isFunction(headers['entries']) ? (headers as unknown as Headers).entries() : Object.entries(headers)
   return Object.fromEntries([...entries].map(([name, value]) => [String(name).toLowerCase(), value])) as IncomingHttpHeaders
 }
