@@ -100,7 +100,7 @@ function assemble (instance: FastifyInstance, options: OpenAIWebhookOptions, com
   const routes: Routes = {
     registry,
     events,
-    endpoints: new Endpoints(registry),
+    endpoints: new Endpoints(registry, verifications),
     verifications,
     authentication: new Authentication(new Validators(officialEvents, options.events ?? {}, compilers), failures, observation),
     failures,

@@ -1,7 +1,9 @@
 import { InvalidRoute } from '../errors.ts'
 import type { Verification } from '../pipeline/verify.ts'
 import type { HandlerList, Registry } from '../registry.ts'
-import type { Tenants } from './tenants.ts'
+import type { TenantOptions } from '../options.ts'
+import { Tenants } from './tenants.ts'
+import type { Verifications } from './verifications.ts'
 
 /** A receiving route: how it verifies, and the URL that names it in jobs, logs and idempotency keys. */
 export type Endpoint = Verification & {
@@ -14,14 +16,14 @@ export type Endpoint = Verification & {
 export class Endpoints {
   readonly all = new Map<string, Endpoint>()
 
-  constructor (readonly registry: Registry) {}
+  constructor (readonly registry: Registry, readonly verifications: Verifications) {}
 
-  /** @param lists the handlers of the route @throws FST_OPENAI_WEBHOOK_INVALID_ROUTE */
-  add (name: string, verification: Verification, lists: readonly HandlerList[], tenants?: Tenants): Endpoint {
+  /** @param verification has no keys if there are tenants @param lists the handlers of the route @throws FST_OPENAI_WEBHOOK_INVALID_ROUTE */
+  add (name: string, verification: Verification, lists: readonly HandlerList[], tenant: TenantOptions | undefined): Endpoint {
     // Routes that differ only in a constraint would share jobs and idempotency keys, because those contain just the URL.
     if (this.all.has(name)) throw new InvalidRoute('POST', name, 'expected a URL of its own, got that of another receiving route')
     this.registry.lists.set(name, lists)
-    const endpoint = { ...verification, name, tenants }
+    const endpoint = { ...verification, name, tenants: tenant && new Tenants(name, tenant, verification, this.verifications.secretOptions) }
     this.all.set(name, endpoint)
     return endpoint
   }

@@ -27,8 +27,7 @@ export function protectMarked (routes: Routes, scope: FastifyInstance, route: Ro
   const verification = verifications.of(overrides, true)
   const list = registry.listOf(on, scope)
   const dispatches = route.handler === routes.marker
-  const tenants = verifications.tenantsOf(route.url, overrides.tenant, verification)
-  const endpoint = endpoints.add(route.url, verification, dispatches ? [registry.app, list] : [list], tenants)
+  const endpoint = endpoints.add(route.url, verification, dispatches ? [registry.app, list] : [list], overrides.tenant)
 
   const capture = captureAndAuthenticate(routes, endpoint, body)
   const { onRequest, onSend, onError, errorHandler, handler } = receiving(routes, endpoint, body, {

@@ -29,7 +29,7 @@ export function pluginRoute (
     shareDecorators(child)
     // As Fastify joins them.
     const name = child.prefix.replace(/\/$/, '') + url
-    const endpoint = endpoints.add(name, verification, [registry.app, list], verifications.tenantsOf(name, overrides.tenant, verification))
+    const endpoint = endpoints.add(name, verification, [registry.app, list], overrides.tenant)
     // Loaded only if it can be used: @fastify/swagger documents only the routes that are declared after it.
     const documents = scope.hasPlugin('@fastify/swagger') ? await import('./openapi.ts') : undefined
     let declared: RouteOptions | undefined

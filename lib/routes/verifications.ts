@@ -7,14 +7,12 @@ import type { EndpointOptions, TenantOptions } from '../options.ts'
 import { verificationBy } from '../pipeline/verify.ts'
 import type { Verification } from '../pipeline/verify.ts'
 import { standardWebhooks } from '../verifiers/standard-webhooks.ts'
-import type { Verifier } from '../verifiers/verifier.ts'
-import { NO_KEYS, Tenants } from './tenants.ts'
+import { NO_KEYS } from './tenants.ts'
 
 /** Makes the verification of each endpoint of one registration, from the plugin's options and the route's overrides. */
 export class Verifications {
   readonly #defaults: EndpointOptions
-  readonly #verifier: Verifier
-  readonly #secretOptions: SecretOptions
+  readonly secretOptions: SecretOptions
   #defaultSource: SecretSource | undefined
   /** Keyed by secret function, so that a function that several endpoints share is called once for all of them. */
   readonly #sources = new WeakMap<Function, SecretSource>()
@@ -23,8 +21,7 @@ export class Verifications {
 
   constructor (defaults: EndpointOptions, options: SecretOptions) {
     this.#defaults = defaults
-    this.#verifier = defaults.verifier ?? standardWebhooks()
-    this.#secretOptions = {
+    this.secretOptions = {
       ...options,
       warn: message => {
         if (!this.#warned) options.warn(message)
@@ -37,7 +34,9 @@ export class Verifications {
    * @param atBoot whether `load` calls a secret function. Otherwise it is called when a delivery needs it
    * @throws FST_OPENAI_WEBHOOK_INVALID_SECRET, FST_OPENAI_WEBHOOK_INVALID_OPTIONS for a verifier whose methods are none
    */
-  of ({ secret, tenant, verifier = this.#verifier, tolerance = this.#defaults.tolerance ?? DEFAULTS.tolerance }: EndpointOptions & { tenant?: TenantOptions | undefined }, atBoot: boolean): Verification {
+  of ({ secret, tenant, verifier, tolerance }: EndpointOptions & { tenant?: TenantOptions | undefined }, atBoot: boolean): Verification {
+    verifier ??= this.#defaults.verifier ?? standardWebhooks()
+    tolerance ??= this.#defaults.tolerance ?? DEFAULTS.tolerance
     for (const method of ['checkHeaders', 'keyBytes'] as const) assertOption('verifier', method, verifier[method], FUNCTION)
     if (tenant !== undefined) return verificationBy(verifier, NO_KEYS, tolerance)
     const source = secret === undefined ? this.#defaultSource ??= this.#source(secretOf(this.#defaults)) : this.#source(secret)
@@ -46,20 +45,15 @@ export class Verifications {
     return verificationBy(verifier, keyring, tolerance)
   }
 
-  /** @param verification the endpoint's verification, which has no keys if there are tenants */
-  tenantsOf (endpoint: string, tenant: TenantOptions | undefined, verification: Verification): Tenants | undefined {
-    return tenant && new Tenants(endpoint, tenant, verification, this.#secretOptions)
-  }
-
   /** Calls the secret functions for the first time. @throws FST_OPENAI_WEBHOOK_INVALID_SECRET */
   async load (): Promise<void> {
     await Promise.all([...this.#loading].map(async keyring => await keyring.load()))
   }
 
   #source (secret: Secret): SecretSource {
-    if (typeof secret !== 'function') return new SecretSource(secret, this.#secretOptions)
+    if (typeof secret !== 'function') return new SecretSource(secret, this.secretOptions)
     let source = this.#sources.get(secret)
-    if (source === undefined) this.#sources.set(secret, source = new SecretSource(secret, this.#secretOptions))
+    if (source === undefined) this.#sources.set(secret, source = new SecretSource(secret, this.secretOptions))
     return source
   }
 }
