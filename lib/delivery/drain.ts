@@ -20,7 +20,7 @@ export async function drain (works: Works, claims: Claims, runner: Runner | unde
     const runnerClosed = tryOr(() => runner?.close?.(abort.signal), error => failures.trouble(error))
     await Promise.all([runnerClosed, works.drained()])
     // A user's runner may have asked to keep claims that it then did not use.
-    await Promise.all([...works.kept.keys()].map(async key => await claims.release(works.takeKept(key)!)))
+    await Promise.all([...works.keptClaims.keys()].map(async key => await claims.release(works.takeKeptClaim(key)!)))
   }
 
   await within(drained(), closeTimeout, async () => {

@@ -13,7 +13,7 @@ export function traceDelivery (work: Work, handlers: readonly Handler[], run: (h
   const { delivery, handler } = channels
   if (!delivery.hasSubscribers && !handler.hasSubscribers) return run(handlers)
   const { job, attempt, sender } = work
-  const message: DeliveryMessage = { ...deliveryInfoOf(job), carrier: job.carrier, attempt, queued: sender === undefined, handlers: handlers.length, request: sender?.request }
+  const message: DeliveryMessage = { ...deliveryInfoOf(job), carrier: job.carrier, attempt, queued: work.isFromQueue, handlers: handlers.length, request: sender?.request }
   const traced = !handler.hasSubscribers
     ? handlers
     : handlers.map((traced): Handler => ({

@@ -51,14 +51,14 @@ export class Queued implements RunnerHost {
   keep (job: Job): () => MaybePromise<void> {
     const key = keyOf(job)
     // Looks the work up each time, because a work holds its sender's request, and the sender may have been answered long ago.
-    const keep = (isKept: boolean): void => {
+    const mark = (keepsClaim: boolean): void => {
       const work = this.works.received.get(key)
-      if (work?.job === job) work.isKept = isKept
+      if (work?.job === job) work.keepsClaim = keepsClaim
     }
-    keep(true)
+    mark(true)
     return () => {
-      keep(false)
-      const claim = this.works.takeKept(key)
+      mark(false)
+      const claim = this.works.takeKeptClaim(key)
       return claim && this.claims.release(claim)
     }
   }
@@ -121,7 +121,7 @@ export class Queued implements RunnerHost {
     const work = new Work(key, job, undefined)
     this.works.queued.set(key, work)
     try {
-      const kept = this.works.takeKept(key)
+      const kept = this.works.takeKeptClaim(key)
       const isLost = kept !== undefined && !this.claims.holds(kept)
       // If the claim includes a claim on a resource, one of the two may still be held.
       if (isLost) await this.claims.release(kept)

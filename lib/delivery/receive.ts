@@ -65,22 +65,22 @@ export class Receiver {
 
   /**
    * Called when the runner has answered, or the handlers have ended. Handlers that were started settle the claim. If none were started, the
-   * runner has queued or refused the job, and the claim is let go.
+   * runner has queued or refused the job.
    */
   #answered (work: Work, verdict: Verdict): MaybePromise<void> {
     const { state } = work
-    return then(state.at === 'claimed' ? this.#letGo(work, state.claim, verdict) : undefined, () => {
+    return then(state.at === 'claimed' ? this.#releaseOrKeep(work, state.claim, verdict) : undefined, () => {
       if (verdict.outcome === 'duplicate') observeDuplicate(work.sender!, 'queued', this.observation)
       this.#tell(work, verdict)
     })
   }
 
   /** Releases the claim, so that any process can take the job from the queue, or keeps the claim if the runner has asked for that. */
-  #letGo (work: Work, claim: Held, verdict: Verdict): MaybePromise<void> {
+  #releaseOrKeep (work: Work, claim: Held, verdict: Verdict): MaybePromise<void> {
     // Moved before the release is awaited, because an attempt that takes the job from the queue meanwhile must not use this claim.
     work.move({ at: 'over', succeeded: false })
     if (verdict.outcome === 'processed') this.observation.observer?.queued(work.job, work.sender!.request)
-    if (work.isKept && verdict.outcome === 'processed') this.works.kept.set(work.key, claim)
+    if (work.keepsClaim && verdict.outcome === 'processed') this.works.keptClaims.set(work.key, claim)
     else return this.claims.release(claim)
   }
 
@@ -99,7 +99,7 @@ export class Receiver {
 
   /** Joins a delivery that this process already has: the sender gets the verdict of the first one. */
   #join (work: Work, sender: Sender): Work | undefined {
-    const waits = work.verdict === undefined && work.sender !== undefined
+    const waits = work.verdict === undefined && !work.isFromQueue
     if (waits && work.isCrowded) return this.#refuse(sender, new Overloaded())
     observeDuplicate(sender, 'joined', this.observation)
     if (!waits) {

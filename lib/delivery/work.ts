@@ -56,7 +56,7 @@ export class Work {
   /** Records the success of the handlers with the runner. */
   onSuccess: (() => MaybePromise<void>) | undefined = undefined
   /** Whether the runner has asked to keep the claim. */
-  isKept = false
+  keepsClaim = false
   /** Other senders of the same delivery, which wait for the verdict. */
   #joined: Map<Sender, (verdict: Verdict) => void> | undefined
 
@@ -65,6 +65,8 @@ export class Work {
    * @param sender `undefined` if the job comes from a queue, because its sender has been answered
    */
   constructor (readonly key: string, public job: Job, readonly sender: Sender | undefined) {}
+
+  get isFromQueue (): boolean { return this.sender === undefined }
 
   get state (): State { return this.#state }
 
@@ -127,7 +129,7 @@ export class Works {
   /** Deliveries that came from a queue. */
   readonly queued = new Map<string, Work>()
   /** Claims on queued deliveries whose handlers this process is about to start. */
-  readonly kept = new Map<string, Held>()
+  readonly keptClaims = new Map<string, Held>()
   closing = false
   #onIdle: (() => void) | undefined
 
@@ -136,17 +138,17 @@ export class Works {
   }
 
   /** Whether this process runs the handlers of a queued delivery, or is about to. No sender waits for them. */
-  isQueued (key: string): boolean { return this.queued.has(key) || this.kept.has(key) }
+  isQueued (key: string): boolean { return this.queued.has(key) || this.keptClaims.has(key) }
 
   /** Removes and returns the claim that was kept for a delivery. */
-  takeKept (key: string): Held | undefined {
-    const claim = this.kept.get(key)
-    this.kept.delete(key)
+  takeKeptClaim (key: string): Held | undefined {
+    const claim = this.keptClaims.get(key)
+    this.keptClaims.delete(key)
     return claim
   }
 
-  forget ({ key, sender }: Work): void {
-    (sender === undefined ? this.queued : this.received).delete(key)
+  forget ({ key, isFromQueue }: Work): void {
+    (isFromQueue ? this.queued : this.received).delete(key)
     if (this.#onIdle !== undefined && this.#isIdle) this.#onIdle()
   }
 
