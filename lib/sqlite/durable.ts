@@ -79,7 +79,7 @@ interface Attempt extends Hold {
 interface Ahead {
   readonly attempt: Attempt
   readonly job: Job
-  readonly letGoOfClaim: (() => unknown) | undefined
+  readonly giveClaimBack: (() => unknown) | undefined
 }
 
 /**
@@ -182,11 +182,11 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
     try {
       taken = await write(() => starts.map(({ row, isOver, attempt }) => jobs.take(row, isOver ? 0 : 1, leased(attempt))))
     } catch (error) {
-      for (const { attempt } of starts) letGo(attempt)
+      for (const { attempt } of starts) forget(attempt)
       return host.report(error)
     }
     for (const [index, { row, isOver, attempt }] of starts.entries()) {
-      if (!taken[index]) letGo(attempt)
+      if (!taken[index]) forget(attempt)
       else if (isOver) follow(attempt, async () => await giveUp(row, attempt))
       else follow(attempt, async () => await handle(jobFor(row), attempt))
     }
@@ -217,7 +217,7 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
     return attempt.until
   }
 
-  function letGo (attempt: Attempt): void {
+  function forget (attempt: Attempt): void {
     active.delete(attempt.key)
     attempt.end()
   }
@@ -229,7 +229,7 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
       // The row cannot be read. The job is attempted again once its lease has run out.
       host.report(error)
     }
-    letGo(attempt)
+    forget(attempt)
     if (moreDue) schedule()
   }
 
@@ -254,10 +254,10 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
     for (const each of waiting) ahead.delete(each)
     const [given] = await Promise.allSettled([
       write(() => { for (const { attempt } of waiting) jobs.giveBack(attempt) }),
-      ...waiting.map(async ({ letGoOfClaim }) => await letGoOfClaim?.())
+      ...waiting.map(async ({ giveClaimBack }) => await giveClaimBack?.())
     ])
     if (given.status === 'rejected') host.report(given.reason)
-    for (const { attempt } of waiting) letGo(attempt)
+    for (const { attempt } of waiting) forget(attempt)
     schedule()
   }
 
@@ -419,10 +419,10 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
       try {
         inserted = await write(() => jobs.insert(key, text, leased(attempt), attempt.count))
       } finally {
-        if (!inserted) letGo(attempt)
+        if (!inserted) forget(attempt)
       }
       if (!inserted) return 'duplicate'
-      const waiting: Ahead = { attempt, job, letGoOfClaim: host.keep?.(job) }
+      const waiting: Ahead = { attempt, job, giveClaimBack: host.keep?.(job) }
       if (closing) {
         await giveBack([waiting])
         return undefined
