@@ -6,8 +6,8 @@ import { isSuccess } from './pipeline/refusal.ts'
 import { causeOf, isHandlersFailure } from './runners/handler-failures.ts'
 import { tryOr } from './maybe-promise.ts'
 import { logError, logFields, write } from './log.ts'
-import type { Described, Refused } from './log.ts'
-import type { Observation } from './observation.ts'
+import type { Described, RefusedDelivery } from './log.ts'
+import type { Observation, Refusal } from './observation.ts'
 import { RefusalLog } from './refusal-log.ts'
 import type { FailureInfo, Registry } from './registry.ts'
 import type { Attempts, DeadDelivery, Job } from './runners/runner.ts'
@@ -31,16 +31,17 @@ export class Failures {
    * Handles a delivery that is not answered 200. The log gets the cause of a 5xx, and of a refusal because a user's verifier, schema or
    * `tenant.of` has failed. All other refusals are logged without a cause.
    */
-  refused (error: unknown, delivery: Refused, request: FastifyRequest): void {
-    const { code: given, cause, message } = error as { code?: unknown, cause?: unknown, message: string }
-    const statusCode = statusOf(error)
+  refused (error: unknown, delivery: RefusedDelivery, request: FastifyRequest): void {
+    const given = codeOf(error)
     // The error of a database or gRPC client in a hook of the app may have a number as its code.
     const code = typeof given === 'string' || typeof given === 'number' ? String(given).slice(0, MAX_CODE) : 'UNKNOWN'
-    this.#log(code, statusCode, error, cause, message, delivery, request)
-    this.#tell(code, statusCode, error, delivery, request)
+    const refusal = { code, statusCode: statusOf(error), error }
+    this.#log(refusal, delivery, request)
+    this.#publish(refusal, delivery, request)
   }
 
-  #log (code: string, statusCode: number, error: unknown, cause: unknown, message: string, delivery: Refused, { log }: FastifyRequest): void {
+  #log ({ code, statusCode, error }: Refusal, delivery: RefusedDelivery, { log }: FastifyRequest): void {
+    const { cause, message } = error as Error
     if (cause === undefined) return this.#refusals.write(log, code, statusCode, delivery, message)
     // A verified delivery is logged each time, because no stranger can cause many of them.
     if (statusCode >= 500 && delivery.webhookId !== undefined) return logError(log, cause, { code, ...logFields(delivery) }, message)
@@ -54,23 +55,22 @@ export class Failures {
   }
 
   /** Handles a delivery whose route's own handler has not answered 2xx. @param statusCode of that answer */
-  ownFailed (error: Error, delivery: Refused, request: FastifyRequest, statusCode: number): void {
+  ownFailed (error: Error, delivery: RefusedDelivery, request: FastifyRequest, statusCode: number): void {
     const code = String(codeOf(error))
     logError(request.log, causeOf(error), { code, ...logFields(delivery) }, error.message)
-    this.#tell(code, statusCode, error, delivery, request)
+    this.#publish({ code, statusCode, error }, delivery, request)
   }
 
-  #tell (code: string, statusCode: number, error: unknown, delivery: Refused, request: FastifyRequest): void {
+  /** Publishes and reports a refusal. */
+  #publish (refusal: Refusal, delivery: RefusedDelivery, request: FastifyRequest): void {
     const { endpoint, tenant, webhookId, event } = delivery
-    if (channels.refused.hasSubscribers) {
-      channels.refused.publish({ endpoint, tenant, webhookId, event, code, statusCode, error, request })
-    }
-    this.observation.observer?.refused({ code, statusCode, error }, delivery, request)
-    this.report(error, delivery, request.log)
+    if (channels.refused.hasSubscribers) channels.refused.publish({ ...refusal, endpoint, tenant, webhookId, event, request })
+    this.observation.observer?.refused(refusal, delivery, request)
+    this.report(refusal.error, delivery, request.log)
   }
 
   /** Handles a delivery that fails after its sender has been answered. */
-  late (error: Error, delivery: Refused, { log }: FastifyRequest): void {
+  late (error: Error, delivery: RefusedDelivery, { log }: FastifyRequest): void {
     logError(log, causeOf(error), logFields(delivery), error.message)
     this.report(error, delivery, log)
   }
@@ -81,7 +81,7 @@ export class Failures {
     const delivery = request.openaiWebhook ?? { endpoint }
     const error = Object.assign(new Error(`a hook of the app has answered ${statusCode}, so the delivery was not processed`), { code: BY_A_HOOK, statusCode })
     this.#refusals.write(request.log, BY_A_HOOK, statusCode, delivery, error.message)
-    this.#tell(BY_A_HOOK, statusCode, error, delivery, request)
+    this.#publish({ code: BY_A_HOOK, statusCode, error }, delivery, request)
   }
 
   /** Handles a failure that no sender is told about, such as that of a store after the handlers have run. */

@@ -55,7 +55,7 @@ export interface Described {
 }
 
 /** What is known about a delivery that is not answered 200. */
-export type Refused = Described & { readonly endpoint: string }
+export type RefusedDelivery = Described & { readonly endpoint: string }
 
 /** The fields of every line about a delivery. A caller may add to them. */
 export function logFields ({ endpoint, tenant, webhookId, event }: Described, attempt?: number): Record<string, unknown> {

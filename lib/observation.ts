@@ -1,7 +1,7 @@
 import type { FastifyReply, FastifyRequest } from 'fastify'
 import type { DuplicateMessage } from './channels.ts'
 import type { Handler } from './handlers.ts'
-import type { Refused } from './log.ts'
+import type { RefusedDelivery } from './log.ts'
 import type { VerifiedRequest } from './request.ts'
 import type { DeadDelivery, Job } from './runners/runner.ts'
 
@@ -23,8 +23,15 @@ export interface Observer {
   /** The handlers start, in the request or for a job of a queue. */
   started (start: AttemptStart): ObservedAttempt
   /** The delivery is not answered 200. */
-  refused (refusal: { readonly code: string, readonly statusCode: number, readonly error: unknown }, delivery: Refused, request: FastifyRequest): void
+  refused (refusal: Refusal, delivery: RefusedDelivery, request: FastifyRequest): void
   dead (delivery: DeadDelivery): void
+}
+
+/** What a sender is answered other than 200. */
+export interface Refusal {
+  readonly code: string
+  readonly statusCode: number
+  readonly error: unknown
 }
 
 export interface AttemptStart {

@@ -1,7 +1,7 @@
 import type { FastifyBaseLogger } from 'fastify'
 import { inContext } from './async-context.ts'
 import { logError, logFields, logs, write } from './log.ts'
-import type { Refused } from './log.ts'
+import type { RefusedDelivery } from './log.ts'
 
 /** What to do, by the code of a refusal that a wrong setting may have caused. */
 const FIXES: Readonly<Record<string, string>> = {
@@ -58,7 +58,7 @@ export class RefusalLog {
   constructor (readonly log: FastifyBaseLogger) {}
 
   /** @param message of the error */
-  write (log: FastifyBaseLogger, code: string, statusCode: number, delivery: Refused, message: string): void {
+  write (log: FastifyBaseLogger, code: string, statusCode: number, delivery: RefusedDelivery, message: string): void {
     if (!this.#hasRoom(log, code, delivery)) return
     write(log, 'warn', { code, statusCode, ...logFields(delivery), reason: REASONED.includes(code) ? message.slice(0, MAX_REASON) : undefined, fix: fixOf(code, delivery.tenant !== undefined) }, 'webhook delivery refused')
   }
@@ -68,7 +68,7 @@ export class RefusalLog {
    *
    * @param counted names the window
    */
-  failed (log: FastifyBaseLogger, code: string, cause: unknown, delivery: Refused, message: string, counted = code): void {
+  failed (log: FastifyBaseLogger, code: string, cause: unknown, delivery: RefusedDelivery, message: string, counted = code): void {
     if (this.#hasRoom(log, counted, delivery)) logError(log, cause, { code, ...logFields(delivery) }, message)
   }
 
@@ -78,7 +78,7 @@ export class RefusalLog {
   }
 
   /** Whether the window has room for another line. */
-  #hasRoom (log: FastifyBaseLogger, code: string, { endpoint, tenant }: Refused): boolean {
+  #hasRoom (log: FastifyBaseLogger, code: string, { endpoint, tenant }: RefusedDelivery): boolean {
     if (!logs(log, 'warn')) return false
     const own = `${code} ${endpoint}`
     const isOther = this.#windows.size >= MAX_WINDOWS && !this.#windows.has(own)

@@ -40,7 +40,7 @@ export class Handling {
     const { finished } = work.job
     const all = this.#handlers(work)
     const handlers = finished === undefined ? all : all.filter(({ name }) => !finished.includes(name))
-    if (channels.unhandled.hasSubscribers) this.#tellUnhandled(work)
+    if (channels.unhandled.hasSubscribers) this.#publishUnhandled(work)
     work.end = observeRun(work, handlers, this.log, this.observation, observed =>
       traceDelivery(work, handlers, traced => this.#handle(work, claim, traced, observed)))
     return work.end
@@ -104,7 +104,7 @@ export class Handling {
     return this.registry.handlersOf(job.endpoint).for(job.event.type)
   }
 
-  #tellUnhandled ({ job, sender }: Work): void {
+  #publishUnhandled ({ job, sender }: Work): void {
     const isHandled = sender?.ownHandler !== undefined || this.registry.handlersOf(job.endpoint).handles(job.event.type)
     if (!isHandled) channels.unhandled.publish(job)
   }

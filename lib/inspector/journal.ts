@@ -4,8 +4,8 @@ import type { DuplicateMessage } from '../channels.ts'
 import { BY_A_HOOK, codeOfClass } from '../coded.ts'
 import { DeadlineExceeded, HandlerFailed } from '../errors.ts'
 import { OWN_HANDLER } from '../handlers.ts'
-import type { AttemptStart, ObservedAttempt, Observer } from '../observation.ts'
-import type { Refused } from '../log.ts'
+import type { AttemptStart, ObservedAttempt, Observer, Refusal } from '../observation.ts'
+import type { RefusedDelivery } from '../log.ts'
 import type { VerifiedRequest } from '../request.ts'
 import { deliveryError, describeFailure } from '../runners/handler-failures.ts'
 import { keyOf } from '../runners/runner.ts'
@@ -192,7 +192,7 @@ export class Journal implements Observer {
     this.#move(entry, 'failed')
   }
 
-  refused ({ code, statusCode, error }: { code: string, statusCode: number, error: unknown }, { endpoint, tenant }: Refused, request: FastifyRequest): void {
+  refused ({ code, statusCode, error }: Refusal, { endpoint, tenant }: RefusedDelivery, request: FastifyRequest): void {
     // A hook of the app may have refused the request before it was noted.
     const entry = (request as Noted)[ENTRY] ?? this.#note(request, endpoint)
     const { cause, message } = error as { cause?: unknown, message?: unknown }

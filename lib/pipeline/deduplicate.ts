@@ -137,10 +137,10 @@ export class Claims {
       this.#timer = undefined
     }
     // Reported once per round, because a store that cannot be reached fails all renewals, which may be hundreds.
-    let isTold = false
+    let isReported = false
     const onFailure = (error: unknown, { job }: Held): void => {
-      if (!isTold) this.options.onTrouble(error, job)
-      isTold = true
+      if (!isReported) this.options.onTrouble(error, job)
+      isReported = true
     }
     for (const claim of [...this.#held]) tryOr<void>(async () => await this.#renew(claim), error => onFailure(error, claim))
   }

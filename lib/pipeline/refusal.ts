@@ -92,7 +92,7 @@ export function keepRefusal (answeredByHook: (request: FastifyRequest, statusCod
     const statusCode = response?.status ?? reply.statusCode
     if (typeof progress !== 'object') {
       if (progress === undefined) {
-        // After a 2xx, which is no refusal, a refusal may still have to be told of.
+        // After a 2xx, which is no refusal, a refusal may still have to be reported.
         if (!isSuccess(statusCode)) (request as Answerable)[PROGRESS] = 'answered'
         answeredByHook(request, statusCode)
       }

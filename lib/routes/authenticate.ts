@@ -2,7 +2,7 @@ import type { FastifyReply, FastifyRequest } from 'fastify'
 import { channels } from '../channels.ts'
 import { InvalidSignature, UnknownTenant } from '../errors.ts'
 import type { Failures } from '../failures.ts'
-import type { Refused } from '../log.ts'
+import type { RefusedDelivery } from '../log.ts'
 import { hasProgress } from '../pipeline/refusal.ts'
 import { validate } from '../pipeline/validate.ts'
 import type { Validators } from '../pipeline/validators.ts'
@@ -30,7 +30,7 @@ type Admitted = FastifyRequest & { [SIGNED]?: SignedHeaders | undefined, [WAITED
 export const waitOf = (request: FastifyRequest): number => (request as Admitted)[WAITED] ?? 0
 
 /** What is known about a refused delivery. The webhook-id is set if the signature matched. */
-type Known = Pick<Refused, 'tenant' | 'webhookId'>
+type Known = Pick<RefusedDelivery, 'tenant' | 'webhookId'>
 
 /** The verify and validate steps: they turn a request into a trusted delivery, or refuse it. */
 export class Authentication {
@@ -39,7 +39,7 @@ export class Authentication {
    * Errors that have been logged and reported, and the errors sent in their place. Kept by identity, because a user's verifier may throw an
    * error with any code.
    */
-  readonly #told = new WeakSet<object>()
+  readonly #reported = new WeakSet<object>()
 
   constructor (readonly validators: Validators, readonly failures: Failures, readonly observation: Observation) {
     this.#explain = explainer(failures)
@@ -51,7 +51,7 @@ export class Authentication {
       this.observation.observer?.arrived(request, reply, endpoint.name)
       const signed = signedHeadersOf(endpoint, request.headers)
       if (signed instanceof Error) {
-        this.tell(signed, endpoint, request)
+        this.refused(signed, endpoint, request)
         return done(signed)
       }
       ;(request as Admitted)[SIGNED] = signed
@@ -104,24 +104,24 @@ export class Authentication {
    * Logs, publishes and reports the refusal of a request whose event is not known. Does nothing if the request has been refused already, such as by
    * Fastify's `handlerTimeout`.
    */
-  tell (error: Error, { name }: Endpoint, request: FastifyRequest, { tenant, webhookId }: Known = {}): void {
-    this.#told.add(error)
+  refused (error: Error, { name }: Endpoint, request: FastifyRequest, { tenant, webhookId }: Known = {}): void {
+    this.#reported.add(error)
     if (!hasProgress(request)) this.failures.refused(error, { endpoint: name, tenant, webhookId }, request)
   }
 
   /**
    * For onError hooks, before the request is marked as refused: does the same for what Fastify, another plugin or a hook of the app has refused,
-   * such as a body that is too large or a rate limit. The plugin has told of its own refusals.
+   * such as a body that is too large or a rate limit. The plugin's own refusals have been reported.
    */
-  tellOfOthers (error: Error, { name }: Endpoint, request: FastifyRequest): void {
-    if (!this.#told.has(error) && !hasProgress(request)) this.failures.refused(error, request.openaiWebhook ?? { endpoint: name }, request)
+  refusedByOthers (error: Error, { name }: Endpoint, request: FastifyRequest): void {
+    if (!this.#reported.has(error) && !hasProgress(request)) this.failures.refused(error, request.openaiWebhook ?? { endpoint: name }, request)
   }
 
   #refuse (error: Error, endpoint: Endpoint, request: FastifyRequest, done: Done, known?: Known): void {
-    this.tell(error, endpoint, request, known)
+    this.refused(error, endpoint, request, known)
     if (!(error instanceof UnknownTenant)) return done(error)
     const answer = new InvalidSignature()
-    this.#told.add(answer)
+    this.#reported.add(answer)
     done(answer)
   }
 }

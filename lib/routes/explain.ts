@@ -19,7 +19,7 @@ export function explainer (failures: Failures) {
     if (since - (explainedAt.get(name) ?? -Infinity) < INTERVAL) return
     explainedAt.set(name, since)
     const now = Date.now()
-    const tell = async (): Promise<void> => {
+    const explain = async (): Promise<void> => {
       // Imported on demand, because few apps log at debug level.
       const { diagnoseQuickly } = await import('../diagnose.ts')
       const secret = keyring.keys.map(key => key.export())
@@ -27,6 +27,6 @@ export function explainer (failures: Failures) {
       log.debug({ endpoint: name, cause: finding?.cause, fix: finding?.fix }, `the signature does not match: ${finding?.message ?? likely}`)
     }
     // setImmediate: the answer must neither wait for the diagnosis nor fail with it.
-    setImmediate(() => { tell().catch(error => failures.report(error, { endpoint: name })) })
+    setImmediate(() => { explain().catch(error => failures.report(error, { endpoint: name })) })
   }
 }

@@ -71,7 +71,7 @@ function assertVerified (request: FastifyRequest, _reply: FastifyReply, done: (e
 function captureAndAuthenticate ({ authentication }: Routes, endpoint: Endpoint, body: BodyBounds) {
   return (request: FastifyRequest, reply: FastifyReply, payload: RequestPayload, done: (error: Error | null, payload?: RequestPayload) => void): void => {
     const refuse = (error: Error): void => {
-      authentication.tell(error, endpoint, request)
+      authentication.refused(error, endpoint, request)
       done(error)
     }
     const { 'content-type': contentType, 'content-length': contentLength, 'transfer-encoding': transferEncoding } = request.headers

@@ -78,7 +78,7 @@ function deliver ({ receiver, deadline, failures }: Routes, { name }: Endpoint, 
 /** Makes the onError hook, which runs after the app's. Whoever sends the answer, it is a refusal from now on. */
 function refusing ({ authentication }: Routes, endpoint: Endpoint, body: BodyBounds): onErrorHookHandler {
   return (request, reply, error, done) => {
-    authentication.tellOfOthers(error, endpoint, request)
+    authentication.refusedByOthers(error, endpoint, request)
     noteError(request, error)
     markRefused(error, request, reply)
     if (isTemporary(error)) retryLater(reply)

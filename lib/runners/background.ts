@@ -62,7 +62,7 @@ export function background (options: BackgroundOptions = {}): Runner {
     waiting.set(key, { job, run: inContext(() => runOne(key, job)) })
   }
 
-  function tellLost (job: Job): void {
+  function reportLost (job: Job): void {
     const error = new Error('closeTimeout was over before the handlers could start: the delivery is lost, because background() has it in memory only')
     tellDead(host, deadDelivery(job, 0, error), error)
   }
@@ -71,10 +71,10 @@ export function background (options: BackgroundOptions = {}): Runner {
     // Waits a turn, so that the acknowledgement leaves before a handler can block the event loop.
     await new Promise(resolve => setImmediate(resolve))
     try {
-      if (isOver) tellLost(job)
+      if (isOver) reportLost(job)
       else await host.process(job)
     } catch (error) {
-      if (error instanceof Overloaded) tellLost(job)
+      if (error instanceof Overloaded) reportLost(job)
       // Another process, or another delivery of the resource, has the claim, and its handlers may succeed or fail. This process has acknowledged the
       // delivery, so it tries again after the others that wait.
       else if (error instanceof InProgress && !isOver) wait(key, job)
@@ -102,7 +102,7 @@ export function background (options: BackgroundOptions = {}): Runner {
       closing = true
       onAbort(signal, () => {
         isOver = true
-        for (const { job } of waiting.values()) tellLost(job)
+        for (const { job } of waiting.values()) reportLost(job)
         waiting.clear()
       })
       while (running.size > 0) await Promise.all(running.values())
