@@ -29,7 +29,7 @@ import type { Routes } from './routes/routes.ts'
 import { guardedScope } from './routes/unprotected.ts'
 import { inline } from './runners/inline.ts'
 import { runnersInUse } from './runners/runner.ts'
-import { OpenAIWebhookScope } from './scope.ts'
+import { scopeOf } from './scope.ts'
 import { memoryStore } from './stores/memory.ts'
 import { noStore } from './stores/none.ts'
 import type { OpenAIWebhook } from './api.ts'
@@ -51,7 +51,7 @@ async function openaiWebhook (instance: FastifyInstance, options: OpenAIWebhookO
   instance.decorate('openaiWebhook', {
     getter (this: FastifyInstance): OpenAIWebhook {
       let scope = scopes.get(this)
-      if (scope === undefined) scopes.set(this, scope = new OpenAIWebhookScope(routes, deadLetters, this))
+      if (scope === undefined) scopes.set(this, scope = scopeOf(routes, deadLetters, this))
       return scope
     }
   })
