@@ -55,30 +55,23 @@ export class Claims {
    * @throws FST_OPENAI_WEBHOOK_UNAVAILABLE
    */
   begin (key: string, job: Job): MaybePromise<Begun> {
-    const resource = this.options.reconcile === true ? resourceKeyOf(job) : undefined
-    return resource === undefined ? this.#begin(key, job) : this.#beginBoth(key, resource, job)
+    const resourceKey = this.options.reconcile === true ? resourceKeyOf(job) : undefined
+    const begun = this.#begin(key, job)
+    return resourceKey === undefined ? begun : then(begun, claim => claim.state === 'claimed' ? this.#beginResource(resourceKey, claim) : claim)
   }
 
-  /** Claims the delivery first. If the resource is not free, that claim is settled at once, so that no delivery waits for another. */
-  #beginBoth (key: string, resourceKey: string, job: Job): MaybePromise<Begun> {
-    return then(this.#begin(key, job), claim => claim.state !== 'claimed'
-      ? claim
-      : after<Begun, Begun>(
-        () => this.#begin(resourceKey, job),
-        resource => this.#bothBegun(claim, resource),
-        error => then(this.release(claim), () => { throw error })
-      ))
-  }
-
-  #bothBegun (claim: Held, resource: Begun): MaybePromise<Begun> {
-    if (resource.state === 'claimed') {
-      const held: Held = { ...claim, finished: union(claim.finished, resource.finished), resource }
-      this.#held.delete(claim)
-      this.#held.add(held)
-      return held
-    }
-    // Another delivery has reported the same event, and was processed or is being processed.
-    return then(resource.state === 'done' ? this.complete(claim) : this.release(claim), () => resource)
+  /** Claims the resource too. If it is not free, the claim on the delivery is settled at once, so that no delivery waits for another. */
+  #beginResource (key: string, claim: Held): MaybePromise<Begun> {
+    return after<Begun, Begun>(() => this.#begin(key, claim.job), resource => {
+      if (resource.state === 'claimed') {
+        const held: Held = { ...claim, finished: union(claim.finished, resource.finished), resource }
+        this.#held.delete(claim)
+        this.#held.add(held)
+        return held
+      }
+      // Another delivery has reported the same event, and was processed or is being processed.
+      return then(resource.state === 'done' ? this.complete(claim) : this.release(claim), () => resource)
+    }, error => then(this.release(claim), () => { throw error }))
   }
 
   #begin (key: string, job: Job): MaybePromise<Begun> {
