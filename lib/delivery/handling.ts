@@ -10,7 +10,7 @@ import { OWN_HANDLER } from '../handlers.ts'
 import type { Handler } from '../handlers.ts'
 import type { Observation, ObservedAttempt } from '../observation.ts'
 import type { Registry } from '../registry.ts'
-import { then, tryOr } from '../maybe-promise.ts'
+import { both, then, tryOr } from '../maybe-promise.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
 import { Context } from './context.ts'
 import { observeRun, traceDelivery } from './observe.ts'
@@ -90,7 +90,7 @@ export class Handling {
    */
   #complete ({ onSuccess }: Work, claim: Held): MaybePromise<void> {
     const completed = this.claims.complete(claim)
-    return onSuccess === undefined ? completed : then(onSuccess(), () => completed)
+    return both(onSuccess?.(), completed)
   }
 
   /** To be called when all handlers have ended, because every handler without a failure counts as succeeded. */
