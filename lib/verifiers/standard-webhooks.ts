@@ -44,12 +44,8 @@ function readHeaders ({ 'webhook-id': webhookId, 'webhook-timestamp': seconds, '
 function judge ({ rawBody }: SignedDelivery, { timestamp, webhookId, signedHead, signatures }: Read, keys: readonly KeyObject[]): Verified | Error {
   // node:http joins repeated headers with ", ", which never occurs in a list of signatures.
   if (typeof signatures !== 'string' || signatures.includes(', ')) return new InvalidSignature()
-
-  for (let keyIndex = 0; keyIndex < keys.length; keyIndex++) {
-    const expected = mac(signedHead, rawBody, keys[keyIndex]!)
-    if (listHolds(signatures, Buffer.from(expected))) return { webhookId, timestamp, keyIndex }
-  }
-  return new InvalidSignature()
+  const keyIndex = keys.findIndex(key => listHolds(signatures, Buffer.from(mac(signedHead, rawBody, key))))
+  return keyIndex === -1 ? new InvalidSignature() : { webhookId, timestamp, keyIndex }
 }
 
 const mac = (signedHead: string, rawBody: Buffer, key: KeyObject): string =>

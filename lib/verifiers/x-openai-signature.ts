@@ -1,5 +1,5 @@
 import { createHash, createHmac, timingSafeEqual } from 'node:crypto'
-import type { KeyObject } from 'node:crypto'
+import type { Hmac, KeyObject } from 'node:crypto'
 import type { IncomingHttpHeaders } from 'node:http'
 import { assertNone, isId } from '../checks.ts'
 import { InvalidSignature, InvalidTimestamp, MissingHeader } from '../errors.ts'
@@ -47,21 +47,17 @@ const HEX_SHA256 = /^[0-9a-f]{64}$/i
 
 function judge ({ rawBody }: SignedDelivery, { timestamp, signedHead, signature }: Read, keys: readonly KeyObject[]): Verified | Error {
   if (typeof signature !== 'string' || !HEX_SHA256.test(signature)) return new InvalidSignature()
-
   const candidate = Buffer.from(signature, 'hex')
-  for (let keyIndex = 0; keyIndex < keys.length; keyIndex++) {
-    const expected = createHmac('sha256', keys[keyIndex]!).update(signedHead).update(rawBody).digest()
-    if (timingSafeEqual(expected, candidate)) {
-      return { webhookId: eventId(rawBody) ?? digest(signedHead, rawBody), timestamp, keyIndex }
-    }
-  }
-  return new InvalidSignature()
+  const keyIndex = keys.findIndex(key => timingSafeEqual(mac(signedHead, rawBody, key).digest(), candidate))
+  return keyIndex === -1 ? new InvalidSignature() : { webhookId: eventId(rawBody) ?? digest(signedHead, rawBody), timestamp, keyIndex }
 }
+
+const mac = (signedHead: string, rawBody: Buffer, key: KeyObject): Hmac => createHmac('sha256', key).update(signedHead).update(rawBody)
 
 function sign (rawBody: Buffer, { timestamp }: Named, key: KeyObject): Record<string, string> {
   return {
     [TIMESTAMP]: String(timestamp),
-    [SIGNATURE]: createHmac('sha256', key).update(`${timestamp}.`).update(rawBody).digest('hex')
+    [SIGNATURE]: mac(`${timestamp}.`, rawBody, key).digest('hex')
   }
 }
 
