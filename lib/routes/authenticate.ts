@@ -35,11 +35,8 @@ type Known = Pick<RefusedDelivery, 'tenant' | 'webhookId'>
 /** The verify and validate steps: they turn a request into a trusted delivery, or refuse it. */
 export class Authentication {
   readonly #explain: ReturnType<typeof explainer>
-  /**
-   * Errors that have been logged and reported, and the errors sent in their place. Kept by identity, because a user's verifier may throw an
-   * error with any code.
-   */
-  readonly #reported = new WeakSet<object>()
+  /** The answers to refusals that have been logged and reported. Kept by identity, because a user's verifier may throw an error with any code. */
+  readonly #answers = new WeakSet<object>()
 
   constructor (readonly validators: Validators, readonly failures: Failures, readonly observation: Observation) {
     this.#explain = explainer(failures)
@@ -50,10 +47,7 @@ export class Authentication {
     return (request: FastifyRequest, reply: FastifyReply, done: Done): void => {
       this.observation.observer?.arrived(request, reply, endpoint.name)
       const signed = signedHeadersOf(endpoint, request.headers)
-      if (signed instanceof Error) {
-        this.refused(signed, endpoint, request)
-        return done(signed)
-      }
+      if (signed instanceof Error) return done(this.refused(signed, endpoint, request))
       ;(request as Admitted)[SIGNED] = signed
       done()
     }
@@ -65,7 +59,7 @@ export class Authentication {
     observer?.captured(request, rawBody)
     const { name, tenants } = endpoint
     const tenant = tenants?.nameOf(request)
-    if (tenant instanceof Error) return this.#refuse(tenant, endpoint, request, done)
+    if (tenant instanceof Error) return done(this.refused(tenant, endpoint, request))
     let verification: Verification = endpoint
     // A hook of the app that throws null makes Fastify skip the hook that reads the headers.
     const signed = (request as Admitted)[SIGNED] ?? signedHeadersOf(endpoint, request.headers)
@@ -74,12 +68,12 @@ export class Authentication {
     const settle = (verified: Verified | Error): void => {
       if (verified instanceof Error) {
         this.#explain(verified, name, verification, request, rawBody)
-        return this.#refuse(verified, endpoint, request, done, { tenant })
+        return done(this.refused(verified, endpoint, request, { tenant }))
       }
       observer?.verified(request)
       const { webhookId, timestamp, keyIndex } = verified
       const event = validate(rawBody, this.validators) as WebhookEvent | Error
-      if (event instanceof Error) return this.#refuse(event, endpoint, request, done, { tenant, webhookId })
+      if (event instanceof Error) return done(this.refused(event, endpoint, request, { tenant, webhookId }))
       request.openaiWebhook = { webhookId, timestamp, endpoint: name, ...(tenant !== undefined && { tenant }), rawBody, event }
       if (channels.verified.hasSubscribers) {
         channels.verified.publish({ endpoint: name, tenant, webhookId, timestamp, event, secretIndex: keyIndex, bodySize: rawBody.length, request: request as VerifiedRequest })
@@ -103,10 +97,14 @@ export class Authentication {
   /**
    * Logs, publishes and reports the refusal of a request whose event is not known. Does nothing if the request has been refused already, such as by
    * Fastify's `handlerTimeout`.
+   *
+   * @returns the error that the sender is answered
    */
-  refused (error: Error, { name }: Endpoint, request: FastifyRequest, { tenant, webhookId }: Known = {}): void {
-    this.#reported.add(error)
+  refused (error: Error, { name }: Endpoint, request: FastifyRequest, { tenant, webhookId }: Known = {}): Error {
     if (!hasProgress(request)) this.failures.refused(error, { endpoint: name, tenant, webhookId }, request)
+    const answer = error instanceof UnknownTenant ? new InvalidSignature() : error
+    this.#answers.add(answer)
+    return answer
   }
 
   /**
@@ -114,14 +112,6 @@ export class Authentication {
    * such as a body that is too large or a rate limit. The plugin's own refusals have been reported.
    */
   refusedByOthers (error: Error, { name }: Endpoint, request: FastifyRequest): void {
-    if (!this.#reported.has(error) && !hasProgress(request)) this.failures.refused(error, request.openaiWebhook ?? { endpoint: name }, request)
-  }
-
-  #refuse (error: Error, endpoint: Endpoint, request: FastifyRequest, done: Done, known?: Known): void {
-    this.refused(error, endpoint, request, known)
-    if (!(error instanceof UnknownTenant)) return done(error)
-    const answer = new InvalidSignature()
-    this.#reported.add(answer)
-    done(answer)
+    if (!this.#answers.has(error) && !hasProgress(request)) this.failures.refused(error, request.openaiWebhook ?? { endpoint: name }, request)
   }
 }

@@ -70,10 +70,7 @@ function assertVerified (request: FastifyRequest, _reply: FastifyReply, done: (e
 /** Makes the hook that verifies. It runs in preParsing, so that the user's parser gets verified bytes only. */
 function captureAndAuthenticate ({ authentication }: Routes, endpoint: Endpoint, body: BodyBounds) {
   return (request: FastifyRequest, reply: FastifyReply, payload: RequestPayload, done: (error: Error | null, payload?: RequestPayload) => void): void => {
-    const refuse = (error: Error): void => {
-      authentication.refused(error, endpoint, request)
-      done(error)
-    }
+    const refuse = (error: Error): void => done(authentication.refused(error, endpoint, request))
     const { 'content-type': contentType, 'content-length': contentLength, 'transfer-encoding': transferEncoding } = request.headers
     const isEmpty = transferEncoding === undefined && (contentLength === undefined || contentLength === '0')
     // Fastify requires no content type if there is no body. If there is one, a catch-all parser of the app must not accept another type.
