@@ -81,8 +81,6 @@ export interface EnqueueMessage extends DeliveryInfo, TracedMessage {
   readonly carrier: Record<string, string>
   /** Whether the runner already had the delivery; false if the runner cannot tell. Set once the runner has accepted the delivery. */
   duplicate?: boolean
-  /** Why the runner did not accept the delivery. Set from the `error` message on. */
-  error?: unknown
 }
 
 /** The handlers of one delivery run, in a request or for a job of a queue, until their end is recorded. */
@@ -105,8 +103,6 @@ export interface HandlerMessage extends TracedMessage {
   /** The name of the handler, or else its place in the order of registration. */
   readonly handler: string
   readonly delivery: DeliveryInfo & Pick<DeliveryMessage, 'attempt' | 'queued' | 'carrier'>
-  /** What the handler threw. Set from the `error` message on. */
-  error?: unknown
 }
 
 /** A store, a runner or a `secret` function has failed, and no sender is told. */
