@@ -312,6 +312,9 @@ export function pgboss (options: PgBossOptions): Runner {
       boss.on('error', onError)
       await boss.createQueue(deadName, { retentionSeconds: KEPT })
       await boss.createQueue(queueName, { ...settings, retryLimit: attempts, notify: true })
+      // The user may have created it before. pg-boss drops the jobs that another policy has no room for, as if they were queued already.
+      const policy = (await boss.getQueue(queueName))?.policy
+      if (policy !== 'standard') throw new InvalidOptions(`pgboss: expected the queue "${queueName}" to have the policy standard, got ${policy}, with which pg-boss drops deliveries: delete the queue, or set another queueName`)
       if (worker === false) return
       await workers.start()
     },

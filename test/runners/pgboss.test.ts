@@ -479,6 +479,16 @@ t.test('workers', { skip }, async t => {
     await t.rejects(async () => await app.ready(), { message: /Call start\(\)/ })
   })
 
+  t.test('a queue whose policy drops jobs fails the boot, and says so', async t => {
+    const boss = await startedBoss(t, server)
+    for (const policy of ['short', 'singleton', 'stately', 'exclusive'] as const) {
+      const queueName = newQueue()
+      await boss.createQueue(queueName, { policy })
+      const app = await build(t, { runner: pgboss({ boss, queueName }) })
+      await t.rejects(async () => await app.ready(), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: `pgboss: expected the queue "${queueName}" to have the policy standard, got ${policy}` })
+    }
+  })
+
   t.test('trouble of the queue is told, and that of others to those who listen, or else here', async t => {
     const boss = await startedBoss(t, server)
     const runner = pgboss({ boss, queueName: newQueue(), worker: false })
