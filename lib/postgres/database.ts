@@ -1,3 +1,4 @@
+import type { EventEmitter } from 'node:events'
 import { codeOf } from '../coded.ts'
 import { InvalidOptions } from '../errors.ts'
 import { within } from '../within.ts'
@@ -21,6 +22,7 @@ export interface PgPool<Client extends PgClient = PgClient> {
   connect (callback: (error: any, client: any, release: any) => void): void
   query (text: string, values?: any[]): Promise<{ rows: any[] }>
   on (event: 'error', listener: (error: Error) => void): unknown
+  on (event: 'acquire', listener: (client: any) => void): unknown
 }
 
 /** The part of a `PGlite` of `@electric-sql/pglite` that is used. */
@@ -40,6 +42,8 @@ const PATIENCE = 1_000
 
 /** How often a statement is sent that conflicts with others. */
 const MAX_ATTEMPTS = 20
+
+const UNDEFINED_TABLE = '42P01'
 
 type Value = string | number | readonly string[] | readonly number[]
 
@@ -112,10 +116,12 @@ const heard = new WeakSet<PgPool>()
 
 class Pooled implements Database {
   constructor (readonly pool: PgPool, readonly timeout: number) {
-    // Without a listener, an idle connection that breaks would end the process. The pool drops the connection, and the next query reports what is
-    // wrong.
-    if (!heard.has(pool)) pool.on('error', ignore)
+    if (heard.has(pool)) return
     heard.add(pool)
+    // Without a listener, a connection that breaks would end the process: an idle one, or one that the user's own transaction has, for first(). The
+    // pool drops the connection, and the next query reports what is wrong.
+    pool.on('error', ignore)
+    pool.on('acquire', (client: EventEmitter) => { if (!client.listeners('error').includes(ignore)) client.on('error', ignore) })
   }
 
   async query (text: string, values: readonly Value[]): Promise<any[]> {
@@ -272,6 +278,11 @@ export class Creation {
     await within(elsewhere, PATIENCE, () => {})
     if (this.#isThere) return
     for (const statement of [ALONE, ...this.statements]) await query(statement, [])
+  }
+
+  /** To be called with the error of a use: if the table has gone, the next use creates it again. */
+  failed (error: unknown): void {
+    if (codeOf(error) === UNDEFINED_TABLE) this.#isThere = false
   }
 
   async #run (): Promise<void> {

@@ -100,6 +100,10 @@ export function postgresInbox (db?: PgPool | PgLite, options: PostgresInboxOptio
   }
   const database = databaseOf('postgresInbox', db, lockTimeout + PATIENCE)
   const creation = migrate ? new Creation(database, table, inboxSchema(table)) : undefined
+  const failed = (error: unknown): never => {
+    creation?.failed(error)
+    throw error
+  }
   const gate = new Gate(concurrency)
   const pruning = new Pruning(async () => await records.prune(database))
   // Sets the isolation level, because with a stricter default one of two processes with the same delivery would fail instead of waiting.
@@ -114,7 +118,7 @@ export function postgresInbox (db?: PgPool | PgLite, options: PostgresInboxOptio
         await gate.pass(async () => {
           await creation?.ready()
           await database.transaction(settings, async (client, query) => {
-            const [record] = await query(records.insert, recordOf(name, context, retention))
+            const [record] = await query(records.insert, recordOf(name, context, retention)).catch(failed)
             if (record === undefined) return undefined
             const { tx, end } = lend(client, name, () => (client as Partial<PgClient>).getTransactionStatus?.() !== 'I', true)
             try {
@@ -131,7 +135,7 @@ export function postgresInbox (db?: PgPool | PgLite, options: PostgresInboxOptio
     async first (query, name, context) {
       assertFirst(query, name)
       await creation?.readyIn(async (text, values) => rowsOf(await query(text, values as string[])))
-      const isFirst = await records.first(query, name, context)
+      const isFirst = await records.first(query, name, context).catch(failed)
       prune(pruning, context)
       return isFirst
     },

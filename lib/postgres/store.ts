@@ -124,7 +124,10 @@ export function postgresStore (db: PgPool | PgLite, options: PostgresStoreOption
     async begin (key, lease): Promise<Claim> {
       await creation?.ready()
       const token = randomUUID()
-      const { state, finished } = await beginOne({ key: short(key), token, ms: lease }) as Row
+      const { state, finished } = await beginOne({ key: short(key), token, ms: lease }).catch((error: unknown) => {
+        creation?.failed(error)
+        throw error
+      }) as Row
       if (state !== 'claimed') return { state }
       // The failure is ignored, because the next begin() reports what is wrong with the database.
       pruning.inserted(() => {})

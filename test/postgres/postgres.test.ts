@@ -179,6 +179,46 @@ t.test('tables', { skip: postgresMissing }, async t => {
     t.same((await pool.query("SELECT schemaname FROM pg_tables WHERE tablename = 'openai_webhook_inbox'")).rows, [{ schemaname: 'public' }])
   })
 
+  await t.test('that are dropped while the app runs: the use after the next has them again', async t => {
+    const pool = await withEffects(await fresh(t, { max: 2 }))
+    const inbox = postgresInbox(pool, { concurrency: 1 })
+    const store = postgresStore(pool)
+    const work = inbox.once('settle', () => {})
+    const first = async (): Promise<boolean> => {
+      const client = await pool.connect()
+      try {
+        await client.query('BEGIN')
+        return await inbox.first(async (text, values) => await client.query(text, values), 'import', contextOf())
+      } finally {
+        await client.query('COMMIT')
+        client.release()
+      }
+    }
+    const claimed = async (): Promise<string> => (await store.begin('key', 60_000)).state
+    const drop = async (): Promise<void> => { await pool.query('DROP TABLE IF EXISTS openai_webhook_inbox, openai_webhook_deliveries') }
+    const uses: Array<() => Promise<unknown>> = [async () => await run(work), first, claimed]
+    for (const use of uses) {
+      await use()
+      await drop()
+      await t.rejects(use, { message: /does not exist/ })
+      await t.resolves(async () => { await use() })
+    }
+  })
+
+  await t.test('a connection that the server ends in a transaction of the user\'s own ends no process', async t => {
+    const pool = await withEffects(await fresh(t, { max: 2 }))
+    const inbox = postgresInbox(pool, { concurrency: 1 })
+    const client = await pool.connect()
+    await client.query('BEGIN')
+    t.equal(await inbox.first(async (text, values) => await client.query(text, values), 'settle', contextOf()), true)
+    const { rows: [{ pid }] } = await client.query('SELECT pg_backend_pid() AS pid')
+    const ended = new Promise(resolve => client.once('end', resolve))
+    await pool.query('SELECT pg_terminate_backend($1)', [pid])
+    await ended // before, an 'error' that nobody listens for
+    await t.rejects(client.query('COMMIT'))
+    client.release(true)
+  })
+
   await t.test('a role that may create nothing, tables of another name, in another schema', async t => {
     const pool = await withEffects(await fresh(t))
     await pool.query(`CREATE SCHEMA hooks; CREATE ROLE ${pool.options.database} LOGIN; GRANT USAGE ON SCHEMA hooks TO ${pool.options.database}; GRANT ALL ON effects TO ${pool.options.database}`)
