@@ -10,7 +10,11 @@ import { Redis } from 'ioredis'
 
 const url = process.env.REDIS_URL ?? 'redis://127.0.0.1:6379'
 const app = Fastify({ logger: true })
-const redis = new Redis(url, { maxRetriesPerRequest: 2, commandTimeout: 2_000 })
+const redis = new Redis(url, {
+  maxRetriesPerRequest: 2,
+  commandTimeout: 2_000,
+  reconnectOnError: error => error.message.startsWith('READONLY') // after a failover
+})
 redis.on('error', error => app.log.warn(error, 'redis'))
 
 await app.register(openaiWebhook, {

@@ -9,7 +9,8 @@ import { Redis } from 'ioredis'
 const app = Fastify({ logger: true })
 const redis = new Redis(process.env.REDIS_URL ?? 'redis://127.0.0.1:6379', {
   maxRetriesPerRequest: 2,
-  commandTimeout: 2_000
+  commandTimeout: 2_000,
+  reconnectOnError: error => error.message.startsWith('READONLY') // after a failover
 })
 redis.on('error', error => app.log.warn(error, 'redis'))
 

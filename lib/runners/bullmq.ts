@@ -115,6 +115,9 @@ const BACKOFF: Rule = {
 const KEPT: Rule = { expected: 'an object { age, count, limit }', accepts: isObject }
 const KEPT_RULES = { age: wholeNumber('seconds', 0), count: wholeNumber('jobs', 0), limit: wholeNumber('jobs', 1) }
 
+/** After a failover by address, a connection may still lead to the old primary, which only reads. ioredis then connects again. */
+const isReadOnly = ({ message }: Error): boolean => message.startsWith('READONLY')
+
 const isDelay = (value: unknown): boolean => Number.isFinite(value) && (value as number) >= 0
 
 const JOB_NAME = 'delivery'
@@ -147,7 +150,7 @@ export function bullmq (options: BullMQOptions): Runner {
   if (backend !== undefined && typeof backend !== 'function') throw new InvalidOptions('bullmq: expected backend to be a function, such as createPostgresBackend of BullMQ')
   const pack = (delivery: QueuedDelivery): QueuedData => backend === undefined ? delivery : { json: JSON.stringify(delivery) }
   // Typed as in BullMQ 5, which has no backends.
-  const redis = connection as ConnectionOptions
+  const redis = (backend !== undefined || 'disconnect' in connection ? connection : { reconnectOnError: isReadOnly, ...connection }) as ConnectionOptions
   const others = [backend] as unknown as []
   assertCount('bullmq', 'attempts', attempts, 1)
   assertOption('bullmq', 'queueName', queueName, QUEUE_NAME)

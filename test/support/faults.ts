@@ -121,6 +121,9 @@ export class TcpProxy {
     this.port = (this.#server.address() as AddressInfo).port
   }
 
+  /** Leads new connections to another server, as a name or an address does after a failover. Those that are open stay. */
+  moveTo (upstream: number): void { this.#upstream = upstream }
+
   /** Closes every open connection. */
   cut (): void {
     for (const [client] of this.#pairs) client.destroy()
