@@ -64,6 +64,8 @@ export class Database {
   readonly #db: SqliteDatabase
   readonly #file: string
   readonly #inode: number | undefined
+  /** Unknown before the first write. */
+  #walInode: number | undefined
 
   /**
    * @param schema statements that create the tables. With `undefined` the file is used as it is, and can be read while another process has it
@@ -219,14 +221,18 @@ export class Database {
   }
 
   /**
-   * Fails if the file was deleted, replaced or emptied, because SQLite continues to write to the old file, whose commits are lost when the
-   * process ends.
+   * Fails if the file was deleted, replaced or emptied, or its write-ahead log deleted, because SQLite continues to write to the old file, whose
+   * commits are lost when the process ends.
    *
-   * @throws when the file is not the one that was opened
+   * @throws when the files are not those that were opened
    */
   assertFile (): void {
     if (this.#inode === undefined) return
     const { ino, size } = statSync(this.#file)
     if (ino !== this.#inode || size === 0) throw new Error(`the SQLite file ${this.#file} was ${size === 0 ? 'emptied' : 'replaced'} while it was open`)
+    // SQLite keeps it while a handle is open.
+    const walInode = statSync(`${this.#file}-wal`, { throwIfNoEntry: false })?.ino
+    this.#walInode ??= walInode
+    if (walInode !== this.#walInode) throw new Error(`the SQLite file ${this.#file}-wal was deleted or replaced while it was open`)
   }
 }

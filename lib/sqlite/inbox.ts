@@ -89,6 +89,7 @@ export function sqliteInbox<Db extends SqliteDatabase> (db: Db, options: SqliteI
     },
     first (query, name, context) {
       assertFirst(query, name)
+      database.assertFile()
       if (!database.isInTransaction()) throw new NoTransaction(name)
       const answer = query(INSERT, recordOf(name, context, retention))
       const rows = Array.isArray(answer) ? answer : answer?.rows

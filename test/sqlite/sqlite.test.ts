@@ -502,7 +502,8 @@ t.test('a file that is taken away while it is open', async t => {
       copyFileSync(file, `${file}.copy`)
       renameSync(`${file}.copy`, file)
     }],
-    ['emptied', file => truncateSync(file)]
+    ['emptied', file => truncateSync(file)],
+    ['without its log', file => { for (const suffix of ['-wal', '-shm']) rmSync(file + suffix) }]
   ]
   for (const [name, away] of ways) {
     await t.test(`${name}: 503, not an acknowledgement that would be lost`, async t => {
@@ -516,7 +517,7 @@ t.test('a file that is taken away while it is open', async t => {
         t.equal(await answer(state.app, batchFailed('wh_after')), UNAVAILABLE)
         await turn()
         t.same(state.ran, ['wh_before'])
-        t.match(state.told.at(-1), { message: name.startsWith('deleted') ? 'ENOENT' : `was ${name.split(' ')[0]!} while it was open` })
+        t.match(state.told.at(-1), { message: name.startsWith('deleted') ? 'ENOENT' : name.startsWith('without') ? '-wal was deleted' : `was ${name.split(' ')[0]!} while it was open` })
       }
     })
   }
