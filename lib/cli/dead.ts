@@ -144,14 +144,18 @@ const actions: Readonly<Record<string, (args: Arguments, terminal: Terminal, ids
       const filter = filterOf(args)
       // Every id is checked before the first delivery is requeued, so that a wrong id requeues nothing.
       const chosen = all ? jobs.list(limit, filter) : [...new Set(ids)].map(id => find(jobs, id, filter))
-      if (!force) chosen.forEach(assertSafe)
-      let missed = 0
-      for (const delivery of chosen) {
+      const unsafe = force ? undefined : chosen.find(delivery => !isSafe(delivery))
+      if (unsafe !== undefined && !all) throw new CommandError(`${printable(unsafe.webhookId, 256)}: ${UNSAFE}`)
+      // With --all the others are requeued, because an old delivery must not hold up those that have failed tonight.
+      const safe = unsafe === undefined ? chosen : chosen.filter(isSafe)
+      let missed = chosen.length - safe.length
+      for (const delivery of safe) {
         const done = jobs.revive(delivery, force)
         if (!done) missed++
         print(terminal, args, { webhookId: delivery.webhookId, endpoint: delivery.endpoint, requeued: done }, `${printable(delivery.webhookId, 256)}  ${done ? 'requeued' : 'was requeued meanwhile'}\n`)
       }
       if (chosen.length === 0) terminal.err(noneOf(jobs.count()))
+      if (safe.length < chosen.length) terminal.err(`${chosen.length - safe.length} not requeued, such as ${printable(unsafe!.webhookId, 256)}: ${UNSAFE}\n`)
       return missed === 0 ? EXIT.ok : EXIT.failed
     }
   }
@@ -207,12 +211,15 @@ function find (jobs: DeadJobs, webhookId: string, filter: DeadFilter): DeadDeliv
   return found
 }
 
-/** @throws CommandError when the inbox may have forgotten the delivery */
-function assertSafe (delivery: DeadDelivery): void {
+const UNSAFE = 'it is older than what the inbox remembers, so an effect could happen twice: see by `show` what has failed, check whether it has taken effect, and say --force if it is to run again'
+
+/** Whether the inbox still remembers what has failed. */
+function isSafe (delivery: DeadDelivery): boolean {
   try {
     assertRemembered(delivery)
+    return true
   } catch {
-    throw new CommandError(`${printable(delivery.webhookId, 256)}: it is older than what the inbox remembers, so an effect could happen twice: see by \`show\` what has failed, check whether it has taken effect, and say --force if it is to run again`)
+    return false
   }
 }
 

@@ -5,6 +5,7 @@ import type { Endpoint } from '../routes/endpoint.ts'
 import type { Routes } from '../routes/routes.ts'
 import { newSample, sampleEvent, sampleTypes } from '../testing/sample.ts'
 import type { SampleType } from '../testing/sample.ts'
+import { keyOf } from '../runners/runner.ts'
 import { newWebhookId } from '../testing/sign.ts'
 import { schemeOf } from '../verifiers/verifier.ts'
 import type { Entry } from './entry.ts'
@@ -114,12 +115,20 @@ export class Actions {
     const { deadLetters } = this.options.instance.openaiWebhook
     let requeued = 0
     let failed: string | null = null
-    for (const delivery of await deadLetters.list({ limit: MOST_REQUEUED, ...(type !== undefined && { type }) })) {
-      try {
-        if (await deadLetters.requeue(delivery)) requeued++
-      } catch (error) {
-        failed = (error as Error).message
+    const tried = new Set<string>()
+    // The oldest are listed first, and may be those that need `force`. So more are listed until one could be requeued or none is left.
+    for (let left = true; left && requeued === 0;) {
+      const listed = await deadLetters.list({ limit: tried.size + MOST_REQUEUED, ...(type !== undefined && { type }) })
+      const others = listed.filter(delivery => !tried.has(keyOf(delivery)))
+      for (const delivery of others) {
+        tried.add(keyOf(delivery))
+        try {
+          if (await deadLetters.requeue(delivery)) requeued++
+        } catch (error) {
+          failed = (error as Error).message
+        }
       }
+      left = others.length > 0
     }
     return { requeued, failed }
   }

@@ -114,14 +114,15 @@ t.test('requeue gives those that are named their attempts anew, all or none', as
   t.same(ran.sort(), ['wh_1', 'wh_2', 'wh_3', 'wh_4'], 'without the handler that had succeeded')
 })
 
-t.test('what an inbox may have forgotten is requeued by --force alone, all or none', async t => {
+t.test('what an inbox may have forgotten is requeued by --force alone, and of all the others are', async t => {
   const { file, db, runner } = await fileWith(t, job('wh_1'), job('wh_2'))
   db.exec('UPDATE openai_webhook_jobs SET failure = json_set(failure, \'$.remembered\', json(\'{"bill":1,"import":1}\')) WHERE key LIKE \'%wh_2\'')
   const refused = { code: 1, out: '', err: 'openai-webhook: wh_2: it is older than what the inbox remembers, so an effect could happen twice: see by `show` what has failed, check whether it has taken effect, and say --force if it is to run again\n' }
-  t.same(await run(t, ['requeue', '--all', '--sqlite', file]), refused)
   t.same(await run(t, ['requeue', 'wh_1', 'wh_2', '--sqlite', file]), refused)
   t.equal(runner.deadCount(), 2)
-  t.same(await run(t, ['requeue', '--all', '--force', '--sqlite', file]), { code: 0, out: 'wh_1  requeued\nwh_2  requeued\n', err: '' })
+  t.same(await run(t, ['requeue', '--all', '--sqlite', file]), { code: 1, out: 'wh_1  requeued\n', err: refused.err.replace('openai-webhook: wh_2', '1 not requeued, such as wh_2') })
+  t.equal(runner.deadCount(), 1)
+  t.same(await run(t, ['requeue', '--all', '--force', '--sqlite', file]), { code: 0, out: 'wh_2  requeued\n', err: '' })
 })
 
 t.test('what was requeued meanwhile is told', async t => {

@@ -547,6 +547,24 @@ t.test('one that cannot be requeued keeps no other from it', async t => {
   t.match(asked, [{}, { tenant: 'acme' }, {}, { webhookId: 'wh_1', force: true }])
 })
 
+t.test('many old ones that need force keep no other from it', async t => {
+  const dead = Array.from({ length: 1_005 }, (_, nth) => ({ webhookId: `wh_${nth}`, timestamp: 1, endpoint: '/webhooks/openai', event: { type: 'batch.failed' }, attempts: 1, errors: [], finished: [], diedAt: nth }))
+  const app = await inspected(t, {
+    runner: {
+      run () {},
+      dead: (limit = 100) => dead.slice(0, limit),
+      requeue ({ webhookId }) {
+        const at = dead.findIndex(delivery => delivery.webhookId === webhookId)
+        if (at < 1_000) throw new Error('needs force')
+        dead.splice(at, 1)
+        return true
+      }
+    }
+  })
+  t.same((await act(app, 'requeue-all', {})).json(), { requeued: 5, failed: 'needs force' })
+  t.same((await act(app, 'requeue-all', {})).json(), { requeued: 0, failed: 'needs force' })
+})
+
 t.test('over HTTP/2, and where the app has an error handler of its own', async t => {
   const app = Fastify({ http2: true }) as unknown as FastifyInstance
   t.teardown(() => app.close())
