@@ -12,6 +12,7 @@ import { deferred } from './support/observe.ts'
 import { PostgresServer, postgresMissing } from './support/postgres.ts'
 import { environment, spawnProgram } from './support/program.mjs'
 import { RedisServer, redisMissing } from './support/redis.ts'
+import { long } from './support/size.ts'
 import { HANDLES, missing, openSqlite } from './support/sqlite.mjs'
 import type { HandleName } from './support/sqlite.mjs'
 
@@ -167,7 +168,7 @@ for (const handle of HANDLES) {
   })
 }
 
-t.test('docs/examples/postgres.mjs needs nothing, and shows what an inbox does', async t => {
+long(t, 'docs/examples/postgres.mjs needs nothing, and shows what an inbox does', {}, async t => {
   const program = new Program(t, 'docs/examples/postgres.mjs')
   t.same(await program.end(undefined), [0, null])
   t.same(program.lines, [
@@ -182,7 +183,7 @@ function tableOf (path: string): string {
   return /create table .*\)/.exec(readFileSync(path, 'utf8'))![0]
 }
 
-t.test('docs/examples/postgres-replica.mjs imports a batch once, in another process and over a restart too', { skip: postgresMissing }, async t => {
+long(t, 'docs/examples/postgres-replica.mjs imports a batch once, in another process and over a restart too', { skip: postgresMissing }, async t => {
   const server = await PostgresServer.start(t)
   const env = { DATABASE_URL: server.url }
   const path = 'docs/examples/postgres-replica.mjs'
@@ -205,7 +206,7 @@ t.test('docs/examples/postgres-replica.mjs imports a batch once, in another proc
   t.same(await restarted.end('SIGINT'), [0, null])
 })
 
-t.test('docs/examples/pgboss.mjs queues a delivery once, and handles it once, in any process', { skip: postgresMissing }, async t => {
+long(t, 'docs/examples/pgboss.mjs queues a delivery once, and handles it once, in any process', { skip: postgresMissing }, async t => {
   const server = await PostgresServer.start(t)
   const env = { DATABASE_URL: server.url }
   const path = 'docs/examples/pgboss.mjs'
@@ -226,7 +227,7 @@ t.test('docs/examples/pgboss.mjs queues a delivery once, and handles it once, in
   await client.end()
 })
 
-t.test('with Redis', { skip: redisMissing }, async t => {
+long(t, 'with Redis', { skip: redisMissing }, async t => {
   t.test('docs/examples/redis.mjs handles a delivery once, in another process and over a restart too', async t => {
     const { port } = await RedisServer.start(t)
     const env = { REDIS_URL: `redis://127.0.0.1:${port}` }
@@ -282,7 +283,7 @@ t.test('recipes show the examples as they are, and all of them', async t => {
   }
 })
 
-t.test('docs/reliability.md: the contracts run under the frameworks that it shows', async t => {
+long(t, 'docs/reliability.md: the contracts run under the frameworks that it shows', {}, async t => {
   const blocks = codeBlocks(readDocument('docs/reliability.md')).filter(({ code }) => code.includes('fastify-openai-webhook/testing'))
   t.equal(blocks.length, 2)
   for (const { line, code } of blocks) {

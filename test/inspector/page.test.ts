@@ -14,7 +14,7 @@ import { durable } from '../../lib/sqlite/index.ts'
 import { SECRET, post, sign, thin } from '../support/deliveries.ts'
 import { chromiumMissing, openBrowser } from '../support/browser.ts'
 import { journalOf } from '../support/inspector.ts'
-import { sized } from '../support/size.ts'
+import { long } from '../support/size.ts'
 
 type Teardown = { teardown: (fn: () => unknown) => void }
 
@@ -179,7 +179,7 @@ t.test('in a browser', { skip: chromiumMissing }, async t => {
     t.equal(await rows(page, /again/).count(), 3)
   })
 
-  t.test('to a route with tenants nothing is sent before its URL and its tenant are filled in', async t => {
+  long(t, 'to a route with tenants nothing is sent before its URL and its tenant are filled in', {}, async t => {
     const app = await serve(t, { path: false })
     app.openaiWebhook.route({
       url: '/webhooks/openai/:project',
@@ -206,7 +206,7 @@ t.test('in a browser', { skip: chromiumMissing }, async t => {
     await page.getByRole('complementary').getByText(/^401 INVALID_SIGNATURE, lest strangers/).waitFor()
   })
 
-  t.test('a cause that is not proved is said to be so once; a sender that was told 503 is not told to have been refused', async t => {
+  long(t, 'a cause that is not proved is said to be so once; a sender that was told 503 is not told to have been refused', {}, async t => {
     const app = await serve(t, { deadline: 20 })
     let end = (): void => {}
     app.openaiWebhook.on('batch.failed', async () => await new Promise<void>(resolve => { end = resolve }))
@@ -318,7 +318,7 @@ t.test('in a browser', { skip: chromiumMissing }, async t => {
     t.equal(await acting.getByText('read-only').count(), 0)
   })
 
-  t.test('many deliveries do not grow the tab, and an app that begins anew is found again', async t => {
+  long(t, 'many deliveries do not grow the tab, and an app that begins anew is found again', {}, async t => {
     const app = await serve(t)
     const origin = await listen(app)
     const page = await open(browser, origin)
@@ -331,7 +331,6 @@ t.test('in a browser', { skip: chromiumMissing }, async t => {
       const of = (name: string): number => metrics.find(metric => metric.name === name)!.value
       return { heap: of('JSHeapUsedSize'), nodes: of('Nodes') }
     }
-    const many = sized(800, 10_000)
     const send = async (count: number): Promise<void> => {
       for (let i = 0; i < count; i++) {
         await post(app, sign(thin('batch.failed', { id: `batch_${i}` })))
@@ -341,7 +340,7 @@ t.test('in a browser', { skip: chromiumMissing }, async t => {
     }
     await send(600)
     const before = await measure()
-    await send(many)
+    await send(10_000)
     const after = await measure()
     t.ok(after.heap < before.heap + 3_000_000, `${before.heap} → ${after.heap} bytes`)
     t.ok(after.nodes < before.nodes * 1.5, `${before.nodes} → ${after.nodes} nodes`)
@@ -350,7 +349,7 @@ t.test('in a browser', { skip: chromiumMissing }, async t => {
     await rows(page).nth(150).waitFor()
   })
 
-  t.test('no column is cut off at any width, and no type loses its end', async t => {
+  long(t, 'no column is cut off at any width, and no type loses its end', {}, async t => {
     const app = await serve(t)
     app.openaiWebhook.route({
       url: '/a-longer-way-to/the-webhooks/of-openai/:project',

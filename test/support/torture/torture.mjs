@@ -28,7 +28,7 @@ export const PAIRS = [
   { store: 'sqlite', runner: 'durable', needsRedis: false, losesOnCrash: false, small: true },
   { store: 'sqlite', runner: 'durable', handle: 'node:sqlite', needsRedis: false, losesOnCrash: false, small: true },
   { store: 'memory', runner: 'bullmq', needsRedis: true, losesOnCrash: false },
-  { store: 'redis', runner: 'bullmq', needsRedis: true, losesOnCrash: false, small: true }
+  { store: 'redis', runner: 'bullmq', needsRedis: true, losesOnCrash: false }
 ]
 
 /**
