@@ -29,6 +29,7 @@ export function write (log: FastifyBaseLogger, level: 'info' | 'warn' | 'error',
 function clipped (error: unknown, causes = MAX_CAUSES): unknown {
   if (typeof error === 'string') return error.slice(0, MAX_TEXT)
   if (!(error instanceof Error)) return error
+  hideCommand(error)
   const { message, stack = '', cause } = error
   const errors = error instanceof AggregateError ? error.errors.slice(0, MAX_ERRORS).map(each => clipped(each, causes)) : undefined
   const clippedCause = causes === 0 ? undefined : clipped(cause, causes - 1)
@@ -39,6 +40,11 @@ function clipped (error: unknown, causes = MAX_CAUSES): unknown {
   copy.name = error.name
   copy.stack = stack.slice(0, MAX_TEXT)
   return copy
+}
+
+/** An error of ioredis has the command that failed, with its arguments: a password, or an event. A logger shows what is enumerable. */
+function hideCommand (error: Error & { command?: unknown }): void {
+  if (typeof error.command === 'object') Reflect.defineProperty(error, 'command', { enumerable: false })
 }
 
 /** Maximum number of characters in the id and in the type of an event, which a schema need not limit. */

@@ -20,8 +20,7 @@ export function scopeOf (routes: Routes, deadLetters: DeadLetters, scope: Fastif
     listeners.push(listener)
   }
 
-  return {
-    get [INSIDE] () { return routes },
+  const made: OpenAIWebhook = {
     deadLetters,
     handler: marker,
     on (types: string | readonly string[], handler: AnyHandler, options?: HandlerOptions) {
@@ -52,4 +51,6 @@ export function scopeOf (routes: Routes, deadLetters: DeadLetters, scope: Fastif
     },
     unwrap: async (rawBody, headers, overrides) => await unwrap(routes, rawBody, headers, overrides) as never
   }
+  // Not enumerable, so that copies of the object do not lead to the secret.
+  return Object.defineProperty(made, INSIDE, { value: routes }) as OpenAIWebhook & { readonly [INSIDE]: Routes }
 }

@@ -103,6 +103,20 @@ t.test('a duplicate is one line, with where it had been seen', async t => {
   t.same(said(log.lines[1]!), { level: 30, msg: 'webhook delivery is a duplicate', ...NAMED, state: 'processed' })
 })
 
+t.test('what a command of ioredis was given is on no line, though its error has it', async t => {
+  const log = capturedLog()
+  const store = memoryStore()
+  const failure = (): Error => Object.assign(new Error('WRONGPASS'), { command: { name: 'hello', args: ['3', 'AUTH', 'user', 'hunter2'] } })
+  store.begin = () => { throw failure() }
+  const app = await build(t, { idempotency: { store } }, { logger: log.logger })
+  app.openaiWebhook.on('batch.failed', () => { throw new AggregateError([failure()], 'no effect', { cause: failure() }) })
+  t.equal(await outcome(app, valid()), '503 UNAVAILABLE')
+  store.begin = memoryStore().begin
+  t.equal(await outcome(app, valid()), '500 HANDLER_FAILED')
+  t.match(JSON.stringify(log.lines), /WRONGPASS.*no effect/)
+  t.notMatch(JSON.stringify(log.lines), /hunter2/)
+})
+
 t.test('names that no schema bounds are cut, and left out where they are no text', async t => {
   const log = capturedLog()
   const app = await build(t, { events: { 'acme.long': Type.Object({ type: Type.String() }) } }, { logger: log.logger, ...quiet })

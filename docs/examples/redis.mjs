@@ -10,9 +10,9 @@ const app = Fastify({ logger: true })
 const redis = new Redis(process.env.REDIS_URL ?? 'redis://127.0.0.1:6379', {
   maxRetriesPerRequest: 2,
   commandTimeout: 2_000,
-  reconnectOnError: error => error.message.startsWith('READONLY') // after a failover
+  reconnectOnError: error => error.message.includes('READONLY') // after a failover
 })
-redis.on('error', error => app.log.warn(error, 'redis'))
+redis.on('error', error => app.log.warn(`redis: ${error.message}`))
 
 await app.register(openaiWebhook, { idempotency: { store: redisStore(redis) } })
 

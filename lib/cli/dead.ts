@@ -143,19 +143,19 @@ const actions: Readonly<Record<string, (args: Arguments, terminal: Terminal, ids
     return jobs => {
       const filter = filterOf(args)
       // Every id is checked before the first delivery is requeued, so that a wrong id requeues nothing.
-      const chosen = all ? jobs.list(limit, filter) : [...new Set(ids)].map(id => find(jobs, id, filter))
-      const unsafe = force ? undefined : chosen.find(delivery => !isSafe(delivery))
+      const found = all ? jobs.list(force ? limit : NO_LIMIT, filter) : [...new Set(ids)].map(id => find(jobs, id, filter))
+      const unsafe = force ? undefined : found.find(delivery => !isSafe(delivery))
       if (unsafe !== undefined && !all) throw new CommandError(`${printable(unsafe.webhookId, 256)}: ${UNSAFE}`)
       // With --all the others are requeued, because an old delivery must not hold up those that have failed tonight.
-      const safe = unsafe === undefined ? chosen : chosen.filter(isSafe)
-      let missed = chosen.length - safe.length
-      for (const delivery of safe) {
+      const safe = unsafe === undefined ? found : found.filter(isSafe)
+      let missed = found.length - safe.length
+      if (unsafe !== undefined) terminal.err(`${missed} not requeued, such as ${printable(unsafe.webhookId, 256)}: ${UNSAFE}\n`)
+      for (const delivery of limit === NO_LIMIT ? safe : safe.slice(0, limit)) {
         const done = jobs.revive(delivery, force)
         if (!done) missed++
         print(terminal, args, { webhookId: delivery.webhookId, endpoint: delivery.endpoint, requeued: done }, `${printable(delivery.webhookId, 256)}  ${done ? 'requeued' : 'was requeued meanwhile'}\n`)
       }
-      if (chosen.length === 0) terminal.err(noneOf(jobs.count()))
-      if (safe.length < chosen.length) terminal.err(`${chosen.length - safe.length} not requeued, such as ${printable(unsafe!.webhookId, 256)}: ${UNSAFE}\n`)
+      if (found.length === 0) terminal.err(noneOf(jobs.count()))
       return missed === 0 ? EXIT.ok : EXIT.failed
     }
   }

@@ -17,15 +17,14 @@ export function standIn (reply: FastifyReply, own: OwnParts): FastifyReply {
     get (target, key, receiver) {
       if (key in original) return methods[key]
       const value = key === 'sent' ? own.sent?.() : key === 'statusCode' ? own.statusCode?.() : undefined
-      // A getter of the app gets what its setter gets, which may be the key of a WeakMap.
-      return value ?? Reflect.get(target, key, receiver === made ? target : receiver)
+      return value ?? Reflect.get(target, key, receiver)
     },
     set (target, key, value, receiver) {
       // An object that inherits from this reply gets a property of its own.
       if (receiver !== made) return Reflect.set(target, key, value, receiver)
       if (key === 'statusCode') Reflect.apply(own.methods.code, made, [value])
       else if (key in original) methods[key] = value
-      else return Reflect.set(target, key, value)
+      else return Reflect.set(target, key, value, made)
       return true
     },
     defineProperty (target, key, descriptor) {

@@ -1,4 +1,5 @@
 import type { IncomingHttpHeaders } from 'node:http'
+import { setImmediate } from 'node:timers/promises'
 import type { FastifyInstance } from 'fastify'
 import type { Verification } from '../pipeline/verify.ts'
 import type { Endpoint } from '../routes/endpoint.ts'
@@ -116,11 +117,10 @@ export class Actions {
     let requeued = 0
     let failed: string | null = null
     const tried = new Set<string>()
-    // The oldest are listed first, and may be those that need `force`. So more are listed until one could be requeued or none is left.
-    for (let left = true; left && requeued === 0;) {
-      const listed = await deadLetters.list({ limit: tried.size + MOST_REQUEUED, ...(type !== undefined && { type }) })
-      const others = listed.filter(delivery => !tried.has(keyOf(delivery)))
-      for (const delivery of others) {
+    // The oldest are listed first, and may be those that need `force`. So more are listed until one could be requeued.
+    for (const limit of LIMITS) {
+      const listed = await deadLetters.list({ limit, ...(type !== undefined && { type }) })
+      for (const delivery of listed.filter(delivery => !tried.has(keyOf(delivery)))) {
         tried.add(keyOf(delivery))
         try {
           if (await deadLetters.requeue(delivery)) requeued++
@@ -128,14 +128,15 @@ export class Actions {
           failed = (error as Error).message
         }
       }
-      left = others.length > 0
+      if (requeued > 0 || listed.length < limit) break
+      await setImmediate() // a synchronous runner must not hold up deliveries
     }
     return { requeued, failed }
   }
 }
 
-/** The most deliveries that one action requeues. */
-const MOST_REQUEUED = 1_000
+/** How many dead deliveries are listed to requeue all. */
+const LIMITS = [1_000, 2_000, 4_000, 8_000]
 
 export function obstacleOf ({ verifier }: Endpoint): Obstacle {
   return schemeOf(verifier) === undefined ? 'its verifier is your own, which cannot sign' : null

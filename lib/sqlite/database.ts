@@ -220,6 +220,12 @@ export class Database {
     }
   }
 
+  /** Whether the user has left the handle in WAL. */
+  #isInWal (): boolean {
+    const [row] = this.prepare('PRAGMA journal_mode').all() as [{ journal_mode: string }]
+    return row.journal_mode === 'wal'
+  }
+
   /**
    * Fails if the file was deleted, replaced or emptied, or its write-ahead log deleted, because SQLite continues to write to the old file, whose
    * commits are lost when the process ends.
@@ -232,7 +238,7 @@ export class Database {
     if (ino !== this.#inode || size === 0) throw new Error(`the SQLite file ${this.#file} was ${size === 0 ? 'emptied' : 'replaced'} while it was open`)
     // SQLite keeps it while a handle is open.
     const walInode = statSync(`${this.#file}-wal`, { throwIfNoEntry: false })?.ino
-    this.#walInode ??= walInode
-    if (walInode !== this.#walInode) throw new Error(`the SQLite file ${this.#file}-wal was deleted or replaced while it was open`)
+    if (walInode !== this.#walInode && this.#walInode !== undefined && this.#isInWal()) throw new Error(`the SQLite file ${this.#file}-wal was deleted or replaced while it was open`)
+    this.#walInode = walInode
   }
 }

@@ -122,6 +122,7 @@ t.test('what an inbox may have forgotten is requeued by --force alone, and of al
   t.equal(runner.deadCount(), 2)
   t.same(await run(t, ['requeue', '--all', '--sqlite', file]), { code: 1, out: 'wh_1  requeued\n', err: refused.err.replace('openai-webhook: wh_2', '1 not requeued, such as wh_2') })
   t.equal(runner.deadCount(), 1)
+  t.same(await run(t, ['requeue', '--all', '--limit', '1', '--sqlite', file]), { code: 1, out: '', err: refused.err.replace('openai-webhook: wh_2', '1 not requeued, such as wh_2') })
   t.same(await run(t, ['requeue', '--all', '--force', '--sqlite', file]), { code: 0, out: 'wh_2  requeued\n', err: '' })
 })
 

@@ -516,17 +516,44 @@ t.test('a function that wraps the handler goes on when the handler has ended, th
   t.same(calls, ['begin', 'complete'])
 })
 
-t.test('what a decorator of the app keeps by reply is there for the handler', async t => {
-  const tenants = new WeakMap<object, string>()
-  const app = await build(t)
-  app.decorateReply('tenant', {
-    getter () { return tenants.get(this) },
-    setter (this: FastifyReply, name: string) { tenants.set(this, name) }
-  } as never)
-  app.addHook('preHandler', async (_request, reply) => { (reply as unknown as { tenant: string }).tenant = 'acme' })
-  app.post('/own', marked, (_request, reply) => reply.send((reply as unknown as { tenant: string }).tenant))
-  await listen(app)
-  t.equal(await outcome(app, sign(thin('batch.failed')), '/own'), '200 acme')
+t.test('a decorator of the app', async t => {
+  type Decorated = FastifyReply & { tenant: string, jsend: { fail: (text: string) => void } }
+
+  t.test('keeps what the handler sets', async t => {
+    const tenants = new WeakMap<object, string>()
+    const app = await build(t)
+    app.decorateReply('tenant', {
+      getter () { return tenants.get(this) },
+      setter (this: FastifyReply, name: string) { tenants.set(this, name) }
+    } as never)
+    app.post('/own', marked, (_request, reply) => {
+      (reply as Decorated).tenant = 'acme'
+      return reply.send((reply as Decorated).tenant)
+    })
+    await listen(app)
+    t.equal(await outcome(app, sign(thin('batch.failed')), '/own'), '200 acme')
+  })
+
+  t.test('replies for the handler, while the refusal is held too', async t => {
+    const [holding, held] = [deferred(), deferred()]
+    const { store, next } = watchedStore()
+    const app = await build(t, { idempotency: { store }, deadline: 10 })
+    app.decorateReply('jsend', { getter (this: FastifyReply) { return { fail: (text: string) => { this.code(500).send(text) } } } } as never)
+    app.addHook('onSend', async () => {
+      holding.resolve()
+      await held.promise
+    })
+    app.post('/own', marked, (_request, reply) => {
+      holding.promise.then(() => { (reply as Decorated).jsend.fail('disk full') }, () => {})
+      return reply
+    })
+    await listen(app)
+    const released = next('release')
+    const answering = outcome(app, sign(thin('batch.failed')), '/own')
+    await released
+    held.resolve()
+    t.equal(await answering, '503 DEADLINE')
+  })
 })
 
 t.test('a handler that ends the raw response once the sender has gone', async t => {

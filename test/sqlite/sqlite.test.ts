@@ -522,6 +522,16 @@ t.test('a file that is taken away while it is open', async t => {
     })
   }
 
+  await t.test('whose log is gone because the user has left WAL: it goes on', async t => {
+    const db = open(t, join(t.testdir(), 'webhooks.db'))
+    const { app } = await withStore(t, db)
+    for (const mode of ['DELETE', 'WAL']) {
+      t.equal(await answer(app, batchFailed()), '200')
+      db.exec(`PRAGMA journal_mode = ${mode}`)
+    }
+    t.equal(await answer(app, batchFailed()), '200')
+  })
+
   await t.test('and put back: it goes on', async t => {
     const file = join(t.testdir(), 'webhooks.db')
     const { app, ran } = await withStore(t, open(t, file))

@@ -74,6 +74,8 @@ export class TcpProxy {
   readonly #pairs = new Set<[Socket, Socket]>()
   /** While this is set, the answers of the server are lost. */
   swallowing = false
+  /** Changes what the server answers. */
+  rewrite: (answer: Buffer) => Buffer | string = answer => answer
   /** Called when an answer was lost. */
   onSwallowed: () => void = () => {}
 
@@ -89,7 +91,7 @@ export class TcpProxy {
       client.on('data', bytes => server.write(bytes))
       server.on('data', bytes => {
         if (this.swallowing) this.onSwallowed()
-        else client.write(bytes)
+        else client.write(this.rewrite(bytes))
       })
       for (const [socket, other] of [[client, server], [server, client]] as const) {
         socket.on('error', () => {})

@@ -1,5 +1,6 @@
 import { createHmac, randomBytes } from 'node:crypto'
 import { Writable } from 'node:stream'
+import { inspect } from 'node:util'
 import Fastify from 'fastify'
 import type { FastifyInstance } from 'fastify'
 import t from 'tap'
@@ -7,7 +8,7 @@ import type { Test } from 'tap'
 import { Webhook } from 'standardwebhooks'
 import openaiWebhook, { standardWebhooks, xOpenAISignature } from '../../lib/index.ts'
 import type { OpenAIWebhookOptions, Secret, Verifier } from '../../lib/index.ts'
-import { post, SECRET, sign, stoppedClock, thin } from '../support/deliveries.ts'
+import { build, post, SECRET, sign, stoppedClock, thin } from '../support/deliveries.ts'
 import type { Signed } from '../support/deliveries.ts'
 
 const OTHER = `whsec_${randomBytes(32).toString('base64')}`
@@ -273,6 +274,15 @@ function deferred<T> () {
   const promise = new Promise<T>(_resolve => { resolve = _resolve })
   return { promise, resolve }
 }
+
+t.test('app.openaiWebhook shows it neither where it is printed, nor in a copy', async t => {
+  const app = await build(t)
+  await app.ready()
+  for (const printed of [app.openaiWebhook, { ...app.openaiWebhook }]) {
+    t.notMatch(inspect(printed, { depth: 10, getters: true }), SECRET)
+    t.notMatch(JSON.stringify(printed), SECRET)
+  }
+})
 
 t.test('a rotation heals itself', async t => {
   t.test('a new secret is accepted without a restart', async t => {
