@@ -264,7 +264,7 @@ t.test('a store that has not answered at the deadline', async t => {
 t.test('Fastify\'s handlerTimeout', async t => {
   /** Over HTTP/2: over HTTP/1.1 Fastify calls it off when the body has been read. */
   async function over2 (t: { teardown: (fn: () => unknown) => void }, prepare: (app: FastifyInstance) => void, options: OpenAIWebhookOptions = {}, server: FastifyServerOptions = {}): Promise<(delivery: ReturnType<typeof sign>, url?: string) => Promise<number>> {
-    const app = Fastify({ ...server, http2: true, handlerTimeout: 20 } as FastifyServerOptions) as FastifyInstance
+    const app = Fastify({ ...server, http2: true, handlerTimeout: 200 } as FastifyServerOptions) as FastifyInstance
     t.teardown(() => app.close())
     await app.register(openaiWebhook, { secret: SECRET, ...options })
     prepare(app)

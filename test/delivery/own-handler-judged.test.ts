@@ -457,15 +457,21 @@ t.test('whatever the error handler does at the deadline, and Fastify\'s handlerT
       const { store, next } = watchedStore()
       const app = await build(t, { idempotency: { store }, deadline: 20 })
       const own = set(app, held.promise)
-      const timedOut = deferred()
+      const [started, timedOut] = [deferred(), deferred()]
       app.post('/own', { ...marked, ...own, handlerTimeout: 60 }, async request => {
         request.signal.addEventListener('abort', () => { setImmediate(timedOut.resolve) })
+        started.resolve()
         await over.promise
         return 'own'
       })
       await listen(app)
+      const clock = stoppedClock(t)
       const delivery = sign(thin('batch.failed'))
       const answering = outcome(app, delivery, '/own')
+      await started.promise
+      clock.advance(20)
+      await new Promise(resolve => setImmediate(resolve))
+      clock.advance(40)
       if (name.endsWith('holds it')) await timedOut.promise
       held.resolve()
       t.match(await answering, /^50\d /)
@@ -478,18 +484,23 @@ t.test('whatever the error handler does at the deadline, and Fastify\'s handlerT
 })
 
 t.test('Fastify\'s handlerTimeout counts as a deadline, whether or not the app\'s onError hooks fail', async t => {
+  const clock = stoppedClock(t)
   for (const fails of [false, true]) {
-    const over = deferred()
+    const [started, over] = [deferred(), deferred()]
     const { store, next } = watchedStore()
     const app = await build(t, { idempotency: { store } })
     app.addHook('onError', async () => { if (fails) throw new Error('no collector') })
     app.post('/own', { ...marked, handlerTimeout: 10 }, async () => {
+      started.resolve()
       await over.promise
       return 'own'
     })
     await listen(app)
     const delivery = sign(thin('batch.failed'))
-    t.match(await outcome(app, delivery, '/own'), /^50\d /)
+    const answering = outcome(app, delivery, '/own')
+    await started.promise
+    clock.advance(10)
+    t.match(await answering, /^50\d /)
     const completed = next('complete')
     over.resolve()
     await completed

@@ -187,14 +187,20 @@ t.test('a failure that Fastify\'s handlerTimeout answers while it is recorded is
   channels.refused.subscribe(listener)
   t.teardown(() => channels.refused.unsubscribe(listener))
   const { store } = watchedStore()
-  const answered = deferred()
+  const [releasing, answered] = [deferred(), deferred()]
   const release: typeof store.release = async (...args) => {
+    releasing.resolve()
     await answered.promise
     await store.release(...args)
   }
   const app = await build(t, { idempotency: { store: { ...store, release } } })
   app.post('/own', { ...marked, handlerTimeout: 20 }, async (_request, reply) => reply.code(422).send('own'))
-  t.equal((await post(app, sign(thin('batch.failed')), '/own')).statusCode, 503)
+  await app.ready()
+  const clock = stoppedClock(t)
+  const answering = post(app, sign(thin('batch.failed')), '/own')
+  await releasing.promise
+  clock.advance(20)
+  t.equal((await answering).statusCode, 503)
   answered.resolve()
   await app.close()
   t.same(refusals, [['FST_OPENAI_WEBHOOK_HANDLER_FAILED', 503]])

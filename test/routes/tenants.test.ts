@@ -63,8 +63,11 @@ t.test('what handlerTimeout has refused is not told once more when the secret co
   app.openaiWebhook.onError(error => { told.push((error as { code?: string }).code) })
   app.openaiWebhook.route({ url: '/hooks/:tenant', tenant: { of: request => (request.params as { tenant: string }).tenant, secret: async () => { asked.resolve(); return await secret.promise } } })
   const { headers, body } = sign(thin('batch.failed'))
+  await app.ready()
+  const clock = stoppedClock(t)
   const answer = app.inject({ method: 'POST', url: '/hooks/acme', headers, payload: body })
   await asked.promise
+  clock.advance(20)
   t.equal((await answer).statusCode, 503)
   secret.resolve(`whsec_${Buffer.alloc(32, 7).toString('base64')}`)
   for (let n = 0; n < 5; n++) await new Promise(resolve => setImmediate(resolve))
