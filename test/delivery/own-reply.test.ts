@@ -489,6 +489,19 @@ t.test('a handler that destroys the response, or pipes to it from what fails', a
   }
 })
 
+t.test('a response that fails while the handler awaits the reply', async t => {
+  const { store, calls } = watchedStore()
+  const app = await build(t, { idempotency: { store } })
+  app.post('/own', marked, async (_request, reply) => {
+    setImmediate(() => { reply.raw.emit('error', new Error('broken')) })
+    reply.then(() => { t.fail('it was not sent') }, undefined as never)
+    await reply
+  })
+  await listen(app)
+  t.match(await send(app, sign(thin('batch.failed')), '/own'), /^HTTP\/1.1 500 /)
+  t.same(calls, ['begin', 'release'])
+})
+
 t.test('a function that wraps the handler goes on when the handler has ended, though it began its answer before', async t => {
   const { store, calls } = watchedStore()
   const app = await build(t, { idempotency: { store } })
