@@ -115,7 +115,10 @@ const BACKOFF: Rule = {
 const KEPT: Rule = { expected: 'an object { age, count, limit }', accepts: isObject }
 const KEPT_RULES = { age: wholeNumber('seconds', 0), count: wholeNumber('jobs', 0), limit: wholeNumber('jobs', 1) }
 
-/** After a failover by address, a connection may still lead to the old primary, which only reads. ioredis then connects again. Not startsWith: Redis 6 puts the script's error in front. */
+/**
+ * After a failover by address, a connection may still lead to the old primary, which only reads. ioredis then connects again. Redis 6 says it in
+ * the middle of a script's error.
+ */
 const isReadOnly = ({ message }: Error): boolean => message.includes('READONLY')
 
 const isDelay = (value: unknown): boolean => Number.isFinite(value) && (value as number) >= 0
