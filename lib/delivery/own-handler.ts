@@ -215,7 +215,7 @@ export class OwnHandler {
   }
 
   #watchResponse (): void {
-    const { raw } = this.reply
+    const { request: { raw: { socket } }, reply: { raw } } = this
     const { end, destroy } = raw as unknown as Record<'end' | 'destroy', (...args: unknown[]) => typeof raw>
     // Not `writableEnded`, which Node sets when a stream of HTTP/2 is reset.
     let wasEnded = this.#isSent
@@ -226,8 +226,8 @@ export class OwnHandler {
       return raw
     }
     const watchedDestroy = (error?: Error): typeof raw => {
-      // An injected response destroys itself once it has ended.
-      if (!isClosed(raw) && !raw.writableEnded) this.#broke()
+      // An injected response destroys itself once it has ended. Node 24 destroys a pipelined one whose connection has gone.
+      if (!isClosed(raw) && !raw.writableEnded && !socket.destroyed) this.#broke()
       return destroy.call(raw, error)
     }
     raw.end = watchedEnd
