@@ -1,4 +1,4 @@
-import { readFile } from 'node:fs/promises'
+import { createReadStream } from 'node:fs'
 import { CommandError, text, usageError } from './command.ts'
 import type { Arguments, Terminal } from './command.ts'
 
@@ -31,11 +31,16 @@ async function readText (file: string): Promise<string> {
   return (await readBytes(file)).toString().replace(/\r?\n$/, '')
 }
 
+/** In bytes: 64 MiB, 64 times what a route accepts by default. */
+const FILE_LIMIT = 64 << 20
+
 /** @throws CommandError with the name of the file */
 export async function readBytes (file: string): Promise<Buffer> {
-  try {
-    return await readFile(file)
-  } catch (error) {
-    throw new CommandError(`cannot read ${file}: ${(error as NodeJS.ErrnoException).code!}`)
-  }
+  // A pipe or device, such as /dev/zero, tells no size and may have no end.
+  const chunks = await createReadStream(file, { end: FILE_LIMIT }).toArray().catch((error: NodeJS.ErrnoException) => {
+    throw new CommandError(`cannot read ${file}: ${error.code!}`)
+  })
+  const bytes = Buffer.concat(chunks)
+  if (bytes.length > FILE_LIMIT) throw new CommandError(`cannot read ${file}: expected at most 64 MiB`)
+  return bytes
 }

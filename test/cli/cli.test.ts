@@ -190,6 +190,7 @@ t.test('what cannot be done is one line on stderr and exit code 1', async t => {
     [['listen'], 'the signing secret begins or ends with white space or a quote: remove it where the secret is set', { OPENAI_WEBHOOK_SECRET: '"whsec_AAAA"' }],
     [['replay', at('none'), '--url', url], `cannot read ${at('none')}: ENOENT`],
     [['replay', dir, '--url', url], `cannot read ${dir}: EISDIR`],
+    [['replay', '/dev/zero', '--url', url], 'cannot read /dev/zero: expected at most 64 MiB'],
     [['replay', at('file'), '--url', url], `${at('file')}: not a saved delivery: no empty line ends its headers`],
     [['replay', at('no-end.http'), '--url', url], `${at('no-end.http')}: not a saved delivery: no empty line ends its headers`],
     [['replay', at('odd.http'), '--url', url], `cannot deliver to ${url}: Invalid character in header content ["webhook-id"]`],
