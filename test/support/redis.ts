@@ -1,7 +1,9 @@
 import { spawn } from 'node:child_process'
 import type { ChildProcess } from 'node:child_process'
 import { once } from 'node:events'
+import { mkdtempSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
+import { join } from 'node:path'
 import { freePort } from './port.mjs'
 
 export { redisMissing } from './missing.ts'
@@ -9,12 +11,17 @@ export { redisMissing } from './missing.ts'
 /** A real redis-server on a free port. By default it stores nothing on disk. */
 export class RedisServer {
   #process: ChildProcess | undefined
+  /** Its own: a replica writes a file there, which a later server on the same port would load. */
+  readonly #dir = mkdtempSync(join(tmpdir(), 'webhook-redis-'))
 
   private constructor (readonly port: number, readonly args: readonly string[]) {}
 
   static async start (t: { teardown: (fn: () => unknown) => void }, ...args: string[]): Promise<RedisServer> {
     const server = new RedisServer(await freePort(), args)
-    t.teardown(async () => await server.stop())
+    t.teardown(async () => {
+      await server.stop()
+      rmSync(server.#dir, { recursive: true })
+    })
     await server.start()
     return server
   }
@@ -22,7 +29,7 @@ export class RedisServer {
   async start (): Promise<void> {
     const child = spawn('redis-server', [
       '--port', String(this.port), '--bind', '127.0.0.1', '--save', '', '--appendonly', 'no', '--daemonize', 'no',
-      '--dir', tmpdir(), '--dbfilename', `redis-${this.port}.rdb`, ...this.args
+      '--dir', this.#dir, ...this.args
     ], { stdio: ['ignore', 'pipe', 'inherit'] })
     this.#process = child
     for await (const line of child.stdout) if (String(line).includes('Ready to accept connections')) break
