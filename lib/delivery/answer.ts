@@ -23,7 +23,7 @@ export type AnswerState =
    * The sender went away before the answer was sent, or is told of a failure. The own handler keeps running. When it has returned, `succeeds`
    * decides; if it throws, it has failed.
    */
-  | { readonly at: 'cut off', readonly succeeds: () => boolean }
+  | { readonly at: 'cut off', readonly succeeds: boolean }
   /**
    * The answer does not come from the own handler, but from the deadline, Fastify's `handlerTimeout` or a hook of the app. An own handler keeps
    * running, and how it ends is recorded.

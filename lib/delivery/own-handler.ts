@@ -1,13 +1,13 @@
 import type { Readable } from 'node:stream'
 import type { FastifyInstance, FastifyReply, FastifyRequest, RouteHandlerMethod } from 'fastify'
-import { isErrorThat } from '../coded.ts'
+import { codeOf, isErrorThat } from '../coded.ts'
 import { HandlerFailed } from '../errors.ts'
 import { logError, write } from '../log.ts'
 import { acknowledge } from '../pipeline/acknowledge.ts'
 import { isAnswerHeld, isHandlerTimeout, isRefused, isResponse, isSuccess, markRefused } from '../pipeline/refusal.ts'
 import { isPromise, later, tryOr } from '../maybe-promise.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
-import { isClosed, isOut, sentStatusOf, traceReset } from './raw-response.ts'
+import { isClosed, isInjected, isOut, sentStatusOf, traceReset } from './raw-response.ts'
 import type { Answer } from './answer.ts'
 import { standIn } from './stand-in.ts'
 import type { RecordEnd } from './work.ts'
@@ -227,11 +227,14 @@ export class OwnHandler {
     }
     const watchedDestroy = (error?: Error): typeof raw => {
       // An injected response destroys itself once it has ended. Node 24 destroys a pipelined one whose connection has gone.
-      if (!isClosed(raw) && !raw.writableEnded && !socket.destroyed) this.#broke()
+      if (isInjected(raw) ? !raw.writableEnded : isClosed(raw) || !socket.destroyed) this.#broke(wasEnded)
       return destroy.call(raw, error)
     }
+    // What is piped to a response that is over waits for ever to be drained.
+    const watchPipe = (): void => { if (wasEnded || isClosed(raw)) this.#broke(wasEnded) }
     raw.end = watchedEnd
     raw.destroy = watchedDestroy
+    raw.on('pipe', watchPipe)
   }
 
   /** Called when the raw response was ended. @param isAgain whether it had been ended before, as by a refusal */
@@ -239,16 +242,23 @@ export class OwnHandler {
     const { at } = this.answer.state
     if (at === 'late' && isAgain) {
       this.#expectNoReply() // NestJS ends it again if a handler fails
-    } else if (at === 'open' && this.#call === 'returned' && isClosed(this.reply.raw)) {
-      this.#wroteItself()
+    } else if (at === 'open' && isClosed(this.reply.raw)) {
+      if (this.#call === 'returned') this.#wroteItself()
+      else this.#endWaits()
     }
   }
 
-  /** Called when this process destroys the response before its end, as Fastify does when the source of a stream fails. */
-  #broke (): void {
-    const { state } = this.answer
-    if (state.at === 'replying') this.answer.move({ ...state, succeeds: never })
-    else if (state.at === 'open' && !this.#isSent) this.#expectNoReply()
+  /**
+   * Called when this process destroys the response, as Fastify does when the source of a stream fails, or pipes to one that is over: it will not
+   * be ended.
+   *
+   * @param isAgain whether it had been ended before, as by a refusal
+   */
+  #broke (isAgain: boolean): void {
+    const { answer: { state }, reply: { raw } } = this
+    if (state.at === 'late' && isAgain) this.#expectNoReply()
+    else if (state.at === 'open' && (!this.#isSent || isClosed(raw))) this.#expectNoReply()
+    else if (state.at === 'replying' && !raw.writableEnded && !isClosed(raw)) this.answer.move({ ...state, succeeds: never })
   }
 
   /** Called when no reply is to be expected, and whether the handler has succeeded is not known. It may run again. */
@@ -297,12 +307,14 @@ export class OwnHandler {
       case 'open':
       case 'replying':
       case 'cut off':
+        // Fastify has closed the handler's stream because the sender has gone, and answers that as an error, to nobody.
+        if (state.at === 'cut off' && codeOf(this.#error) === 'ERR_STREAM_PREMATURE_CLOSE') return
         this.statusCode = statusCode
         if (succeeded && !isWhole) return
         // The answer may be that of a hook of the app while the handler still runs. It is recorded once the handler has ended, because a retry
         // must not run the handler while it still runs.
         if (!succeeded && this.#call === 'runs') {
-          this.answer.move({ at: 'cut off', succeeds: never })
+          this.answer.move({ at: 'cut off', succeeds: false })
           return this.#endWaits()
         }
         return this.#settleBeforeAnswer(succeeded, state.at === 'replying' && state.isOverdue)
@@ -360,7 +372,7 @@ export class OwnHandler {
     const { state } = this.answer
     if (state.at === 'recorded' || state.at === 'cut off' || (state.at === 'late' && state.failed !== undefined)) return
     if (succeeded || this.#call !== 'runs') this.#settle(succeeded, error)
-    else this.answer.move(state.at === 'late' ? { ...state, failed: { error } } : { at: 'cut off', succeeds: never })
+    else this.answer.move(state.at === 'late' ? { ...state, failed: { error } } : { at: 'cut off', succeeds: false })
   }
 
   #returned (payload: unknown): void {
@@ -373,7 +385,7 @@ export class OwnHandler {
         else if (!this.#isReply(payload)) this.#settleUnheard(payload)
         return
       case 'cut off':
-        this.#settle(state.succeeds())
+        this.#settle(state.succeeds)
         return
       case 'open':
         if (this.#isSent) this.#wroteItself()
@@ -457,10 +469,11 @@ export class OwnHandler {
       if (state.at !== 'replying') return
       const left = isOut(raw)
       if (left) this.statusCode = sentStatusOf(raw)
-      const succeeds = left ? () => isSuccess(sentStatusOf(raw)) : state.succeeds
+      // Now, because Fastify sets another status when the stream of an answer is cut off.
+      const succeeds = left ? isSuccess(sentStatusOf(raw)) : state.succeeds()
       const hasEnded = this.#call === 'returned' || this.#call === 'threw'
-      if (!hasEnded && !(left && succeeds())) this.answer.move({ at: 'cut off', succeeds })
-      else this.#settle((left || this.#call === 'returned') && succeeds())
+      if (!hasEnded && !(left && succeeds)) this.answer.move({ at: 'cut off', succeeds })
+      else this.#settle((left || this.#call === 'returned') && succeeds)
     }
     if (isClosed(raw)) closed()
     else raw.once('close', closed)

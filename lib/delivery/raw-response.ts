@@ -49,14 +49,19 @@ export function traceReset (raw: RawResponse, { socket }: FastifyRequest['raw'])
   else if (raw.socket === null) closeWith(raw, socket)
 }
 
-/** A response that is pipelined behind another has no socket yet, so Node does not emit its 'close' event when the connection closes. */
+/**
+ * A response that is pipelined behind another has no socket yet. Before Node 24 it is not closed with the connection. This function does to it
+ * what Node does to one with a socket, so that Node does not emit 'close' again.
+ */
 function closeWith (raw: RawResponse, socket: Socket): void {
   if (socket.destroyed) return close()
   socket.once('close', close)
   raw.once('close', () => { socket.off('close', close) })
 
   function close (): void {
-    show(raw, 'closed')
+    if (raw.closed) return
+    Object.assign(raw, { destroyed: true, _closed: true })
+    show(raw, 'writableFinished', false) // what is written now looks finished, because Node drops it
     raw.emit('close')
   }
 }
@@ -87,6 +92,6 @@ function traceStream (raw: RawResponse, stream: ServerHttp2Stream): void {
   }
 }
 
-function show (raw: RawResponse, name: 'closed' | 'headersSent' | 'writableEnded'): void {
-  Object.defineProperty(raw, name, { value: true, configurable: true })
+function show (raw: RawResponse, name: 'closed' | 'headersSent' | 'writableEnded' | 'writableFinished', value = true): void {
+  Object.defineProperty(raw, name, { value, configurable: true })
 }

@@ -36,6 +36,8 @@ interface Fixture {
   app: FastifyInstance
   send: (delivery: Signed) => Promise<Sending>
   runs: () => number
+  /** How often the answer of each request has closed. */
+  closes: readonly number[]
   /** How the store hears of the end of the first delivery's handler. */
   recorded: Promise<'complete' | 'release' | 'nothing'>
   /** Of the first delivery. */
@@ -60,9 +62,14 @@ async function fixture (t: Teardown, protocol: Protocol, handler: Handler, { hol
   const started = deferred()
   const refused = deferred()
   const codes: unknown[] = []
+  const closes: number[] = []
   let runs = 0
-  app.addHook('onRequest', (_request, reply, done) => {
-    reply.raw.once('close', () => { gone.resolve() })
+  app.addHook('onRequest', (_request, { raw }, done) => {
+    const nth = closes.push(0) - 1
+    raw.on('close', () => {
+      closes[nth]!++
+      gone.resolve()
+    })
     done()
   })
   app.addHook('preHandler', async () => {
@@ -92,7 +99,7 @@ async function fixture (t: Teardown, protocol: Protocol, handler: Handler, { hol
   ])
   t.teardown(() => clearTimeout(timer))
   const send = protocol === 'HTTP/2' ? await sender2(t, app) : sender1(app)
-  return { app, send, runs: () => runs, recorded, gone: gone.promise, started: started.promise, refused: refused.promise, codes }
+  return { app, send, runs: () => runs, closes, recorded, gone: gone.promise, started: started.promise, refused: refused.promise, codes }
 }
 
 function sender1 (app: FastifyInstance): Fixture['send'] {
@@ -130,12 +137,13 @@ async function sender2 (t: Teardown, app: FastifyInstance): Promise<Fixture['sen
 type Due = 'is a duplicate' | 'runs again'
 
 /** The retry, which gets an answer at once, and the right one. */
-async function retried (t: Test, { send, runs, recorded, codes }: Fixture, delivery: Signed, due: Due): Promise<void> {
+async function retried (t: Test, { send, runs, closes, recorded, codes }: Fixture, delivery: Signed, due: Due): Promise<void> {
   t.equal(await recorded, due === 'is a duplicate' ? 'complete' : 'release')
   const { answer } = await send(redelivered(delivery))
   t.match(await answer, due === 'is a duplicate' ? /^200 .*\{"received":true,"duplicate":true\}/ : /^200 .*\{"again":true\}/)
   t.equal(runs(), due === 'is a duplicate' ? 1 : 2)
   t.notOk(codes.includes('FST_OPENAI_WEBHOOK_DEADLINE'))
+  t.ok(closes.every(times => times <= 1))
 }
 
 const failing = (): Readable => new Readable({ read () { this.destroy(new Error('no upstream')) } })
@@ -149,10 +157,23 @@ const endings: Record<string, [Due, (reply: FastifyReply) => unknown]> = {
     setImmediate(() => reply.send('own'))
     return reply
   }],
+  'returns the reply, and ends the raw answer later': ['is a duplicate', reply => {
+    setImmediate(() => reply.raw.end('own'))
+    return reply
+  }],
+  'returns the reply, and ends the raw answer of a failure later': ['runs again', reply => {
+    setImmediate(() => reply.raw.writeHead(500).end('no'))
+    return reply
+  }],
+  'returns the reply, and destroys the raw answer later': ['runs again', reply => {
+    setImmediate(() => reply.raw.destroy())
+    return reply
+  }],
   'sends a failure': ['runs again', reply => reply.code(422).send('no')],
   throws: ['runs again', () => { throw new Error('disk full') }],
   'throws an error with a status of its own': ['runs again', () => { throw Object.assign(new Error('teapot'), { statusCode: 418 }) }],
   'sends a stream': ['is a duplicate', reply => reply.send(Readable.from(['own']))],
+  'sends a stream that closes at once if it is destroyed': ['is a duplicate', reply => reply.send(new PassThrough().end('own'))],
   'returns a Response': ['is a duplicate', () => new Response('own')],
   'returns a Response that is a failure': ['runs again', () => new Response('no', { status: 500 })],
   'sends a stream, and throws': ['runs again', reply => {
@@ -316,6 +337,54 @@ for (const protocol of PROTOCOLS) {
   }
 }
 
+const overs: Record<string, (reply: FastifyReply) => void> = {
+  'destroys the raw answer': ({ raw }) => { raw.destroy() },
+  'pipes to the raw answer': ({ raw }) => { Readable.from(['a', 'b', 'c']).pipe(raw) },
+  'writes the head, and pipes to the raw answer': ({ raw }) => {
+    if (!raw.headersSent) raw.writeHead(200)
+    Readable.from(['a', 'b', 'c']).pipe(raw)
+  }
+}
+
+for (const protocol of PROTOCOLS) {
+  for (const [name, act] of Object.entries(overs)) {
+    for (const isSync of [true, false]) {
+      const kind = isSync ? 'a handler' : 'an async handler'
+      const handler = (act: (reply: FastifyReply) => void, then: Promise<void>): (reply: FastifyReply) => unknown => {
+        const start = (reply: FastifyReply): FastifyReply => {
+          then.then(() => act(reply), () => {})
+          return reply
+        }
+        return isSync ? start : async reply => await start(reply)
+      }
+
+      t.test(`${protocol}: ${kind} that returns the reply, and ${name} once the deadline's answer is out: the retry runs again`, async t => {
+        const late = deferred()
+        const own = await fixture(t, protocol, handler(act, late.promise), { deadline: 20 })
+        const delivery = sign(thin('batch.failed'))
+        const { answer } = await own.send(delivery)
+        t.match(await answer, /^503 /)
+        await own.refused
+        own.codes.length = 0
+        late.resolve()
+        await retried(t, own, delivery, 'runs again')
+      })
+
+      t.test(`${protocol}: ${kind} that returns the reply, and ${name} once the sender has gone: the retry runs again`, async t => {
+        const late = deferred()
+        const own = await fixture(t, protocol, handler(act, late.promise))
+        const delivery = sign(thin('batch.failed'))
+        const { reset } = await own.send(delivery)
+        await own.started
+        reset()
+        await own.gone
+        late.resolve()
+        await retried(t, own, delivery, 'runs again')
+      })
+    }
+  }
+}
+
 /** Behind a request whose answer does not come: the response has no connection yet. */
 function pipelined ({ app, send, ...own }: Fixture): Fixture {
   let isFirst = true
@@ -348,6 +417,41 @@ for (const [name, [due, ending]] of Object.entries(endings)) {
     })
   }
 }
+
+t.test('HTTP/1.1, pipelined: a connection that goes in the turn of an answer closes it once', async t => {
+  const [turn, started, gone] = [deferred(), deferred(), deferred()]
+  let closes = 0
+  const app = Fastify()
+  t.teardown(() => app.close())
+  await app.register(openaiWebhook, { secret: SECRET, path: false })
+  app.get('/first', async () => {
+    await turn.promise
+    return 'first'
+  })
+  const watch = (_request: FastifyRequest, { raw }: FastifyReply, done: () => void): void => {
+    raw.on('close', () => {
+      closes++
+      gone.resolve()
+    })
+    done()
+  }
+  app.post('/own', { config: { openaiWebhook: {} }, onRequest: watch }, async () => {
+    started.resolve()
+    await gone.promise
+    return 'own'
+  })
+  await listen(app)
+  const { socket } = await dial(app)
+  const delivery = sign(thin('batch.failed'))
+  socket.write(Buffer.concat([Buffer.from(`GET /first HTTP/1.1\r\nhost: a\r\n\r\n${head(delivery, '/own')}`), delivery.body]))
+  await started.promise
+  turn.resolve()
+  await once(socket, 'data')
+  socket.resetAndDestroy()
+  await gone.promise
+  for (let turns = 0; turns < 3; turns++) await new Promise(resolve => setImmediate(resolve))
+  t.equal(closes, 1)
+})
 
 t.test('HTTP/1.1, pipelined: a connection that lives on keeps nothing of its answers', async t => {
   const { app, runs } = await fixture(t, 'HTTP/1.1', async reply => await reply.send('own'))

@@ -49,11 +49,10 @@ t.test('a delivery changes its state in these ways and no other', async t => {
 })
 
 t.test('an answer changes its state in these ways and no other', async t => {
-  const succeeds = (): boolean => true
   const states: Record<AnswerState['at'], AnswerState> = {
     open: { at: 'open' },
-    replying: { at: 'replying', succeeds, isOverdue: false },
-    'cut off': { at: 'cut off', succeeds },
+    replying: { at: 'replying', succeeds: () => true, isOverdue: false },
+    'cut off': { at: 'cut off', succeeds: true },
     late: { at: 'late', statusCode: 200 },
     recorded: { at: 'recorded', isLate: false },
     closed: { at: 'closed' }
