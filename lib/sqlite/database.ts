@@ -64,7 +64,7 @@ export class Database {
   readonly #db: SqliteDatabase
   readonly #file: string
   readonly #inode: number | undefined
-  /** Unknown before the first write. */
+  /** Unknown while no log is open: before the first transaction, or outside WAL. */
   #walInode: number | undefined
 
   /**
@@ -98,6 +98,7 @@ export class Database {
     this.#file = main.file as string
     // A database in memory has no file: drivers answer '' or null.
     this.#inode = main.file ? statSync(main.file).ino : undefined
+    this.assertFile() // learns the log's inode, because the log may be deleted before the first write
   }
 
   #addColumn ({ table, column }: { table: string, column: string }): void {
@@ -134,23 +135,16 @@ export class Database {
   }
 
   /**
-   * Prepares a statement that writes. Each run of the statement is a commit.
-   *
-   * @returns how many rows the statement changed
-   */
-  prepareWrite (sql: string): (...parameters: Value[]) => number {
-    const statement = this.prepare(sql)
-    return (...parameters) => this.transaction(() => Number(statement.run(...parameters).changes))
-  }
-
-  /**
    * Commits everything that `work` writes, or nothing.
    *
    * The lock is taken by exec(), because a prepared statement of libsql that finds the file locked stays open, and whatever another statement
    * writes next then succeeds without ever being committed. BEGIN also fails inside a transaction that the user has open on the handle, which
    * could still be rolled back.
+   *
+   * @throws also when the file is not the one that was opened
    */
   transaction<T> (work: () => T): T {
+    this.assertFile()
     this.#begin()
     try {
       const result = work()

@@ -1,9 +1,7 @@
-/** The methods of a database that a group needs. */
+/** The method of a database that a group needs. */
 export interface Transactions {
   /** Commits everything that `work` writes, or nothing. */
   transaction<T> (work: () => T): T
-  /** @throws when the file is not the one that was opened */
-  assertFile (): void
 }
 
 interface Member {
@@ -40,7 +38,6 @@ export class Group {
     this.#members = []
     let at: 'begin' | 'work' | 'commit' = 'begin'
     try {
-      this.database.assertFile()
       const results = this.database.transaction(() => {
         at = 'work'
         const results = members.map(({ work }) => work())

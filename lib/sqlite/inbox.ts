@@ -60,9 +60,9 @@ export function sqliteInbox<Db extends SqliteDatabase> (db: Db, options: SqliteI
   const database = new Database(db, SCHEMA)
   noteRetention(retention)
   const insert = database.prepare(INSERT)
-  const expired = database.prepareWrite(`
+  const expired = database.prepare(`
     DELETE FROM openai_webhook_inbox WHERE rowid IN (SELECT rowid FROM openai_webhook_inbox WHERE at < ? LIMIT ${PRUNE_LIMIT})`)
-  const pruning = new Pruning(async () => expired(Date.now() - retention))
+  const pruning = new Pruning(async () => await database.write(() => Number(expired.run(Date.now() - retention).changes)))
 
   return {
     once<Event> (name: string, work: InboxWork<Db, Event>) {
@@ -72,7 +72,6 @@ export function sqliteInbox<Db extends SqliteDatabase> (db: Db, options: SqliteI
       }
 
       return giveName(function (this: FastifyInstance, event: Event, context: EventContext): void {
-        database.assertFile()
         database.transaction(() => {
           if (insert.all(...recordOf(name, context, retention)).length === 0) return
           const { tx, end } = lend(db, name, () => database.isInTransaction())

@@ -150,7 +150,7 @@ export class DeadJobs {
     this.#database = database
     this.#find = database.prepare("SELECT job, attempts, error, failure, ended FROM openai_webhook_jobs WHERE key = ? AND state = 'dead'")
     // The finished handlers are kept. The errors are deleted, because they belong to the attempts before the requeue.
-    this.#revive = database.prepareWrite(`
+    this.#revive = database.prepare(`
       UPDATE openai_webhook_jobs
       SET state = 'pending', attempts = 0, due = ?, error = NULL, ended = NULL, failure = json_set(failure, '$.attempt', 0, '$.errors', json_array())
       WHERE key = ? AND state = 'dead'`)
@@ -171,9 +171,10 @@ export class DeadJobs {
 
   /** Makes a dead job pending again. @returns whether there was such a job @throws FST_OPENAI_WEBHOOK_NEEDS_FORCE */
   revive (delivery: DeliveryRef, force: boolean): boolean {
-    const [row] = this.#find.all(keyOf(delivery)) as DeadRow[]
+    const key = keyOf(delivery)
+    const [row] = this.#find.all(key) as DeadRow[]
     if (row !== undefined && !force) assertRemembered(read(row))
-    return this.#revive(Date.now(), keyOf(delivery)) === 1
+    return this.#database.transaction(() => changed(this.#revive.run(Date.now(), key)))
   }
 }
 

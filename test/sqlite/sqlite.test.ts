@@ -505,19 +505,19 @@ t.test('a file that is taken away while it is open', async t => {
     ['emptied', file => truncateSync(file)],
     ['without its log', file => { for (const suffix of ['-wal', '-shm']) rmSync(file + suffix) }]
   ]
-  for (const [name, away] of ways) {
+  for (const [name, away, before] of ways.flatMap(([name, away]) => [[name, away, ['wh_before']], [`${name}, before the first delivery`, away, []]] as const)) {
     await t.test(`${name}: 503, not an acknowledgement that would be lost`, async t => {
       const [storeFile, queueFile] = [join(t.testdir(), 'store.db'), join(t.testdirName, 'queue.db')]
       const store = await withStore(t, open(t, storeFile))
       const queue = await withDurable(t, open(t, queueFile))
       for (const [state, file] of [[store, storeFile], [queue, queueFile]] as const) {
-        t.equal(await answer(state.app, batchFailed('wh_before')), '200')
-        await until('it to run', () => state.ran.length === 1)
+        for (const webhookId of before) t.equal(await answer(state.app, batchFailed(webhookId)), '200')
+        await until('them to run', () => state.ran.length === before.length)
         away(file)
         t.equal(await answer(state.app, batchFailed('wh_after')), UNAVAILABLE)
         await turn()
-        t.same(state.ran, ['wh_before'])
-        t.match(state.told.at(-1), { message: name.startsWith('deleted') ? 'ENOENT' : name.startsWith('without') ? '-wal was deleted' : `was ${name.split(' ')[0]!} while it was open` })
+        t.same(state.ran, before)
+        t.match(state.told.at(-1), { message: name.startsWith('deleted') ? 'ENOENT' : name.startsWith('without') ? '-wal was deleted' : `was ${/^\w+/.exec(name)![0]} while it was open` })
       }
     })
   }
@@ -925,7 +925,8 @@ t.test('durable attempts again what failed', async t => {
   })
 
   await t.test('and keeps as dead what used up its attempts, for a person to look at and requeue', async t => {
-    const db = open(t, join(t.testdir(), 'webhooks.db'))
+    const file = join(t.testdir(), 'webhooks.db')
+    const db = open(t, file)
     const state = await withDurable(t, db, { attempts: 2 })
     const { app, ran, runner } = state
     state.work = async () => { throw new Error('no such batch'.padEnd(5_000, '.')) }
@@ -953,6 +954,8 @@ t.test('durable attempts again what failed', async t => {
     t.equal(runner.requeue({ endpoint: ENDPOINT, webhookId: 'wh_unknown' }), false)
     t.match(rows(db)[0], { attempts: 1, error: null })
     t.same(runner.dead().map(({ webhookId }) => webhookId), ['wh_2', 'wh_3'])
+    rmSync(`${file}-wal`)
+    t.throws(() => runner.requeue({ endpoint: ENDPOINT, webhookId: 'wh_2' }), { message: /-wal was deleted/ }, 'it would be lost with the log')
   })
 
   await t.test('and keeps what can be told of any failure', async t => {
