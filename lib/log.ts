@@ -29,7 +29,7 @@ export function write (log: FastifyBaseLogger, level: 'info' | 'warn' | 'error',
 function clipped (error: unknown, causes = MAX_CAUSES): unknown {
   if (typeof error === 'string') return error.slice(0, MAX_TEXT)
   if (!(error instanceof Error)) return error
-  hideCommand(error)
+  hideCommands(error)
   const { message, stack = '', cause } = error
   const errors = error instanceof AggregateError ? error.errors.slice(0, MAX_ERRORS).map(each => clipped(each, causes)) : undefined
   const clippedCause = causes === 0 ? undefined : clipped(cause, causes - 1)
@@ -42,9 +42,13 @@ function clipped (error: unknown, causes = MAX_CAUSES): unknown {
   return copy
 }
 
-/** An error of ioredis has the command that failed, with its arguments: a password, or an event. A logger shows what is enumerable. */
-function hideCommand (error: Error & { command?: unknown }): void {
-  if (typeof error.command === 'object') Reflect.defineProperty(error, 'command', { enumerable: false })
+/**
+ * An error of ioredis has the command that failed, with its arguments: a password, or an event. So have the errors in its `previousErrors` and
+ * `lastNodeError`. A logger shows what is enumerable.
+ */
+function hideCommands (error: Error, depth = MAX_CAUSES): void {
+  if (typeof (error as { command?: unknown }).command === 'object') Reflect.defineProperty(error, 'command', { enumerable: false })
+  if (depth > 0) for (const each of Object.values(error).flat()) if (each instanceof Error) hideCommands(each, depth - 1)
 }
 
 /** Maximum number of characters in the id and in the type of an event, which a schema need not limit. */

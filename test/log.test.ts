@@ -109,11 +109,14 @@ t.test('what a command of ioredis was given is on no line, though its error has 
   const failure = (): Error => Object.assign(new Error('WRONGPASS'), { command: { name: 'hello', args: ['3', 'AUTH', 'user', 'hunter2'] } })
   store.begin = () => { throw failure() }
   const app = await build(t, { idempotency: { store } }, { logger: log.logger })
-  app.openaiWebhook.on('batch.failed', () => { throw new AggregateError([failure()], 'no effect', { cause: failure() }) })
+  app.openaiWebhook.on('batch.failed', () => {
+    const inOthers = Object.assign(new Error('EXECABORT'), { previousErrors: [failure()], lastNodeError: failure() })
+    throw new AggregateError([failure(), inOthers], 'no effect', { cause: failure() })
+  })
   t.equal(await outcome(app, valid()), '503 UNAVAILABLE')
   store.begin = memoryStore().begin
   t.equal(await outcome(app, valid()), '500 HANDLER_FAILED')
-  t.match(JSON.stringify(log.lines), /WRONGPASS.*no effect/)
+  t.match(JSON.stringify(log.lines), /WRONGPASS.*no effect.*EXECABORT/)
   t.notMatch(JSON.stringify(log.lines), /hunter2/)
 })
 
