@@ -122,6 +122,7 @@ export class Actions {
       const listed = await deadLetters.list({ limit, ...(type !== undefined && { type }) })
       for (const delivery of listed.filter(delivery => !tried.has(keyOf(delivery)))) {
         tried.add(keyOf(delivery))
+        await setImmediate() // a synchronous runner must not hold up deliveries
         try {
           if (await deadLetters.requeue(delivery)) requeued++
         } catch (error) {
@@ -129,7 +130,6 @@ export class Actions {
         }
       }
       if (requeued > 0 || listed.length < limit) break
-      await setImmediate() // a synchronous runner must not hold up deliveries
     }
     return { requeued, failed }
   }

@@ -547,6 +547,23 @@ t.test('one that cannot be requeued keeps no other from it', async t => {
   t.match(asked, [{}, { tenant: 'acme' }, {}, { webhookId: 'wh_1', force: true }])
 })
 
+t.test('between two of them deliveries come in, though the runner is synchronous', async t => {
+  const order: string[] = []
+  const app = await inspected(t, {
+    runner: {
+      run () {},
+      dead: () => ['wh_1', 'wh_2'].map(webhookId => ({ webhookId, timestamp: 1, endpoint: '/webhooks/openai', event: { type: 'batch.failed' }, attempts: 1, errors: [], finished: [], diedAt: 1 })),
+      requeue ({ webhookId }) {
+        order.push(webhookId)
+        setImmediate(() => order.push('a turn'))
+        return true
+      }
+    }
+  })
+  t.same((await act(app, 'requeue-all', {})).json(), { requeued: 2, failed: null })
+  t.same(order.slice(0, 3), ['wh_1', 'a turn', 'wh_2'])
+})
+
 t.test('many old ones that need force keep no other from it', async t => {
   const dead = Array.from({ length: 1_005 }, (_, nth) => ({ webhookId: `wh_${nth}`, timestamp: 1, endpoint: '/webhooks/openai', event: { type: 'batch.failed' }, attempts: 1, errors: [], finished: [], diedAt: nth }))
   const app = await inspected(t, {
