@@ -1,8 +1,17 @@
 #!/usr/bin/env node
 import { main } from './main.ts'
 
+/** ms; longer than a command takes to end once it is interrupted. */
+const GRACE = 3_000
+
 const interrupted = new AbortController()
-for (const name of ['SIGINT', 'SIGTERM'] as const) process.once(name, () => interrupted.abort())
+for (const name of ['SIGINT', 'SIGTERM'] as const) {
+  process.once(name, () => {
+    interrupted.abort()
+    // Nothing interrupts the system's own waits, such as the one of opening a pipe that nobody writes to.
+    setTimeout(process.kill, GRACE, process.pid, name).unref()
+  })
+}
 process.stdout.on('error', ({ code }: NodeJS.ErrnoException) => {
   // The reader has closed the pipe, as `| head` does. What is sent or requeued does not depend on a reader. `listen` would never end.
   if (code === 'EPIPE') {

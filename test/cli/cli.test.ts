@@ -5,6 +5,7 @@ import { createServer as createSocketServer } from 'node:net'
 import type { AddressInfo, Server, Socket } from 'node:net'
 import { closeSync, existsSync, openSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
+import { execFileSync } from 'node:child_process'
 import { once } from 'node:events'
 import type { FastifyInstance } from 'fastify'
 import Database from 'libsql'
@@ -23,6 +24,7 @@ import { launch, launchSource, runSource, start } from '../support/command.ts'
 import type { Session } from '../support/command.ts'
 import { build, SECRET, thin } from '../support/deliveries.ts'
 import { readDocument } from '../support/docs.ts'
+import { until } from '../support/faults.ts'
 import { TLS } from '../support/tls.ts'
 import { CHUNKED, chunk, head, LAST_CHUNK, listen, request, Wire } from '../support/wire.ts'
 
@@ -895,6 +897,17 @@ t.test('listen ends when nobody reads on', async t => {
     t.equal(await listener.ended, 0)
     t.equal(listener.err, '')
   }
+})
+
+t.test('Ctrl-C ends the bin although it waits for a pipe that nobody writes to', async t => {
+  const dir = t.testdir({ 'no-id.http': 'content-type: a/b\n\n{}' })
+  const pipe = join(dir, 'pipe')
+  execFileSync('mkfifo', [pipe])
+  const session = launchSource(t, ['replay', '--resign', join(dir, 'no-id.http'), pipe, '--url', 'http://127.0.0.1:1'], env)
+  await until('it to read its files', () => session.err !== '')
+  session.interrupt()
+  t.equal(await session.ended, null, 'by the signal')
+  t.match(session.err, /^.*left out.*\n$/)
 })
 
 t.test('the bin, run as a child: every failure is one line and its exit code', async t => {
