@@ -96,7 +96,7 @@ const inRedis: Share = async t => {
 
 const stores: Array<[name: string, skip: string | false, share: Share]> = [
   ...HANDLES.map((handle): [string, string | false, Share] => [`sqlite, ${handle},`, missing[handle], inFile(handle)]),
-  ['redis', redisMissing, inRedis]
+  ...(isLong ? [['redis', redisMissing, inRedis] satisfies [string, string | false, Share]] : [])
 ]
 
 for (const [name, skip, share] of stores) {

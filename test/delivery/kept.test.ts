@@ -15,7 +15,7 @@ import { durable } from '../../lib/sqlite/index.ts'
 import { build, post, SECRET, sign, stoppedClock, thin } from '../support/deliveries.ts'
 import { deferred, handled, listen, redelivered } from '../support/observe.ts'
 import { spawnProgram } from '../support/program.mjs'
-import { isLong } from '../support/size.ts'
+import { isLong, long } from '../support/size.ts'
 import { openSqlite } from '../support/sqlite.mjs'
 import { CHUNKED, head, listen as listenOn, request, Wire } from '../support/wire.ts'
 
@@ -55,7 +55,7 @@ async function settled (memory: () => Promise<Memory>, limit: number): Promise<M
 
 const MB = (bytes: number): string => `${(bytes / 1e6).toFixed(1)} MB`
 
-t.test('uploads that dribble take about two body limits each, under a heap of 64 MB', async t => {
+long(t, 'uploads that dribble take about two body limits each, under a heap of 64 MB', {}, async t => {
   const { port, memory } = await receiver(t, 'http1')
   const CONNECTIONS = 10
   const BYTES = 65_000

@@ -16,6 +16,7 @@ import { deferred, redelivered } from '../support/observe.ts'
 import { PostgresServer, postgresMissing } from '../support/postgres.ts'
 import { forkProgram } from '../support/program.mjs'
 import { RedisServer, redisMissing } from '../support/redis.ts'
+import { long } from '../support/size.ts'
 import { openSqlite } from '../support/sqlite.mjs'
 import { Wire, request } from '../support/wire.ts'
 
@@ -50,7 +51,7 @@ function poolOf (t: Teardown, options: pg.PoolConfig): pg.Pool {
 
 const add = async (tx: PoolClient, webhookId: string): Promise<unknown> => await tx.query('INSERT INTO effects VALUES ($1)', [webhookId])
 
-t.test('a process that is stopped for longer than its lease, and goes on', async t => {
+long(t, 'a process that is stopped for longer than its lease, and goes on', {}, async t => {
   const LEASE = 200
 
   async function start (t: Teardown, options: object): Promise<{ child: ChildProcess, port: number }> {

@@ -22,6 +22,7 @@ import type { AnySchema, IdempotencyStore, OpenAIWebhookOptions, Verifier } from
 import { officialEntries } from '../../lib/events/index.ts'
 import { deliver, faultNames, forge, redeliver, sampleEvent, sampleTypes, sign, testSecret } from '../../lib/testing/index.ts'
 import { codeBlocks, readDocument, tableRows } from '../support/docs.ts'
+import { isLong } from '../support/size.ts'
 
 const URL_ = '/webhooks/openai'
 const validator = new Validator()
@@ -233,7 +234,7 @@ t.test('the body is the union of the event schemas', async t => {
     t.same(action(await build(t, { swagger: openapi('3.0.3') })), { type: 'string', example: values[0] })
   })
 
-  for (const version of ['3.0.3', '3.1.0']) {
+  for (const version of isLong ? ['3.0.3', '3.1.0'] : ['3.0.3']) {
     t.test(`what fits the schema is what the plugin accepts, in OpenAPI ${version}`, async t => {
       const app = await build(t, { swagger: openapi(version), webhook: { events: { ...guideEvents, ...OWN_EVENTS } } })
       const fits = await fitter(t, { event: bodyOf(app) })

@@ -10,7 +10,7 @@ import { build, sign, thin } from '../support/deliveries.ts'
 import { Member, UNAVAILABLE, answer, batchFailed, deliverUntil200, effectsIn, until } from '../support/faults.ts'
 import { deferred, listen, redelivered } from '../support/observe.ts'
 import { PostgresServer, postgresMissing } from '../support/postgres.ts'
-import { isLong } from '../support/size.ts'
+import { long } from '../support/size.ts'
 
 // The queue of bullmq() in PostgreSQL.
 
@@ -24,7 +24,7 @@ t.before(async () => {
 const inPostgres = ({ url = server.url, migrate = true } = {}): Pick<BullMQOptions, 'connection' | 'backend'> =>
   ({ connection: { connectionString: url, migrate, max: 4 }, backend: createPostgresBackend })
 
-t.test('contract', { skip: postgresMissing }, async t => {
+long(t, 'contract', { skip: postgresMissing }, async t => {
   let queues = 0
   const fresh = () => bullmq({ ...inPostgres(), queueName: `contract-${++queues}`, backoff: 5, attempts: 2, removeOnFail: { count: 100 } })
   for (const { name, run } of runnerContract(fresh, { attempts: 2 })) await t.test(name, run)
@@ -36,48 +36,44 @@ t.test('without its tables the app does not start, and says why', { skip: postgr
   await t.rejects(async () => await app.ready(), { message: /migrate: true/ })
 })
 
-if (isLong) {
-  t.test('PostgreSQL stops: 503, nothing acknowledged is lost, and all goes on when it is back', { skip: postgresMissing }, async t => {
-    const own = await PostgresServer.start(t, '-c', 'fsync=on')
-    const app = await build(t, { runner: bullmq({ ...inPostgres(own), backoff: 1 }), deadline: 1_000 })
-    const ran: string[] = []
-    const finish = deferred()
-    app.openaiWebhook.on('batch.failed', async (_event, { webhookId }) => {
-      ran.push(webhookId)
-      if (webhookId === 'wh_before') await finish.promise
-    })
-    await listen(app)
-    t.equal(await answer(app, batchFailed('wh_before')), '200')
-    await until('it to be started', () => ran.length === 1)
-    await own.stop()
-    const delivery = batchFailed('wh_during')
-    t.equal(await answer(app, delivery), UNAVAILABLE)
-    await own.start()
-    finish.resolve()
-    await deliverUntil200(app, redelivered(delivery))
-    await until('it to run', () => ran.includes('wh_during'))
-    t.equal(await answer(app, redelivered(delivery)), '200 duplicate')
+long(t, 'PostgreSQL stops: 503, nothing acknowledged is lost, and all goes on when it is back', { skip: postgresMissing }, async t => {
+  const own = await PostgresServer.start(t, '-c', 'fsync=on')
+  const app = await build(t, { runner: bullmq({ ...inPostgres(own), backoff: 1 }), deadline: 1_000 })
+  const ran: string[] = []
+  const finish = deferred()
+  app.openaiWebhook.on('batch.failed', async (_event, { webhookId }) => {
+    ran.push(webhookId)
+    if (webhookId === 'wh_before') await finish.promise
   })
-}
+  await listen(app)
+  t.equal(await answer(app, batchFailed('wh_before')), '200')
+  await until('it to be started', () => ran.length === 1)
+  await own.stop()
+  const delivery = batchFailed('wh_during')
+  t.equal(await answer(app, delivery), UNAVAILABLE)
+  await own.start()
+  finish.resolve()
+  await deliverUntil200(app, redelivered(delivery))
+  await until('it to run', () => ran.includes('wh_during'))
+  t.equal(await answer(app, redelivered(delivery)), '200 duplicate')
+})
 
-if (isLong) {
-  t.test('a worker that is killed while it runs a job: another one takes it over', { skip: postgresMissing }, async t => {
-    const effects = join(t.testdir(), 'effects')
-    const receiving = await build(t, { runner: bullmq({ ...inPostgres(), worker: false }) })
-    await listen(receiving)
-    const options = { effects, runner: 'bullmq', postgresUrl: server.url, path: false, worker: { lockDuration: 500, stalledInterval: 250 } } as const
-    const killed = await Member.start(t, { ...options, hangs: true })
-    t.equal(await answer(receiving, batchFailed('wh_taken_over')), '200')
-    await until('the job to be started', () => effectsIn(effects).length === 1)
-    await killed.kill()
-    const other = await Member.start(t, options)
-    const queue = new Queue('openai-webhook', inPostgres() as never, createPostgresBackend as never)
-    t.teardown(async () => await queue.close())
-    await until('the job to be done', async () => await queue.getCompletedCount() === 1)
-    t.same(effectsIn(effects), [{ webhookId: 'wh_taken_over', pid: killed.pid }, { webhookId: 'wh_taken_over', pid: other.pid }])
-    await other.close()
-  })
-}
+long(t, 'a worker that is killed while it runs a job: another one takes it over', { skip: postgresMissing }, async t => {
+  const effects = join(t.testdir(), 'effects')
+  const receiving = await build(t, { runner: bullmq({ ...inPostgres(), worker: false }) })
+  await listen(receiving)
+  const options = { effects, runner: 'bullmq', postgresUrl: server.url, path: false, worker: { lockDuration: 500, stalledInterval: 250 } } as const
+  const killed = await Member.start(t, { ...options, hangs: true })
+  t.equal(await answer(receiving, batchFailed('wh_taken_over')), '200')
+  await until('the job to be started', () => effectsIn(effects).length === 1)
+  await killed.kill()
+  const other = await Member.start(t, options)
+  const queue = new Queue('openai-webhook', inPostgres() as never, createPostgresBackend as never)
+  t.teardown(async () => await queue.close())
+  await until('the job to be done', async () => await queue.getCompletedCount() === 1)
+  t.same(effectsIn(effects), [{ webhookId: 'wh_taken_over', pid: killed.pid }, { webhookId: 'wh_taken_over', pid: other.pid }])
+  await other.close()
+})
 
 t.test('an error whose text PostgreSQL takes is left as it is', t => {
   const error = Object.assign(new Error('é 😀'), { stack: undefined }) as Error

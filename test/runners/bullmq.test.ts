@@ -11,6 +11,7 @@ import { build, thin } from '../support/deliveries.ts'
 import { DEADLINE, IMPATIENT, Member, TcpProxy, UNAVAILABLE, answer, batchFailed, deliverUntil200, effectsIn, redisClient, replicaOf, until } from '../support/faults.ts'
 import { capturedLog, deferred, listen, redelivered } from '../support/observe.ts'
 import { RedisServer, redisMissing } from '../support/redis.ts'
+import { long } from '../support/size.ts'
 import { keepsTenantsApart } from '../support/tenants.ts'
 
 type Teardown = { teardown: (fn: () => unknown) => void }
@@ -339,7 +340,7 @@ t.test('bullmq', { skip }, async t => {
     t.same(effectsIn(effects), [{ webhookId: 'wh_taken_over', pid: killed.pid }, { webhookId: 'wh_taken_over', pid: other.pid }])
   })
 
-  t.test('a process whose handler still runs at `closeTimeout` ends, and another one takes its job over', async t => {
+  long(t, 'a process whose handler still runs at `closeTimeout` ends, and another one takes its job over', {}, async t => {
     const server = await RedisServer.start(t)
     const effects = join(t.testdir(), 'effects')
     const receiving = await queueing(t, server.port, { worker: false })
@@ -361,7 +362,7 @@ t.test('bullmq', { skip }, async t => {
     await other.close()
   })
 
-  t.test('processes with a worker end while Redis is down, whatever their connections are at', async t => {
+  long(t, 'processes with a worker end while Redis is down, whatever their connections are at', {}, async t => {
     const server = await RedisServer.start(t)
     const effects = join(t.testdir(), 'effects')
     const options = { effects, runner: 'bullmq', redisPort: server.port, path: false, closeTimeout: 200 } as const

@@ -3,6 +3,7 @@ import { DEADLINE, UNAVAILABLE, answer, batchFailed, deliverUntil200, until } fr
 import { redelivered } from '../support/observe.ts'
 import { queueing, startedBoss } from '../support/pgboss.ts'
 import { PostgresServer, postgresMissing } from '../support/postgres.ts'
+import { long } from '../support/size.ts'
 
 t.test('pgboss: PostgreSQL goes', { skip: postgresMissing }, async t => {
   t.test('it stops: 503, nothing acknowledged is lost, and all goes on when it is back', async t => {
@@ -32,7 +33,7 @@ t.test('pgboss: PostgreSQL goes', { skip: postgresMissing }, async t => {
     t.same(receiving.ran, [])
   })
 
-  t.test('it hangs: 503 at the deadline, then queued and run once', async t => {
+  long(t, 'it hangs: 503 at the deadline, then queued and run once', {}, async t => {
     const own = await PostgresServer.start(t)
     const state = await queueing(t, await startedBoss(t, own), { queueName: 'hung' }, { deadline: 100 })
     const before = batchFailed('wh_before')
