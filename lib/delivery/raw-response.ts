@@ -46,7 +46,7 @@ export const needsDrain = (raw: RawResponse): boolean => (streamOf(raw) ?? raw).
 export function traceReset (raw: RawResponse, { socket }: FastifyRequest['raw']): void {
   const stream = streamOf(raw)
   if (stream !== undefined) traceStream(raw, stream)
-  else if (raw.socket === null) closeWith(raw, socket)
+  else if (raw.socket === null && !raw.closed) closeWith(raw, socket)
 }
 
 /**
@@ -59,7 +59,6 @@ function closeWith (raw: RawResponse, socket: Socket): void {
   raw.once('close', () => { socket.off('close', close) })
 
   function close (): void {
-    if (raw.closed) return
     Object.assign(raw, { destroyed: true, _closed: true })
     show(raw, 'writableFinished', false) // what is written now looks finished, because Node drops it
     raw.emit('close')
