@@ -7,7 +7,7 @@ import { acknowledge } from '../pipeline/acknowledge.ts'
 import { isAnswerHeld, isHandlerTimeout, isRefused, isResponse, isSuccess, markRefused } from '../pipeline/refusal.ts'
 import { isPromise, later, tryOr } from '../maybe-promise.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
-import { isClosed, isInjected, isOut, sentStatusOf, traceReset } from './raw-response.ts'
+import { isClosed, isOut, sentStatusOf, traceReset, watchResponse } from './raw-response.ts'
 import type { Answer } from './answer.ts'
 import { standIn } from './stand-in.ts'
 import type { RecordEnd } from './work.ts'
@@ -92,7 +92,7 @@ export class OwnHandler {
     // While other handlers ran, a hook of the app or Fastify's `handlerTimeout` has answered, or is answering with an error.
     if (answer.state.at === 'open' && (this.#isSent || isRefused(request))) answer.move({ at: 'late', statusCode: 200 })
     this.#watchReply()
-    this.#watchResponse()
+    watchResponse(reply.raw, request.raw, this.#isSent, isAgain => this.#ended(isAgain), isAgain => this.#broke(isAgain))
     let result
     let pending
     try {
@@ -212,29 +212,6 @@ export class OwnHandler {
   #sendTimeout (error: unknown): FastifyReply {
     if (this.answer.state.at === 'open') this.answer.move({ at: 'late', statusCode: this.#ownStatus })
     return this.#methods.send.call(this.#isLate ? this.refusing : this.reply, error)
-  }
-
-  #watchResponse (): void {
-    const { request: { raw: { socket } }, reply: { raw } } = this
-    const { end, destroy } = raw as unknown as Record<'end' | 'destroy', (...args: unknown[]) => typeof raw>
-    // Not `writableEnded`, which Node sets when a stream of HTTP/2 is reset.
-    let wasEnded = this.#isSent
-    const watchedEnd = (...args: unknown[]): typeof raw => {
-      end.apply(raw, args)
-      this.#ended(wasEnded)
-      wasEnded = true
-      return raw
-    }
-    const watchedDestroy = (error?: Error): typeof raw => {
-      // An injected response destroys itself once it has ended. Node 24 destroys a pipelined one whose connection has gone.
-      if (isInjected(raw) ? !raw.writableEnded : isClosed(raw) || !socket.destroyed) this.#broke(wasEnded)
-      return destroy.call(raw, error)
-    }
-    // What is piped to a response that is over waits for ever to be drained.
-    const watchPipe = (): void => { if (wasEnded || isClosed(raw)) this.#broke(wasEnded) }
-    raw.end = watchedEnd
-    raw.destroy = watchedDestroy
-    raw.on('pipe', watchPipe)
   }
 
   /** Called when the raw response was ended. @param isAgain whether it had been ended before, as by a refusal */

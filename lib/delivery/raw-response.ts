@@ -50,6 +50,35 @@ export function traceReset (raw: RawResponse, { socket }: FastifyRequest['raw'])
 }
 
 /**
+ * Watches what this process does with the response.
+ *
+ * @param wasEnded whether it has been ended already
+ * @param ended called when it was ended. `isAgain`: it had been ended before
+ * @param broke called when it is destroyed, or something is piped to it although it is over: it will not be ended
+ */
+export function watchResponse (raw: RawResponse, { socket }: FastifyRequest['raw'], wasEnded: boolean, ended: (isAgain: boolean) => void, broke: (isAgain: boolean) => void): void {
+  const { end, destroy } = raw as unknown as Record<'end' | 'destroy', (...args: unknown[]) => RawResponse>
+  // Not `writableEnded`, which Node sets when a stream of HTTP/2 is reset.
+  let isEnded = wasEnded
+  const watchedEnd = (...args: unknown[]): RawResponse => {
+    end.apply(raw, args)
+    ended(isEnded)
+    isEnded = true
+    return raw
+  }
+  const watchedDestroy = (error?: Error): RawResponse => {
+    // An injected response destroys itself once it has ended. Node 24 destroys a pipelined one whose connection has gone.
+    if (isInjected(raw) ? !raw.writableEnded : isClosed(raw) || !socket.destroyed) broke(isEnded)
+    return destroy.call(raw, error)
+  }
+  // What is piped to a response that is over waits for ever to be drained.
+  const watchPipe = (): void => { if (isEnded || isClosed(raw)) broke(isEnded) }
+  raw.end = watchedEnd
+  raw.destroy = watchedDestroy
+  raw.on('pipe', watchPipe)
+}
+
+/**
  * A response that is pipelined behind another has no socket yet. Before Node 24 it is not closed with the connection. This function does to it
  * what Node does to one with a socket, so that Node does not emit 'close' again.
  */
