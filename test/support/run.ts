@@ -21,6 +21,8 @@ const SLOWEST = ['runners/bullmq', 'inspector/page', 'postgres/postgres', 'runne
 const FILES = readdirSync('test', { recursive: true, encoding: 'utf8' }).filter(file => file.endsWith('.test.ts')).map(file => `test/${file}`).sort()
 const LONG = FILES.filter(file => file.startsWith('test/long/'))
 const SIZED = FILES.filter(file => !LONG.includes(file) && readFileSync(file, 'utf8').includes('support/size.ts'))
+/** The files that take longest at full size, started first, so that none of them runs alone in the end. */
+const LONGEST = ['test/simulation.test.ts', 'test/long/compatibility.test.ts']
 const SHARING = [...SLOWEST, ...FILES.filter(file => ![...LONG, ...ALONE, ...SLOWEST].includes(file))]
 
 /** `entry` imports the files of a process. */
@@ -33,7 +35,7 @@ if (isWhole) {
   mkdirSync('.tap/shared', { recursive: true })
   for (const { entry, files } of shared) writeFileSync(entry, files.map(file => `import '../../${file}'\n`).join(''))
   tap.push(...shared.map(({ entry }) => entry), ...ALONE)
-} else if (files.length === 0) tap.push(...SIZED, ...LONG)
+} else if (files.length === 0) tap.push(...new Set([...LONGEST, ...SIZED, ...LONG]))
 // Only npm test without skipped tests covers every line of lib.
 if (!isWhole || missing.length > 0) tap.push('--disable-coverage', '--allow-empty-coverage')
 // The tests that kill processes need a core for them.
