@@ -166,7 +166,7 @@ t.test('what a delivery was made of is gone with the next small collection, and 
           t.comment(`${Math.round(ours)} bytes a delivery, ${Math.round(plain)} of a plain route`)
           more.push(ours - plain)
         }
-        t.ok(Math.min(...more) < 2_000)
+        t.ok(Math.min(...more) < 4_000, 'each way that eslint.config.js forbids keeps 8,000 and more')
       })
     }
   }
