@@ -1,6 +1,6 @@
 import type { Readable } from 'node:stream'
 import type { FastifyInstance, FastifyReply, FastifyRequest, RouteHandlerMethod } from 'fastify'
-import { codeOf, isErrorThat } from '../coded.ts'
+import { isErrorThat } from '../coded.ts'
 import { HandlerFailed } from '../errors.ts'
 import { logError, write } from '../log.ts'
 import { acknowledge } from '../pipeline/acknowledge.ts'
@@ -92,7 +92,7 @@ export class OwnHandler {
     // While other handlers ran, a hook of the app or Fastify's `handlerTimeout` has answered, or is answering with an error.
     if (answer.state.at === 'open' && (this.#isSent || isRefused(request))) answer.move({ at: 'late', statusCode: 200 })
     this.#watchReply()
-    watchResponse(reply.raw, request.raw, this.#isSent, isAgain => this.#ended(isAgain), isAgain => this.#broke(isAgain))
+    watchResponse(reply.raw, request.raw, reply.sent && reply.raw.writableEnded, isAgain => this.#ended(isAgain), isAgain => this.#broke(isAgain))
     let result
     let pending
     try {
@@ -226,8 +226,8 @@ export class OwnHandler {
   }
 
   /**
-   * Called when this process destroys the response, as Fastify does when the source of a stream fails, or pipes to one that is over: it will not
-   * be ended.
+   * Called when this process destroys the response before it is over, as Fastify does when the source of a stream fails, or pipes to one that is
+   * over: it will not be ended.
    *
    * @param isAgain whether it had been ended before, as by a refusal
    */
@@ -283,9 +283,6 @@ export class OwnHandler {
     switch (state.at) {
       case 'open':
       case 'replying':
-      case 'cut off':
-        // Fastify has closed the handler's stream because the sender has gone, and answers that as an error, to nobody.
-        if (state.at === 'cut off' && codeOf(this.#error) === 'ERR_STREAM_PREMATURE_CLOSE') return
         this.statusCode = statusCode
         if (succeeded && !isWhole) return
         // The answer may be that of a hook of the app while the handler still runs. It is recorded once the handler has ended, because a retry

@@ -2,6 +2,7 @@ import { constants } from 'node:http2'
 import type { ServerHttp2Stream } from 'node:http2'
 import type { Socket } from 'node:net'
 import type { FastifyReply, FastifyRequest } from 'fastify'
+import { codeOf } from '../coded.ts'
 
 type RawResponse = FastifyReply['raw']
 
@@ -54,7 +55,7 @@ export function traceReset (raw: RawResponse, { socket }: FastifyRequest['raw'])
  *
  * @param wasEnded whether it has been ended already
  * @param ended called when it was ended. `isAgain`: it had been ended before
- * @param broke called when it is destroyed, or something is piped to it although it is over: it will not be ended
+ * @param broke called when it is destroyed before it is over, or something is piped to it when it is over: it will not be ended. `isAgain` as above
  */
 export function watchResponse (raw: RawResponse, { socket }: FastifyRequest['raw'], wasEnded: boolean, ended: (isAgain: boolean) => void, broke: (isAgain: boolean) => void): void {
   const { end, destroy } = raw as unknown as Record<'end' | 'destroy', (...args: unknown[]) => RawResponse>
@@ -67,10 +68,12 @@ export function watchResponse (raw: RawResponse, { socket }: FastifyRequest['raw
     return raw
   }
   const watchedDestroy = (error?: Error): RawResponse => {
-    // An injected response destroys itself once it has ended. Node 24 destroys a pipelined one whose connection has gone.
-    if (isInjected(raw) ? !raw.writableEnded : isClosed(raw) || !socket.destroyed) broke(isEnded)
+    // Not when it is over: hooks may clean up, and an injected response destroys itself.
+    if (!isClosed(raw) && !raw.writableEnded && !isNodesOwn(error)) broke(isEnded)
     return destroy.call(raw, error)
   }
+  /** Whether Node destroys a pipelined response whose connection has gone, as it does from Node 24 on. */
+  const isNodesOwn = (error: unknown): boolean => raw.socket === null && socket.destroyed && codeOf(error) === 'ECONNRESET'
   // What is piped to a response that is over waits for ever to be drained.
   const watchPipe = (): void => { if (isEnded || isClosed(raw)) broke(isEnded) }
   raw.end = watchedEnd

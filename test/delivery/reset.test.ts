@@ -52,9 +52,12 @@ interface FixtureOptions extends OpenAIWebhookOptions {
   /** Whether the handler begins only once the sender has gone. */
   hold?: boolean
   errorHandler?: Parameters<FastifyInstance['setErrorHandler']>[0] | undefined
+  prepare?: (app: FastifyInstance) => void
+  /** The route's event handler. */
+  on?: () => Promise<void>
 }
 
-async function fixture (t: Teardown, protocol: Protocol, handler: Handler, { hold = false, errorHandler, ...options }: FixtureOptions = {}): Promise<Fixture> {
+async function fixture (t: Teardown, protocol: Protocol, handler: Handler, { hold = false, errorHandler, prepare, on, ...options }: FixtureOptions = {}): Promise<Fixture> {
   const { store, next } = watchedStore()
   const app = Fastify({ logger: capturedLog().logger, forceCloseConnections: true, ...(protocol === 'HTTP/2' && { http2: true }) } as FastifyServerOptions) as FastifyInstance
   t.teardown(() => app.close())
@@ -81,11 +84,12 @@ async function fixture (t: Teardown, protocol: Protocol, handler: Handler, { hol
   app.get('/listeners', async ({ raw: { socket } }) => socket.listenerCount('close'))
   await app.register(openaiWebhook, { secret: SECRET, idempotency: { store }, ...options })
   if (errorHandler !== undefined) app.setErrorHandler(errorHandler)
+  prepare?.(app)
   app.openaiWebhook.onError(error => {
     codes.push((error as { code?: unknown }).code)
     refused.resolve()
   })
-  app.post('/own', { config: { openaiWebhook: {} } }, function (request, reply) {
+  app.post('/own', { config: { openaiWebhook: on === undefined ? {} : { on: { 'batch.failed': on } } } }, function (request, reply) {
     if (++runs > 1) return { again: true }
     started.resolve()
     return handler(reply, gone.promise, request)
@@ -165,10 +169,6 @@ const endings: Record<string, [Due, (reply: FastifyReply) => unknown]> = {
     setImmediate(() => reply.raw.writeHead(500).end('no'))
     return reply
   }],
-  'returns the reply, and destroys the raw answer later': ['runs again', reply => {
-    setImmediate(() => reply.raw.destroy())
-    return reply
-  }],
   'sends a failure': ['runs again', reply => reply.code(422).send('no')],
   throws: ['runs again', () => { throw new Error('disk full') }],
   'throws an error with a status of its own': ['runs again', () => { throw Object.assign(new Error('teapot'), { statusCode: 418 }) }],
@@ -178,6 +178,8 @@ const endings: Record<string, [Due, (reply: FastifyReply) => unknown]> = {
     stream.write('own')
     return reply.send(stream)
   }],
+  'sends a stream that fails when it is closed': ['is a duplicate', reply => (
+    reply.send(new Readable({ read () { this.push('own') }, destroy (_error, done) { done(new Error('aborted')) } })))],
   'returns a Response': ['is a duplicate', () => new Response('own')],
   'returns a Response that is a failure': ['runs again', () => new Response('no', { status: 500 })],
   'sends a stream, and throws': ['runs again', reply => {
@@ -342,7 +344,6 @@ for (const protocol of PROTOCOLS) {
 }
 
 const overs: Record<string, (reply: FastifyReply) => void> = {
-  'destroys the raw answer': ({ raw }) => { raw.destroy() },
   'pipes to the raw answer': ({ raw }) => { Readable.from(['a', 'b', 'c']).pipe(raw) },
   'writes the head, and pipes to the raw answer': ({ raw }) => {
     if (!raw.headersSent) raw.writeHead(200)
@@ -387,6 +388,88 @@ for (const protocol of PROTOCOLS) {
       })
     }
   }
+}
+
+/** As some hooks clean up. */
+const cleaners: Record<string, (app: FastifyInstance) => void> = {
+  'an onResponse hook': app => { app.addHook('onResponse', async (_request, { raw }) => { raw.destroy() }) },
+  'a listener of its close': app => {
+    app.addHook('onRequest', async (_request, { raw }) => { raw.on('close', () => raw.destroy()) })
+  }
+}
+
+/** How a handler may go on that is not told that its response is over. */
+const lasting: Record<string, (late: Promise<void>) => Handler> = {
+  'returns the reply, and sends later': late => reply => {
+    late.then(() => reply.send('own'), () => {})
+    return reply
+  },
+  'is async, and returns nothing': late => async () => await late,
+  'is async, and returns a value': late => async () => {
+    await late
+    return 'own'
+  }
+}
+
+for (const protocol of PROTOCOLS) {
+  for (const [whose, clean] of Object.entries(cleaners)) {
+    for (const [name, handler] of Object.entries(lasting)) {
+      for (const isRefused of [true, false]) {
+        t.test(`${protocol}: an answer that ${whose} destroys once ${isRefused ? 'the deadline\'s is out' : 'the sender has gone'} is not the end of a handler that ${name}: the retry is a duplicate`, async t => {
+          const late = deferred()
+          const own = await fixture(t, protocol, handler(late.promise), { prepare: clean, ...(isRefused && { deadline: 20 }) })
+          const delivery = sign(thin('batch.failed'))
+          const { answer, reset } = await own.send(delivery)
+          await own.started
+          if (isRefused) {
+            t.match(await answer, /^503 /)
+            await own.refused
+            own.codes.length = 0
+          } else {
+            reset()
+          }
+          await own.gone
+          await new Promise(resolve => setImmediate(resolve))
+          late.resolve()
+          await retried(t, own, delivery, 'is a duplicate')
+        })
+      }
+    }
+  }
+}
+
+t.test('a response that the handler destroys as its connection breaks: the retry runs again', async t => {
+  const own = await fixture(t, 'HTTP/1.1', (reply, _gone, request) => {
+    request.raw.socket.destroy()
+    reply.raw.destroy()
+    return reply
+  })
+  const delivery = sign(thin('batch.failed'))
+  await own.send(delivery)
+  await retried(t, own, delivery, 'runs again')
+})
+
+for (const fails of [false, true]) {
+  t.test(`a handler that starts while the deadline's refusal is streamed, which ${fails ? 'fails' : 'ends'} then: the retry is a duplicate`, async t => {
+    const refusal = new Readable({ read () {} })
+    const [late, over] = [deferred(), deferred()]
+    const own = await fixture(t, 'HTTP/1.1', reply => {
+      over.promise.then(() => reply.send('own'), () => {})
+      return reply
+    }, { deadline: 20, on: async () => { await late.promise }, errorHandler: (_error, _request, reply) => { reply.code(503).send(refusal) } })
+    const delivery = sign(thin('batch.failed'))
+    const { begun } = await own.send(delivery)
+    refusal.push('no')
+    await begun
+    late.resolve()
+    await own.started
+    if (fails) refusal.destroy(new Error('no upstream'))
+    else refusal.push(null)
+    await own.gone
+    own.codes.length = 0
+    over.resolve()
+    await retried(t, own, delivery, 'is a duplicate')
+  })
 }
 
 /** Behind a request whose answer does not come: the response has no connection yet. */
