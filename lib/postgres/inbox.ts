@@ -155,17 +155,18 @@ class Records {
 
   constructor ({ sql }: Table, retention: number) {
     this.#retention = retention
-    const columns = `${sql} (endpoint, tenant, webhook_id, handler)`
-    this.insert = `INSERT INTO ${columns} VALUES ($1, $2, $3, $4) ON CONFLICT DO NOTHING RETURNING pg_current_xact_id()::text AS id`
+    const columns = `${sql} (endpoint, tenant, webhook_id, handler, forget)`
+    const forget = `now() + ${retention} * interval '1 ms'`
+    this.insert = `INSERT INTO ${columns} VALUES ($1, $2, $3, $4, ${forget}) ON CONFLICT DO NOTHING RETURNING pg_current_xact_id()::text AS id`
     // Each parameter occurs once and in order, for libraries that only support `?`. If the statement runs outside the caller's transaction, it
     // writes nothing, because its record would be committed before the effect.
     this.#insertInside = `
       WITH here AS (SELECT pg_current_xact_id()::text = $1::text AS inside), record AS (
-        INSERT INTO ${columns} SELECT $2::text, $3::text, $4::text, $5::text FROM here WHERE inside ON CONFLICT DO NOTHING RETURNING 1
+        INSERT INTO ${columns} SELECT $2::text, $3::text, $4::text, $5::text, ${forget} FROM here WHERE inside ON CONFLICT DO NOTHING RETURNING 1
       ) SELECT inside, EXISTS (SELECT FROM record) AS first FROM here`
     this.#expired = `
       DELETE FROM ${sql} WHERE ctid IN (
-        SELECT ctid FROM ${sql} WHERE at < now() - ${retention} * interval '1 ms' LIMIT ${PRUNE_LIMIT} FOR UPDATE SKIP LOCKED
+        SELECT ctid FROM ${sql} WHERE forget < now() LIMIT ${PRUNE_LIMIT} FOR UPDATE SKIP LOCKED
       ) RETURNING 1`
   }
 

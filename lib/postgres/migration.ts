@@ -36,15 +36,16 @@ export function storeSchema ({ sql, name }: Table): string[] {
 )`, `CREATE INDEX IF NOT EXISTS "${name}_forget" ON ${sql} (forget)`]
 }
 
+/** `forget` is when the row may be deleted. */
 export function inboxSchema ({ sql, name }: Table): string[] {
   return [`CREATE TABLE IF NOT EXISTS ${sql} (
   endpoint text NOT NULL,
   tenant text NOT NULL,
   webhook_id text NOT NULL,
   handler text NOT NULL,
-  at timestamptz NOT NULL DEFAULT now(),
+  forget timestamptz NOT NULL,
   PRIMARY KEY (webhook_id, handler, endpoint, tenant)
-)`, `CREATE INDEX IF NOT EXISTS "${name}_at" ON ${sql} (at)`]
+)`, `CREATE INDEX IF NOT EXISTS "${name}_forget" ON ${sql} (forget)`]
 }
 
 export function scriptOf (statements: readonly string[]): string {

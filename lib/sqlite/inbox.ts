@@ -12,22 +12,23 @@ import { assertCount, assertNames } from '../checks.ts'
 import { Database } from './database.ts'
 import type { SqliteDatabase } from './database.ts'
 
-// `at` is ms since the epoch.
+// `forget` is when the row may be deleted, in ms since the epoch.
 const SCHEMA = `
   CREATE TABLE IF NOT EXISTS openai_webhook_inbox (
     endpoint TEXT NOT NULL,
     tenant TEXT NOT NULL,
     webhook_id TEXT NOT NULL,
     handler TEXT NOT NULL,
-    at INTEGER NOT NULL,
+    forget INTEGER NOT NULL,
     PRIMARY KEY (webhook_id, handler, endpoint, tenant)
   );
-  CREATE INDEX IF NOT EXISTS openai_webhook_inbox_at ON openai_webhook_inbox (at);
+  CREATE INDEX IF NOT EXISTS openai_webhook_inbox_forget ON openai_webhook_inbox (forget);
 `
 
-// Uses SQLite's clock, in whole seconds, because the statement has no parameter for the time.
-const INSERT = `
-  INSERT INTO openai_webhook_inbox (endpoint, tenant, webhook_id, handler, at) VALUES (?, ?, ?, ?, CAST(strftime('%s', 'now') AS INTEGER) * 1000)
+/** Uses SQLite's clock, in whole seconds, because the statement has no parameter for the time. @param retention ms */
+const insertOf = (retention: number): string => `
+  INSERT INTO openai_webhook_inbox (endpoint, tenant, webhook_id, handler, forget)
+  VALUES (?, ?, ?, ?, CAST(strftime('%s', 'now') AS INTEGER) * 1000 + ${retention})
   ON CONFLICT DO NOTHING RETURNING 1`
 
 export interface SqliteInboxOptions {
@@ -59,10 +60,11 @@ export function sqliteInbox<Db extends SqliteDatabase> (db: Db, options: SqliteI
   assertCount('sqliteInbox', 'retention', retention, 1)
   const database = new Database(db, SCHEMA)
   noteRetention(retention)
-  const insert = database.prepare(INSERT)
+  const text = insertOf(retention)
+  const insert = database.prepare(text)
   const expired = database.prepare(`
-    DELETE FROM openai_webhook_inbox WHERE rowid IN (SELECT rowid FROM openai_webhook_inbox WHERE at < ? LIMIT ${PRUNE_LIMIT})`)
-  const pruning = new Pruning(async () => await database.write(() => Number(expired.run(Date.now() - retention).changes)))
+    DELETE FROM openai_webhook_inbox WHERE rowid IN (SELECT rowid FROM openai_webhook_inbox WHERE forget < ? LIMIT ${PRUNE_LIMIT})`)
+  const pruning = new Pruning(async () => await database.write(() => Number(expired.run(Date.now()).changes)))
 
   return {
     once<Event> (name: string, work: InboxWork<Db, Event>) {
@@ -90,7 +92,7 @@ export function sqliteInbox<Db extends SqliteDatabase> (db: Db, options: SqliteI
       assertFirst(query, name)
       database.assertFile()
       if (!database.isInTransaction()) throw new NoTransaction(name)
-      const answer = query(INSERT, recordOf(name, context, retention))
+      const answer = query(text, recordOf(name, context, retention))
       const rows = Array.isArray(answer) ? answer : answer?.rows
       if (!Array.isArray(rows)) throw new InvalidOptions('first(): expected query(text, values) to return rows, or an object that has them as `rows`, at once')
       prune(pruning, context)

@@ -164,6 +164,22 @@ for (const name of HANDLES) {
       t.throws(() => inbox.first(() => [], 'settle', context()), /open/)
     })
 
+    await t.test('a record is kept as long as its inbox keeps it, whatever another one of the file keeps', async t => {
+      const db = open(t)
+      const [long, short] = [sqliteInbox(db), sqliteInbox(db, { retention: 1 })]
+      const given = context()
+      const handler = long.once('settle', tx => { tx.exec("INSERT INTO effects VALUES ('row')") })
+      run(handler, given)
+      const other = short.once('bill', () => {})
+      for (let i = 0; i < 100; i++) {
+        run(other)
+        await new Promise(resolve => setImmediate(resolve))
+      }
+      while (count(db, 'openai_webhook_inbox') > 100) await new Promise(resolve => setImmediate(resolve))
+      run(handler, given)
+      t.equal(count(db, 'effects'), 1)
+    })
+
     await t.test('old records are deleted, whatever the rate; that they cannot be is logged and fails nothing', async t => {
       const db = open(t)
       const inbox = sqliteInbox(db, { retention: 60_000 })

@@ -753,6 +753,22 @@ t.test('postgresInbox', { skip: postgresMissing }, async t => {
     await t.rejects(inbox.first(async () => [[true, true]], 'settle', contextOf()), { code: 'FST_OPENAI_WEBHOOK_NO_TRANSACTION' })
   })
 
+  await t.test('a record is kept as long as its inbox keeps it, whatever another one of the table keeps', async t => {
+    const pool = await fresh(t)
+    let runs = 0
+    const kept = postgresInbox(pool).once('settle', () => { runs++ })
+    const short = postgresInbox(pool, { retention: 1 })
+    const other = short.once('bill', () => {})
+    const context = contextOf()
+    await run(kept, context)
+    const rows = async (): Promise<number> => (await pool.query('SELECT 1 FROM openai_webhook_inbox')).rows.length
+    for (let i = 0; i < 100; i++) await run(other)
+    await until('some of the other to be gone', async () => await rows() <= 100)
+    await run(kept, context)
+    t.equal(runs, 1)
+    await short.close()
+  })
+
   await t.test('old records are deleted, whatever the rate; that they cannot be is logged and fails nothing', async t => {
     const pool = await fresh(t)
     const inbox = postgresInbox(pool, { retention: 60_000 })
