@@ -64,8 +64,8 @@ export class Database {
   readonly #db: SqliteDatabase
   readonly #file: string
   readonly #inode: number | undefined
-  /** Unknown while no log is open: before the first transaction, or outside WAL. */
-  #walInode: number | undefined
+  /** Of the log and its index. Unknown while none is open: before the first transaction, or outside WAL. */
+  readonly #logInodes: Record<'-wal' | '-shm', number | undefined> = { '-wal': undefined, '-shm': undefined }
 
   /**
    * @param schema statements that create the tables. With `undefined` the file is used as it is, and can be read while another process has it
@@ -98,7 +98,7 @@ export class Database {
     this.#file = main.file as string
     // A database in memory has no file: drivers answer '' or null.
     this.#inode = main.file ? statSync(main.file).ino : undefined
-    this.assertFile() // learns the log's inode, because the log may be deleted before the first write
+    this.assertFile() // learns the log's inodes, because it may be deleted before the first write
   }
 
   #addColumn ({ table, column }: { table: string, column: string }): void {
@@ -221,8 +221,9 @@ export class Database {
   }
 
   /**
-   * Fails if the file was deleted, replaced or emptied, or its write-ahead log deleted, because SQLite continues to write to the old file, whose
-   * commits are lost when the process ends.
+   * Fails if the file was deleted, replaced or emptied, because SQLite continues to write to the old file, whose commits are lost when the process
+   * ends. Fails too if its write-ahead log or the index of that was deleted: with another index than this one, other processes overwrite what
+   * this one writes to the log.
    *
    * @throws when the files are not those that were opened
    */
@@ -230,9 +231,12 @@ export class Database {
     if (this.#inode === undefined) return
     const { ino, size } = statSync(this.#file)
     if (ino !== this.#inode || size === 0) throw new Error(`the SQLite file ${this.#file} was ${size === 0 ? 'emptied' : 'replaced'} while it was open`)
-    // SQLite keeps it while a handle is open.
-    const walInode = statSync(`${this.#file}-wal`, { throwIfNoEntry: false })?.ino
-    if (walInode !== this.#walInode && this.#walInode !== undefined && this.#isInWal()) throw new Error(`the SQLite file ${this.#file}-wal was deleted or replaced while it was open`)
-    this.#walInode = walInode
+    // SQLite keeps both while a handle is open.
+    for (const suffix of ['-wal', '-shm'] as const) {
+      const inode = statSync(this.#file + suffix, { throwIfNoEntry: false })?.ino
+      const known = this.#logInodes[suffix]
+      if (inode !== known && known !== undefined && this.#isInWal()) throw new Error(`the SQLite file ${this.#file}${suffix} was deleted or replaced while it was open`)
+      this.#logInodes[suffix] = inode
+    }
   }
 }

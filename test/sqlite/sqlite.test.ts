@@ -503,7 +503,8 @@ t.test('a file that is taken away while it is open', async t => {
       renameSync(`${file}.copy`, file)
     }],
     ['emptied', file => truncateSync(file)],
-    ['without its log', file => { for (const suffix of ['-wal', '-shm']) rmSync(file + suffix) }]
+    ['without its log', file => { for (const suffix of ['-wal', '-shm']) rmSync(file + suffix) }],
+    ['without the index of its log', file => rmSync(`${file}-shm`)]
   ]
   for (const [name, away, before] of ways.flatMap(([name, away]) => [[name, away, ['wh_before']], [`${name}, before the first delivery`, away, []]] as const)) {
     await t.test(`${name}: 503, not an acknowledgement that would be lost`, async t => {
@@ -517,7 +518,7 @@ t.test('a file that is taken away while it is open', async t => {
         t.equal(await answer(state.app, batchFailed('wh_after')), UNAVAILABLE)
         await turn()
         t.same(state.ran, before)
-        t.match(state.told.at(-1), { message: name.startsWith('deleted') ? 'ENOENT' : name.startsWith('without') ? '-wal was deleted' : `was ${/^\w+/.exec(name)![0]} while it was open` })
+        t.match(state.told.at(-1), { message: name.startsWith('deleted') ? 'ENOENT' : name.startsWith('without the index') ? '-shm was deleted' : name.startsWith('without') ? '-wal was deleted' : `was ${/^\w+/.exec(name)![0]} while it was open` })
       }
     })
   }
