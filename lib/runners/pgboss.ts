@@ -265,9 +265,10 @@ export function pgboss (options: PgBossOptions): Runner {
         await complete(job)
         return
       }
-      // pg-boss can record a death only with its batch. So the job is started once more, and its death is recorded with that batch.
+      // pg-boss can record a death only with its batch. So the job is started once more, and its death is recorded with that batch. `startAfter` is
+      // not this process's now, which is the future if PostgreSQL's clock is behind.
       await boss.fail(queueName, job, output)
-      if (status === 'deadletter') await boss.update(queueName, undefined, { id: job.id, startAfter: new Date() })
+      if (status === 'deadletter') await boss.update(queueName, undefined, { id: job.id, startAfter: new Date(0) })
       workers.wake()
     } catch {}
   }
