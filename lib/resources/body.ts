@@ -42,9 +42,14 @@ export async function * bytesOf (options: BytesOptions): AsyncGenerator<Uint8Arr
   // A range counts the bytes of the encoded body, so the file is requested unencoded. fetch() requests this encoding by itself when there
   // is a Range header.
   const answer = withBody(await open({ 'Accept-Encoding': 'identity' }, signal), 0)
-  const { headers } = answer
+  const { headers, status } = answer
+  if (status === 206) {
+    end(readerOf(answer))
+    throw new BatchBroken(file, 0, { cause: new Error('asked for the file, the server answered with a part of it (status 206)') })
+  }
   const resumable = isIdentity(headers) && headers.get('accept-ranges') !== 'none'
   const etag = headers.get('etag')
+  const modified = headers.get('last-modified')
   /** The length of the file, once a server has said it. */
   let total = isIdentity(headers) ? lengthOf(headers.get('content-length')) : undefined
   let received = 0
@@ -58,6 +63,9 @@ export async function * bytesOf (options: BytesOptions): AsyncGenerator<Uint8Arr
       if ('value' in read) {
         received += read.value.length
         fruitless = 0
+        if (total !== undefined && received > total) {
+          throw new BatchBroken(file, received, { cause: new Error(`the server sent more than the ${total} bytes of the file`) })
+        }
         yield read.value
       // The end of a part need not be the end of the file, since a server may answer with less than was asked for.
       } else if (total === undefined ? !isResumed && !('cause' in read) : received >= total) {
@@ -108,7 +116,9 @@ export async function * bytesOf (options: BytesOptions): AsyncGenerator<Uint8Arr
     if (!isIdentity(headers)) return `with the content-encoding ${headers.get('content-encoding')!}`
     const now = headers.get('etag')
     // A server may ignore If-Range, and a weak ETag cannot be sent in it.
-    return etag !== null && now !== null && opaque(now) !== opaque(etag) ? 'with another etag: the file has changed' : undefined
+    if (etag !== null && now !== null) return opaque(now) === opaque(etag) ? undefined : 'with another etag: the file has changed'
+    const modifiedNow = headers.get('last-modified')
+    return modified !== null && modifiedNow !== null && modifiedNow !== modified ? 'with another last-modified: the file has changed' : undefined
   }
 
   function withBody (given: FileAnswer | null, from: number): FileAnswer {

@@ -335,6 +335,11 @@ t.test('where the server does not resume it, it is broken', async t => {
       then: reply => partly(reply, MANY.subarray(1_000), { 'content-range': `bytes 1000-${MANY.length - 1}/${MANY.length}`, etag: 'W/"2"' }, 206),
       cause: { message: 'asked for the rest, the server answered with another etag: the file has changed' }
     },
+    'of another time of change, where there is no version': {
+      first: { 'last-modified': 'Mon, 01 Jan 2024 00:00:00 GMT' },
+      then: reply => partly(reply, MANY.subarray(1_000), { 'content-range': `bytes 1000-${MANY.length - 1}/${MANY.length}`, 'last-modified': 'Tue, 02 Jan 2024 00:00:00 GMT' }, 206),
+      cause: { message: 'asked for the rest, the server answered with another last-modified: the file has changed' }
+    },
     'a part in another encoding': {
       then: reply => partly(reply, MANY.subarray(1_000), { 'content-range': `bytes 1000-${MANY.length - 1}/${MANY.length}`, 'content-encoding': 'x-own' }, 206),
       cause: { message: 'asked for the rest, the server answered with the content-encoding x-own' }
@@ -357,6 +362,18 @@ t.test('where the server does not resume it, it is broken', async t => {
     t.match(error, { code: 'FST_OPENAI_WEBHOOK_BATCH_BROKEN', message: 'output file broke off after 1000 bytes', cause }, name)
     t.equal(server.requests.length - 1, asked, name)
   }
+})
+
+t.test('a part in place of the file, or more than the file, is broken', async t => {
+  const { serve, fails } = await setUp(t)
+  serve(reply => partly(reply, MANY.subarray(0, 1_000), { 'content-range': `bytes 0-999/${MANY.length}` }, 206))
+  t.match(await fails(), { read: [], error: { code: 'FST_OPENAI_WEBHOOK_BATCH_BROKEN', cause: { message: 'asked for the file, the server answered with a part of it (status 206)' } } })
+  serve(reply => {
+    reply.hijack()
+    if (reply.request.headers.range === undefined) reply.raw.writeHead(200, { 'content-length': MANY.length }).write(MANY.subarray(0, 1_000), () => reply.raw.destroy())
+    else reply.raw.writeHead(206, { 'content-range': `bytes 1000-${MANY.length - 1}/${MANY.length}` }).end(Buffer.concat([MANY.subarray(1_000), Buffer.from(line('more', ok({})))]))
+  })
+  t.match((await fails()).error, { code: 'FST_OPENAI_WEBHOOK_BATCH_BROKEN', cause: { message: `the server sent more than the ${MANY.length} bytes of the file` } })
 })
 
 t.test('the signal ends a resumption too', async t => {
