@@ -22,7 +22,7 @@ type Teardown = { teardown: (fn: () => unknown) => void }
 const ENDPOINT = '/webhooks/openai'
 /** ms; does not run out while a test lasts. */
 const LONG = 600_000
-const IDS = sized(200, 10_000)
+const IDS = sized(100, 10_000)
 /** Deliveries under way at once. */
 const LANES = 24
 

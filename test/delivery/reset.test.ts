@@ -438,16 +438,19 @@ for (const protocol of PROTOCOLS) {
   }
 }
 
-t.test('a response that the handler destroys as its connection breaks: the retry runs again', async t => {
-  const own = await fixture(t, 'HTTP/1.1', (reply, _gone, request) => {
-    request.raw.socket.destroy()
-    reply.raw.destroy()
-    return reply
+for (const isPipelined of [false, true]) {
+  t.test(`a response${isPipelined ? ', pipelined,' : ''} that the handler destroys as its connection breaks: the retry runs again`, async t => {
+    const plain = await fixture(t, 'HTTP/1.1', (reply, _gone, request) => {
+      request.raw.socket.destroy()
+      reply.raw.destroy()
+      return reply
+    })
+    const own = isPipelined ? pipelined(plain) : plain
+    const delivery = sign(thin('batch.failed'))
+    await own.send(delivery)
+    await retried(t, own, delivery, 'runs again')
   })
-  const delivery = sign(thin('batch.failed'))
-  await own.send(delivery)
-  await retried(t, own, delivery, 'runs again')
-})
+}
 
 for (const fails of [false, true]) {
   t.test(`a handler that starts while the deadline's refusal is streamed, which ${fails ? 'fails' : 'ends'} then: the retry is a duplicate`, async t => {
