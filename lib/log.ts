@@ -46,9 +46,11 @@ function clipped (error: unknown, causes = MAX_CAUSES): unknown {
  * An error of ioredis has the command that failed, with its arguments: a password, or an event. So have the errors in its `previousErrors` and
  * `lastNodeError`. A logger shows what is enumerable.
  */
-function hideCommands (error: Error, depth = MAX_CAUSES): void {
+function hideCommands (error: Error, seen = new Set<Error>()): void {
+  if (seen.has(error)) return
+  seen.add(error)
   if (typeof (error as { command?: unknown }).command === 'object') Reflect.defineProperty(error, 'command', { enumerable: false })
-  if (depth > 0) for (const each of Object.values(error).flat()) if (each instanceof Error) hideCommands(each, depth - 1)
+  for (const each of Object.values(error).flat()) if (each instanceof Error) hideCommands(each, seen)
 }
 
 /** Maximum number of characters in the id and in the type of an event, which a schema need not limit. */

@@ -111,7 +111,7 @@ t.test('what a command of ioredis was given is on no line, though its error has 
   const app = await build(t, { idempotency: { store } }, { logger: log.logger })
   app.openaiWebhook.on('batch.failed', () => {
     const inOthers = Object.assign(new Error('EXECABORT'), { previousErrors: [failure()], lastNodeError: failure() })
-    throw new AggregateError([failure(), inOthers], 'no effect', { cause: failure() })
+    throw new AggregateError([failure(), Object.assign(inOthers, { self: inOthers })], 'no effect', { cause: failure() })
   })
   t.equal(await outcome(app, valid()), '503 UNAVAILABLE')
   store.begin = memoryStore().begin

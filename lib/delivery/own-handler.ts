@@ -60,6 +60,8 @@ export class OwnHandler {
   statusCode: number | undefined
   /** Whether the handler has hijacked the reply. */
   #isHijacked = false
+  /** Whether the handler has answered with a stream. */
+  #isStreaming = false
   /** Whether no reply is to be expected any more. */
   #expectsNoReply = false
   /** Fulfil the promises that wait for `reply` although the response is over, such as that of an async handler that has returned `reply`. */
@@ -226,8 +228,8 @@ export class OwnHandler {
   }
 
   /**
-   * Called when this process destroys the response before it is over, as Fastify does when the source of a stream fails, or pipes to one that is
-   * over: it will not be ended.
+   * Called when this process destroys the response before it is over, as Fastify does when the source of a stream fails, or when what it pipes to
+   * the response does not end it because it is over.
    *
    * @param isAgain whether it had been ended before, as by a refusal
    */
@@ -281,6 +283,10 @@ export class OwnHandler {
     const { state } = this.answer
     const succeeded = isSuccess(statusCode)
     switch (state.at) {
+      case 'cut off':
+        // Fastify closes a stream whose reader has gone, and answers that as an error, to nobody.
+        if (!succeeded && !this.#isStreaming) this.answer.move({ at: 'cut off', succeeds: false })
+        return
       case 'open':
       case 'replying':
         this.statusCode = statusCode
@@ -317,6 +323,7 @@ export class OwnHandler {
     const { at } = answer.state
     if (this.#isLate) return this.#settleUnheard(payload)
     const isGood = isSuccessful(payload, reply.statusCode)
+    this.#isStreaming = isStream(payload)
     if (at === 'open') answer.move({ at: 'replying', succeeds: () => isGood && isSuccess(reply.raw.statusCode), isOverdue: false })
     try {
       reply.send(payload)
@@ -474,6 +481,12 @@ const isText = (payload: unknown): boolean => typeof payload === 'string' || Buf
 function isSuccessful (payload: unknown, statusCode: number): boolean {
   if (payload instanceof Error) return false
   return isSuccess(isResponse(payload) ? payload.status : statusCode)
+}
+
+/** Whether a payload is a stream of Node or the web, or a Response. */
+function isStream (payload: unknown): boolean {
+  const { pipe, getReader } = (payload ?? {}) as Partial<Readable & ReadableStream>
+  return isResponse(payload) || typeof pipe === 'function' || typeof getReader === 'function'
 }
 
 /** Closes a stream that nobody reads. Only what is a stream: `destroy` of a database library deletes a row. */

@@ -55,7 +55,7 @@ export function traceReset (raw: RawResponse, { socket }: FastifyRequest['raw'])
  *
  * @param wasEnded whether it has been ended already
  * @param ended called when it was ended. `isAgain`: it had been ended before
- * @param broke called when it is destroyed before it is over, or something is piped to it when it is over: it will not be ended. `isAgain` as above
+ * @param broke called when it is destroyed before it is over, or what is piped to it does not end it because it is over. `isAgain` as above
  */
 export function watchResponse (raw: RawResponse, { socket }: FastifyRequest['raw'], wasEnded: boolean, ended: (isAgain: boolean) => void, broke: (isAgain: boolean) => void): void {
   const { end, destroy } = raw as unknown as Record<'end' | 'destroy', (...args: unknown[]) => RawResponse>
@@ -68,17 +68,19 @@ export function watchResponse (raw: RawResponse, { socket }: FastifyRequest['raw
     return raw
   }
   const watchedDestroy = (error?: Error): RawResponse => {
-    // Not when it is over: hooks may clean up, and an injected response destroys itself.
-    if (!isClosed(raw) && !raw.writableEnded && !isNodesOwn(error)) broke(isEnded)
+    // Not when it is over or its connection has failed: hooks may clean up, and an injected response destroys itself.
+    if (!isClosed(raw) && !raw.writableEnded && !socket.errored && !isNodesOwn(error)) broke(isEnded)
     return destroy.call(raw, error)
   }
   /** Whether Node destroys a pipelined response whose connection has gone, as it does from Node 24 on. */
   const isNodesOwn = (error: unknown): boolean => raw.socket === null && socket.destroyed && codeOf(error) === 'ECONNRESET'
-  // What is piped to a response that is over waits for ever to be drained.
+  // What is piped to a response that is over waits for ever to be drained. Node unpipes what was being piped when the response closed.
   const watchPipe = (): void => { if (isEnded || isClosed(raw)) broke(isEnded) }
+  const watchUnpipe = (): void => { if (!isEnded && isClosed(raw)) broke(false) }
   raw.end = watchedEnd
   raw.destroy = watchedDestroy
   raw.on('pipe', watchPipe)
+  raw.on('unpipe', watchUnpipe)
 }
 
 /**

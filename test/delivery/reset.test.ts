@@ -395,6 +395,9 @@ const cleaners: Record<string, (app: FastifyInstance) => void> = {
   'an onResponse hook': app => { app.addHook('onResponse', async (_request, { raw }) => { raw.destroy() }) },
   'a listener of its close': app => {
     app.addHook('onRequest', async (_request, { raw }) => { raw.on('close', () => raw.destroy()) })
+  },
+  'a listener of its socket\'s errors': app => {
+    app.addHook('onRequest', async ({ raw: { socket } }, { raw }) => { socket.on('error', () => raw.destroy()) })
   }
 }
 
@@ -435,6 +438,50 @@ for (const protocol of PROTOCOLS) {
         })
       }
     }
+  }
+}
+
+for (const protocol of PROTOCOLS) {
+  t.test(`${protocol}: a sender that goes while an onSend hook works, which then fails: the retry runs again`, async t => {
+    const [sending, late] = [deferred(), deferred()]
+    const own = await fixture(t, protocol, async reply => {
+      reply.send({ own: true })
+      await late.promise
+    }, {
+      prepare (app) {
+        app.addHook('onSend', async () => {
+          if (own.runs() > 1 || own.closes[0] !== 0) return
+          sending.resolve()
+          await own.gone
+          throw new Error('the commit failed')
+        })
+      }
+    })
+    const delivery = sign(thin('batch.failed'))
+    const { reset } = await own.send(delivery)
+    await sending.promise
+    reset()
+    await own.gone
+    await new Promise(resolve => setImmediate(resolve))
+    late.resolve()
+    await retried(t, own, delivery, 'runs again')
+  })
+
+  for (const hasBegun of [false, true]) {
+    t.test(`${protocol}: a sender that goes while the handler pipes to the raw answer, which has ${hasBegun ? '' : 'not '}begun: the retry runs again`, async t => {
+      const own = await fixture(t, protocol, reply => {
+        const stream = new PassThrough()
+        if (hasBegun) stream.write('own')
+        stream.pipe(reply.raw)
+        return reply
+      })
+      const delivery = sign(thin('batch.failed'))
+      const { reset, begun } = await own.send(delivery)
+      await own.started
+      if (hasBegun) await begun
+      reset()
+      await retried(t, own, delivery, 'runs again')
+    })
   }
 }
 
