@@ -69,11 +69,9 @@ export function watchResponse (raw: RawResponse, { socket }: FastifyRequest['raw
   }
   const watchedDestroy = (error?: Error): RawResponse => {
     // Not when it is over or its connection has failed: hooks may clean up, and an injected response destroys itself.
-    if (!isClosed(raw) && !raw.writableEnded && !socket.errored && !isNodesOwn(error)) broke(isEnded)
+    if (!isClosed(raw) && !raw.writableEnded && !socket.errored && !isOfNode(raw, socket, error)) broke(isEnded)
     return destroy.call(raw, error)
   }
-  /** Whether Node destroys a pipelined response whose connection has gone, as it does from Node 24 on. */
-  const isNodesOwn = (error: unknown): boolean => raw.socket === null && socket.destroyed && codeOf(error) === 'ECONNRESET'
   // What is piped to a response that is over waits for ever to be drained. Node unpipes what was being piped when the response closed.
   const watchPipe = (): void => { if (isEnded || isClosed(raw)) broke(isEnded) }
   const watchUnpipe = (): void => { if (!isEnded && isClosed(raw)) broke(false) }
@@ -81,6 +79,11 @@ export function watchResponse (raw: RawResponse, { socket }: FastifyRequest['raw
   raw.destroy = watchedDestroy
   raw.on('pipe', watchPipe)
   raw.on('unpipe', watchUnpipe)
+}
+
+/** Whether it is Node that destroys a pipelined response, because its connection has gone, as it does from Node 24 on. */
+function isOfNode (raw: RawResponse, socket: Socket, error: unknown): boolean {
+  return raw.socket === null && socket.destroyed && codeOf(error) === 'ECONNRESET'
 }
 
 /**

@@ -60,8 +60,8 @@ export function sqliteInbox<Db extends SqliteDatabase> (db: Db, options: SqliteI
   assertCount('sqliteInbox', 'retention', retention, 1)
   const database = new Database(db, SCHEMA)
   noteRetention(retention)
-  const text = insertOf(retention)
-  const insert = database.prepare(text)
+  const insertText = insertOf(retention)
+  const insert = database.prepare(insertText)
   const expired = database.prepare(`
     DELETE FROM openai_webhook_inbox WHERE rowid IN (SELECT rowid FROM openai_webhook_inbox WHERE forget < ? LIMIT ${PRUNE_LIMIT})`)
   const pruning = new Pruning(async () => await database.write(() => Number(expired.run(Date.now()).changes)))
@@ -92,7 +92,7 @@ export function sqliteInbox<Db extends SqliteDatabase> (db: Db, options: SqliteI
       assertFirst(query, name)
       database.assertFile()
       if (!database.isInTransaction()) throw new NoTransaction(name)
-      const answer = query(text, recordOf(name, context, retention))
+      const answer = query(insertText, recordOf(name, context, retention))
       const rows = Array.isArray(answer) ? answer : answer?.rows
       if (!Array.isArray(rows)) throw new InvalidOptions('first(): expected query(text, values) to return rows, or an object that has them as `rows`, at once')
       prune(pruning, context)

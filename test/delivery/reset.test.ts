@@ -343,7 +343,8 @@ for (const protocol of PROTOCOLS) {
   }
 }
 
-const overs: Record<string, (reply: FastifyReply) => void> = {
+/** What a handler may do with a response that is over. */
+const pipings: Record<string, (reply: FastifyReply) => void> = {
   'pipes to the raw answer': ({ raw }) => { Readable.from(['a', 'b', 'c']).pipe(raw) },
   'writes the head, and pipes to the raw answer': ({ raw }) => {
     if (!raw.headersSent) raw.writeHead(200)
@@ -352,12 +353,12 @@ const overs: Record<string, (reply: FastifyReply) => void> = {
 }
 
 for (const protocol of PROTOCOLS) {
-  for (const [name, act] of Object.entries(overs)) {
+  for (const [name, act] of Object.entries(pipings)) {
     for (const isSync of [true, false]) {
       const kind = isSync ? 'a handler' : 'an async handler'
-      const handler = (act: (reply: FastifyReply) => void, then: Promise<void>): (reply: FastifyReply) => unknown => {
+      const handler = (late: Promise<void>): Handler => {
         const start = (reply: FastifyReply): FastifyReply => {
-          then.then(() => act(reply), () => {})
+          late.then(() => act(reply), () => {})
           return reply
         }
         return isSync ? start : async reply => await start(reply)
@@ -365,7 +366,7 @@ for (const protocol of PROTOCOLS) {
 
       t.test(`${protocol}: ${kind} that returns the reply, and ${name} once the deadline's answer is out: the retry runs again`, async t => {
         const late = deferred()
-        const own = await fixture(t, protocol, handler(act, late.promise), { deadline: 20 })
+        const own = await fixture(t, protocol, handler(late.promise), { deadline: 20 })
         const delivery = sign(thin('batch.failed'))
         const { answer } = await own.send(delivery)
         t.match(await answer, /^503 /)
@@ -377,7 +378,7 @@ for (const protocol of PROTOCOLS) {
 
       t.test(`${protocol}: ${kind} that returns the reply, and ${name} once the sender has gone: the retry runs again`, async t => {
         const late = deferred()
-        const own = await fixture(t, protocol, handler(act, late.promise))
+        const own = await fixture(t, protocol, handler(late.promise))
         const delivery = sign(thin('batch.failed'))
         const { reset } = await own.send(delivery)
         await own.started

@@ -495,18 +495,18 @@ t.test('a disk that is full', { skip: unmountable() }, async t => {
 })
 
 t.test('a file that is taken away while it is open', async t => {
-  const ways: Array<[name: string, away: (file: string) => void]> = [
-    ['deleted', file => rmSync(file)],
-    ['deleted with its log', file => { for (const suffix of ['', '-wal', '-shm']) rmSync(file + suffix) }],
-    ['replaced by a copy', file => {
+  const ways: Array<[name: string, message: string, away: (file: string) => void]> = [
+    ['deleted', 'ENOENT', file => rmSync(file)],
+    ['deleted with its log', 'ENOENT', file => { for (const suffix of ['', '-wal', '-shm']) rmSync(file + suffix) }],
+    ['replaced by a copy', 'was replaced while it was open', file => {
       copyFileSync(file, `${file}.copy`)
       renameSync(`${file}.copy`, file)
     }],
-    ['emptied', file => truncateSync(file)],
-    ['without its log', file => { for (const suffix of ['-wal', '-shm']) rmSync(file + suffix) }],
-    ['without the index of its log', file => rmSync(`${file}-shm`)]
+    ['emptied', 'was emptied while it was open', file => truncateSync(file)],
+    ['without its log', '-wal was deleted', file => { for (const suffix of ['-wal', '-shm']) rmSync(file + suffix) }],
+    ['without the index of its log', '-shm was deleted', file => rmSync(`${file}-shm`)]
   ]
-  for (const [name, away, before] of ways.flatMap(([name, away]) => [[name, away, ['wh_before']], [`${name}, before the first delivery`, away, []]] as const)) {
+  for (const [name, message, away, before] of ways.flatMap(([name, ...way]) => [[name, ...way, ['wh_before']], [`${name}, before the first delivery`, ...way, []]] as const)) {
     await t.test(`${name}: 503, not an acknowledgement that would be lost`, async t => {
       const [storeFile, queueFile] = [join(t.testdir(), 'store.db'), join(t.testdirName, 'queue.db')]
       const store = await withStore(t, open(t, storeFile))
@@ -518,7 +518,7 @@ t.test('a file that is taken away while it is open', async t => {
         t.equal(await answer(state.app, batchFailed('wh_after')), UNAVAILABLE)
         await turn()
         t.same(state.ran, before)
-        t.match(state.told.at(-1), { message: name.startsWith('deleted') ? 'ENOENT' : name.startsWith('without the index') ? '-shm was deleted' : name.startsWith('without') ? '-wal was deleted' : `was ${/^\w+/.exec(name)![0]} while it was open` })
+        t.match(state.told.at(-1), { message })
       }
     })
   }
