@@ -69,15 +69,10 @@ export function isRefused (request: FastifyRequest): boolean {
 }
 
 /** Has Fastify call the next error handler. */
-function passOn (error: unknown, reply: FastifyReply): PromiseLike<never> | undefined {
+function passOn (error: unknown, reply: FastifyReply): Promise<never> | undefined {
   // Fastify would send a value that is not an Error as the body of a 200. It treats every rejection as an error.
-  if (!(error instanceof Error)) return rejected(error)
+  if (!(error instanceof Error)) return Promise.reject(error)
   reply.send(error)
-}
-
-/** A thenable that rejects synchronously, because a promise would reject a turn later. */
-function rejected (reason: unknown): PromiseLike<never> {
-  return { then (_resolve, reject) { return reject!(reason) as never } }
 }
 
 /**

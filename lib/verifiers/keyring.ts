@@ -43,8 +43,7 @@ export class SecretSource {
   answer: { readonly secrets: string | readonly string[] } | undefined
   /** On the monotonic clock, so that a system clock that is set back does not stop refreshes until it has caught up. */
   #askedAt = -Infinity
-  #loading: Promise<void> | undefined
-  #asking: Promise<boolean> | undefined
+  #asking: Promise<void> | undefined
 
   constructor (secret: Secret, readonly options: SecretOptions) {
     this.#secret = secret
@@ -65,46 +64,36 @@ export class SecretSource {
 
   /** Calls a secret function for the first time, unless a refresh has called it before. @throws FST_OPENAI_WEBHOOK_INVALID_SECRET */
   async load (): Promise<void> {
-    await this.#asking
-    if (typeof this.#secret !== 'function' || this.answer !== undefined) return
-    this.#loading ??= this.#load(this.#secret)
-    await this.#loading
-  }
-
-  async #load (secret: Extract<Secret, Function>): Promise<void> {
+    const secret = this.#secret
+    await this.#asking?.catch(() => {})
+    if (typeof secret !== 'function' || this.answer !== undefined) return
     try {
-      this.answer = { secrets: await secret() }
+      await (this.#asking ?? this.#ask(async () => await secret()))
     } catch (cause) {
       throw new InvalidSecret('the `secret` function failed at boot: expected it to return the signing secret', { cause })
     }
-    this.#askedAt = performance.now()
   }
 
   /**
-   * Calls the secret function again, at most once a minute. Callers get the same promise while a call is running.
+   * Calls the secret function again, at most once a minute. Callers get the same answer while a call is running.
    *
    * @returns whether the function answered; `undefined` if there is no function, or the last call was less than a minute ago
    */
   refresh (): Promise<boolean> | undefined {
-    if (typeof this.#secret !== 'function') return undefined
-    if (this.#asking !== undefined) return this.#asking
-    // The boot is calling it.
-    if (this.#loading !== undefined && this.answer === undefined) return this.#loading.then(() => true, () => false)
-    const now = performance.now()
-    if (now - this.#askedAt < REFRESH_INTERVAL) return undefined
-    this.#askedAt = now
-    this.#asking = this.#ask(this.#secret).finally(() => { this.#asking = undefined })
-    return this.#asking
+    const secret = this.#secret
+    if (typeof secret !== 'function') return undefined
+    if (this.#asking === undefined) {
+      if (performance.now() - this.#askedAt < REFRESH_INTERVAL) return undefined
+      this.#ask(async () => await secretInTime('secret', secret, this.options.patience)).catch(error => this.options.onTrouble(error))
+    }
+    return this.#asking!.then(() => true, () => false)
   }
 
-  async #ask (secret: Extract<Secret, Function>): Promise<boolean> {
-    try {
-      this.answer = { secrets: await secretInTime('secret', secret, this.options.patience) }
-      return true
-    } catch (error) {
-      this.options.onTrouble(error)
-      return false
-    }
+  #ask (call: () => Promise<string | readonly string[]>): Promise<void> {
+    this.#askedAt = performance.now()
+    const asking = call().then(secrets => { this.answer = { secrets } }).finally(() => { this.#asking = undefined })
+    this.#asking = asking
+    return asking
   }
 }
 
