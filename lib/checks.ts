@@ -24,7 +24,7 @@ export interface Rule {
 }
 
 export const wholeNumber = (unit: string, min: number, max = Number.MAX_SAFE_INTEGER): Rule => ({
-  expected: `a whole number of ${unit}, ${min} or more${max < Number.MAX_SAFE_INTEGER ? ` and at most ${max}` : ''}`,
+  expected: `a whole number of ${unit}, ${min} ${max < Number.MAX_SAFE_INTEGER ? `to ${max}` : 'or more'}`,
   accepts: value => Number.isSafeInteger(value) && (value as number) >= min && (value as number) <= max
 })
 
@@ -32,14 +32,13 @@ export const BOOLEAN: Rule = { expected: 'true or false', accepts: value => type
 export const FUNCTION: Rule = { expected: 'a function', accepts: isFunction }
 export const SIGNAL: Rule = { expected: 'an AbortSignal', accepts: value => isFunction((value as Partial<AbortSignal> | null)?.addEventListener) }
 
-/** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS for an option that is given and has a wrong value */
-export function assertOption (caller: string, name: string, value: unknown, { expected, accepts }: Rule): void {
-  if (value !== undefined && !accepts(value)) throw new InvalidOptions(`${caller}: expected ${name} to be ${expected}, got ${show(value)}`)
-}
+/** Whether to run handlers in this process, or how. */
+export const WORKER: Rule = { expected: 'true, false or an object', accepts: value => typeof value === 'boolean' || isObject(value) }
+
+/** An option that other code checks. */
+export const ANYTHING: Rule = { expected: 'anything', accepts: () => true }
 
 interface Place {
-  /** Text before the message. */
-  readonly caller?: string
   /** Text before the name of the option. */
   readonly at?: string
   /** Options that other code reads. */
@@ -48,31 +47,32 @@ interface Place {
   readonly advice?: (name: string) => string | undefined
 }
 
-/**
- * Refuses an option that has no rule, or whose rule does not accept its value.
- *
- * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS
- */
-export function assertRules (rules: Readonly<Record<string, Rule>>, options: object, { caller = '', at = '', ignored = [], advice }: Place): void {
-  for (const [name, value] of Object.entries(options)) {
-    if (ignored.includes(name) || value === undefined) continue
-    const rule = Object.hasOwn(rules, name) ? rules[name] : undefined
-    if (rule === undefined) throw new InvalidOptions(`${caller}unknown option "${at}${name}"${advice?.(name) ?? adviceOn(name, Object.keys(rules))}`)
-    if (!rule.accepts(value)) throw new InvalidOptions(`${caller}expected ${at}${name} to be ${rule.expected}, got ${show(value)}`)
-  }
+/** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS for an option that is given and has a wrong value */
+export function assertOption (caller: string, name: string, value: unknown, { expected, accepts }: Rule): void {
+  if (value !== undefined && !accepts(value)) throw new InvalidOptions(`${head(caller)}expected ${name} to be ${expected}, got ${show(value)}`)
 }
 
 /**
- * Refuses an option that nobody reads, because a misspelt option would silently do nothing.
+ * Refuses an option that has no rule, because a misspelt option would silently do nothing, or whose rule does not accept its value.
  *
  * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS
  */
-export function assertNames<Options extends object> (caller: string, options: Options, names: ReadonlyArray<keyof Options & string>): void {
-  if (typeof options !== 'object' || options === null) throw new InvalidOptions(`${caller}: expected options to be an object, got ${kind(options)}`)
+export function assertRules (caller: string, options: unknown, rules: Readonly<Record<string, Rule>>, { at = '', ignored = [], advice }: Place = {}): void {
+  if (!isObject(options)) throw new InvalidOptions(`${head(caller)}expected options to be an object, got ${show(options)}`)
   for (const [name, value] of Object.entries(options)) {
-    if (value !== undefined && !(names as readonly string[]).includes(name)) throw new InvalidOptions(`${caller}: unknown option "${name}"${adviceOn(name, names)}`)
+    if (ignored.includes(name) || value === undefined) continue
+    const rule = Object.hasOwn(rules, name) ? rules[name] : undefined
+    if (rule === undefined) throw new InvalidOptions(`${head(caller)}unknown option "${at}${name}"${advice?.(name) ?? adviceOn(name, Object.keys(rules))}`)
+    assertOption(caller, at + name, value, rule)
   }
 }
+
+/** The same for options whose values the caller checks. */
+export function assertNames (caller: string, options: object, names: readonly string[]): void {
+  assertRules(caller, options, Object.fromEntries(names.map(name => [name, ANYTHING])))
+}
+
+const head = (caller: string): string => caller && `${caller}: `
 
 /** Suggests the name that was probably meant, or lists all names. */
 function adviceOn (name: string, names: readonly string[]): string {
@@ -83,23 +83,6 @@ function adviceOn (name: string, names: readonly string[]): string {
 export function assertNone (caller: string, given: readonly unknown[], advice: string): void {
   if (given.length > 0) throw new InvalidOptions(`${caller}(): expected no options, got ${show(given[0])}: ${advice}`)
 }
-
-/** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
-export function assertCount (caller: string, name: string, value: unknown, min: number, max = Infinity): void {
-  if (Number.isSafeInteger(value) && (value as number) >= min && (value as number) <= max) return
-  const range = max === Infinity ? `${min} or more` : `${min} to ${max}`
-  throw new InvalidOptions(`${caller}: expected ${name} to be a whole number, ${range}, got ${typeof value === 'number' ? value : kind(value)}`)
-}
-
-/** @returns the options in `worker` of a runner with a queue: `true` and `false` have none. @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
-export function workerOptions<Options extends object> (caller: string, worker: boolean | Options, names: ReadonlyArray<keyof Options & string>): Partial<Options> {
-  if (typeof worker === 'boolean') return {}
-  if (typeof worker !== 'object' || worker === null) throw new InvalidOptions(`${caller}: expected worker to be true, false or an object, got ${kind(worker)}`)
-  assertNames(`${caller}: worker`, worker, names)
-  return Object.fromEntries(Object.entries(worker).filter(([, value]) => value !== undefined)) as Partial<Options>
-}
-
-const kind = (value: unknown): string => value === null ? 'null' : `a value of type ${typeof value}`
 
 /** The functions that make a verifier, a store or a runner. Listed by name, because an app does not load all of them. */
 const MAKERS = ['standardWebhooks', 'xOpenAISignature', 'memoryStore', 'sqliteStore', 'redisStore', 'postgresStore', 'inline', 'background', 'durable', 'bullmq', 'pgboss']

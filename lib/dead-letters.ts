@@ -1,4 +1,4 @@
-import { BOOLEAN, assertNames, assertOption, wholeNumber } from './checks.ts'
+import { BOOLEAN, assertRules, wholeNumber } from './checks.ts'
 import type { Rule } from './checks.ts'
 import { InvalidOptions, NoDeadLetters } from './errors.ts'
 import type { DeadDelivery, DeliveryRef, RequeueOptions, Runner } from './runners/runner.ts'
@@ -41,10 +41,8 @@ export function deadLettersOf (runner: Runner): DeadLetters {
   return {
     async list (options = {}) {
       if (runner.dead === undefined) throw new NoDeadLetters()
-      assertNames('deadLetters.list()', options, ['limit', 'type'])
+      assertRules('deadLetters.list()', options, { limit: wholeNumber('deliveries', 1), type: TYPE })
       const { limit = 100, type } = options
-      assertOption('deadLetters.list()', 'limit', limit, wholeNumber('deliveries', 1))
-      assertOption('deadLetters.list()', 'type', type, TYPE)
       return await runner.dead(limit, type)
     },
     async count () {
@@ -53,9 +51,8 @@ export function deadLettersOf (runner: Runner): DeadLetters {
     },
     async requeue (delivery, options = {}) {
       if (runner.requeue === undefined) throw new NoDeadLetters()
-      assertNames('deadLetters.requeue()', options, ['force'])
+      assertRules('deadLetters.requeue()', options, { force: BOOLEAN })
       const { force = false } = options
-      assertOption('deadLetters.requeue()', 'force', force, BOOLEAN)
       const { endpoint, webhookId, tenant } = (delivery ?? {}) as Partial<DeliveryRef>
       if (typeof endpoint !== 'string' || typeof webhookId !== 'string') {
         throw new InvalidOptions('deadLetters.requeue(): expected { endpoint, webhookId }, such as a delivery of list()')

@@ -66,7 +66,7 @@ export function webhookMetrics (options: WebhookMetricsOptions = {}): WebhookMet
 
   const plugin: FastifyPluginAsync<MetricsRouteOptions> = async (app, routeOptions) => {
     // The options of this route and those of Fastify's `register`.
-    assertNames<MetricsRouteOptions & RegisterOptions>('webhookMetrics()', routeOptions, ['path', 'prefix', 'logLevel', 'logSerializers'])
+    assertNames('webhookMetrics()', routeOptions, ['path', 'prefix', 'logLevel', 'logSerializers'])
     const { path = '/metrics' } = routeOptions
     if (typeof path !== 'string' || !path.startsWith('/')) throw new InvalidOptions('webhookMetrics(): expected path to begin with "/"')
     const schema: object = { hide: true } // hides the route from @fastify/swagger

@@ -3,7 +3,7 @@ import type {
 } from 'fastify'
 import { InvalidOptions } from './errors.ts'
 import type { Secret } from './verifiers/keyring.ts'
-import { BOOLEAN, FUNCTION, LONGEST_TIMER, assertRules, isEventType, isFunction, isObject, show, wholeNumber } from './checks.ts'
+import { ANYTHING, BOOLEAN, FUNCTION, LONGEST_TIMER, assertRules, isEventType, isFunction, isObject, show, wholeNumber } from './checks.ts'
 import type { Rule } from './checks.ts'
 import type { Runner } from './runners/runner.ts'
 import { RETENTION } from './stores/store.ts'
@@ -204,12 +204,10 @@ const STORE_METHODS = ['begin', 'checkpoint', 'complete', 'extend', 'release'] a
 
 const isPath = (value: unknown): boolean => typeof value === 'string' && value.startsWith('/')
 
-const anything: Rule = { expected: 'anything', accepts: () => true }
-
 const rateLimit: Rule = { expected: 'an object of @fastify/rate-limit\'s route options, or false', accepts: value => value === false || isObject(value) }
 
 const endpointRules: Record<keyof Required<EndpointOptions>, Rule> = {
-  secret: anything, // checked elsewhere, with its own coded error
+  secret: ANYTHING, // checked elsewhere, with its own coded error
   tolerance: wholeNumber('seconds', 1),
   bodyLimit: wholeNumber('bytes', 1),
   // A verifier maker that was not called is a function too, and would refuse every delivery.
@@ -339,8 +337,7 @@ function assertTenant ({ tenant, secret }: RouteOverrides): void {
 }
 
 function assertOptionsBy (rules: Record<string, Rule>, options: unknown, at = '', ignored: readonly string[] = []): asserts options is Record<string, unknown> {
-  if (!isObject(options)) throw new InvalidOptions(`expected options to be an object, got ${show(options)}`)
-  assertRules(rules, options, { at, ignored, advice: name => Object.hasOwn(RIGHT_PLACES, name) ? `: ${RIGHT_PLACES[name]!}` : undefined })
+  assertRules('', options, rules, { at, ignored, advice: name => Object.hasOwn(RIGHT_PLACES, name) ? `: ${RIGHT_PLACES[name]!}` : undefined })
 }
 
 function assertSchema (type: string, schema: AnySchema): void {

@@ -1,5 +1,5 @@
 import type { FastifyInstance } from 'fastify'
-import { assertNames } from './checks.ts'
+import { ANYTHING, assertRules } from './checks.ts'
 import { AlreadyStarted, InvalidOptions } from './errors.ts'
 import { guideEvents } from './events/index.ts'
 import { assertHandlerName, givenName } from './handler-name.ts'
@@ -76,7 +76,7 @@ export class HandlerList {
 
   #handler (method: string, fn: AnyHandler, scope: FastifyInstance, options: HandlerOptions = {}): Handler {
     if (typeof fn !== 'function') throw new InvalidOptions(`${method}(): expected a handler function, got ${fn === null ? 'null' : typeof fn}`)
-    assertNames(`${method}()`, options, ['name'])
+    assertRules(`${method}()`, options, { name: ANYTHING })
     const given = givenName(fn)
     const { name = given ?? `${this.label}#${this.names.size}` } = options
     assertHandlerName(method, name)

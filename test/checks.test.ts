@@ -21,8 +21,8 @@ t.test('an option that nobody would read is refused, wherever options are taken'
     ['durable', 'attempts', options => durable(none, options)],
     ['bullmq', 'queueName', bullmq],
     ['pgboss', 'heartbeatSeconds', pgboss],
-    ['pgboss: worker', 'batchSize', worker => pgboss({ boss: none, worker })],
-    ['bullmq: worker', 'concurrency', worker => bullmq({ connection: {}, worker })],
+    ['pgboss: worker.', 'batchSize', worker => pgboss({ boss: none, worker })],
+    ['bullmq: worker.', 'concurrency', worker => bullmq({ connection: {}, worker })],
     ['memoryStore', 'max', memoryStore],
     ['redisStore', 'prefix', options => redisStore(none, options)],
     ['postgresStore', 'table', options => postgresStore(none, options)],
@@ -44,18 +44,20 @@ t.test('an option that nobody would read is refused, wherever options are taken'
     ['onAny()', 'name', options => app.openaiWebhook.onAny(() => {}, options)]
   ]
   const misspelt = (name: string): string => `${name.slice(0, 1)}${name}`
-  for (const [caller, known, take] of takers) {
+  for (const [at, known, take] of takers) {
+    const [, caller, outer] = /^(.+?)(?:: (worker\.))?$/.exec(at)!
+    const unknown = (name: string): string => `${caller}: unknown option "${outer ?? ''}${name}"`
     const taking = (options: unknown) => async (): Promise<unknown> => await take(options as never)
-    await t.rejects(taking({ [misspelt(known)]: 1 }), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: `${caller}: unknown option "${misspelt(known)}", did you mean "${known}"?` })
-    await t.rejects(taking({ somethingElse: 1 }), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: new RegExp(`unknown option "somethingElse": expected .*\\b${known}\\b`) })
-    for (const [value, got] of [[null, 'null'], ['text', 'a value of type string']]) {
-      await t.rejects(taking(value), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: `${caller}: expected ${caller.endsWith('worker') ? 'worker to be true, false or' : 'options to be'} an object, got ${got}`.replace(/: worker: /, ': ') }, caller)
+    await t.rejects(taking({ [misspelt(known)]: 1 }), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: `${unknown(misspelt(known))}, did you mean "${known}"?` })
+    await t.rejects(taking({ somethingElse: 1 }), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: new RegExp(`^${unknown('somethingElse').replaceAll(/[.()]/g, '\\$&')}: expected .*\\b${known}\\b`) })
+    for (const [value, got] of [[null, 'null'], ['text', '"text"']]) {
+      await t.rejects(taking(value), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: `${caller}: expected ${outer === undefined ? 'options to be' : 'worker to be true, false or'} an object, got ${got}` }, at)
     }
   }
 })
 
 t.test('pgboss has no more attempts than it can tell from its own looks', async t => {
-  t.throws(() => pgboss({ boss: { previewRedrive () {}, work () {} } as never, attempts: 1_001 }), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: 'pgboss: expected attempts to be at most 1000, got 1001' })
+  t.throws(() => pgboss({ boss: { previewRedrive () {}, work () {} } as never, attempts: 1_001 }), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: 'pgboss: expected attempts to be a whole number of attempts, 1 to 1000, got 1001' })
 })
 
 t.test('an unknown option without a value is none', async t => {

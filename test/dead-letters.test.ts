@@ -463,7 +463,7 @@ t.test('deadLetters', async t => {
       t.equal(await codeOf(ask), 'INVALID_OPTIONS')
     }
     const runner = durable(open())
-    t.throws(() => runner.dead({ limit: 1 } as never), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: 'durable: dead(): expected limit to be a whole number, 1 or more, got a value of type object' })
+    t.throws(() => runner.dead({ limit: 1 } as never), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: 'durable: dead(): expected limit to be a whole number of deliveries, 1 or more, got a value of type object' })
     t.throws(() => runner.requeue(REF, { forc: true } as never), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: 'durable: requeue(): unknown option "forc", did you mean "force"?' })
     const app = await build(t)
     t.throws(() => app.openaiWebhook.onDead('a listener' as never), { code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS', message: 'onDead(): expected a function, got string' })

@@ -56,8 +56,7 @@ const rules: Record<keyof Required<InspectorOptions>, Rule> = {
 
 /** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS */
 export function assertInspectorOptions (options: object): asserts options is InspectorOptions {
-  assertRules(rules, options, {
-    caller: 'inspector: ',
+  assertRules('inspector', options, rules, {
     ignored: ['prefix', ...IGNORED_OPTIONS],
     advice: name => OTHER_NAMES.test(name) ? ', did you mean "onRequest"?' : undefined
   })

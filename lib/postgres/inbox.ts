@@ -6,7 +6,7 @@ import type { Inbox, InboxContext, InboxQuery, InboxWork } from '../inbox/inbox.
 import { lend } from '../inbox/lend.ts'
 import type { EventContext } from '../handlers.ts'
 import { PRUNE_INTERVAL, PRUNE_LIMIT, Pruning } from '../pruning.ts'
-import { BOOLEAN, assertCount, assertNames, assertOption } from '../checks.ts'
+import { ANYTHING, BOOLEAN, assertRules, wholeNumber } from '../checks.ts'
 import { Creation, databaseOf, isPool } from './database.ts'
 import type { Database, PgClient, PgLite, PgLiteTransaction, PgPool } from './database.ts'
 import { Gate } from './gate.ts'
@@ -78,11 +78,10 @@ export function postgresInbox<Client extends PgClient> (pool: PgPool<Client>, op
 export function postgresInbox<Tx extends PgLiteTransaction> (db: PgLite<Tx>, options?: PostgresInboxOptions): PostgresInbox<Tx>
 export function postgresInbox (db?: undefined, options?: Pick<PostgresInboxOptions, 'table' | 'retention'>): PostgresFirst
 export function postgresInbox (db?: PgPool | PgLite, options: PostgresInboxOptions = {}): PostgresInbox<never> | PostgresFirst {
-  assertNames('postgresInbox', options, ['table', 'retention', 'lockTimeout', 'idleTimeout', 'concurrency', 'migrate'])
+  const ms = wholeNumber('ms', 1)
+  assertRules('postgresInbox', options, { table: ANYTHING, retention: ms, lockTimeout: ms, idleTimeout: ms, concurrency: wholeNumber('transactions', 1), migrate: BOOLEAN })
   const { table: tableName = INBOX_TABLE, retention = INBOX_RETENTION, lockTimeout = 5_000, idleTimeout = 60_000, concurrency = 8, migrate = true } = options
-  assertOption('postgresInbox', 'migrate', migrate, BOOLEAN)
   const table = tableOf('postgresInbox', tableName)
-  for (const [name, value] of Object.entries({ retention, lockTimeout, idleTimeout, concurrency })) assertCount('postgresInbox', name, value, 1)
   const records = new Records(table, retention)
   noteRetention(retention)
   if (db === undefined) {

@@ -1,4 +1,4 @@
-import { assertNames } from '../checks.ts'
+import { ANYTHING, assertRules } from '../checks.ts'
 import { tableOf } from './table.ts'
 import type { Table } from './table.ts'
 
@@ -60,9 +60,9 @@ export function scriptOf (statements: readonly string[]): string {
  * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS
  */
 export function migration (options: MigrationOptions = {}): string {
-  assertNames('migration', options, ['tables'])
+  assertRules('migration', options, { tables: ANYTHING })
   const { tables = {} } = options
-  assertNames('migration: tables', tables, ['store', 'inbox'])
+  assertRules('migration: tables', tables, { store: ANYTHING, inbox: ANYTHING })
   const { store = STORE_TABLE, inbox = INBOX_TABLE } = tables
   const statements = [...(store === false ? [] : storeSchema(tableOf('migration', store, 'tables.store'))), ...(inbox === false ? [] : inboxSchema(tableOf('migration', inbox, 'tables.inbox')))]
   return statements.length === 0 ? '' : scriptOf([ALONE, ...statements])

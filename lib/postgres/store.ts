@@ -1,5 +1,5 @@
 import { createHash, randomUUID } from 'node:crypto'
-import { BOOLEAN, assertNames, assertOption } from '../checks.ts'
+import { ANYTHING, BOOLEAN, assertRules } from '../checks.ts'
 import { grouped } from '../grouped.ts'
 import { PRUNE_LIMIT, Pruning } from '../pruning.ts'
 import { RETENTION } from '../stores/store.ts'
@@ -68,9 +68,8 @@ const MAX_KEY = 1_000
  * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS
  */
 export function postgresStore (db: PgPool | PgLite, options: PostgresStoreOptions = {}): IdempotencyStore {
-  assertNames('postgresStore', options, ['table', 'migrate'])
+  assertRules('postgresStore', options, { table: ANYTHING, migrate: BOOLEAN })
   const { table: tableName = STORE_TABLE, migrate = true } = options
-  assertOption('postgresStore', 'migrate', migrate, BOOLEAN)
   const table = tableOf('postgresStore', tableName)
   const database = databaseOf('postgresStore', db, TIMEOUT)
   const creation = migrate ? new Creation(database, table, storeSchema(table)) : undefined

@@ -1,4 +1,4 @@
-import { LONGEST_TIMER, SIGNAL, assertNames, assertOption, wholeNumber } from '../checks.ts'
+import { LONGEST_TIMER, SIGNAL, assertRules, wholeNumber } from '../checks.ts'
 import { BatchLineTooLong, BatchNotEnded, InvalidOptions, NoResource } from '../errors.ts'
 import { readLine } from './batch-line.ts'
 import type { BatchResult } from './batch-line.ts'
@@ -67,11 +67,8 @@ export async function * batchResults<Client extends BatchClient> (
   of: BatchLike | BatchEvent,
   options: BatchResultsOptions = {}
 ): AsyncGenerator<BatchResult<Client>, void, undefined> {
-  assertNames('batchResults()', options, ['signal', 'idleTimeout', 'lineLimit'])
+  assertRules('batchResults()', options, { signal: SIGNAL, idleTimeout: wholeNumber('ms', 1, LONGEST_TIMER), lineLimit: wholeNumber('bytes', 1) })
   const { signal, idleTimeout = IDLE_TIMEOUT, lineLimit = LINE_LIMIT } = options
-  assertOption('batchResults()', 'signal', signal, SIGNAL)
-  assertOption('batchResults()', 'idleTimeout', idleTimeout, wholeNumber('ms', 1, LONGEST_TIMER))
-  assertOption('batchResults()', 'lineLimit', lineLimit, wholeNumber('bytes', 1))
   assertClient('batchResults()', client)
   if (typeof of !== 'object' || of === null) throw new InvalidOptions(`batchResults(): expected a batch or an event of one, got a value of type ${typeof of}`)
   signal?.throwIfAborted()

@@ -1,5 +1,5 @@
 import { createHash } from 'node:crypto'
-import { BOOLEAN, FUNCTION, LONGEST_TIMER, SIGNAL, assertNames, assertOption, show, wholeNumber } from '../checks.ts'
+import { ANYTHING, BOOLEAN, FUNCTION, LONGEST_TIMER, SIGNAL, assertRules, show, wholeNumber } from '../checks.ts'
 import type { Rule } from '../checks.ts'
 import { InvalidOptions, InvalidSecret } from '../errors.ts'
 import { matches, nearest } from '../nearest.ts'
@@ -193,8 +193,7 @@ async function deliver (ended: Ended, { url, secret, timeout }: Plan, signal: Ab
 /** @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS, FST_OPENAI_WEBHOOK_INVALID_SECRET */
 function planOf (options: ReconcileOptions): Plan {
   // If a misspelt `dryrun` were ignored, the events would be delivered.
-  assertNames('reconcile()', options, ['url', 'since', ...Object.keys(RULES) as Array<keyof typeof RULES>])
-  for (const [name, rule] of Object.entries(RULES)) assertOption('reconcile()', name, options[name as keyof typeof RULES], rule)
+  assertRules('reconcile()', options, { url: ANYTHING, since: ANYTHING, ...RULES })
   const { url, secret = process.env['OPENAI_WEBHOOK_SECRET'], since, types, evals = [], dryRun = false, timeout = TIMEOUT } = options
   const wanted = new Set(types === undefined ? FAMILY_NAMES.flatMap(typesOf) : types.flatMap(listable))
   const families = FAMILY_NAMES.filter(family => family !== EVALS && typesOf(family).some(type => wanted.has(type)))

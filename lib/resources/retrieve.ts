@@ -1,4 +1,4 @@
-import { SIGNAL, assertNames, assertOption, isId, show } from '../checks.ts'
+import { ANYTHING, SIGNAL, assertRules, isId, show } from '../checks.ts'
 import { InvalidOptions, NoResource } from '../errors.ts'
 import { AGENTS, insteadOf, kindOf } from './kinds.ts'
 import type { Problem, ResourceClient, ResourceKind, ResourceOf } from './kinds.ts'
@@ -58,8 +58,7 @@ export async function retrieve<Client extends ResourceClient, Event extends Even
   event: Event & Retrievable<Event>,
   ...[options = {}]: Options<Event['type']>
 ): Promise<ResourceOf<Client, Event['type']>> {
-  assertNames<RetrieveOptions>('retrieve()', options, ['signal', 'evalId'])
-  assertOption('retrieve()', 'signal', (options as RetrieveOptions).signal, SIGNAL)
+  assertRules('retrieve()', options, { signal: SIGNAL, evalId: ANYTHING })
   const { type, data } = (event ?? {}) as Partial<EventLike> & { data?: { id?: unknown } }
   if (typeof type !== 'string') throw new InvalidOptions(`retrieve(): expected an event, as handlers get it, got ${typeof event === 'object' ? 'an object without a type' : `a value of type ${typeof event}`}`)
   assertClient('retrieve()', client)

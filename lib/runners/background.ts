@@ -1,5 +1,5 @@
 import { inContext } from '../async-context.ts'
-import { assertCount, assertNames } from '../checks.ts'
+import { assertRules, wholeNumber } from '../checks.ts'
 import { InProgress, Overloaded } from '../errors.ts'
 import { deadDelivery } from './handler-failures.ts'
 import { assertOpen, keyOf, onAbort, tellDead } from './runner.ts'
@@ -36,10 +36,8 @@ interface Waiting {
  * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS
  */
 export function background (options: BackgroundOptions = {}): Runner {
-  assertNames('background', options, ['concurrency', 'maxQueue'])
+  assertRules('background', options, { concurrency: wholeNumber('deliveries', 1), maxQueue: wholeNumber('deliveries', 0) })
   const { concurrency = 10, maxQueue = 1_000 } = options
-  assertCount('background', 'concurrency', concurrency, 1)
-  assertCount('background', 'maxQueue', maxQueue, 0)
   // By key, so that a delivery that is sent again while it waits or runs is not queued twice. `waiting` is in the order of arrival.
   const waiting = new Map<string, Waiting>()
   const running = new Map<string, Promise<void>>()

@@ -6,7 +6,7 @@ import { InvalidOptions, Overloaded, Unavailable } from '../errors.ts'
 import { grouped } from '../grouped.ts'
 import { causeOf, deadDelivery, describeFailure, errorOf, resumed } from './handler-failures.ts'
 import { RETENTION } from '../stores/store.ts'
-import { assertCount, assertNames, assertOption, assertRules, isObject, wholeNumber, workerOptions } from '../checks.ts'
+import { ANYTHING, WORKER, assertRules, isFunction, isObject, wholeNumber } from '../checks.ts'
 import type { Rule } from '../checks.ts'
 import { assertOpen, assertRemembered, keyOf, onAbort, tellDead } from './runner.ts'
 import { storableError } from './storable.ts'
@@ -108,11 +108,15 @@ const MAX_STALLED = 2 ** 31 - 1
 
 // Checked here, because BullMQ notices most wrong values only when a job fails or ends, which is after the acknowledgement.
 const QUEUE_NAME: Rule = { expected: 'a text without ":"', accepts: value => typeof value === 'string' && value !== '' && !value.includes(':') }
+const isDelay = (value: unknown): boolean => Number.isFinite(value) && (value as number) >= 0
 const BACKOFF: Rule = {
   expected: 'a number of ms, 0 or more, or { type: "fixed" or "exponential", delay: ms }',
   accepts: value => isDelay(value) || (isObject(value) && (value['type'] === 'fixed' || value['type'] === 'exponential') && (value['delay'] === undefined || isDelay(value['delay'])))
 }
+const BACKEND: Rule = { expected: 'a function, such as createPostgresBackend of BullMQ', accepts: isFunction }
 const KEPT: Rule = { expected: 'an object { age, count, limit }', accepts: isObject }
+const RULES = { connection: ANYTHING, backend: BACKEND, queueName: QUEUE_NAME, worker: WORKER, attempts: wholeNumber('attempts', 1), backoff: BACKOFF, removeOnComplete: KEPT, removeOnFail: KEPT }
+const WORKER_RULES = { concurrency: wholeNumber('deliveries', 1), lockDuration: wholeNumber('ms', 1), stalledInterval: wholeNumber('ms', 1) }
 const KEPT_RULES = { age: wholeNumber('seconds', 0), count: wholeNumber('jobs', 0), limit: wholeNumber('jobs', 1) }
 
 /**
@@ -120,8 +124,6 @@ const KEPT_RULES = { age: wholeNumber('seconds', 0), count: wholeNumber('jobs', 
  * the middle of a script's error.
  */
 const isReadOnly = ({ message }: Error): boolean => message.includes('READONLY')
-
-const isDelay = (value: unknown): boolean => Number.isFinite(value) && (value as number) >= 0
 
 const JOB_NAME = 'delivery'
 
@@ -135,7 +137,7 @@ const JOB_NAME = 'delivery'
  * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS
  */
 export function bullmq (options: BullMQOptions): Runner {
-  assertNames('bullmq', options, ['connection', 'backend', 'queueName', 'worker', 'attempts', 'backoff', 'removeOnComplete', 'removeOnFail'])
+  assertRules('bullmq', options, RULES)
   const {
     connection,
     backend,
@@ -146,23 +148,18 @@ export function bullmq (options: BullMQOptions): Runner {
     removeOnComplete = { age: RETENTION / 1_000 },
     removeOnFail
   } = options
-  const settingsOfWorker = { concurrency: 10, ...workerOptions('bullmq', worker, ['concurrency', 'lockDuration', 'stalledInterval']) }
+  const { concurrency = 10, lockDuration = 30_000, stalledInterval = 30_000 } = typeof worker === 'object' ? worker : {}
+  if (typeof worker === 'object') assertRules('bullmq', worker, WORKER_RULES, { at: 'worker.' })
   if (typeof connection !== 'object' || connection === null) {
     throw new InvalidOptions('bullmq: expected connection to be an ioredis instance or connection options')
   }
-  if (backend !== undefined && typeof backend !== 'function') throw new InvalidOptions('bullmq: expected backend to be a function, such as createPostgresBackend of BullMQ')
   const pack = (delivery: QueuedDelivery): QueuedData => backend === undefined ? delivery : { json: JSON.stringify(delivery) }
   // Typed as in BullMQ 5, which has no backends.
   const redis = (backend !== undefined || 'disconnect' in connection ? connection : { reconnectOnError: isReadOnly, ...connection }) as ConnectionOptions
   const others = [backend] as unknown as []
-  assertCount('bullmq', 'attempts', attempts, 1)
-  assertOption('bullmq', 'queueName', queueName, QUEUE_NAME)
-  assertOption('bullmq', 'backoff', backoff, BACKOFF)
   for (const [name, kept] of Object.entries({ removeOnComplete, removeOnFail })) {
-    assertOption('bullmq', name, kept, KEPT)
-    assertRules(KEPT_RULES, kept ?? {}, { caller: 'bullmq: ', at: `${name}.` })
+    assertRules('bullmq', kept ?? {}, KEPT_RULES, { at: `${name}.` })
   }
-  for (const [name, value] of Object.entries(settingsOfWorker)) assertCount('bullmq', `worker.${name}`, value, 1)
   const isUsers = 'disconnect' in connection
   let queue: Queue<QueuedData> | undefined
   let processor: Worker<QueuedData> | undefined
@@ -275,7 +272,9 @@ export function bullmq (options: BullMQOptions): Runner {
         await run.finally(() => running.delete(run))
       }, {
         connection: redis,
-        ...settingsOfWorker,
+        concurrency,
+        lockDuration,
+        stalledInterval,
         maxStalledCount: MAX_STALLED
       }, ...others)
       processor.on('error', error => { if (!isGivenUp) host.report(error) })

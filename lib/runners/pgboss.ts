@@ -5,7 +5,7 @@ import { LRUCache } from 'lru-cache'
 import type { JobInsert, JobResult, JobWithMetadata, PgBoss } from 'pg-boss'
 import { InvalidOptions, Overloaded } from '../errors.ts'
 import { RETENTION } from '../stores/store.ts'
-import { assertCount, assertNames, assertOption, workerOptions } from '../checks.ts'
+import { ANYTHING, WORKER, assertRules, wholeNumber } from '../checks.ts'
 import type { Rule } from '../checks.ts'
 import { grouped } from '../grouped.ts'
 import { deadDelivery, describeFailure, errorOf, resumed } from './handler-failures.ts'
@@ -108,6 +108,17 @@ const POLLING: Rule = { expected: 'a finite number, 0.5 or more', accepts: value
 /** pg-boss's own rule. */
 const QUEUE_NAME: Rule = { expected: 'letters, digits and _ - . /', accepts: value => typeof value === 'string' && /^[\w.\-/]+$/.test(value) }
 
+const RULES = {
+  boss: ANYTHING,
+  queueName: QUEUE_NAME,
+  worker: WORKER,
+  attempts: wholeNumber('attempts', 1, LOOKS),
+  backoff: wholeNumber('ms', 0),
+  heartbeatSeconds: wholeNumber('seconds', 10),
+  expireInSeconds: wholeNumber('seconds', 1, MAX_EXPIRY)
+}
+const WORKER_RULES = { concurrency: wholeNumber('deliveries', 1), batchSize: wholeNumber('deliveries', 1), pollingIntervalSeconds: POLLING }
+
 /**
  * Puts a delivery into a queue of the user's pg-boss, in PostgreSQL, before it is acknowledged. Workers run it in this process or in others,
  * with `path: false` and the same handlers. Attempts, backoff, heartbeats and dead letters are pg-boss's own. The job's id is made of the
@@ -118,7 +129,7 @@ const QUEUE_NAME: Rule = { expected: 'letters, digits and _ - . /', accepts: val
  * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS; pg-boss's own error at boot, if pg-boss has not been started
  */
 export function pgboss (options: PgBossOptions): Runner {
-  assertNames('pgboss', options, ['boss', 'queueName', 'worker', 'attempts', 'backoff', 'heartbeatSeconds', 'expireInSeconds'])
+  assertRules('pgboss', options, RULES)
   const {
     boss,
     queueName = 'openai-webhook',
@@ -128,21 +139,12 @@ export function pgboss (options: PgBossOptions): Runner {
     heartbeatSeconds = 30,
     expireInSeconds = 3_600
   } = options
-  const { concurrency = 10, batchSize = concurrency, pollingIntervalSeconds = 2 } = workerOptions('pgboss', worker, ['concurrency', 'batchSize', 'pollingIntervalSeconds'])
+  const { concurrency = 10, batchSize = concurrency, pollingIntervalSeconds = 2 } = typeof worker === 'object' ? worker : {}
+  if (typeof worker === 'object') assertRules('pgboss', worker, WORKER_RULES, { at: 'worker.' })
   if (typeof boss?.previewRedrive !== 'function' || typeof boss.work !== 'function') {
     throw new InvalidOptions('pgboss: expected boss to be a PgBoss, of pg-boss 12.35 or later')
   }
-  assertCount('pgboss', 'attempts', attempts, 1)
-  if (attempts > LOOKS) throw new InvalidOptions(`pgboss: expected attempts to be at most ${LOOKS}, got ${attempts}`)
-  assertCount('pgboss', 'backoff', backoff, 0)
-  assertCount('pgboss', 'heartbeatSeconds', heartbeatSeconds, 10)
-  assertCount('pgboss', 'expireInSeconds', expireInSeconds, 1)
-  if (expireInSeconds > MAX_EXPIRY) throw new InvalidOptions(`pgboss: expected expireInSeconds to be at most ${MAX_EXPIRY}, got ${expireInSeconds}`)
-  assertCount('pgboss', 'worker.concurrency', concurrency, 1)
-  assertCount('pgboss', 'worker.batchSize', batchSize, 1)
   if (batchSize > concurrency) throw new InvalidOptions(`pgboss: expected worker.batchSize to be at most worker.concurrency, ${concurrency}, got ${batchSize}`)
-  assertOption('pgboss', 'worker.pollingIntervalSeconds', pollingIntervalSeconds, POLLING)
-  assertOption('pgboss', 'queueName', queueName, QUEUE_NAME)
   const deadName = `${queueName}-dead`
   const settings = {
     // More than the attempts: if the last attempt has no result, because its process ended, a further start ends the delivery, and pg-boss must

@@ -1,6 +1,6 @@
 import { LRUCache } from 'lru-cache'
 import { inContext } from '../async-context.ts'
-import { LONGEST_TIMER, assertCount, assertNames } from '../checks.ts'
+import { BOOLEAN, LONGEST_TIMER, assertOption, assertRules, wholeNumber } from '../checks.ts'
 import { Overloaded } from '../errors.ts'
 import { deadDelivery, describeFailure, errorOf, resumed } from '../runners/handler-failures.ts'
 import { assertOpen, keyOf, tellDead } from '../runners/runner.ts'
@@ -56,6 +56,7 @@ export interface DurableRunner extends Runner {
  * commits.
  */
 const AHEAD = 200
+const RULES = { concurrency: wholeNumber('deliveries', 1), attempts: wholeNumber('attempts', 1), backoff: wholeNumber('ms', 0), lease: wholeNumber('ms', 1, LONGEST_TIMER) }
 /** ms */
 const MAX_BACKOFF = 3_600_000
 /** Longest time between two looks at the file, in ms. Looks are needed after trouble, and for deliveries that another process has queued. */
@@ -93,12 +94,8 @@ interface Ahead {
  * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS, and SQLite's own error if the table cannot be created
  */
 export function durable (db: SqliteDatabase, options: DurableOptions = {}): DurableRunner {
-  assertNames('durable', options, ['concurrency', 'attempts', 'backoff', 'lease'])
+  assertRules('durable', options, RULES)
   const { concurrency = 10, attempts = 16, backoff = 1_000, lease = 30_000 } = options
-  assertCount('durable', 'concurrency', concurrency, 1)
-  assertCount('durable', 'attempts', attempts, 1)
-  assertCount('durable', 'backoff', backoff, 0)
-  assertCount('durable', 'lease', lease, 1, LONGEST_TIMER)
   const database = openJobs(db)
   const jobs = pendingJobs(database)
   const deadJobs = new DeadJobs(database)
@@ -442,12 +439,12 @@ export function durable (db: SqliteDatabase, options: DurableOptions = {}): Dura
     depth: () => Math.max(0, jobs.count() - active.size + ahead.size),
     dead (limit = 100, type) {
       // Checked, because some SQLite libraries end the process if a value is of another type.
-      assertCount('durable: dead()', 'limit', limit, 1)
+      assertOption('durable: dead()', 'limit', limit, wholeNumber('deliveries', 1))
       return deadJobs.list(limit, { type })
     },
     deadCount: () => deadJobs.count(),
     requeue (delivery, options = {}) {
-      assertNames('durable: requeue()', options, ['force'])
+      assertRules('durable: requeue()', options, { force: BOOLEAN })
       const { force = false } = options
       const revived = deadJobs.revive(delivery, force)
       if (revived) schedule()

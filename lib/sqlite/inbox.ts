@@ -8,7 +8,7 @@ import { lend } from '../inbox/lend.ts'
 import { isStray } from '../maybe-promise.ts'
 import type { EventContext } from '../handlers.ts'
 import { PRUNE_LIMIT, Pruning } from '../pruning.ts'
-import { assertCount, assertNames } from '../checks.ts'
+import { assertRules, wholeNumber } from '../checks.ts'
 import { Database } from './database.ts'
 import type { SqliteDatabase } from './database.ts'
 
@@ -55,9 +55,8 @@ export interface SqliteInbox<Tx> extends Inbox<Tx> {
  * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS, and SQLite's own error if the table cannot be created
  */
 export function sqliteInbox<Db extends SqliteDatabase> (db: Db, options: SqliteInboxOptions = {}): SqliteInbox<Db> {
-  assertNames('sqliteInbox', options, ['retention'])
+  assertRules('sqliteInbox', options, { retention: wholeNumber('ms', 1) })
   const { retention = INBOX_RETENTION } = options
-  assertCount('sqliteInbox', 'retention', retention, 1)
   const database = new Database(db, SCHEMA)
   noteRetention(retention)
   const insertText = insertOf(retention)

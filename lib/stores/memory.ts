@@ -1,4 +1,4 @@
-import { assertCount, assertNames } from '../checks.ts'
+import { assertRules, wholeNumber } from '../checks.ts'
 import { RETENTION } from './store.ts'
 import type { Claim, IdempotencyStore } from './store.ts'
 
@@ -35,9 +35,8 @@ const TICK = 100
  * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS
  */
 export function memoryStore (options: { max?: number | undefined } = {}): IdempotencyStore {
-  assertNames('memoryStore', options, ['max'])
+  assertRules('memoryStore', options, { max: wholeNumber('deliveries', 1, MOST) })
   const { max = 100_000 } = options
-  assertCount('memoryStore', 'max', max, 1, MOST)
   /** In the order in which they are forgotten. */
   const known = new Map<string, Known>()
   // One iterator for all searches, because a new one would pass the holes of all entries that were ever forgotten.

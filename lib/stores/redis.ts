@@ -1,5 +1,5 @@
 import { createHash, randomUUID } from 'node:crypto'
-import { assertNames } from '../checks.ts'
+import { assertRules } from '../checks.ts'
 import { InvalidOptions } from '../errors.ts'
 import { RETENTION } from './store.ts'
 import type { Claim, IdempotencyStore } from './store.ts'
@@ -82,12 +82,11 @@ function script (text: string): Script {
  * @throws FST_OPENAI_WEBHOOK_INVALID_OPTIONS
  */
 export function redisStore (redis: RedisClient, options: { prefix?: string } = {}): IdempotencyStore {
-  assertNames('redisStore', options, ['prefix'])
+  assertRules('redisStore', options, { prefix: { expected: 'a string', accepts: value => typeof value === 'string' } })
   const { prefix = 'openai-webhook:' } = options
   if (typeof redis?.evalsha !== 'function' || typeof redis.eval !== 'function') {
     throw new InvalidOptions('redisStore: expected an ioredis client, which has eval() and evalsha()')
   }
-  if (typeof prefix !== 'string') throw new InvalidOptions(`redisStore: expected prefix to be a string, got ${typeof prefix}`)
 
   async function run ({ sha, text }: Script, key: string, ...args: Array<string | number>): Promise<unknown> {
     try {

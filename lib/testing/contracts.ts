@@ -1,7 +1,7 @@
 import assert from 'node:assert/strict'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { FastifyInstance } from 'fastify'
-import { assertCount, assertNames, isFunction, show } from '../checks.ts'
+import { assertRules, isFunction, show, wholeNumber } from '../checks.ts'
 import { InvalidOptions } from '../errors.ts'
 import type { EventContext } from '../handlers.ts'
 import type { Inbox, InboxQuery } from '../inbox/inbox.ts'
@@ -182,9 +182,8 @@ export function storeContract (create: () => MaybePromise<IdempotencyStore>): Co
  */
 export function runnerContract (create: () => MaybePromise<Runner>, options: { attempts?: number } = {}): ContractCase[] {
   assertCreate('runnerContract', create)
-  assertNames('runnerContract', options, ['attempts'])
+  assertRules('runnerContract', options, { attempts: wholeNumber('attempts', 1) })
   const { attempts: most } = options
-  if (most !== undefined) assertCount('runnerContract', 'attempts', most, 1)
   let jobs = 0
 
   const job = (type = 'batch.failed'): Job => ({

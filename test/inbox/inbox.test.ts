@@ -209,7 +209,7 @@ for (const name of HANDLES) {
 
 t.test('sqliteInbox: what cannot serve is told when it is given', async t => {
   t.throws(() => sqliteInbox({} as never), { code: INVALID_OPTIONS })
-  t.throws(() => sqliteInbox(openSqlite(':memory:'), { retention: 0 }), { code: INVALID_OPTIONS, message: 'sqliteInbox: expected retention to be a whole number, 1 or more, got 0' })
+  t.throws(() => sqliteInbox(openSqlite(':memory:'), { retention: 0 }), { code: INVALID_OPTIONS, message: 'sqliteInbox: expected retention to be a whole number of ms, 1 or more, got 0' })
 })
 
 t.test('the name of a handler', async t => {

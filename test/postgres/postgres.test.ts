@@ -87,8 +87,8 @@ t.test('what cannot serve is told when it is given', async t => {
   })
   t.ok(postgresInbox(pool, { concurrency: 4 }))
   t.ok(postgresInbox(large), 'a pool that tells no size')
-  for (const option of ['retention', 'lockTimeout', 'idleTimeout', 'concurrency']) {
-    t.throws(() => postgresInbox(large, { [option]: 0 }), { code: INVALID_OPTIONS, message: `postgresInbox: expected ${option} to be a whole number, 1 or more, got 0` })
+  for (const [option, unit] of [['retention', 'ms'], ['lockTimeout', 'ms'], ['idleTimeout', 'ms'], ['concurrency', 'transactions']] as const) {
+    t.throws(() => postgresInbox(large, { [option]: 0 }), { code: INVALID_OPTIONS, message: `postgresInbox: expected ${option} to be a whole number of ${unit}, 1 or more, got 0` })
   }
   t.throws(() => postgresInbox(undefined, { table: 'no name' }), { code: INVALID_OPTIONS })
 })

@@ -296,7 +296,7 @@ t.test('options', async t => {
     [{ tenant: { ...tenant, of: 'params' } }, 'expected tenant.of to be a function of the request, got "params"'],
     [{ tenant: { ...tenant, secret: SECRET } }, 'expected tenant.secret to be a function of the tenant, got a string'],
     [{ tenant: { ...tenant, ttl: 0 } }, 'expected tenant.ttl to be a whole number of ms, 1 or more, got 0'],
-    [{ tenant: { ...tenant, max: 1e9 } }, 'expected tenant.max to be a whole number of tenants, 1 or more and at most 10000000, got 1000000000'],
+    [{ tenant: { ...tenant, max: 1e9 } }, 'expected tenant.max to be a whole number of tenants, 1 to 10000000, got 1000000000'],
     [{ tenant: { ...tenant, tll: 1 } }, 'unknown option "tenant.tll", did you mean "ttl"?']
   ]
   const app = await build(t, { path: false })

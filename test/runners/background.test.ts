@@ -446,10 +446,10 @@ t.test('wrong options are refused', async t => {
   ] as const) {
     t.throws(() => background(options), {
       code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS',
-      message: `background: expected ${name} to be a whole number, ${min} or more, got ${Object.values(options)[0]}`
+      message: `background: expected ${name} to be a whole number of deliveries, ${min} or more, got ${Object.values(options)[0]}`
     })
   }
-  t.throws(() => background({ concurrency: '10' as unknown as number }), { message: 'background: expected concurrency to be a whole number, 1 or more, got a value of type string' })
-  t.throws(() => background({ maxQueue: null as unknown as number }), { message: 'background: expected maxQueue to be a whole number, 0 or more, got null' })
+  t.throws(() => background({ concurrency: '10' as unknown as number }), { message: 'background: expected concurrency to be a whole number of deliveries, 1 or more, got "10"' })
+  t.throws(() => background({ maxQueue: null as unknown as number }), { message: 'background: expected maxQueue to be a whole number of deliveries, 0 or more, got null' })
   t.doesNotThrow(() => background({ concurrency: 1, maxQueue: 0 }))
 })

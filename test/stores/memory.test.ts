@@ -41,7 +41,7 @@ t.test('`max`', async t => {
   for (const max of [0, -1, 1.5, Number.NaN, Number.POSITIVE_INFINITY, 8_000_001, '10', null]) {
     t.throws(() => memoryStore({ max: max as number }), {
       code: 'FST_OPENAI_WEBHOOK_INVALID_OPTIONS',
-      message: `memoryStore: expected max to be a whole number, 1 to 8000000, got ${typeof max === 'string' ? 'a value of type string' : max}`
+      message: `memoryStore: expected max to be a whole number of deliveries, 1 to 8000000, got ${typeof max === 'string' ? `"${max as string}"` : max}`
     })
   }
 

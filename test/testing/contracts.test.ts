@@ -111,7 +111,7 @@ t.test('what cannot serve is told when it is given', async t => {
   const handle = open(t, ':memory:')
   t.throws(() => redisStore({} as never), { code, message: 'redisStore: expected an ioredis client, which has eval() and evalsha()' })
   t.throws(() => redisStore(undefined as never), { code })
-  t.throws(() => redisStore({ eval () {}, evalsha () {} } as never, { prefix: 1 as never }), { code, message: 'redisStore: expected prefix to be a string, got number' })
+  t.throws(() => redisStore({ eval () {}, evalsha () {} } as never, { prefix: 1 as never }), { code, message: 'redisStore: expected prefix to be a string, got 1' })
   t.throws(() => sqliteStore({ exec () {} } as never), { code, message: /^expected an open SQLite handle/ })
   t.throws(() => durable(undefined as never), { code, message: /^expected an open SQLite handle/ })
   for (const [row, got] of [[[0], 'arrays'], [{ timeout: 0n }, 'objects with bigint']] as const) {
@@ -120,26 +120,26 @@ t.test('what cannot serve is told when it is given', async t => {
       t.throws(() => create(wrapped), { code, message: `expected a SQLite handle whose rows are objects with numbers, got ${got}: open it without returnArrays, readBigInts, safeIntegers or what else changes how rows are read` })
     }
   }
-  t.throws(() => durable(handle, { attempts: 0 }), { code, message: 'durable: expected attempts to be a whole number, 1 or more, got 0' })
+  t.throws(() => durable(handle, { attempts: 0 }), { code, message: 'durable: expected attempts to be a whole number of attempts, 1 or more, got 0' })
   t.throws(() => durable(handle, { backoff: -1 }), { code })
   t.throws(() => durable(handle, { lease: 0.5 }), { code })
-  t.throws(() => durable(handle, { concurrency: '1' as never }), { code, message: 'durable: expected concurrency to be a whole number, 1 or more, got a value of type string' })
+  t.throws(() => durable(handle, { concurrency: '1' as never }), { code, message: 'durable: expected concurrency to be a whole number of deliveries, 1 or more, got "1"' })
   t.throws(() => bullmq({ connection: null as never }), { code, message: 'bullmq: expected connection to be an ioredis instance or connection options' })
   t.throws(() => bullmq({ connection: 'redis://127.0.0.1' as never }), { code })
-  t.throws(() => bullmq({ connection: {}, attempts: 0 }), { code, message: 'bullmq: expected attempts to be a whole number, 1 or more, got 0' })
+  t.throws(() => bullmq({ connection: {}, attempts: 0 }), { code, message: 'bullmq: expected attempts to be a whole number of attempts, 1 or more, got 0' })
   t.throws(() => bullmq({ connection: {}, worker: { concurrency: 0 } }), { code })
   t.throws(() => bullmq({ connection: {}, backend: {} as never }), { code, message: 'bullmq: expected backend to be a function, such as createPostgresBackend of BullMQ' })
   const boss = { work () {}, previewRedrive () {} } as unknown as PgBoss
   for (const each of [undefined, {}, { work () {} }, { previewRedrive () {} }]) {
     t.throws(() => pgboss({ boss: each as never }), { code, message: 'pgboss: expected boss to be a PgBoss, of pg-boss 12.35 or later' })
   }
-  for (const [option, least] of [['attempts', 1], ['backoff', 0], ['heartbeatSeconds', 10], ['expireInSeconds', 1]] as const) {
-    t.throws(() => pgboss({ boss, [option]: least - 1 }), { code, message: `pgboss: expected ${option} to be a whole number, ${least} or more, got ${least - 1}` })
+  for (const [option, expected, least] of [['attempts', 'attempts, 1 to 1000', 1], ['backoff', 'ms, 0 or more', 0], ['heartbeatSeconds', 'seconds, 10 or more', 10], ['expireInSeconds', 'seconds, 1 to 86400', 1]] as const) {
+    t.throws(() => pgboss({ boss, [option]: least - 1 }), { code, message: `pgboss: expected ${option} to be a whole number of ${expected}, got ${least - 1}` })
     t.ok(pgboss({ boss, [option]: least }))
   }
-  t.throws(() => pgboss({ boss, worker: { batchSize: 0 } }), { code, message: 'pgboss: expected worker.batchSize to be a whole number, 1 or more, got 0' })
+  t.throws(() => pgboss({ boss, worker: { batchSize: 0 } }), { code, message: 'pgboss: expected worker.batchSize to be a whole number of deliveries, 1 or more, got 0' })
   t.throws(() => pgboss({ boss, worker: { batchSize: 11 } }), { code, message: 'pgboss: expected worker.batchSize to be at most worker.concurrency, 10, got 11' })
-  t.throws(() => pgboss({ boss, expireInSeconds: 86_401 }), { code, message: 'pgboss: expected expireInSeconds to be at most 86400, got 86401' })
+  t.throws(() => pgboss({ boss, expireInSeconds: 86_401 }), { code, message: 'pgboss: expected expireInSeconds to be a whole number of seconds, 1 to 86400, got 86401' })
   t.throws(() => pgboss({ boss, worker: { concurrency: 0 } }), { code, message: /worker\.concurrency/ })
   for (const pollingIntervalSeconds of [0.4, Number.NaN, 'x' as never]) t.throws(() => pgboss({ boss, worker: { pollingIntervalSeconds } }), { code, message: /worker\.pollingIntervalSeconds/ })
 })
@@ -258,5 +258,5 @@ t.test('a contract that would skip cases is refused', async t => {
   t.throws(() => storeContract(memoryStore() as never), { code, message: 'storeContract: expected create to be a function, got a value of type object' })
   t.throws(() => runnerContract(inline, { attemps: 1 } as never), { code, message: 'runnerContract: unknown option "attemps", did you mean "attempts"?' })
   t.throws(() => runnerContract(inline, null as never), { code, message: 'runnerContract: expected options to be an object, got null' })
-  t.throws(() => runnerContract(inline, { attempts: 0 }), { code, message: 'runnerContract: expected attempts to be a whole number, 1 or more, got 0' })
+  t.throws(() => runnerContract(inline, { attempts: 0 }), { code, message: 'runnerContract: expected attempts to be a whole number of attempts, 1 or more, got 0' })
 })
