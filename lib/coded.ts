@@ -40,6 +40,6 @@ export function isTemporary (error: unknown): boolean {
 export const BY_A_HOOK = 'ANSWERED_BY_A_HOOK'
 
 /** Whether an error that a user's verifier has thrown may be sent as it is. */
-export const isRefusal = (error: unknown): error is Error => isErrorThat(error, error =>
+export const isSendable = (error: unknown): error is Error => isErrorThat(error, error =>
   // Fastify would await an error that has a `then`.
   !isPromise(error) && typeof error.code === 'string' && typeof error.statusCode === 'number' && error.statusCode >= 400 && error.statusCode < 500)

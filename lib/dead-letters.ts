@@ -36,7 +36,6 @@ export interface DeadLetters {
 
 const TYPE: Rule = { expected: 'an event type, such as "batch.completed"', accepts: value => typeof value === 'string' }
 
-/** The dead letters of any runner that keeps them. */
 export function deadLettersOf (runner: Runner): DeadLetters {
   return {
     async list (options = {}) {

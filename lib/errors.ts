@@ -9,7 +9,7 @@ function coded (name: string, message: string, statusCode: number, Base: ErrorCo
 }
 
 /** Errors without a stack, because a stack says nothing about the sender's request, and costs several µs for each request of a flood. */
-const refusal = (name: string, message: string, statusCode: number) => coded(name, message, statusCode, Error, false)
+const withoutStack = (name: string, message: string, statusCode: number) => coded(name, message, statusCode, Error, false)
 
 // At boot
 
@@ -24,35 +24,35 @@ export const AlreadyStarted = coded('ALREADY_STARTED',
 // Capture
 
 export const UnprotectedRoute = coded('UNPROTECTED_ROUTE', 'route %s asks for webhook verification but %s', 500)
-export const BodyTimeout = refusal('BODY_TIMEOUT', 'the body had not arrived whole after %d ms', 408)
+export const BodyTimeout = withoutStack('BODY_TIMEOUT', 'the body had not arrived whole after %d ms', 408)
 
 // Verify
 
-export const MissingHeader = refusal('MISSING_HEADER', 'the %s header is missing or empty', 401)
-export const InvalidId = refusal('INVALID_ID',
+export const MissingHeader = withoutStack('MISSING_HEADER', 'the %s header is missing or empty', 401)
+export const InvalidId = withoutStack('INVALID_ID',
   'webhook-id must be 1 to 256 visible ASCII characters without "." or ",", sent once', 401)
-export const InvalidTimestamp = refusal('INVALID_TIMESTAMP',
+export const InvalidTimestamp = withoutStack('INVALID_TIMESTAMP',
   '%s must be whole decimal seconds since the Unix epoch, sent once', 401)
-export const TimestampOutOfTolerance = refusal('TIMESTAMP_OUT_OF_TOLERANCE',
+export const TimestampOutOfTolerance = withoutStack('TIMESTAMP_OUT_OF_TOLERANCE',
   '%s is more than %d s away from this server\'s clock: %s', 401)
-export const InvalidSignature = refusal('INVALID_SIGNATURE', 'no signature matches the body and the signing secret', 401)
+export const InvalidSignature = withoutStack('INVALID_SIGNATURE', 'no signature matches the body and the signing secret', 401)
 /** For the log, the channels and onError. The sender is answered INVALID_SIGNATURE, so that it cannot find out which tenants exist. */
-export const UnknownTenant = refusal('UNKNOWN_TENANT', '%s', 401)
+export const UnknownTenant = withoutStack('UNKNOWN_TENANT', '%s', 401)
 
 // Validate
 
-export const InvalidBody = refusal('INVALID_BODY', 'the signed body is not an event: expected %s', 400)
-export const InvalidEvent = refusal('INVALID_EVENT', 'the event does not have the shape of its type, %s: %s', 400)
+export const InvalidBody = withoutStack('INVALID_BODY', 'the signed body is not an event: expected %s', 400)
+export const InvalidEvent = withoutStack('INVALID_EVENT', 'the event does not have the shape of its type, %s: %s', 400)
 
 // Deduplicate, dispatch, acknowledge
 
-export const InProgress = refusal('IN_PROGRESS', 'this webhook-id is being processed by another process, or its resource by another delivery', 409)
-export const HandlerFailed = refusal('HANDLER_FAILED', 'an event handler failed', 500)
-export const DeadlineExceeded = refusal('DEADLINE', 'the event is still being processed; the retry will find its result', 503)
-export const Overloaded = refusal('OVERLOADED', 'no room for another delivery now; retry later', 503)
+export const InProgress = withoutStack('IN_PROGRESS', 'this webhook-id is being processed by another process, or its resource by another delivery', 409)
+export const HandlerFailed = withoutStack('HANDLER_FAILED', 'an event handler failed', 500)
+export const DeadlineExceeded = withoutStack('DEADLINE', 'the event is still being processed; the retry will find its result', 503)
+export const Overloaded = withoutStack('OVERLOADED', 'no room for another delivery now; retry later', 503)
 export const MissingRoute = coded('MISSING_ROUTE',
   'the delivery was received at %s, which has handlers of its own, and this process has no such route: declare it in every process that runs its deliveries', 500)
-export const Unavailable = refusal('UNAVAILABLE', 'the store, the queue or the signing secret cannot be reached; retry later', 503)
+export const Unavailable = withoutStack('UNAVAILABLE', 'the store, the queue or the signing secret cannot be reached; retry later', 503)
 
 // Dead deliveries
 
@@ -64,7 +64,7 @@ export const NeedsForce = coded('NEEDS_FORCE',
 
 // Inspector
 
-export const InspectorRefused = refusal('INSPECTOR_REFUSED', '%s', 403)
+export const InspectorRefused = withoutStack('INSPECTOR_REFUSED', '%s', 403)
 
 // Inbox: handlers fail with these
 

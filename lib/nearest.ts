@@ -38,7 +38,6 @@ function families (types: readonly string[]): Set<string> {
   return patterns
 }
 
-/** The Levenshtein distance. */
 export function editDistance (a: string, b: string): number {
   let previous = Array.from({ length: b.length + 1 }, (_, j) => j)
   for (let i = 1; i <= a.length; i++) {

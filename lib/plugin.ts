@@ -5,7 +5,7 @@ import { LONGEST_TIMER } from './checks.ts'
 import { deadLettersOf } from './dead-letters.ts'
 import { drain } from './delivery/drain.ts'
 import { Handling } from './delivery/handling.ts'
-import { Queued } from './delivery/queued.ts'
+import { Host } from './delivery/host.ts'
 import { Receiver } from './delivery/receive.ts'
 import { Works } from './delivery/work.ts'
 import { AlreadyRegistered, InvalidOptions } from './errors.ts'
@@ -127,7 +127,7 @@ function assemble (instance: FastifyInstance, options: OpenAIWebhookOptions, com
       if (runnersInUse.has(runner)) throw new InvalidOptions('expected a runner of its own, got one that another registration of the plugin uses')
       runnersInUse.add(runner)
       isStarted = true
-      await runner.start?.(new Queued(works, claims, handling, failures))
+      await runner.start?.(new Host(works, claims, handling, failures))
     },
     async close (): Promise<void> {
       // If another registration uses the runner, this one has failed to start and must not close it.

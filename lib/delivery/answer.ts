@@ -53,7 +53,6 @@ const NEXT: Readonly<Record<AnswerState['at'], ReadonlyArray<AnswerState['at']>>
   closed: []
 }
 
-/** The one answer to a request, and its state. */
 export class Answer {
   #state: AnswerState = { at: 'open' }
 

@@ -49,16 +49,14 @@ export class OwnHandler {
   readonly #givenStatus: number
   /** The reply's methods before they are watched. */
   readonly #methods: Pick<FastifyReply, 'send' | 'code' | 'status' | 'then'>
-  /** The reply that the handler gets. */
   readonly #ownReply: FastifyReply
-  #refusing: FastifyReply | undefined
+  #replyForRefusal: FastifyReply | undefined
   /** `begins`: the handler is being called. `runs`: it has returned a promise, which has not settled. */
   #call: 'begins' | 'runs' | 'returned' | 'threw' = 'begins'
   /** The error that the handler threw, sent or returned. Fastify logs that of a stream that fails half way. */
   #error: unknown
   /** The status code of the answer, if it is not that of the deadline or of Fastify's `handlerTimeout`. */
   statusCode: number | undefined
-  /** Whether the handler has hijacked the reply. */
   #isHijacked = false
   /** Whether the handler has answered with a stream. */
   #isStreaming = false
@@ -82,9 +80,9 @@ export class OwnHandler {
   }
 
   /** The reply to send a refusal with, so that nothing that hooks and error handlers do with it is taken for the handler's answer. */
-  get refusing (): FastifyReply {
-    this.#refusing ??= standIn(this.reply, { methods: this.#methods })
-    return this.#refusing
+  get replyForRefusal (): FastifyReply {
+    this.#replyForRefusal ??= standIn(this.reply, { methods: this.#methods })
+    return this.#replyForRefusal
   }
 
   run (handler: RouteHandlerMethod, scope: FastifyInstance): void {
@@ -213,7 +211,7 @@ export class OwnHandler {
   /** Called when Fastify's `handlerTimeout` is over. It counts as a deadline: the handler keeps running. */
   #sendTimeout (error: unknown): FastifyReply {
     if (this.answer.state.at === 'open') this.answer.move({ at: 'late', statusCode: this.#ownStatus })
-    return this.#methods.send.call(this.#isLate ? this.refusing : this.reply, error)
+    return this.#methods.send.call(this.#isLate ? this.replyForRefusal : this.reply, error)
   }
 
   /** Called when the raw response was ended. @param isAgain whether it had been ended before, as by a refusal */

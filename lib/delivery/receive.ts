@@ -49,7 +49,6 @@ export class Receiver {
     return work
   }
 
-  /** Called when the store has answered. */
   #begun (work: Work, claim: Begun): MaybePromise<void> {
     this.observation.observer?.deduplicated(work.sender!.request)
     if (claim.state === 'done') return this.#duplicate(work, 'processed')

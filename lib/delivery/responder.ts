@@ -62,7 +62,7 @@ export class Responder implements Sender {
    * Resolves once the answer has been sent, the sender is gone, or the own handler leaves the rest of the answer to a function that wraps the
    * route's handler.
    */
-  given (): Promise<void> {
+  answerSent (): Promise<void> {
     return new Promise((resolve, reject) => {
       const { reply } = this
       const { raw } = reply
@@ -112,7 +112,7 @@ export class Responder implements Sender {
   }
 
   #send (send: (reply: FastifyReply) => void): void {
-    const reply = this.#own?.refusing ?? this.reply
+    const reply = this.#own?.replyForRefusal ?? this.reply
     this.#closeConnection()
     try {
       send(reply)

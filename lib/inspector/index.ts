@@ -59,7 +59,7 @@ const inspector: FastifyPluginAsync<InspectorOptions> = async (instance, options
   const live = new Live({ watch: watched => journal.watch(watched), takeChanged: () => journal.takeChanged(), stats })
   const hello = async (request: FastifyRequest): Promise<Hello> => ({
     readOnly: await isReadOnly(readOnly, request),
-    endpoints: [...routes.endpoints.all.values()].map(endpoint => ({ url: endpoint.name, signs: obstacleOf(endpoint) === null, tenants: endpoint.tenants !== undefined })),
+    endpoints: [...routes.endpoints.all.values()].map(endpoint => ({ url: endpoint.url, signs: obstacleOf(endpoint) === null, tenants: endpoint.tenants !== undefined })),
     types: Object.keys(routes.events).sort(),
     deadLetters: runner.dead !== undefined,
     max: { deliveries: journal.deliveries.max, refused: journal.refusals.max },

@@ -19,7 +19,6 @@ export interface Held {
   readonly resource: Held | undefined
 }
 
-/** The result of `begin`. */
 export type Begun = Held | Exclude<Claim, { state: 'claimed' }>
 
 export interface ClaimsOptions {

@@ -1,6 +1,6 @@
 import type { KeyObject } from 'node:crypto'
 import type { IncomingHttpHeaders } from 'node:http'
-import { isRefusal } from '../coded.ts'
+import { isSendable } from '../coded.ts'
 import { InvalidId, InvalidSignature, InvalidTimestamp, TimestampOutOfTolerance } from '../errors.ts'
 import type { Keys } from '../verifiers/keyring.ts'
 import { isStray } from '../maybe-promise.ts'
@@ -75,7 +75,7 @@ function answerOf<Asked, Answer> (ask: () => Asked | Error, checked: (asked: Ask
 
 /** A user's verifier may throw anything. Unless it is a coded error with a 4xx status, the sender gets INVALID_SIGNATURE. */
 function toRefusal (error: unknown): Error {
-  return isRefusal(error) ? error : new InvalidSignature({ cause: error })
+  return isSendable(error) ? error : new InvalidSignature({ cause: error })
 }
 
 /** The sender gets the same answer as a forger. The log gets the cause, as it does when a verifier throws by mistake. */

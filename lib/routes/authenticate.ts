@@ -45,7 +45,7 @@ export class Authentication {
   /** Makes the onRequest hook, which refuses requests by their headers alone. */
   admit (endpoint: Endpoint) {
     return (request: FastifyRequest, reply: FastifyReply, done: Done): void => {
-      this.observation.observer?.arrived(request, reply, endpoint.name)
+      this.observation.observer?.arrived(request, reply, endpoint.url)
       const signed = signedHeadersOf(endpoint, request.headers)
       if (signed instanceof Error) return done(this.refused(signed, endpoint, request))
       ;(request as Admitted)[SIGNED] = signed
@@ -57,7 +57,7 @@ export class Authentication {
   authenticate (endpoint: Endpoint, request: FastifyRequest, rawBody: Buffer, done: Done): void {
     const { observer } = this.observation
     observer?.captured(request, rawBody)
-    const { name, tenants } = endpoint
+    const { url, tenants } = endpoint
     const tenant = tenants?.nameOf(request)
     if (tenant instanceof Error) return done(this.refused(tenant, endpoint, request))
     let verification: Verification = endpoint
@@ -67,16 +67,16 @@ export class Authentication {
 
     const settle = (verified: Verified | Error): void => {
       if (verified instanceof Error) {
-        this.#explain(verified, name, verification, request, rawBody)
+        this.#explain(verified, url, verification, request, rawBody)
         return done(this.refused(verified, endpoint, request, { tenant }))
       }
       observer?.verified(request)
       const { webhookId, timestamp, keyIndex } = verified
       const event = validate(rawBody, this.validators) as WebhookEvent | Error
       if (event instanceof Error) return done(this.refused(event, endpoint, request, { tenant, webhookId }))
-      request.openaiWebhook = { webhookId, timestamp, endpoint: name, ...(tenant !== undefined && { tenant }), rawBody, event }
+      request.openaiWebhook = { webhookId, timestamp, endpoint: url, ...(tenant !== undefined && { tenant }), rawBody, event }
       if (channels.verified.hasSubscribers) {
-        channels.verified.publish({ endpoint: name, tenant, webhookId, timestamp, event, secretIndex: keyIndex, bodySize: rawBody.length, request: request as VerifiedRequest })
+        channels.verified.publish({ endpoint: url, tenant, webhookId, timestamp, event, secretIndex: keyIndex, bodySize: rawBody.length, request: request as VerifiedRequest })
       }
       observer?.validated(request as VerifiedRequest)
       done()
@@ -100,8 +100,8 @@ export class Authentication {
    *
    * @returns the error that the sender is answered
    */
-  refused (error: Error, { name }: Endpoint, request: FastifyRequest, { tenant, webhookId }: Known = {}): Error {
-    if (!hasProgress(request)) this.failures.refused(error, { endpoint: name, tenant, webhookId }, request)
+  refused (error: Error, { url }: Endpoint, request: FastifyRequest, { tenant, webhookId }: Known = {}): Error {
+    if (!hasProgress(request)) this.failures.refused(error, { endpoint: url, tenant, webhookId }, request)
     const answer = error instanceof UnknownTenant ? new InvalidSignature() : error
     this.#answers.add(answer)
     return answer
@@ -111,7 +111,7 @@ export class Authentication {
    * For onError hooks, before the request is marked as refused: does the same for what Fastify, another plugin or a hook of the app has refused,
    * such as a body that is too large or a rate limit. The plugin's own refusals have been reported.
    */
-  refusedByOthers (error: Error, { name }: Endpoint, request: FastifyRequest): void {
-    if (!this.#answers.has(error) && !hasProgress(request)) this.failures.refused(error, request.openaiWebhook ?? { endpoint: name }, request)
+  refusedByOthers (error: Error, { url }: Endpoint, request: FastifyRequest): void {
+    if (!this.#answers.has(error) && !hasProgress(request)) this.failures.refused(error, request.openaiWebhook ?? { endpoint: url }, request)
   }
 }

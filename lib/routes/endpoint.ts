@@ -7,7 +7,7 @@ import type { Verifications } from './verifications.ts'
 
 /** A receiving route: how it verifies, and the URL that names it in jobs, logs and idempotency keys. */
 export type Endpoint = Verification & {
-  readonly name: string
+  readonly url: string
   /** Set if the route serves many tenants. Each tenant then has its own verification, and the endpoint has no keys. */
   readonly tenants: Tenants | undefined
 }
@@ -19,12 +19,12 @@ export class Endpoints {
   constructor (readonly registry: Registry, readonly verifications: Verifications) {}
 
   /** @param verification has no keys if there are tenants @param lists the handlers of the route @throws FST_OPENAI_WEBHOOK_INVALID_ROUTE */
-  add (name: string, verification: Verification, lists: readonly HandlerList[], tenant: TenantOptions | undefined): Endpoint {
+  add (url: string, verification: Verification, lists: readonly HandlerList[], tenant: TenantOptions | undefined): Endpoint {
     // Routes that differ only in a constraint would share jobs and idempotency keys, because those contain just the URL.
-    if (this.all.has(name)) throw new InvalidRoute('POST', name, 'expected a URL of its own, got that of another receiving route')
-    this.registry.lists.set(name, lists)
-    const endpoint = { ...verification, name, tenants: tenant && new Tenants(name, tenant, verification, this.verifications.secretOptions) }
-    this.all.set(name, endpoint)
+    if (this.all.has(url)) throw new InvalidRoute('POST', url, 'expected a URL of its own, got that of another receiving route')
+    this.registry.lists.set(url, lists)
+    const endpoint = { ...verification, url, tenants: tenant && new Tenants(url, tenant, verification, this.verifications.secretOptions) }
+    this.all.set(url, endpoint)
     return endpoint
   }
 }

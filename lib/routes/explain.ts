@@ -12,21 +12,21 @@ const INTERVAL = 10_000
 /** Makes a function that logs at debug level why a signature does not match. The sender is not told. */
 export function explainer (failures: Failures) {
   const explainedAt = new Map<string, number>()
-  return (refusal: Error, name: string, { verifier, keyring, tolerance }: Verification, { headers, log }: FastifyRequest, rawBody: Buffer): void => {
+  return (refusal: Error, url: string, { verifier, keyring, tolerance }: Verification, { headers, log }: FastifyRequest, rawBody: Buffer): void => {
     if (!(refusal instanceof InvalidSignature) || !DETAILED.has(log.level) || verifier !== standardWebhooks()) return
     // On the monotonic clock, so that a system clock that is set back does not suppress diagnoses until it has caught up.
     const since = performance.now()
-    if (since - (explainedAt.get(name) ?? -Infinity) < INTERVAL) return
-    explainedAt.set(name, since)
+    if (since - (explainedAt.get(url) ?? -Infinity) < INTERVAL) return
+    explainedAt.set(url, since)
     const now = Date.now()
     const explain = async (): Promise<void> => {
       // Imported on demand, because few apps log at debug level.
       const { diagnoseQuickly } = await import('../diagnose.ts')
       const secret = keyring.keys.map(key => key.export())
       const { finding, likely } = diagnoseQuickly({ headers, rawBody, secret, now, tolerance })
-      log.debug({ endpoint: name, cause: finding?.cause, fix: finding?.fix }, `the signature does not match: ${finding?.message ?? likely}`)
+      log.debug({ endpoint: url, cause: finding?.cause, fix: finding?.fix }, `the signature does not match: ${finding?.message ?? likely}`)
     }
     // setImmediate: the answer must neither wait for the diagnosis nor fail with it.
-    setImmediate(() => { explain().catch(error => failures.report(error, { endpoint: name })) })
+    setImmediate(() => { explain().catch(error => failures.report(error, { endpoint: url })) })
   }
 }

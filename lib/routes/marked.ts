@@ -33,7 +33,7 @@ export function protectMarked (routes: Routes, scope: FastifyInstance, route: Ro
   const { onRequest, onSend, onError, errorHandler, handler } = receiving(routes, endpoint, body, {
     own: dispatches ? undefined : route.handler,
     ownErrors: route.errorHandler as RouteErrorHandler | undefined,
-    declared: () => route.handler
+    currentHandler: () => route.handler
   })
   route.config = { ...route.config, [PROTECTED]: capture } as FastifyContextConfig
   route.bodyLimit = body.limit

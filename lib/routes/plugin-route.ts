@@ -27,14 +27,13 @@ export function pluginRoute (
   scope.register(async child => {
     captureBody(child, body)
     shareDecorators(child)
-    // As Fastify joins them.
-    const name = child.prefix.replace(/\/$/, '') + url
-    const endpoint = endpoints.add(name, verification, [registry.app, list], overrides.tenant)
+    // As Fastify joins the two.
+    const endpoint = endpoints.add(child.prefix.replace(/\/$/, '') + url, verification, [registry.app, list], overrides.tenant)
     // Loaded only if it can be used: @fastify/swagger documents only the routes that are declared after it.
     const documents = scope.hasPlugin('@fastify/swagger') ? await import('./openapi.ts') : undefined
     let declared: RouteOptions | undefined
     child.addHook('onRoute', route => { declared = route })
-    const parts = receiving(routes, endpoint, body, { own, declared: () => declared!.handler })
+    const parts = receiving(routes, endpoint, body, { own, currentHandler: () => declared!.handler })
     onReady.push(declareRoute(child, scope, {
       method: 'POST',
       url,

@@ -45,38 +45,38 @@ export interface RouteParts {
   /** The route's own error handler. */
   readonly ownErrors?: RouteErrorHandler | undefined
   /** Returns the current handler of the route: an onRoute hook of the app may have wrapped the one made here. */
-  readonly declared: () => unknown
+  readonly currentHandler: () => unknown
 }
 
 /** Makes the handler and the hooks that every receiving route has, besides the hook that captures and authenticates. */
 export function receiving (routes: Routes, endpoint: Endpoint, body: BodyBounds, parts: RouteParts) {
   const { authentication, failures } = routes
-  const keep = keepRefusal((request, statusCode) => failures.answeredByHook(endpoint.name, request, statusCode))
+  const keep = keepRefusal((request, statusCode) => failures.answeredByHook(endpoint.url, request, statusCode))
   return {
     onRequest: authentication.admit(endpoint),
     onSend: parts.own === undefined ? [keep] : [keep, recordAnswer],
-    onError: refusing(routes, endpoint, body),
+    onError: onErrorHook(routes, endpoint, body),
     errorHandler: refuseErrors(parts.ownErrors),
     handler: deliver(routes, endpoint, parts)
   }
 }
 
 /** Makes the handler, which answers by the deadline. */
-function deliver ({ receiver, deadline, failures }: Routes, { name }: Endpoint, { own, declared }: RouteParts): RouteHandlerMethod {
+function deliver ({ receiver, deadline, failures }: Routes, { url }: Endpoint, { own, currentHandler }: RouteParts): RouteHandlerMethod {
   const options = { receiver, failures, own }
   const handle: RouteHandlerMethod = function (request, reply) {
-    if (request.openaiWebhook === null) throw unverified(name)
+    if (request.openaiWebhook === null) throw unverified(url)
     markHandling(request)
     const responder = new Responder(request as VerifiedRequest, reply, options, this)
     responder.run(Math.max(0, deadline - waitOf(request)))
     // If an async function wraps this handler and gets no promise from it, Fastify sends an empty answer at once.
-    if (declared() !== handle) return responder.given()
+    if (currentHandler() !== handle) return responder.answerSent()
   }
   return handle
 }
 
 /** Makes the onError hook, which runs after the app's. Whoever sends the answer, it is a refusal from now on. */
-function refusing ({ authentication }: Routes, endpoint: Endpoint, body: BodyBounds): onErrorHookHandler {
+function onErrorHook ({ authentication }: Routes, endpoint: Endpoint, body: BodyBounds): onErrorHookHandler {
   return (request, reply, error, done) => {
     authentication.refusedByOthers(error, endpoint, request)
     noteError(request, error)

@@ -3,7 +3,7 @@ import fc from 'fast-check'
 import type { FastifyBaseLogger } from 'fastify'
 import t from 'tap'
 import { Handling } from '../../lib/delivery/handling.ts'
-import { Queued } from '../../lib/delivery/queued.ts'
+import { Host } from '../../lib/delivery/host.ts'
 import { Receiver } from '../../lib/delivery/receive.ts'
 import { Answer } from '../../lib/delivery/answer.ts'
 import type { AnswerState } from '../../lib/delivery/answer.ts'
@@ -91,7 +91,7 @@ t.test('a runner that asks again for a job before it is acknowledged is told how
     const works = new Works()
     const claims = new Claims({ store: memoryStore(), lease: 60_000, retention: 60_000, onTrouble () {} })
     const handling = new Handling(works, claims, registry, silent, new Observation(), new AbortController().signal)
-    const host = new Queued(works, claims, handling, {} as Failures)
+    const host = new Host(works, claims, handling, {} as Failures)
     const ends: string[] = []
     const attempt = async (job: Job): Promise<void> => {
       ends.push(await Promise.resolve().then(() => host.process(job)).then(() => 'succeeded', () => 'failed'))
@@ -201,7 +201,7 @@ async function follow (plan: Plan, scheduler: fc.Scheduler): Promise<void> {
   const works = new Works()
   const claims = new Claims({ store, lease: 60_000, retention: 60_000, onTrouble () {} })
   const handling = new Handling(works, claims, registry, silent, new Observation(), new AbortController().signal)
-  const host = new Queued(works, claims, handling, {} as Failures)
+  const host = new Host(works, claims, handling, {} as Failures)
   const queued: Array<Promise<unknown>> = []
   const attempt = async (job: Job): Promise<void> => {
     for (let attempts = 0, isDone = false; attempts < ATTEMPTS && !isDone; attempts++) {
@@ -261,5 +261,5 @@ t.test('whatever comes before what, one webhook-id runs once, and each of its se
   const { setTimeout } = globalThis
   t.teardown(() => { Object.assign(globalThis, { setTimeout }) })
   Object.assign(globalThis, { setTimeout: (run: () => void) => setImmediate(run) })
-  await t.resolves(fc.assert(fc.asyncProperty(plans, fc.scheduler(), follow), { numRuns: sized(500, 20_000) }))
+  await t.resolves(fc.assert(fc.asyncProperty(plans, fc.scheduler(), follow), { numRuns: sized(500, 8_000) }))
 })

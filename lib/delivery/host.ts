@@ -20,7 +20,7 @@ const LONGEST_WAIT = 2_560
 type Use = (work: Work, claim: Held) => Promise<void>
 
 /** The host of a runner: runs the handlers of the jobs in its queue, and takes its reports. */
-export class Queued implements RunnerHost {
+export class Host implements RunnerHost {
   constructor (
     readonly works: Works,
     readonly claims: Claims,
