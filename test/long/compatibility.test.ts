@@ -156,15 +156,17 @@ void app.register(openaiWebhook.default).after(() => { app.openaiWebhook.on('bat
   }
 
   const files = ['app.ts', ...Object.keys(TYPED)]
+  const newest = TYPESCRIPTS.at(-1)!
   configure('NodeNext', 'NodeNext', files)
   for (const types of NODE_TYPES) {
     await install(cwd, `@types/node@${types}`, '--ignore-scripts')
-    for (const version of TYPESCRIPTS) t.same(await faultsBy(version), [], `TypeScript ${version}, @types/node ${types}`)
+    const versions = types === NODE_TYPES.at(-1) ? TYPESCRIPTS : [newest]
+    for (const version of versions) t.same(await faultsBy(version), [], `TypeScript ${version}, @types/node ${types}`)
   }
   for (const [module, resolution] of [['Node16', 'Node16'], ['ESNext', 'Bundler']] as const) {
     configure(module, resolution, ['app.ts'])
-    for (const version of TYPESCRIPTS) t.same(await faultsBy(version), [], `TypeScript ${version}, ${module}, ${resolution}`)
+    for (const version of [TYPESCRIPTS[0]!, newest]) t.same(await faultsBy(version), [], `TypeScript ${version}, ${module}, ${resolution}`)
   }
   configure('NodeNext', 'NodeNext', ['required.cts'])
-  for (const version of TYPESCRIPTS.filter(version => version !== '5.5')) t.same(await faultsBy(version), [], `TypeScript ${version}, CommonJS`)
+  for (const version of ['5.9', newest]) t.same(await faultsBy(version), [], `TypeScript ${version}, CommonJS`)
 })

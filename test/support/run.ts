@@ -1,8 +1,10 @@
 // npm test and npm run test:long: run tap. Coverage is checked if nothing is missing here. Arguments are test files or options of tap.
-import { spawn } from 'node:child_process'
+import { execFile, spawn } from 'node:child_process'
 import type { SpawnOptions } from 'node:child_process'
 import { once } from 'node:events'
 import { mkdirSync, readFileSync, readdirSync, writeFileSync } from 'node:fs'
+import { dirname } from 'node:path'
+import { promisify } from 'node:util'
 import { chromiumMissing, nginxMissing, postgresMissing, prometheusMissing, redisMissing } from './missing.ts'
 import { missing as missingHandles } from './sqlite.mjs'
 
@@ -21,21 +23,27 @@ const SLOWEST = ['runners/bullmq', 'inspector/page', 'postgres/postgres', 'runne
 const FILES = readdirSync('test', { recursive: true, encoding: 'utf8' }).filter(file => file.endsWith('.test.ts')).map(file => `test/${file}`).sort()
 const LONG = FILES.filter(file => file.startsWith('test/long/'))
 const SIZED = FILES.filter(file => !LONG.includes(file) && readFileSync(file, 'utf8').includes('support/size.ts'))
-/** The files that take longest at full size, started first, so that none of them runs alone in the end. */
-const LONGEST = ['test/simulation.test.ts', 'test/long/compatibility.test.ts']
 const SHARING = [...SLOWEST, ...FILES.filter(file => ![...LONG, ...ALONE, ...SLOWEST].includes(file))]
 
-/** `entry` imports the files of a process. */
-const shared = Array.from({ length: PROCESSES }, (_, nth) => ({ entry: `.tap/shared/${nth}.mjs`, files: SHARING.filter((_, n) => n % PROCESSES === nth) }))
+/** The files that take longest at full size. */
+const LONGEST = ['test/simulation.test.ts', 'test/processes.test.ts']
+
+/** `entry` imports the files of a process. Tap sorts its files, so the entries come before all others. */
+interface Shared { readonly entry: string, readonly files: readonly string[] }
+const SHARED: readonly Shared[] = Array.from({ length: PROCESSES }, (_, nth) => ({ entry: `.tap/shared/${nth}.mjs`, files: SHARING.filter((_, n) => n % PROCESSES === nth) }))
+const FIRST: readonly Shared[] = LONGEST.map((file, nth) => ({ entry: `.tap/first/${nth}.mjs`, files: [file] }))
 
 const missing = [redisMissing, prometheusMissing, postgresMissing].filter(reason => reason !== false)
 const isWhole = files.length === 0 && !isLong
 const tap = ['run', ...args]
-if (isWhole) {
-  mkdirSync('.tap/shared', { recursive: true })
-  for (const { entry, files } of shared) writeFileSync(entry, files.map(file => `import '../../${file}'\n`).join(''))
-  tap.push(...shared.map(({ entry }) => entry), ...ALONE)
-} else if (files.length === 0) tap.push(...new Set([...LONGEST, ...SIZED, ...LONG]))
+if (files.length === 0) {
+  const together = isLong ? FIRST : SHARED
+  for (const { entry, files } of together) {
+    mkdirSync(dirname(entry), { recursive: true })
+    writeFileSync(entry, files.map(file => `import '../../${file}'\n`).join(''))
+  }
+  tap.push(...together.map(({ entry }) => entry), ...(isLong ? [...SIZED, ...LONG].filter(file => !LONGEST.includes(file)) : ALONE))
+}
 // Only npm test without skipped tests covers every line of lib.
 if (!isWhole || missing.length > 0) tap.push('--disable-coverage', '--allow-empty-coverage')
 // The tests that kill processes need a core for them.
@@ -46,15 +54,21 @@ async function run (args: readonly string[], options: SpawnOptions = {}): Promis
   return code ?? 1
 }
 
+/** @returns what TypeScript has found; empty if all types are right */
+async function typecheck (): Promise<string> {
+  const check = promisify(execFile)('npm', ['run', '--silent', 'typecheck'], { shell: process.platform === 'win32', maxBuffer: 64e6 })
+  return await check.then(() => '', ({ stdout, stderr }: { stdout: string, stderr: string }) => `${stdout}${stderr}npm run typecheck has failed, see above\n`)
+}
+
 // Beside the tests, because these wait for servers and leave a part of two cores free.
-const checks = isWhole ? run(['test/support/together.mjs', 'typecheck', 'lint']) : undefined
+const checking = isWhole ? typecheck() : ''
 const status = await run(['node_modules/tap/dist/esm/run.mjs', ...tap], { env: { ...process.env, ...(isLong && { TEST_LONG: '1' }) } })
-const checked = await checks ?? 0
-if (checked !== 0) console.log('npm run typecheck or npm run lint has failed, see above')
+const faults = await checking
+process.stdout.write(faults)
 // A missing browser does not affect the coverage, because the page is not in lib.
 if (chromiumMissing !== false) console.log(`skipped: what ${chromiumMissing}`)
 // A missing handle does not affect the coverage, because libsql covers the same lines.
 for (const reason of Object.values(missingHandles)) if (reason !== false) console.log(`skipped: what ${reason}`)
 if (isLong && nginxMissing !== false) console.log(`skipped: what ${nginxMissing}`)
 for (const reason of missing) console.log(`skipped, and with it the check of coverage: what ${reason}`)
-process.exit(status !== 0 ? status : checked)
+process.exitCode = status !== 0 || faults === '' ? status : 1
