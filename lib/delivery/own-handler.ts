@@ -1,4 +1,5 @@
 import type { Readable } from 'node:stream'
+import fastify from 'fastify'
 import type { FastifyInstance, FastifyReply, FastifyRequest, RouteHandlerMethod } from 'fastify'
 import { isErrorThat } from '../coded.ts'
 import { HandlerFailed } from '../errors.ts'
@@ -7,7 +8,7 @@ import { acknowledge } from '../pipeline/acknowledge.ts'
 import { isAnswerHeld, isHandlerTimeout, isRefused, isResponse, isSuccess, markRefused } from '../pipeline/refusal.ts'
 import { isPromise, later, tryOr } from '../maybe-promise.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
-import { isClosed, isOut, sentStatusOf, traceReset, watchResponse } from './raw-response.ts'
+import { isClosed, isOut, sentStatusOf, watchResponse } from './raw-response.ts'
 import type { Answer } from './answer.ts'
 import { standIn } from './stand-in.ts'
 import type { RecordEnd } from './work.ts'
@@ -88,11 +89,10 @@ export class OwnHandler {
   run (handler: RouteHandlerMethod, scope: FastifyInstance): void {
     const { answer, request, reply } = this
     ;(request as WithOwnRun)[OWN_RUN] = this
-    traceReset(reply.raw, request.raw)
     // While other handlers ran, a hook of the app or Fastify's `handlerTimeout` has answered, or is answering with an error.
     if (answer.state.at === 'open' && (this.#isSent || isRefused(request))) answer.move({ at: 'late', statusCode: 200 })
     this.#watchReply()
-    watchResponse(reply.raw, request.raw, reply.sent && reply.raw.writableEnded, isAgain => this.#ended(isAgain), isAgain => this.#broke(isAgain))
+    watchResponse(reply.raw, request.raw, reply.raw.writableEnded, isAgain => this.#ended(isAgain), isAgain => this.#broke(isAgain))
     let result
     let pending
     try {
@@ -124,7 +124,7 @@ export class OwnHandler {
       const { state } = answer
       // The refusal keeps its status.
       if (state.at === 'late') answer.move({ ...state, statusCode: Number(statusCode) })
-      else if (!this.#isLate) reply.code(statusCode)
+      else if (state.at !== 'recorded') reply.code(statusCode)
       return this.#ownReply
     }
     const hijack = (): FastifyReply => {
@@ -139,7 +139,7 @@ export class OwnHandler {
     const then = (fulfilled: () => void, rejected: (error: Error) => void): Promise<unknown> => this.#wait(fulfilled, rejected)
     return standIn(reply, {
       methods: { send, code, status: code, hijack, then },
-      sent: () => this.#isLate ? !this.#isAwaited : undefined,
+      sent: () => this.#isLate || answer.state.at === 'recorded' ? !this.#isAwaited : undefined,
       statusCode: () => answer.state.at === 'late' ? answer.state.statusCode : undefined
     })
   }
@@ -291,7 +291,7 @@ export class OwnHandler {
         if (succeeded && !isWhole) return
         // The answer may be that of a hook of the app while the handler still runs. It is recorded once the handler has ended, because a retry
         // must not run the handler while it still runs.
-        if (!succeeded && this.#call === 'runs') {
+        if (!succeeded && !this.#hasEnded) {
           this.answer.move({ at: 'cut off', succeeds: false })
           return this.#endWaits()
         }
@@ -305,6 +305,8 @@ export class OwnHandler {
     if (!isPromise<void>(recording) || isOverdue) return
     return new Promise((resolve, reject) => {
       this.answer.move({ at: 'recorded', isLate: false, release: resolve })
+      // For a handler that ends the raw response meanwhile.
+      this.reply.raw.statusCode = this.statusCode!
       recording.then(resolve, reject)
     })
   }
@@ -320,6 +322,7 @@ export class OwnHandler {
     const { answer, reply } = this
     const { at } = answer.state
     if (this.#isLate) return this.#settleUnheard(payload)
+    if (at === 'recorded') return this.#sendAgain(payload)
     const isGood = isSuccessful(payload, reply.statusCode)
     this.#isStreaming = isStream(payload)
     if (at === 'open') answer.move({ at: 'replying', succeeds: () => isGood && isSuccess(reply.raw.statusCode), isOverdue: false })
@@ -333,6 +336,14 @@ export class OwnHandler {
     }
     // If `recordAnswer` does not record the answer, because it is a stream or another onSend hook has failed, the response's close does.
     if (at === 'open') this.#awaitClose()
+    return this.#ownReply
+  }
+
+  /** Ignores a second answer, as Fastify does. The first one is recorded, and may still wait for the store, so Fastify would send both. */
+  #sendAgain (payload: unknown): FastifyReply {
+    const { url, method, log } = this.request
+    discard(payload)
+    log.warn({ err: new fastify.errorCodes.FST_ERR_REP_ALREADY_SENT(url, method) })
     return this.#ownReply
   }
 
@@ -350,7 +361,7 @@ export class OwnHandler {
   #settleOnce (succeeded: boolean, error?: unknown): void {
     const { state } = this.answer
     if (state.at === 'recorded' || state.at === 'cut off' || (state.at === 'late' && state.failed !== undefined)) return
-    if (succeeded || this.#call !== 'runs') this.#settle(succeeded, error)
+    if (succeeded || this.#hasEnded) this.#settle(succeeded, error)
     else this.answer.move(state.at === 'late' ? { ...state, failed: { error } } : { at: 'cut off', succeeds: false })
   }
 
@@ -413,6 +424,8 @@ export class OwnHandler {
     return this.reply.sent || this.reply.raw.headersSent
   }
 
+  get #hasEnded (): boolean { return this.#call === 'returned' || this.#call === 'threw' }
+
   /** Whether the handler is async and has not ended. */
   get runs (): boolean { return this.#call === 'runs' }
 
@@ -450,8 +463,7 @@ export class OwnHandler {
       if (left) this.statusCode = sentStatusOf(raw)
       // Now, because Fastify sets another status when the stream of an answer is cut off.
       const succeeds = left ? isSuccess(sentStatusOf(raw)) : state.succeeds()
-      const hasEnded = this.#call === 'returned' || this.#call === 'threw'
-      if (!hasEnded && !(left && succeeds)) this.answer.move({ at: 'cut off', succeeds })
+      if (!this.#hasEnded && !(left && succeeds)) this.answer.move({ at: 'cut off', succeeds })
       else this.#settle((left || this.#call === 'returned') && succeeds)
     }
     if (isClosed(raw)) closed()

@@ -69,7 +69,7 @@ export function watchResponse (raw: RawResponse, { socket }: FastifyRequest['raw
   }
   const watchedDestroy = (error?: Error): RawResponse => {
     // Not when it is over or its connection has failed: hooks may clean up, and an injected response destroys itself.
-    if (!isClosed(raw) && !raw.writableEnded && !socket.errored && !isOfNode(raw, socket, error)) broke(isEnded)
+    if (!isClosed(raw) && !raw.writableEnded && !socket.errored && !isOfNode(raw, socket, error)) broke(false)
     return destroy.call(raw, error)
   }
   // What is piped to a response that is over waits for ever to be drained. Node unpipes what was being piped when the response closed.

@@ -7,7 +7,7 @@ import { isAnswerHeld, isSuccess } from '../pipeline/refusal.ts'
 import type { VerifiedRequest } from '../request.ts'
 import { OwnHandler, plainThen } from './own-handler.ts'
 import type { Receiver } from './receive.ts'
-import { isClosed, isInjected, sentStatusOf } from './raw-response.ts'
+import { isClosed, isInjected, sentStatusOf, traceReset } from './raw-response.ts'
 import { Answer } from './answer.ts'
 import type { Sender, Verdict, Work } from './work.ts'
 
@@ -40,6 +40,8 @@ export class Responder implements Sender {
     scope: FastifyInstance
   ) {
     const { own } = options
+    // Before a refusal, because what the own handler does later depends on whether the response is over.
+    if (own !== undefined) traceReset(reply.raw, request.raw)
     this.ownHandler = own && (record => {
       this.#own = new OwnHandler(this.#answer, request, reply, (succeeded, error) => {
         this.#closeConnection()

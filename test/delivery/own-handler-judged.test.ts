@@ -12,17 +12,25 @@ import { deferred, dialWith, listen, redelivered, send, watchedStore } from '../
 const DUPLICATE = '200 {"received":true,"duplicate":true}'
 const marked = { config: { openaiWebhook: {} } }
 
+const tick = (): Promise<void> => new Promise(resolve => setImmediate(resolve))
+
 type Tap = Parameters<typeof build>[0] & Pick<typeof t, 'equal'>
 
-/** A store whose answers come later. */
-function asyncStore (): IdempotencyStore {
+/** A store whose answers come later. @param until what it waits for before it records how a delivery has ended */
+function asyncStore (until?: Promise<unknown>): IdempotencyStore {
   const store = memoryStore()
   return {
     begin: async (...args) => store.begin(...args),
     checkpoint: async (...args) => store.checkpoint(...args),
-    complete: async (...args) => store.complete(...args),
+    async complete (...args) {
+      await until
+      return store.complete(...args)
+    },
     extend: async (...args) => store.extend(...args),
-    release: async (...args) => store.release(...args)
+    async release (...args) {
+      await until
+      store.release(...args)
+    }
   }
 }
 
@@ -87,6 +95,112 @@ t.test('a route\'s own handler that ends after the deadline is judged by what it
       const retry = await overdue(t, before, ending)
       t.equal(await retry(), DUPLICATE)
     })
+  }
+})
+
+t.test('one that answers twice is judged by its first answer, which is the one that is sent, as a plain route\'s', async t => {
+  type Act = (reply: FastifyReply) => unknown
+  const firsts: Record<string, Act> = {
+    'a failure': reply => { reply.code(422).send('first') },
+    'an error': reply => { reply.send(new Error('first')) },
+    'a success': reply => { reply.code(201).send('first') }
+  }
+  const seconds: Record<string, Act> = {
+    'a success': reply => { reply.code(200).send('second') },
+    'a success without a status': reply => { reply.send('second') },
+    'a failure': reply => { reply.code(500).send('second') },
+    'a status': reply => { reply.code(200) },
+    'a status that it assigns': reply => { reply.statusCode = 500 },
+    'what sent allows': reply => { if (!reply.sent) reply.code(503).send('second') },
+    'a stream': reply => { reply.send(Readable.from(['second'])) },
+    'the end of the raw response': reply => { reply.raw.end() }
+  }
+  const handlers: Record<string, (first: Act, second: Act, ended: () => void) => RouteHandlerMethod> = {
+    'a sync one': (first, second, ended) => (_request, reply) => {
+      first(reply)
+      second(reply)
+      ended()
+    },
+    'an async one': (first, second, ended) => async (_request, reply) => {
+      first(reply)
+      second(reply)
+      ended()
+    },
+    'an async one, after waiting': (first, second, ended) => async (_request, reply) => {
+      await tick()
+      first(reply)
+      second(reply)
+      ended()
+    },
+    'an async one, the second time after waiting': (first, second, ended) => async (_request, reply) => {
+      first(reply)
+      await tick()
+      second(reply)
+      ended()
+    },
+    'a sync one, later': (first, second, ended) => (_request, reply) => {
+      setImmediate(() => {
+        first(reply)
+        setImmediate(() => {
+          second(reply)
+          ended()
+        })
+      })
+      return reply
+    }
+  }
+  for (const [kind, handlerOf] of Object.entries(handlers)) {
+    for (const [one, first] of Object.entries(firsts)) {
+      for (const [other, second] of Object.entries(seconds)) {
+        for (const isLater of [false, true]) {
+          const ended = deferred()
+          const store = isLater ? asyncStore(ended.promise) : memoryStore()
+          const app = await build(t, { idempotency: { store } })
+          let runs = 0
+          const handler = handlerOf(first, second, ended.resolve)
+          app.post('/own', marked, function (request, reply) { return ++runs === 1 ? handler.call(this, request, reply) : 'again' })
+          app.post('/plain', handler)
+          const delivery = sign(thin('batch.failed'))
+          const plain = await app.inject({ method: 'POST', url: '/plain' })
+          const own = await post(app, delivery, '/own')
+          const message = `${kind}: ${one}, then ${other}${isLater ? ', with a store that answers later' : ''}`
+          t.equal(own.statusCode, plain.statusCode, message)
+          if (other !== 'the end of the raw response') t.equal(own.body, plain.body, message)
+          t.equal(await outcome(app, redelivered(delivery), '/own'), plain.statusCode === 201 ? DUPLICATE : '200 again', message)
+          await app.close()
+        }
+      }
+    }
+  }
+})
+
+t.test('an async one that sends a failure at once and goes on does not run beside itself', async t => {
+  const failures: Record<string, (reply: FastifyReply) => void> = {
+    'a status': reply => { reply.code(500).send('no') },
+    'an error': reply => { reply.send(new Error('no')) },
+    'no route': reply => { reply.callNotFound() }
+  }
+  for (const [name, fail] of Object.entries(failures)) {
+    for (const isLater of [false, true]) {
+      const cleaned = deferred()
+      const app = await build(t, { idempotency: { store: isLater ? asyncStore() : memoryStore() } })
+      let running = 0
+      let most = 0
+      app.post('/own', marked, async (_request, reply) => {
+        most = Math.max(most, ++running)
+        fail(reply)
+        await cleaned.promise
+        running--
+      })
+      const delivery = sign(thin('batch.failed'))
+      t.not((await post(app, delivery, '/own')).statusCode, 200)
+      const retry = post(app, redelivered(delivery), '/own')
+      await tick()
+      cleaned.resolve()
+      await retry
+      await app.close()
+      t.equal(most, 1, name)
+    }
   }
 })
 

@@ -194,7 +194,10 @@ t.test('a failure that Fastify\'s handlerTimeout answers while it is recorded is
     await store.release(...args)
   }
   const app = await build(t, { idempotency: { store: { ...store, release } } })
-  app.post('/own', { ...marked, handlerTimeout: 20 }, async (_request, reply) => reply.code(422).send('own'))
+  app.post('/own', { ...marked, handlerTimeout: 20 }, async (_request, reply) => {
+    reply.code(422)
+    return 'own'
+  })
   await app.ready()
   const clock = stoppedClock(t)
   const answering = post(app, sign(thin('batch.failed')), '/own')

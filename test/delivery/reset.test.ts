@@ -391,6 +391,32 @@ for (const protocol of PROTOCOLS) {
   }
 }
 
+for (const protocol of PROTOCOLS) {
+  for (const [name, act] of Object.entries({ 'ends the raw answer': ({ raw }: FastifyReply): void => { raw.end('own') }, ...pipings })) {
+    t.test(`${protocol}: a sender that has gone before the deadline, and a handler that starts after it, returns the reply, and ${name}: the retry runs again`, async t => {
+      const [handling, handled] = [deferred(), deferred()]
+      const own = await fixture(t, protocol, reply => {
+        setImmediate(() => { act(reply) })
+        return reply
+      }, {
+        deadline: 50,
+        async on () {
+          handling.resolve()
+          await handled.promise
+        }
+      })
+      const delivery = sign(thin('batch.failed'))
+      const { reset } = await own.send(delivery)
+      await handling.promise
+      reset()
+      await own.refused
+      own.codes.length = 0
+      handled.resolve()
+      await retried(t, own, delivery, 'runs again')
+    })
+  }
+}
+
 /** As some hooks clean up. */
 const cleaners: Record<string, (app: FastifyInstance) => void> = {
   'an onResponse hook': app => { app.addHook('onResponse', async (_request, { raw }) => { raw.destroy() }) },
