@@ -458,6 +458,7 @@ t.test('a failure', async t => {
     app.post('/throws', { config }, async () => { throw new Error('no database') })
     app.post('/refuses', { config }, async (_request, reply) => await reply.code(429).send())
     for (const url of ['/throws', '/refuses']) await post(app, delivery(), url)
+    await recorder.ended('process /refuses')
     t.strictSame(failureOf(recorder.one('process /throws')), {
       type: 'FST_OPENAI_WEBHOOK_HANDLER_FAILED', status: '1 of 1 handlers failed: no database', exceptions: ['Error: no database']
     })

@@ -62,10 +62,9 @@ export class SecretSource {
     return keyring
   }
 
-  /** Calls a secret function for the first time, unless a refresh has called it before. @throws FST_OPENAI_WEBHOOK_INVALID_SECRET */
+  /** Calls a secret function for the first time, unless a refresh has called it or is calling it. @throws FST_OPENAI_WEBHOOK_INVALID_SECRET */
   async load (): Promise<void> {
     const secret = this.#secret
-    await this.#asking?.catch(() => {})
     if (typeof secret !== 'function' || this.answer !== undefined) return
     try {
       await (this.#asking ?? this.#ask(async () => await secret()))
