@@ -17,18 +17,18 @@ const tick = (): Promise<void> => new Promise(resolve => setImmediate(resolve))
 type Tap = Parameters<typeof build>[0] & Pick<typeof t, 'equal'>
 
 /** A store whose answers come later. @param until what it waits for before it records how a delivery has ended */
-function asyncStore (until?: Promise<unknown>): IdempotencyStore {
+function asyncStore (until = async (): Promise<void> => {}): IdempotencyStore {
   const store = memoryStore()
   return {
     begin: async (...args) => store.begin(...args),
     checkpoint: async (...args) => store.checkpoint(...args),
     async complete (...args) {
-      await until
+      await until()
       return store.complete(...args)
     },
     extend: async (...args) => store.extend(...args),
     async release (...args) {
-      await until
+      await until()
       store.release(...args)
     }
   }
@@ -149,27 +149,26 @@ t.test('one that answers twice is judged by its first answer, which is the one t
       return reply
     }
   }
-  for (const [kind, handlerOf] of Object.entries(handlers)) {
-    for (const [one, first] of Object.entries(firsts)) {
-      for (const [other, second] of Object.entries(seconds)) {
-        for (const isLater of [false, true]) {
-          const ended = deferred()
-          const store = isLater ? asyncStore(ended.promise) : memoryStore()
-          const app = await build(t, { idempotency: { store } })
-          let runs = 0
-          const handler = handlerOf(first, second, ended.resolve)
-          app.post('/own', marked, function (request, reply) { return ++runs === 1 ? handler.call(this, request, reply) : 'again' })
-          app.post('/plain', handler)
-          const delivery = sign(thin('batch.failed'))
-          const plain = await app.inject({ method: 'POST', url: '/plain' })
-          const own = await post(app, delivery, '/own')
-          const message = `${kind}: ${one}, then ${other}${isLater ? ', with a store that answers later' : ''}`
-          t.equal(own.statusCode, plain.statusCode, message)
-          if (other !== 'the end of the raw response') t.equal(own.body, plain.body, message)
-          t.equal(await outcome(app, redelivered(delivery), '/own'), plain.statusCode === 201 ? DUPLICATE : '200 again', message)
-          await app.close()
-        }
-      }
+  const cases = Object.entries(handlers).flatMap(([kind, handlerOf]) => Object.entries(firsts).flatMap(([one, first]) => (
+    Object.entries(seconds).map(([other, second]) => ({ name: `${kind}: ${one}, then ${other}`, isRaw: other === 'the end of the raw response', handler: handlerOf(first, second, () => ended.resolve()) })))))
+  let ended: ReturnType<typeof deferred<void>>
+  for (const isLater of [false, true]) {
+    const app = await build(t, { idempotency: { store: isLater ? asyncStore(() => ended.promise) : memoryStore() } })
+    const runs = cases.map(() => 0)
+    for (const [nth, { handler }] of cases.entries()) {
+      app.post(`/own/${nth}`, marked, function (request, reply) { return ++runs[nth]! === 1 ? handler.call(this, request, reply) : 'again' })
+      app.post(`/plain/${nth}`, handler)
+    }
+    for (const [nth, { name, isRaw }] of cases.entries()) {
+      ended = deferred()
+      const delivery = sign(thin('batch.failed'))
+      const plain = await app.inject({ method: 'POST', url: `/plain/${nth}` })
+      ended = deferred()
+      const own = await post(app, delivery, `/own/${nth}`)
+      const message = `${name}${isLater ? ', with a store that answers later' : ''}`
+      t.equal(own.statusCode, plain.statusCode, message)
+      if (!isRaw) t.equal(own.body, plain.body, message)
+      t.equal(await outcome(app, redelivered(delivery), `/own/${nth}`), plain.statusCode === 201 ? DUPLICATE : '200 again', message)
     }
   }
 })
