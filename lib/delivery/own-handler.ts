@@ -1,4 +1,3 @@
-import type { Readable } from 'node:stream'
 import fastify from 'fastify'
 import type { FastifyInstance, FastifyReply, FastifyRequest, RouteHandlerMethod } from 'fastify'
 import { isErrorThat } from '../coded.ts'
@@ -6,11 +5,13 @@ import { HandlerFailed } from '../errors.ts'
 import { logError, write } from '../log.ts'
 import { acknowledge } from '../pipeline/acknowledge.ts'
 import { isAnswerHeld, isHandlerTimeout, isRefused, isResponse, isSuccess, markRefused } from '../pipeline/refusal.ts'
-import { isPromise, later, tryOr } from '../maybe-promise.ts'
+import { isPromise, later } from '../maybe-promise.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
-import { isClosed, isOut, sentStatusOf, watchResponse } from './raw-response.ts'
 import type { Answer } from './answer.ts'
-import { standIn } from './stand-in.ts'
+import { OwnReplies } from './own-replies.ts'
+import type { RepliedRun } from './own-replies.ts'
+import { discard, isStream, isSuccessful, isText } from './payload.ts'
+import { isClosed, isOut, sentStatusOf, watchResponse } from './raw-response.ts'
 import type { RecordEnd } from './work.ts'
 
 /** Key on a request whose value is the run of its route's own handler. Absent until the own handler is started. */
@@ -41,17 +42,11 @@ export function noteError (request: FastifyRequest, error: unknown): void {
 /**
  * One run of a route's own handler, which sends the answer. If the handler returns nothing and has not replied, the delivery is acknowledged.
  * The result is recorded once: how the handler answered or, after the deadline, how it ended.
- *
- * Three replies tell apart who replies: the handler gets one of its own, a refusal is sent with another one, which error handlers get, and both
- * stand for the one that hooks have had before. What comes with that one after the deadline is the handler's too, because it has kept it.
  */
-export class OwnHandler {
+export class OwnHandler implements RepliedRun {
   /** The reply's status code before the handler was called. */
   readonly #givenStatus: number
-  /** The reply's methods before they are watched. */
-  readonly #methods: Pick<FastifyReply, 'send' | 'code' | 'status' | 'then'>
-  readonly #ownReply: FastifyReply
-  #replyForRefusal: FastifyReply | undefined
+  readonly #replies: OwnReplies
   /** `begins`: the handler is being called. `runs`: it has returned a promise, which has not settled. */
   #call: 'begins' | 'runs' | 'returned' | 'threw' = 'begins'
   /** The error that the handler threw, sent or returned. Fastify logs that of a stream that fails half way. */
@@ -63,8 +58,6 @@ export class OwnHandler {
   #isStreaming = false
   /** Whether no reply is to be expected any more. */
   #expectsNoReply = false
-  /** Fulfil the promises that wait for `reply` although the response is over, such as that of an async handler that has returned `reply`. */
-  readonly #waiting: Array<() => void> = []
 
   /** @param handOver called when the handler has ended and answers with the raw response, past Fastify */
   constructor (
@@ -74,34 +67,28 @@ export class OwnHandler {
     readonly record: RecordEnd,
     readonly handOver: () => void
   ) {
-    const { send, code, status, then } = reply
-    this.#methods = { send, code, status, then }
     this.#givenStatus = reply.statusCode
-    this.#ownReply = this.#makeReply()
+    this.#replies = new OwnReplies(this, reply)
   }
 
-  /** The reply to send a refusal with, so that nothing that hooks and error handlers do with it is taken for the handler's answer. */
-  get replyForRefusal (): FastifyReply {
-    this.#replyForRefusal ??= standIn(this.reply, { methods: this.#methods })
-    return this.#replyForRefusal
-  }
+  get replyForRefusal (): FastifyReply { return this.#replies.forRefusal }
 
   run (handler: RouteHandlerMethod, scope: FastifyInstance): void {
     const { answer, request, reply } = this
     ;(request as WithOwnRun)[OWN_RUN] = this
     // While other handlers ran, a hook of the app or Fastify's `handlerTimeout` has answered, or is answering with an error.
     if (answer.state.at === 'open' && (this.#isSent || isRefused(request))) answer.move({ at: 'late', statusCode: 200 })
-    this.#watchReply()
+    this.#replies.watch()
     watchResponse(reply.raw, request.raw, reply.raw.writableEnded, isAgain => this.#ended(isAgain), isAgain => this.#broke(isAgain))
     let result
     let pending
     try {
-      result = handler.call(scope, request, this.#ownReply)
+      result = handler.call(scope, request, this.#replies.own)
       pending = isPromise(result) // reads `result.then`, which may be a getter that throws
     } catch (error) {
       return this.#threw(error)
     }
-    if (pending && !this.#isReply(result)) {
+    if (pending && !this.#replies.isOne(result)) {
       this.#call = 'runs'
       later(result as Promise<unknown>, payload => this.#returned(payload), error => this.#threw(error))
       return
@@ -110,118 +97,29 @@ export class OwnHandler {
     this.#returned(result)
   }
 
-  /** Makes the reply that the handler gets. Whatever does not show how the handler ends is done with the reply that it stands for. */
-  #makeReply (): FastifyReply {
-    const { answer, reply } = this
-    const send = (payload: unknown): FastifyReply => {
-      try {
-        return this.#send(payload)
-      } finally {
-        this.#endWaits()
-      }
-    }
-    const code = (statusCode: number): FastifyReply => {
-      const { state } = answer
-      // The refusal keeps its status.
-      if (state.at === 'late') answer.move({ ...state, statusCode: Number(statusCode) })
-      else if (state.at !== 'recorded') reply.code(statusCode)
-      return this.#ownReply
-    }
-    const hijack = (): FastifyReply => {
-      reply.hijack()
-      this.#isHijacked = true
-      if (answer.state.at === 'late' && this.#call === 'returned') this.#settle(true)
-      else if (this.#call === 'returned' && isClosed(reply.raw)) this.#wroteItself()
-      // What waits for the reply would wait for ever, because a handler that has hijacked the reply sends nothing with it.
-      else this.#endWaits()
-      return this.#ownReply
-    }
-    const then = (fulfilled: () => void, rejected: (error: Error) => void): Promise<unknown> => this.#wait(fulfilled, rejected)
-    return standIn(reply, {
-      methods: { send, code, status: code, hijack, then },
-      sent: () => this.#isLate || answer.state.at === 'recorded' ? !this.#isAwaited : undefined,
-      statusCode: () => answer.state.at === 'late' ? answer.state.statusCode : undefined
-    })
-  }
-
-  /**
-   * Waits as `then` of the reply does. A refusal, or a sender that goes away, ends the response before the handler has replied, so what waits for
-   * the handler's reply goes on only when that shows how the handler ends.
-   *
-   * @returns a promise, for functions that wrap handlers and return what `then` returned, as @fastify/otel does
-   */
-  #wait (fulfilled: () => unknown, rejected?: (error: Error) => unknown): Promise<unknown> {
-    return new Promise((resolve, reject) => {
-      const follow = (settle: () => unknown): void => {
-        try {
-          resolve(settle())
-        } catch (error) {
-          reject(error)
-        }
-      }
-      const failed = rejected && ((error: Error): void => follow(() => rejected(error)))
-      plainThen.call(this.reply, () => {
-        const go = (): void => follow(fulfilled)
-        if (this.#isAwaited) this.#waiting.push(go)
-        else go()
-      }, failed as (error: Error) => void)
-    })
-  }
-
-  /**
-   * Watches the reply that hooks have, because the handler may have kept it, or use a function that a hook has made of it. Before there is an
-   * answer, whoever replies counts as the handler. Once a refusal is out, nobody else has anything left to send. While it is on its way, a hook
-   * may answer too, and then Fastify decides.
-   */
-  #watchReply (): void {
-    const { answer, reply } = this
-    const { send, code, then } = this.#methods
-    // The answer of others is sent with this reply too if it had begun before, or if a hook has replaced `send` by a function of this reply.
-    const isShared = this.#isLate || Object.hasOwn(reply, 'send')
-    const isRefusalOut = (): boolean => this.#isLate && reply.raw.headersSent
-    let statusCode: number | undefined
-    const watchedCode = (given: number): FastifyReply => {
-      if (!isRefusalOut()) return code.call(reply, given)
-      statusCode = given
-      return reply
-    }
-    const watchedSend = (payload: unknown): FastifyReply => {
-      if (isHandlerTimeout(payload)) return this.#sendTimeout(payload)
-      if (answer.state.at === 'open') {
-        this.#send(payload)
-      } else if (!isRefusalOut()) {
-        return send.call(reply, payload)
-      } else if (isShared) {
-        this.#expectNoReply() // it may be an error handler's second answer
-      } else {
-        if (statusCode !== undefined) this.#ownReply.code(statusCode)
-        this.#ownReply.send(payload)
-      }
-      return reply
-    }
-    const watchedThen: FastifyReply['then'] = (fulfilled, rejected) => {
-      if (answer.state.at === 'open') this.#wait(fulfilled, rejected)
-      else then.call(reply, fulfilled, rejected)
-    }
-    reply.send = watchedSend
-    reply.code = reply.status = watchedCode
-    reply.then = watchedThen
-  }
-
-  /** Called when Fastify's `handlerTimeout` is over. It counts as a deadline: the handler keeps running. */
-  #sendTimeout (error: unknown): FastifyReply {
+  /** It counts as a deadline: the handler keeps running. */
+  sendTimeout (error: unknown): void {
     if (this.answer.state.at === 'open') this.answer.move({ at: 'late', statusCode: this.#ownStatus })
-    return this.#methods.send.call(this.#isLate ? this.replyForRefusal : this.reply, error)
+    if (this.isLate) this.replyForRefusal.send(error)
+    else this.#replies.sendUnwatched(error)
+  }
+
+  hijacked (): void {
+    this.#isHijacked = true
+    if (this.answer.state.at === 'late' && this.#call === 'returned') this.#settle(true)
+    else if (this.#call === 'returned' && isClosed(this.reply.raw)) this.#wroteItself()
+    // What waits for the reply would wait for ever, because a handler that has hijacked the reply sends nothing with it.
+    else this.#replies.endWaits()
   }
 
   /** Called when the raw response was ended. @param isAgain whether it had been ended before, as by a refusal */
   #ended (isAgain: boolean): void {
     const { at } = this.answer.state
     if (at === 'late' && isAgain) {
-      this.#expectNoReply() // NestJS ends it again if a handler fails
+      this.expectNoReply() // NestJS ends it again if a handler fails
     } else if (at === 'open' && isClosed(this.reply.raw)) {
       if (this.#call === 'returned') this.#wroteItself()
-      else this.#endWaits()
+      else this.#replies.endWaits()
     }
   }
 
@@ -233,25 +131,16 @@ export class OwnHandler {
    */
   #broke (isAgain: boolean): void {
     const { answer: { state }, reply: { raw } } = this
-    if (state.at === 'late' && isAgain) this.#expectNoReply()
-    else if (state.at === 'open' && (!this.#isSent || isClosed(raw))) this.#expectNoReply()
-    else if (state.at === 'replying' && !raw.writableEnded && !isClosed(raw)) this.answer.move({ ...state, succeeds: never })
+    if (state.at === 'late' && isAgain) this.expectNoReply()
+    else if (state.at === 'open' && (!this.#isSent || isClosed(raw))) this.expectNoReply()
+    else if (state.at === 'replying' && !raw.writableEnded && !isClosed(raw)) this.answer.move({ ...state, succeeds: () => false })
   }
 
   /** Called when no reply is to be expected, and whether the handler has succeeded is not known. It may run again. */
-  #expectNoReply (): void {
+  expectNoReply (): void {
     this.#expectsNoReply = true
     if (this.#call === 'returned') this.#settle(false)
-    else this.#endWaits()
-  }
-
-  #isReply (value: unknown): boolean {
-    return value === this.#ownReply || value === this.reply
-  }
-
-  /** Fulfils, once it shows how the handler ends, what waits for that. Later, because it may throw. */
-  #endWaits (): void {
-    if (!this.#isAwaited) for (const fulfilled of this.#waiting.splice(0)) queueMicrotask(fulfilled)
+    else this.#replies.endWaits()
   }
 
   /** Called when the deadline is over. @returns whether the plugin may answer: false if there is an answer already */
@@ -293,7 +182,7 @@ export class OwnHandler {
         // must not run the handler while it still runs.
         if (!succeeded && !this.#hasEnded) {
           this.answer.move({ at: 'cut off', succeeds: false })
-          return this.#endWaits()
+          return this.#replies.endWaits()
         }
         return this.#settleBeforeAnswer(succeeded, state.at === 'replying' && state.isOverdue)
     }
@@ -312,16 +201,16 @@ export class OwnHandler {
   }
 
   #settle (succeeded: boolean, error = this.#error): MaybePromise<void> {
-    this.answer.move({ at: 'recorded', isLate: this.#isLate })
-    this.#endWaits()
+    this.answer.move({ at: 'recorded', isLate: this.isLate })
+    this.#replies.endWaits()
     return this.record(succeeded, error)
   }
 
   /** Sends with the reply, or records what no sender gets, because it shows how the handler ended. */
-  #send (payload: unknown): FastifyReply {
+  send (payload: unknown): FastifyReply {
     const { answer, reply } = this
     const { at } = answer.state
-    if (this.#isLate) return this.#settleUnheard(payload)
+    if (this.isLate) return this.#settleUnheard(payload)
     if (at === 'recorded') return this.#sendAgain(payload)
     const isGood = isSuccessful(payload, reply.statusCode)
     this.#isStreaming = isStream(payload)
@@ -336,7 +225,7 @@ export class OwnHandler {
     }
     // If `recordAnswer` does not record the answer, because it is a stream or another onSend hook has failed, the response's close does.
     if (at === 'open') this.#awaitClose()
-    return this.#ownReply
+    return this.#replies.own
   }
 
   /** Ignores a second answer, as Fastify does. The first one is recorded, and may still wait for the store, so Fastify would send both. */
@@ -344,14 +233,14 @@ export class OwnHandler {
     const { url, method, log } = this.request
     discard(payload)
     log.warn({ err: new fastify.errorCodes.FST_ERR_REP_ALREADY_SENT(url, method) })
-    return this.#ownReply
+    return this.#replies.own
   }
 
   #settleUnheard (payload: unknown): FastifyReply {
     const { state } = this.answer
     discard(payload)
     this.#settleOnce(isSuccessful(payload, state.at === 'late' ? state.statusCode : this.#ownStatus), payload instanceof Error ? payload : undefined)
-    return this.#ownReply
+    return this.#replies.own
   }
 
   /**
@@ -372,7 +261,7 @@ export class OwnHandler {
       case 'late':
         if (state.failed !== undefined) this.#settle(false, state.failed.error)
         else if (payload === undefined || this.#isHijacked) this.#settle(this.#isHijacked || !this.#expectsNoReply)
-        else if (!this.#isReply(payload)) this.#settleUnheard(payload)
+        else if (!this.#replies.isOne(payload)) this.#settleUnheard(payload)
         return
       case 'cut off':
         this.#settle(state.succeeds)
@@ -380,15 +269,15 @@ export class OwnHandler {
       case 'open':
         if (this.#isSent) this.#wroteItself()
         else if (this.#expectsNoReply) this.#settle(false)
-        else if (!this.#isReply(payload)) this.#answerWith(payload)
+        else if (!this.#replies.isOne(payload)) this.#answerWith(payload)
         else this.reply.raw.once('close', () => { if (this.#isSent) this.#wroteItself() })
     }
   }
 
   #answerWith (payload: unknown): void {
     try {
-      if (payload === undefined) acknowledge(this.#ownReply, 'processed')
-      else this.#send(payload)
+      if (payload === undefined) acknowledge(this.#replies.own, 'processed')
+      else this.send(payload)
     } catch (error) {
       this.#threw(error) // thrown by a serializer of the app
     }
@@ -403,7 +292,7 @@ export class OwnHandler {
       this.#error = error
       const shown = isMeant(error) ? error : new HandlerFailed({ cause: new AggregateError([error], 'the route\'s handler failed') })
       markRefused(shown, this.request, this.reply)
-      this.#send(shown)
+      this.send(shown)
     } else {
       logError(this.request.log, error, {}, 'a webhook route\'s handler failed after the answer')
       if (at === 'cut off') this.#settle(false)
@@ -430,13 +319,13 @@ export class OwnHandler {
   get runs (): boolean { return this.#call === 'runs' }
 
   /** Whether the answer does not come from the handler. */
-  get #isLate (): boolean {
+  get isLate (): boolean {
     const { state } = this.answer
     return state.at === 'late' || (state.at === 'recorded' && state.isLate)
   }
 
   /** Whether nothing shows yet how the handler ends, so that what it sends with `reply` will. */
-  get #isAwaited (): boolean {
+  get isAwaited (): boolean {
     const { state } = this.answer
     if (this.#isHijacked || this.#expectsNoReply) return false
     return state.at === 'late' ? state.failed === undefined : state.at === 'open' && !this.#isSent
@@ -471,9 +360,6 @@ export class OwnHandler {
   }
 }
 
-/** `then` of Fastify's replies, which does not wait for the own handler as that of a watched reply does. */
-export const plainThen: FastifyReply['then'] = function (this: FastifyReply, ...listeners) { Object.getPrototypeOf(this).then.apply(this, listeners) }
-
 const warned = new WeakSet<RouteHandlerMethod>()
 
 /** On other routes such a handler may reply at any later time. On a webhook route, returning nothing acknowledges the delivery. */
@@ -481,33 +367,6 @@ function warnOnce (handler: RouteHandlerMethod, { log, routeOptions: { url } }: 
   if (warned.has(handler)) return
   warned.add(handler)
   write(log, 'warn', { url }, 'the handler of a webhook route is not async, takes reply and has returned nothing without a reply, so the delivery is acknowledged now: return reply where it replies later')
-}
-
-const never = (): boolean => false
-
-const isText = (payload: unknown): boolean => typeof payload === 'string' || Buffer.isBuffer(payload) || payload === undefined || payload === null
-
-/** Whether a payload that is sent with this status code is answered 2xx. */
-function isSuccessful (payload: unknown, statusCode: number): boolean {
-  if (payload instanceof Error) return false
-  return isSuccess(isResponse(payload) ? payload.status : statusCode)
-}
-
-/** Whether a payload is a stream of Node or the web, or a Response. */
-function isStream (payload: unknown): boolean {
-  const { pipe, getReader } = (payload ?? {}) as Partial<Readable & ReadableStream>
-  return isResponse(payload) || typeof pipe === 'function' || typeof getReader === 'function'
-}
-
-/** Closes a stream that nobody reads. Only what is a stream: `destroy` of a database library deletes a row. */
-function discard (payload: unknown): void {
-  const stream = (isResponse(payload) ? payload.body : payload) as Partial<Readable & ReadableStream> | null | undefined
-  if (typeof stream?.pipe === 'function' && typeof stream.destroy === 'function') {
-    stream.on?.('error', () => {})
-    stream.destroy()
-  } else if (typeof stream?.getReader === 'function') {
-    tryOr<unknown>(() => stream.cancel?.(), () => {})
-  }
 }
 
 /**
