@@ -57,7 +57,7 @@ export class Failures {
   /** Handles a delivery whose route's own handler has not answered 2xx. @param statusCode of that answer */
   ownFailed (error: Error, delivery: RefusedDelivery, request: FastifyRequest, statusCode: number): void {
     const code = String(codeOf(error))
-    logError(request.log, causeOf(error), { code, ...logFields(delivery) }, error.message)
+    logError(request.log, causeOf(error), { code, reason: `the route's handler answered ${statusCode}`, ...logFields(delivery) }, error.message)
     this.#publish({ code, statusCode, error }, delivery, request)
   }
 

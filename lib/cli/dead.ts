@@ -108,7 +108,15 @@ export const dead = deadCommand([nodeSqlite, installed('libsql'), installed('bet
 type Act = (jobs: DeadJobs) => number
 
 /** Distinguishes "there are no dead deliveries" from "the filter matches none", which may be a misspelt filter. */
-const noneOf = (count: number): string => count === 0 ? 'no dead deliveries\n' : `none of the ${count} dead deliveries matches\n`
+function noneOf (jobs: DeadJobs): string {
+  const count = jobs.count()
+  return count === 0 ? `no dead deliveries${withWaiting(jobs)}\n` : `none of the ${count} dead deliveries matches\n`
+}
+
+function withWaiting (jobs: DeadJobs): string {
+  const count = jobs.waiting()
+  return count === 0 ? '' : `; ${count} with attempts left`
+}
 
 const actions: Readonly<Record<string, (args: Arguments, terminal: Terminal, ids: readonly string[]) => Act>> = {
   list (args, terminal, ids) {
@@ -120,7 +128,7 @@ const actions: Readonly<Record<string, (args: Arguments, terminal: Terminal, ids
       for (const delivery of listed) print(terminal, args, delivery, line(delivery, terminal))
       const left = jobs.count(filter) - listed.length
       if (left > 0) terminal.err(`${left} more: --limit N or --all lists them\n`)
-      else if (listed.length === 0) terminal.err(noneOf(jobs.count()))
+      else if (listed.length === 0) terminal.err(noneOf(jobs))
       return EXIT.ok
     }
   },
@@ -155,7 +163,7 @@ const actions: Readonly<Record<string, (args: Arguments, terminal: Terminal, ids
         if (!done) missed++
         print(terminal, args, { webhookId: delivery.webhookId, endpoint: delivery.endpoint, requeued: done }, `${printable(delivery.webhookId, 256)}  ${done ? 'requeued' : 'was requeued meanwhile'}\n`)
       }
-      if (found.length === 0) terminal.err(noneOf(jobs.count()))
+      if (found.length === 0) terminal.err(noneOf(jobs))
       return missed === 0 ? EXIT.ok : EXIT.failed
     }
   }
@@ -206,7 +214,7 @@ function assertJobs (db: SqliteDatabase, file: string): void {
 /** @throws CommandError when no delivery matches, or more than one */
 function find (jobs: DeadJobs, webhookId: string, filter: DeadFilter): DeadDelivery {
   const [found, ...others] = jobs.list(2, { ...filter, webhookId })
-  if (found === undefined) throw new CommandError(`${printable(webhookId, 256)}: there is no such dead delivery`)
+  if (found === undefined) throw new CommandError(`${printable(webhookId, 256)}: there is no such dead delivery${withWaiting(jobs)}`)
   if (others.length > 0) throw new CommandError(`${printable(webhookId, 256)}: there are several, at different endpoints or of different tenants: say which by --endpoint or --tenant`)
   return found
 }

@@ -131,6 +131,8 @@ interface Arrival {
   bytes: Buffer
   file: string | undefined
   answer: string
+  /** Whether the answer is that of the receiver of `--forward-to`. */
+  isForwarded: boolean
   /** Why the sender did not get the answer of the receiver of `--forward-to`. */
   trouble: string | undefined
 }
@@ -154,7 +156,7 @@ async function receiver (secret: string, settings: Settings, to: Sender | undefi
   // The body is read and saved first, because nothing reads it once a delivery is refused.
   app.addHook('onRequest', async (request, reply) => {
     if (isOfPage(request)) return
-    const arrival: Arrival = { bytes: Buffer.alloc(0), file: undefined, answer: '', trouble: undefined }
+    const arrival: Arrival = { bytes: Buffer.alloc(0), file: undefined, answer: '', isForwarded: false, trouble: undefined }
     arrivals.set(request, arrival)
     if (request.is404) return
     try {
@@ -195,6 +197,7 @@ async function forward (to: Sender, request: FastifyRequest, reply: FastifyReply
   try {
     const { status, code, headers, body } = await to.send(headerLines(request), arrival.bytes)
     if (status !== undefined) {
+      arrival.isForwarded = true
       const lines = endToEnd(Object.entries(headers))
       if (body !== undefined) return reply.code(status).headers(Object.fromEntries(lines)).send(body)
       // The receiver has the delivery, so the sender must learn its status and not send again.
@@ -262,6 +265,9 @@ function announce (address: string, page: string | undefined, made: string | und
   if (page !== undefined) say(`inspector on ${page}\n`)
   if (forwardTo !== undefined) say(`forwarding to ${forwardTo.href}\n`)
   if (save !== undefined) say(`saving to ${save}\n`)
+  if (made !== undefined && forwardTo !== undefined) {
+    say('no signing secret was given, so what OpenAI sends is refused here: give the secret of the app behind, by OPENAI_WEBHOOK_SECRET or --secret-file FILE\n')
+  }
   if (made !== undefined) {
     say(`no signing secret was given: made one for this run. Deliver to it from another terminal:\n\n  OPENAI_WEBHOOK_SECRET=${made} npx fastify-openai-webhook trigger batch.completed --url ${address}\n\n`)
   }
@@ -301,9 +307,12 @@ function print (request: FastifyRequest, reply: FastifyReply, arrival: Arrival, 
 }
 
 /** What went wrong, and where to look. */
-function hintFor ({ is404, headers }: FastifyRequest, { file, trouble }: Arrival, code: string | undefined, message: string | undefined, { path }: Settings): string | undefined {
+function hintFor ({ is404, headers }: FastifyRequest, { file, trouble, isForwarded }: Arrival, code: string | undefined, message: string | undefined, { path, forwardTo }: Settings): string | undefined {
   if (is404) return `this receiver takes POST ${path} alone`
   if (trouble !== undefined) return trouble
+  if (code === 'FST_OPENAI_WEBHOOK_INVALID_SIGNATURE' && isForwarded) {
+    return `${forwardTo!.origin} answers that ${message!}, which matched here: the app there has another signing secret`
+  }
   if (code === 'FST_OPENAI_WEBHOOK_INVALID_SIGNATURE') {
     return `${message!}; to see why: npx fastify-openai-webhook diagnose ${file ?? 'FILE, with what --save DIR keeps'}`
   }

@@ -13,7 +13,7 @@ export function traceDelivery (work: Work, handlers: readonly Handler[], run: (h
   const { delivery, handler } = channels
   if (!delivery.hasSubscribers && !handler.hasSubscribers) return run(handlers)
   const { job, attempt, sender } = work
-  const message: DeliveryMessage = { ...deliveryInfoOf(job), carrier: job.carrier, attempt, queued: work.isFromQueue, handlers: handlers.length, request: sender?.request }
+  const message: DeliveryMessage = { ...deliveryInfoOf(job), carrier: job.carrier, attempt, queued: work.isFromQueue, handlers: countOf(work, handlers), request: sender?.request }
   const traced = !handler.hasSubscribers
     ? handlers
     : handlers.map((traced): Handler => ({
@@ -35,13 +35,18 @@ export function observeRun (work: Work, handlers: readonly Handler[], log: Fasti
     observed?.ended()
     if (!isLogged) return
     const fields = logFields(job, attempt)
-    fields['handlers'] = handlers.length
+    fields['handlers'] = countOf(work, handlers)
     fields['ms'] = Math.round((performance.now() - startedAt) * 1_000) / 1_000
     write(to, 'info', fields, 'webhook delivery processed')
   }, error => {
     observed?.ended(error)
     throw error
   })
+}
+
+/** How many handlers run, with the route's own. */
+function countOf ({ sender }: Work, handlers: readonly Handler[]): number {
+  return handlers.length + (sender?.ownHandler === undefined ? 0 : 1)
 }
 
 export function observeDuplicate ({ request }: Sender, state: DuplicateMessage['state'], { observer }: Observation): void {

@@ -1,12 +1,13 @@
 import fastify from 'fastify'
 import type { FastifyInstance, FastifyReply, FastifyRequest, RouteHandlerMethod } from 'fastify'
 import { isErrorThat } from '../coded.ts'
-import { HandlerFailed } from '../errors.ts'
+import { OWN_HANDLER } from '../handlers.ts'
 import { logError, write } from '../log.ts'
 import { acknowledge } from '../pipeline/acknowledge.ts'
 import { isAnswerHeld, isHandlerTimeout, isRefused, isResponse, isSuccess, markRefused } from '../pipeline/refusal.ts'
 import { isPromise, later } from '../maybe-promise.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
+import { handlersFailed } from '../runners/handler-failures.ts'
 import type { Answer } from './answer.ts'
 import { OwnReplies } from './own-replies.ts'
 import type { RepliedRun } from './own-replies.ts'
@@ -290,7 +291,7 @@ export class OwnHandler implements RepliedRun {
       this.#settle(false, error)
     } else if (at === 'open' && !this.reply.sent) {
       this.#error = error
-      const shown = isMeant(error) ? error : new HandlerFailed({ cause: new AggregateError([error], 'the route\'s handler failed') })
+      const shown = isMeant(error) ? error : handlersFailed([{ handler: OWN_HANDLER, error }], 1, [])
       markRefused(shown, this.request, this.reply)
       this.send(shown)
     } else {

@@ -61,7 +61,7 @@ export class Verifications {
 /** Has a default instead of `??`, because null must be refused and not replaced by the secret of the environment. */
 function secretOf ({ secret = process.env['OPENAI_WEBHOOK_SECRET'] }: EndpointOptions): Secret {
   if (secret === undefined) {
-    throw new InvalidSecret('expected the signing secret of the webhook endpoint in the environment variable OPENAI_WEBHOOK_SECRET or the `secret` option, got neither')
+    throw new InvalidSecret('expected the signing secret of the webhook endpoint in the environment variable OPENAI_WEBHOOK_SECRET or the `secret` option, got neither; if each of your routes has a `tenant` or a `secret` of its own, set `path: false`')
   }
   return secret
 }

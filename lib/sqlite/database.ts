@@ -1,4 +1,5 @@
 import { statSync } from 'node:fs'
+import { show } from '../checks.ts'
 import { InvalidOptions } from '../errors.ts'
 import { Group } from './group.ts'
 
@@ -74,7 +75,7 @@ export class Database {
    */
   constructor (db: SqliteDatabase, schema?: string, added?: { table: string, column: string }) {
     if (typeof db?.exec !== 'function' || typeof db.prepare !== 'function') {
-      throw new InvalidOptions('expected an open SQLite handle (node:sqlite, better-sqlite3 or libsql), which has exec() and prepare()')
+      throw new InvalidOptions('expected an open SQLite handle (node:sqlite, better-sqlite3 or libsql), which has exec() and prepare(), got ' + show(db))
     }
     this.#db = db
     // The timeout comes first, because another process may be recovering the log that a crash has left.

@@ -169,6 +169,12 @@ export class DeadJobs {
     return count
   }
 
+  /** How many have failed and are not dead yet. */
+  waiting (): number {
+    const [{ count }] = this.#database.prepare("SELECT count(*) AS count FROM openai_webhook_jobs WHERE state = 'pending' AND failure IS NOT NULL").all() as [{ count: number }]
+    return count
+  }
+
   /** Makes a dead job pending again. @returns whether there was such a job @throws FST_OPENAI_WEBHOOK_NEEDS_FORCE */
   revive (delivery: DeliveryRef, force: boolean): boolean {
     const key = keyOf(delivery)

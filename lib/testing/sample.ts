@@ -2,6 +2,7 @@ import { randomUUID } from 'node:crypto'
 import { isObject } from '../checks.ts'
 import { guideEntries, officialEntries } from '../events/index.ts'
 import type { GuideEvents, OfficialEvents } from '../events/index.ts'
+import { nearest } from '../nearest.ts'
 
 /** OpenAI's events, and the events that only the community guide documents. */
 type SampleEvents = OfficialEvents & Omit<GuideEvents, keyof OfficialEvents>
@@ -24,7 +25,7 @@ export const sampleTypes = Object.keys(entries) as SampleType[]
  */
 export function sampleEvent<Type extends SampleType> (type: Type, overrides: DeepPartial<SampleEvents[Type]> = {} as never): SampleEvents[Type] {
   const entry = Object.hasOwn(entries, type) ? entries[type] : undefined
-  if (entry === undefined) throw new TypeError(`sampleEvent: expected an event type such as "batch.failed", got "${String(type)}"`)
+  if (entry === undefined) throw new TypeError(`sampleEvent: expected an event type such as "batch.failed", got "${String(type)}"${nearest(String(type), Object.keys(entries))}`)
   const event = {
     id: `evt_${randomUUID().replaceAll('-', '')}`,
     object: 'event',

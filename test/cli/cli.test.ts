@@ -799,6 +799,17 @@ t.test('listen --forward-to hands on what verifies, unchanged, and answers as th
   t.equal(got.length, 2, 'what does not verify is not handed on')
 })
 
+t.test('listen --forward-to says which of the two refuses a signature', async t => {
+  const { url: target } = await receiver(t, { secret: `whsec_${Buffer.alloc(32, 1).toString('base64')}` })
+  const listener = start(t, ['listen', '--port', '0', '--forward-to', target], { env })
+  const { url } = await listening(listener)
+  t.match(await run(t, ['trigger', 'batch.completed', '--url', url]), { code: 1, out: `401  ${CODE}INVALID_SIGNATURE` })
+  await listener.shows(/401 FST_OPENAI_WEBHOOK_INVALID_SIGNATURE .+\n +http:\/\/127\.0\.0\.1:\d+ answers that no signature matches .+: the app there has another signing secret\n/)
+
+  const without = start(t, ['listen', '--port', '0', '--forward-to', target], { env: {} })
+  await without.shows(/no signing secret was given, so what OpenAI sends is refused here: give the secret of the app behind, .+\n/)
+})
+
 t.test('listen --forward-to leaves media types and unknown answers to the receiver', async t => {
   const answers = [[202, ''], [422, 'no JSON']] as const
   let requests = 0

@@ -97,14 +97,14 @@ t.test('show tells of one: errors with their stacks, what had finished, the even
 
 t.test('requeue gives those that are named their attempts anew, all or none', async t => {
   const { file, db, runner } = await fileWith(t, job('wh_1'), job('wh_2'), job('wh_3', { event: thin('batch.failed') }), job('wh_4'))
-  t.match(await run(t, ['requeue', 'wh_1', 'wh_9', '--sqlite', file]), { code: 1, out: '', err: /wh_9: there is no such/ })
+  t.match(await run(t, ['requeue', 'wh_1', 'wh_9', '--sqlite', file]), { code: 1, out: '', err: /wh_9: there is no such dead delivery\n$/ })
   t.equal(runner.deadCount(), 4)
   t.same(await run(t, ['requeue', 'wh_1', 'wh_1', '--force', '--sqlite', file]), { code: 0, out: 'wh_1  requeued\n', err: '' })
   t.match(db.prepare("SELECT state, attempts FROM openai_webhook_jobs WHERE key LIKE '%wh_1'").all(), [{ state: 'pending', attempts: 0 }])
   t.same(await run(t, ['requeue', '--all', '--type', 'batch.failed', '--json', '--sqlite', file]), { code: 0, out: `{"webhookId":"wh_3","endpoint":"${ENDPOINT}","requeued":true}\n`, err: '' })
   t.same((await run(t, ['requeue', '--all', '--limit', '1', '--sqlite', file])).out, 'wh_2  requeued\n')
   t.same((await run(t, ['requeue', '--all', '--sqlite', file])).out, 'wh_4  requeued\n')
-  t.same(await run(t, ['requeue', '--all', '--sqlite', file]), { code: 0, out: '', err: 'no dead deliveries\n' })
+  t.same(await run(t, ['requeue', '--all', '--sqlite', file]), { code: 0, out: '', err: 'no dead deliveries; 4 with attempts left\n' })
 
   const app = await build(t, { runner: durable(db) })
   const ran: string[] = []

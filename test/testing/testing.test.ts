@@ -70,8 +70,8 @@ t.test('sampleEvent', async t => {
   })
 
   t.test('refuses a type that it does not know', async t => {
-    for (const type of ['batch.faild', 'constructor', '__proto__', undefined]) {
-      t.throws(() => sampleEvent(type as SampleType), { name: 'TypeError', message: `sampleEvent: expected an event type such as "batch.failed", got "${String(type)}"` })
+    for (const [type, advice] of [['batch.faild', ', did you mean "batch.failed"?'], ['constructor', ''], ['__proto__', ''], [undefined, '']] as const) {
+      t.throws(() => sampleEvent(type as SampleType), { name: 'TypeError', message: `sampleEvent: expected an event type such as "batch.failed", got "${String(type)}"${advice}` })
     }
   })
 })
