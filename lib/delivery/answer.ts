@@ -21,9 +21,9 @@ export type AnswerState =
   }
   /**
    * The sender went away before the answer was sent, or is told of a failure. The own handler keeps running. When it has returned, `succeeds`
-   * decides; if it throws, it has failed.
+   * decides; if it throws, it has failed. `isAnswered`: the failure is the handler's answer, which is on its way.
    */
-  | { readonly at: 'cut off', readonly succeeds: boolean }
+  | { readonly at: 'cut off', readonly succeeds: boolean, readonly isAnswered?: true }
   /**
    * The answer does not come from the own handler, but from the deadline, Fastify's `handlerTimeout` or a hook of the app. An own handler keeps
    * running, and how it ends is recorded.

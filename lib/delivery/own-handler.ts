@@ -4,7 +4,7 @@ import { isErrorThat } from '../coded.ts'
 import { OWN_HANDLER } from '../handlers.ts'
 import { logError, write } from '../log.ts'
 import { acknowledge } from '../pipeline/acknowledge.ts'
-import { isAnswerHeld, isHandlerTimeout, isRefused, isResponse, isSuccess, markRefused } from '../pipeline/refusal.ts'
+import { isAnswerHeld, isHandlerTimeout, isRefused, isResponse, isSuccess, markFailed, markRefused } from '../pipeline/refusal.ts'
 import { isPromise, later } from '../maybe-promise.ts'
 import type { MaybePromise } from '../maybe-promise.ts'
 import { handlersFailed } from '../runners/handler-failures.ts'
@@ -100,7 +100,10 @@ export class OwnHandler implements RepliedRun {
 
   /** It counts as a deadline: the handler keeps running. */
   sendTimeout (error: unknown): void {
-    if (this.answer.state.at === 'open') this.answer.move({ at: 'late', statusCode: this.#ownStatus })
+    const { state } = this.answer
+    if (state.at === 'open') this.answer.move({ at: 'late', statusCode: this.#ownStatus })
+    // The handler has answered, and hooks of the app hold the answer.
+    else if (state.at === 'replying') this.#settleOnce(state.succeeds())
     if (this.isLate) this.replyForRefusal.send(error)
     else this.#replies.sendUnwatched(error)
   }
@@ -173,16 +176,18 @@ export class OwnHandler implements RepliedRun {
     switch (state.at) {
       case 'cut off':
         // Fastify closes a stream whose reader has gone, and answers that as an error, to nobody.
-        if (!succeeded && !this.#isStreaming) this.answer.move({ at: 'cut off', succeeds: false })
+        if (!succeeded && !this.#isStreaming) this.answer.move({ ...state, succeeds: false })
         return
       case 'open':
       case 'replying':
         this.statusCode = statusCode
         if (succeeded && !isWhole) return
+        // A second answer may overtake this one while hooks of the app or the store hold it.
+        if (!succeeded) markFailed(statusCode, this.request, this.reply)
         // The answer may be that of a hook of the app while the handler still runs. It is recorded once the handler has ended, because a retry
         // must not run the handler while it still runs.
         if (!succeeded && !this.#hasEnded) {
-          this.answer.move({ at: 'cut off', succeeds: false })
+          this.answer.move({ at: 'cut off', succeeds: false, isAnswered: true })
           return this.#replies.endWaits()
         }
         return this.#settleBeforeAnswer(succeeded, state.at === 'replying' && state.isOverdue)
@@ -212,7 +217,7 @@ export class OwnHandler implements RepliedRun {
     const { answer, reply } = this
     const { at } = answer.state
     if (this.isLate) return this.#settleUnheard(payload)
-    if (at === 'recorded') return this.#sendAgain(payload)
+    if (this.hasAnswered) return this.#sendAgain(payload)
     const isGood = isSuccessful(payload, reply.statusCode)
     this.#isStreaming = isStream(payload)
     if (at === 'open') answer.move({ at: 'replying', succeeds: () => isGood && isSuccess(reply.raw.statusCode), isOverdue: false })
@@ -229,7 +234,7 @@ export class OwnHandler implements RepliedRun {
     return this.#replies.own
   }
 
-  /** Ignores a second answer, as Fastify does. The first one is recorded, and may still wait for the store, so Fastify would send both. */
+  /** Ignores a second answer, as Fastify does once the first is out. Until then Fastify would send it in place of the first, or before it. */
   #sendAgain (payload: unknown): FastifyReply {
     const { url, method, log } = this.request
     discard(payload)
@@ -323,6 +328,11 @@ export class OwnHandler implements RepliedRun {
   get isLate (): boolean {
     const { state } = this.answer
     return state.at === 'late' || (state.at === 'recorded' && state.isLate)
+  }
+
+  get hasAnswered (): boolean {
+    const { state } = this.answer
+    return state.at === 'recorded' || (state.at === 'cut off' && state.isAnswered === true)
   }
 
   /** Whether nothing shows yet how the handler ends, so that what it sends with `reply` will. */

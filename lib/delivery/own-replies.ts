@@ -10,6 +10,8 @@ export interface RepliedRun {
   readonly isLate: boolean
   /** Whether nothing shows yet how the handler ends, so that what it sends with `reply` will. */
   readonly isAwaited: boolean
+  /** Whether the handler's answer is recorded or on its way, so that what the handler sends now is a second one. */
+  readonly hasAnswered: boolean
   /** Called with what the handler sends. */
   send (payload: unknown): FastifyReply
   /** Called with the error of Fastify's `handlerTimeout`. */
@@ -75,7 +77,7 @@ export class OwnReplies {
       const { state } = answer
       // The refusal keeps its status.
       if (state.at === 'late') answer.move({ ...state, statusCode: Number(statusCode) })
-      else if (state.at !== 'recorded') reply.code(statusCode)
+      else if (!run.hasAnswered) reply.code(statusCode)
       return this.own
     }
     const hijack = (): FastifyReply => {
@@ -86,7 +88,7 @@ export class OwnReplies {
     const then = (fulfilled: () => void, rejected: (error: Error) => void): Promise<unknown> => this.#wait(fulfilled, rejected)
     return standIn(reply, {
       methods: { send, code, status: code, hijack, then },
-      sent: () => run.isLate || answer.state.at === 'recorded' ? !run.isAwaited : undefined,
+      sent: () => run.isLate || run.hasAnswered ? !run.isAwaited : undefined,
       statusCode: () => answer.state.at === 'late' ? answer.state.statusCode : undefined
     })
   }

@@ -33,10 +33,14 @@ export function markAcknowledged (request: FastifyRequest): void {
  * Records that the delivery is refused, whoever sends the answer, so that nothing the app does with the error can turn it into a success. Does
  * nothing after an acknowledgement: an onSend hook that fails then does not undo what the handlers have done.
  */
-export function markRefused (error: unknown, request: Answerable, { raw }: FastifyReply): void {
+export function markRefused (error: unknown, request: FastifyRequest, reply: FastifyReply): void {
+  markFailed(statusOf(error), request, reply)
+}
+
+/** Does the same for a delivery that is answered other than 2xx without an error. */
+export function markFailed (statusCode: number, request: Answerable, { raw }: FastifyReply): void {
   const progress = request[PROGRESS]
   if (progress === 'acknowledged') return
-  const statusCode = statusOf(error)
   if (typeof progress === 'object') {
     progress.statusCode = statusCode
     return

@@ -173,6 +173,121 @@ t.test('one that answers twice is judged by its first answer, which is the one t
   }
 })
 
+t.test('one that answers twice and is answered 2xx has succeeded, whatever it answers with and whoever holds the answer', async t => {
+  const firsts: Record<string, (reply: FastifyReply) => void> = {
+    'a failure': reply => { reply.code(422).send({ first: true }) },
+    'a failure as a stream': reply => { reply.code(422).send(Readable.from(['first'])) },
+    'a Response that is a failure': reply => { reply.send(new Response('first', { status: 422 })) },
+    'a success': reply => { reply.code(201).send({ first: true }) }
+  }
+  const seconds: Record<string, (reply: FastifyReply) => void> = {
+    'a success': reply => { reply.code(200).send('second') },
+    'a failure': reply => { reply.code(500).send('second') },
+    'a status': reply => { reply.code(200) }
+  }
+  const replies: Record<string, (reply: FastifyReply) => FastifyReply> = { 'with its reply': reply => reply, 'with a reply that a hook kept': reply => kept.get(reply.request)! }
+  const kept = new WeakMap<object, FastifyReply>()
+  const holds: Record<string, (app: FastifyInstance) => void> = {
+    nobody: () => {},
+    'a hook before the record': app => { app.addHook('onSend', async () => { await tick() }) },
+    'a hook after the record': app => {
+      app.addHook('onRoute', route => { route.onSend = [route.onSend ?? [], async () => { await tick() }].flat() as NonNullable<typeof route.onSend> })
+    }
+  }
+  for (const [who, hold] of Object.entries(holds)) {
+    for (const isLater of [false, true]) {
+      const base = isLater ? asyncStore(async () => { await tick() }) : memoryStore()
+      let recorded = deferred()
+      const release: IdempotencyStore['release'] = isLater
+        ? async (...args) => {
+          await base.release(...args)
+          recorded.resolve()
+        }
+        : (...args) => {
+            base.release(...args)
+            recorded.resolve()
+          }
+      const app = await build(t, { idempotency: { store: { ...base, release } } })
+      app.addHook('preHandler', async (request, reply) => { kept.set(request, reply) })
+      hold(app)
+      const cases: Array<{ name: string, url: string, isFirst: boolean, expected: number }> = []
+      for (const [whose, replyOf] of Object.entries(replies)) {
+        for (const [one, first] of Object.entries(firsts)) {
+          for (const [other, second] of Object.entries(seconds)) {
+            for (const isSync of [true, false]) {
+              const url = `/own/${cases.length}`
+              let runs = 0
+              const act = (reply: FastifyReply): void => {
+                first(replyOf(reply))
+                second(replyOf(reply))
+              }
+              app.post(url, marked, isSync
+                ? (_request, reply) => {
+                    if (++runs > 1) return 'again'
+                    act(reply)
+                  }
+                : async (_request, reply) => {
+                  if (++runs > 1) return 'again'
+                  act(reply)
+                  await tick()
+                })
+              // Before hooks of the app are over, nothing is recorded, and Fastify decides.
+              const isFirst = who !== 'a hook before the record' && whose === 'with its reply'
+              cases.push({ name: `${isSync ? 'sync' : 'async'}, ${whose}: ${one}, then ${other}, held by ${who}${isLater ? ' and the store' : ''}`, url, isFirst, expected: one === 'a success' ? 201 : 422 })
+            }
+          }
+        }
+      }
+      for (const { name, url, isFirst, expected } of cases) {
+        const delivery = sign(thin('batch.failed'))
+        recorded = deferred()
+        const { statusCode } = await post(app, delivery, url)
+        if (isFirst) t.equal(statusCode, expected, name)
+        // A second answer that overtakes a success may be a failure. The delivery is a success all the same.
+        if (statusCode < 300) t.equal(await outcome(app, redelivered(delivery), url), DUPLICATE, name)
+        if (!isFirst || statusCode < 300) continue
+        await recorded.promise
+        await tick()
+        t.equal(await outcome(app, redelivered(delivery), url), '200 again', name)
+      }
+    }
+  }
+})
+
+t.test('one that has succeeded does not run again if Fastify\'s handlerTimeout is over while a hook of the app holds its answer', async t => {
+  for (const isSync of [true, false]) {
+    await t.test(isSync ? 'sync' : 'async', async t => {
+      const [holding, timedOut] = [deferred(), deferred()]
+      const app = await build(t)
+      app.addHook('onSend', async request => {
+        if (request.url !== '/own' || runs > 1) return
+        holding.resolve()
+        await timedOut.promise
+      })
+      let runs = 0
+      app.post('/own', { ...marked, handlerTimeout: 20 }, isSync
+        ? (_request, reply) => {
+            runs++
+            reply.send('own')
+          }
+        : async () => {
+          runs++
+          return 'own'
+        })
+      await app.ready()
+      const clock = stoppedClock(t)
+      const delivery = sign(thin('batch.failed'))
+      const answering = outcome(app, delivery, '/own')
+      await holding.promise
+      clock.advance(20)
+      timedOut.resolve()
+      await answering
+      t.equal(await outcome(app, redelivered(delivery), '/own'), DUPLICATE)
+      t.equal(runs, 1)
+    })
+  }
+})
+
 t.test('an async one that sends a failure at once and goes on does not run beside itself', async t => {
   const failures: Record<string, (reply: FastifyReply) => void> = {
     'a status': reply => { reply.code(500).send('no') },

@@ -322,8 +322,9 @@ t.test('a file locked by another connection', async t => {
       const other = open(t, file)
       state.work = async () => { if (ran.length === 1) other.exec('BEGIN IMMEDIATE') }
       t.equal(await answer(app, batchFailed('wh_1')), '200')
-      await until('the trouble to be told', () => told.length > 0)
-      t.same(told[0], { message: 'database is locked', webhookId: 'wh_1' })
+      // On a busy machine, trouble with the lease may be told before.
+      await until('the trouble of the delivery to be told', () => told.some(({ webhookId }) => webhookId === 'wh_1'))
+      t.ok(told.every(({ message }) => message === 'database is locked'))
       t.match(rows(db), [{ state: 'pending', attempts: 1 }])
       other.exec('ROLLBACK')
       await until('the job to be done', () => rows(db)[0]!.state === 'done')
