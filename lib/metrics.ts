@@ -1,4 +1,4 @@
-import type { FastifyPluginAsync, RegisterOptions } from 'fastify'
+import type { FastifyPluginAsync } from 'fastify'
 import { register as globalRegister } from 'prom-client'
 import { assertNames, isEventType, show } from './checks.ts'
 import { InvalidOptions } from './errors.ts'
