@@ -26,7 +26,7 @@ const SIZED = FILES.filter(file => !LONG.includes(file) && readFileSync(file, 'u
 const SHARING = [...SLOWEST, ...FILES.filter(file => ![...LONG, ...ALONE, ...SLOWEST].includes(file))]
 
 /** The files that take longest at full size. */
-const LONGEST = ['test/simulation.test.ts', 'test/processes.test.ts']
+const LONGEST = ['test/simulation.test.ts', 'test/torture.test.ts']
 
 /** `entry` imports the files of a process. Tap sorts its files, so the entries come before all others. */
 interface Shared { readonly entry: string, readonly files: readonly string[] }
