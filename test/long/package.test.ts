@@ -91,7 +91,7 @@ app.ready().then(() => console.log(typeof app.openaiWebhook.on, typeof openaiWeb
   await t.test('a consumer that installs it compiles and receives the known vector', async t => {
     const cwd = join(dir, 'consumer')
     await run('npm', ['install', '--no-audit', '--no-fund', '--prefer-offline', tarball, 'fastify@5'], { cwd, env })
-    await run(join(root, 'node_modules/typescript-7/bin/tsc'), ['-p', '.'], { cwd, env })
+    await run(process.execPath, [join(root, 'node_modules/typescript-7/lib/tsc.js'), '-p', '.'], { cwd, env })
     const { stdout } = await run(process.execPath, ['app.js'], { cwd, env })
     t.same(stdout.trim().split('\n'), [
       'function',

@@ -111,7 +111,7 @@ t.test('a consumer with each schema library compiles, and its events are checked
       await writeFile(join(cwd, 'app.ts'), program(library))
       await writeFile(join(cwd, 'commonjs.cts'), commonjs(library))
       await run('npm', ['install', '--no-audit', '--no-fund', '--prefer-offline', join(dir, filename), 'fastify@5', library.install], { cwd, env })
-      await run(join(root, 'node_modules/typescript-7/bin/tsc'), ['-p', '.'], { cwd, env })
+      await run(process.execPath, [join(root, 'node_modules/typescript-7/lib/tsc.js'), '-p', '.'], { cwd, env })
       const { stdout } = await run(process.execPath, ['app.js'], { cwd, env })
       t.same(stdout.trim().split('\n'), ['acme.order.paid 100 undefined', 'acme.order.paid', '200 {"received":true}', '400 true'])
     })
