@@ -265,10 +265,8 @@ function announce (address: string, page: string | undefined, made: string | und
   if (page !== undefined) say(`inspector on ${page}\n`)
   if (forwardTo !== undefined) say(`forwarding to ${forwardTo.href}\n`)
   if (save !== undefined) say(`saving to ${save}\n`)
-  if (made !== undefined && forwardTo !== undefined) {
-    say('no signing secret was given, so what OpenAI sends is refused here: give the secret of the app behind, by OPENAI_WEBHOOK_SECRET or --secret-file FILE\n')
-  }
   if (made !== undefined) {
+    if (forwardTo !== undefined) say('no signing secret was given, so what OpenAI sends is refused here: give the secret of the app behind, by OPENAI_WEBHOOK_SECRET or --secret-file FILE\n')
     say(`no signing secret was given: made one for this run. Deliver to it from another terminal:\n\n  OPENAI_WEBHOOK_SECRET=${made} npx fastify-openai-webhook trigger batch.completed --url ${address}\n\n`)
   }
 }
@@ -310,10 +308,8 @@ function print (request: FastifyRequest, reply: FastifyReply, arrival: Arrival, 
 function hintFor ({ is404, headers }: FastifyRequest, { file, trouble, isForwarded }: Arrival, code: string | undefined, message: string | undefined, { path, forwardTo }: Settings): string | undefined {
   if (is404) return `this receiver takes POST ${path} alone`
   if (trouble !== undefined) return trouble
-  if (code === 'FST_OPENAI_WEBHOOK_INVALID_SIGNATURE' && isForwarded) {
-    return `${forwardTo!.origin} answers that ${message!}, which matched here: the app there has another signing secret`
-  }
   if (code === 'FST_OPENAI_WEBHOOK_INVALID_SIGNATURE') {
+    if (isForwarded) return `${forwardTo!.origin} answers that ${message!}, which matched here: the app there has another signing secret`
     return `${message!}; to see why: npx fastify-openai-webhook diagnose ${file ?? 'FILE, with what --save DIR keeps'}`
   }
   if (code === 'FST_OPENAI_WEBHOOK_TIMESTAMP_OUT_OF_TOLERANCE') {
