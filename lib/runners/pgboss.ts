@@ -94,6 +94,8 @@ const MAX_BACKOFF = 3_600
 const MAX_EXPIRY = 86_400
 /** Seconds, ten years: an acknowledged delivery is not deleted before it has run, nor a dead one before a person has acted. */
 const KEPT = 315_360_000
+/** ms. More than the clocks of two machines differ. */
+const DAY = 86_400_000
 /** Characters */
 const MAX_SUMMARY = 1_000
 /** Maximum number of jobs that pg-boss is asked for. */
@@ -268,9 +270,10 @@ export function pgboss (options: PgBossOptions): Runner {
         return
       }
       // pg-boss can record a death only with its batch. So the job is started once more, and its death is recorded with that batch. `startAfter` is
-      // not this process's now, which is the future if PostgreSQL's clock is behind.
+      // not this process's now, which is the future if PostgreSQL's clock is behind, and not long ago, because pg-boss counts the retention from it
+      // and deletes what is beyond.
       await boss.fail(queueName, job, output)
-      if (status === 'deadletter') await boss.update(queueName, undefined, { id: job.id, startAfter: new Date(0) })
+      if (status === 'deadletter') await boss.update(queueName, undefined, { id: job.id, startAfter: new Date(Date.now() - DAY), retentionSeconds: KEPT })
       workers.wake()
     } catch {}
   }

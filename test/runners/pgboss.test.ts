@@ -398,6 +398,37 @@ t.test('workers', { skip }, async t => {
     t.same([first.ran, next.ran], [['wh_running'], ['wh_waiting']])
   })
 
+  t.test('one that dies while the app closes outlives what pg-boss deletes, and the next worker tells of it', async t => {
+    const boss = await startedBoss(t, server)
+    const pool = admin(t)
+    const receiving = await queueing(t, boss, { worker: false, attempts: 1 })
+    const { queueName } = receiving
+    for (const id of ['wh_dies', 'wh_slow']) t.equal(await answer(receiving.app, batchFailed(id)), '200')
+    const [fail, finish] = [deferred(), deferred()]
+    const first = await queueing(t, boss, { queueName, worker: { concurrency: 2, ...NO_POLLING } })
+    first.work = async () => {
+      if (first.ran.at(-1) !== 'wh_dies') return await finish.promise
+      await fail.promise
+      throw new Error('no such customer')
+    }
+    await until('both to run', () => first.ran.length === 2)
+    const closed = first.app.close()
+    fail.resolve()
+    await until('its death to wait for a worker', async () => (await states(boss, queueName))['retry'] === 1)
+    finish.resolve()
+    await closed
+    t.same(await states(boss, queueName), { completed: 1, retry: 1 })
+    const { rows: [job] } = await pool.query('SELECT start_after < now() AS due, keep_until > now() + interval \'9 years\' AS kept FROM pgboss.job WHERE name = $1', [queueName])
+    t.same(job, { due: true, kept: true })
+    await pool.query('UPDATE pgboss.queue SET maintain_on = NULL, monitor_on = NULL WHERE name = $1', [queueName])
+    await boss.supervise(queueName)
+    t.same(await states(boss, queueName), { completed: 1, retry: 1 })
+    const next = await queueing(t, boss, { queueName, attempts: 1 })
+    await until('it to be told', () => next.died.length === 1)
+    t.match(next.died, [{ webhookId: 'wh_dies', attempts: 1, errors: [{ message: 'no such customer' }] }])
+    t.same(next.ran, [])
+  })
+
   t.test('closed by a handler, it takes no further job', async t => {
     const boss = await startedBoss(t, server)
     const receiving = await queueing(t, boss, { worker: false })
