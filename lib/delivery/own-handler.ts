@@ -266,7 +266,7 @@ export class OwnHandler implements RepliedRun {
     switch (state.at) {
       case 'late':
         if (state.failed !== undefined) this.#settle(false, state.failed.error)
-        else if (payload === undefined || this.#isHijacked) this.#settle(this.#isHijacked || !this.#expectsNoReply)
+        else if (payload === undefined || this.#isHijacked) this.#settle(this.#isHijacked || (!this.#expectsNoReply && isSuccess(state.statusCode)))
         else if (!this.#replies.isOne(payload)) this.#settleUnheard(payload)
         return
       case 'cut off':
@@ -282,7 +282,7 @@ export class OwnHandler implements RepliedRun {
 
   #answerWith (payload: unknown): void {
     try {
-      if (payload === undefined) acknowledge(this.#replies.own, 'processed')
+      if (payload === undefined && isSuccess(this.#ownStatus)) acknowledge(this.#replies.own, 'processed')
       else this.send(payload)
     } catch (error) {
       this.#threw(error) // thrown by a serializer of the app

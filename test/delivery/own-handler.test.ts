@@ -39,6 +39,44 @@ async function route (t: Parameters<typeof build>[0], handler: RouteHandlerMetho
 
 const tick = (): Promise<void> => new Promise(resolve => setImmediate(resolve))
 
+t.test('one that sets a status and returns nothing', async t => {
+  const failures: Record<string, (reply: FastifyReply) => void> = {
+    'code(503)': reply => { reply.code(503) },
+    'status(422) and a header': reply => { reply.status(422).header('x-why', 'later') },
+    'statusCode = 500': reply => { reply.statusCode = 500 },
+    'code(304)': reply => { reply.code(304) }
+  }
+  const kinds: Record<string, (act: (reply: FastifyReply) => void) => RouteHandlerMethod> = {
+    sync: act => (_request, reply) => { act(reply) },
+    async: act => async (_request, reply) => { act(reply) },
+    'async, after waiting': act => async (_request, reply) => {
+      await tick()
+      act(reply)
+    }
+  }
+  for (const [kind, handler] of Object.entries(kinds)) {
+    for (const [name, act] of Object.entries(failures)) {
+      t.test(`${name}, ${kind}, answers as a plain route does, and runs again`, async t => {
+        const own = await route(t, handler(act))
+        // A plain route with such a sync handler never answers.
+        own.app.post('/plain', kind === 'sync' ? kinds['async']!(act) : handler(act))
+        await own.app.ready()
+        const delivery = sign(thin('batch.failed'))
+        const [mine, plain] = [await post(own.app, delivery, '/own'), await post(own.app, delivery, '/plain')]
+        t.same([mine.statusCode, mine.body, mine.headers['x-why']], [plain.statusCode, plain.body, plain.headers['x-why']])
+        t.same(own.store.calls, ['begin', 'release'])
+        await post(own.app, redelivered(delivery), '/own')
+        t.equal(own.runs(), 2)
+      })
+    }
+    t.test(`code(202), ${kind}, is acknowledged`, async t => {
+      const { app, store } = await route(t, handler(reply => { reply.code(202) }))
+      t.equal(await answer(app), RECEIVED)
+      t.same(store.calls, ['begin', 'complete'])
+    })
+  }
+})
+
 const replies: Record<string, [RouteHandlerMethod, string]> = {
   'async, returning nothing': [async () => {}, RECEIVED],
   'async, returning nothing after a while': [async () => { await tick() }, RECEIVED],
