@@ -21,6 +21,9 @@ export interface Held {
 
 export type Begun = Held | Exclude<Claim, { state: 'claimed' }>
 
+/** Maximum number of ms until a renewal that has failed is tried again. */
+const MAX_RETRY = 1_000
+
 export interface ClaimsOptions {
   store: IdempotencyStore
   /** ms */
@@ -44,6 +47,10 @@ export class Claims {
   #timer: NodeJS.Timeout | undefined
   // Bound here, because the timer serves the claims of many requests. It must neither run in the async context of one nor keep it in memory.
   readonly #startTimer = inContext(() => setInterval(() => this.#renewAll(), this.options.lease / 3).unref())
+
+  /** Claims whose renewal has failed, to be renewed again soon: once their lease is over, any process may take them. */
+  readonly #overdue = new Set<Held>()
+  readonly #startRetry = inContext(() => setTimeout(() => this.#renewOverdue(), Math.min(MAX_RETRY, this.options.lease / 10)).unref())
 
   constructor (readonly options: ClaimsOptions) {}
 
@@ -134,7 +141,22 @@ export class Claims {
       if (!isReported) this.options.onTrouble(error, job)
       isReported = true
     }
-    for (const claim of [...this.#held]) tryOr<void>(async () => await this.#renew(claim), error => onFailure(error, claim))
+    for (const claim of [...this.#held]) {
+      tryOr<void>(async () => await this.#renew(claim), error => {
+        onFailure(error, claim)
+        this.#renewSoon(claim)
+      })
+    }
+  }
+
+  #renewSoon (claim: Held): void {
+    if (this.#overdue.add(claim).size === 1) this.#startRetry()
+  }
+
+  #renewOverdue (): void {
+    const claims = [...this.#overdue].filter(claim => this.#held.has(claim))
+    this.#overdue.clear()
+    for (const claim of claims) tryOr<void>(async () => await this.#renew(claim), () => this.#renewSoon(claim))
   }
 
   async #renew (claim: Held): Promise<void> {

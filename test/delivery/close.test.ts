@@ -384,6 +384,34 @@ t.test('claims are renewed while a handler runs longer than the lease', async t 
     t.equal(await answer, 200)
   })
 
+  t.test('and one that could not be renewed is renewed once the store is back, unless its handler has ended', async t => {
+    let asked = 0
+    let isDown = true
+    const { begin, pass, calls, end, told } = await running(t, async () => {
+      asked++
+      if (isDown) throw new Error('ECONNREFUSED')
+      return true
+    })
+    const { answer } = await begin()
+    await pass(1_000)
+    isDown = false
+    await pass(299)
+    t.equal(asked, 1)
+    await pass(1)
+    t.equal(asked, 2)
+    await pass(600)
+    t.equal(asked, 2)
+    isDown = true
+    await pass(100)
+    t.equal(asked, 3)
+    end()
+    t.equal(await answer, 200)
+    await pass(1_000)
+    t.equal(asked, 3)
+    t.same(calls, ['begin', 'complete'])
+    t.same(told.map(({ message }) => message), ['ECONNREFUSED', 'ECONNREFUSED'])
+  })
+
   for (const [how, extend] of Object.entries({
     rejects: async () => { throw new Error('ECONNREFUSED') },
     throws: () => { throw new Error('ECONNREFUSED') }
@@ -398,8 +426,12 @@ t.test('claims are renewed while a handler runs longer than the lease', async t 
       const other = await begin()
       while (calls.length < 2) await pass(0)
       await pass(1_000)
-      await pass(1_000)
-      t.equal(asked, 4)
+      t.equal(asked, 2)
+      for (const ms of [300, 300, 300]) await pass(ms)
+      t.equal(asked, 8, 'a tenth of the lease later, because others may take the deliveries once it is over')
+      t.same(told.map(({ message }) => message), ['ECONNREFUSED'])
+      await pass(100)
+      t.equal(asked, 10)
       t.same(told.map(({ message }) => message), ['ECONNREFUSED', 'ECONNREFUSED'])
       end()
       t.same(await Promise.all([answer, other.answer]), [200, 200])
