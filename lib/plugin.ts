@@ -37,6 +37,9 @@ import { Verifications } from './routes/verifications.ts'
 import { secretInTime } from './verifiers/keyring.ts'
 import { within } from './within.ts'
 
+/** Close the registrations of an app, by its server. */
+const closings = new WeakMap<object, Array<() => Promise<void>>>()
+
 // `options` has no default, because Fastify always passes an object, and its types cannot infer the options from an optional parameter.
 async function openaiWebhook (instance: FastifyInstance, options: OpenAIWebhookOptions): Promise<void> {
   if (typeof (instance as Partial<FastifyInstance> | undefined)?.decorateRequest !== 'function') {
@@ -60,8 +63,15 @@ async function openaiWebhook (instance: FastifyInstance, options: OpenAIWebhookO
   guardedScope(instance).addHook('onRequest', guard(routes.failures))
   instance.addHook('onRoute', function (route) { protectMarked(routes, this, route) })
   instance.addHook('onReady', start)
+  const registrations = closings.get(instance.server) ?? []
+  closings.set(instance.server, registrations)
+  registrations.push(close)
   // preClose runs before every onClose hook, so that the app's databases are still open while the handlers are drained. onClose waits for the rest.
-  instance.addHook('preClose', async () => await within(close(), hookTime(instance), () => {}))
+  instance.addHook('preClose', async () => {
+    // At once, because Fastify runs the hooks one after the other: each `closeTimeout` would begin when the one before is over.
+    for (const closed of registrations) closed().catch(() => {}) // its own hook fails
+    await within(close(), hookTime(instance), () => {})
+  })
   instance.addHook('onClose', close)
 
   const path = options.path ?? DEFAULTS.path

@@ -1,8 +1,9 @@
+import Fastify from 'fastify'
 import type { FastifyInstance } from 'fastify'
 import t from 'tap'
-import { background, inline, memoryStore } from '../../lib/index.ts'
+import openaiWebhook, { background, inline, memoryStore } from '../../lib/index.ts'
 import type { IdempotencyStore, OpenAIWebhookOptions } from '../../lib/index.ts'
-import { build, post, sign, stoppedClock, thin } from '../support/deliveries.ts'
+import { SECRET, build, post, sign, stoppedClock, thin } from '../support/deliveries.ts'
 import { capturedLog, deferred, dial, head, listen, messageOf, send, watchedStore } from '../support/observe.ts'
 
 t.test('closing waits for what is running, and its sender is answered', async t => {
@@ -301,6 +302,36 @@ for (const [how, close] of Object.entries({
     t.same(order, ['the queue is gone', 'handler ends', 'onClose'])
   })
 }
+
+t.test('several registrations in one app close at the same time, and none takes a delivery once one of them closes', async t => {
+  const app = Fastify({ pluginTimeout: 60_000, return503OnClosing: false })
+  t.teardown(async () => await app.close())
+  const [closing, begun] = [deferred(), deferred()]
+  const aborted: string[] = []
+  let runs = 0
+  for (const prefix of ['/a', '/b']) {
+    await app.register(async scope => {
+      await scope.register(openaiWebhook, { secret: SECRET, prefix, closeTimeout: 1_000, runner: { ...inline(), close () { if (prefix === '/a') closing.resolve() } } })
+      scope.openaiWebhook.on('batch.failed', async (_event, { signal }) => {
+        if (++runs === 2) begun.resolve()
+        await new Promise(resolve => { signal.addEventListener('abort', resolve) })
+        aborted.push(prefix)
+      })
+    })
+  }
+  await listen(app)
+  const clock = stoppedClock(t)
+  const answers = ['/a', '/b'].map(async prefix => await send(app, sign(thin('batch.failed')), `${prefix}/webhooks/openai`))
+  await begun.promise
+  const closed = app.close()
+  await closing.promise
+  t.match(await send(app, sign(thin('batch.failed')), '/b/webhooks/openai'), /^HTTP\/1\.1 503 [^]*OVERLOADED/)
+  clock.advance(1_000)
+  await closed
+  t.same(aborted, ['/a', '/b'])
+  for (const answer of answers) t.match(await answer, /^HTTP\/1\.1 200 /)
+  t.equal(runs, 2)
+})
 
 t.test('closing twice, or before the app was ready, is fine', async t => {
   const app = await build(t)
