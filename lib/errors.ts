@@ -19,7 +19,7 @@ export const InvalidRoute = coded('INVALID_ROUTE', 'route %s %s: %s', 500, TypeE
 export const AlreadyRegistered = coded('ALREADY_REGISTERED',
   'fastify-openai-webhook is already registered in this scope or in one above it: add a further endpoint with app.openaiWebhook.route(), or register in a sibling scope', 500)
 export const AlreadyStarted = coded('ALREADY_STARTED',
-  'app.openaiWebhook.%s() came after the app was ready: call it before app.ready(), app.listen() or app.inject()', 500)
+  'app.openaiWebhook.%s() came after the app was ready: call it before app.ready(), app.listen() or app.inject(), and not in an onReady hook', 500)
 
 // Capture
 

@@ -94,7 +94,7 @@ export function readPayload (request: FastifyRequest, payload: RequestPayload, {
   function settle (error: Error | null, bytes?: Buffer): void {
     gathered = undefined
     deadline.stop(timer)
-    payload.off('data', onData) // if left to node:http, the removal costs 0.7 µs
+    payload.off('data', onData) // while an async hook holds the refusal, chunks go on arriving, and nothing gathers them
     captured(error, bytes)
   }
 }
