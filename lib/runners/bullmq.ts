@@ -211,7 +211,7 @@ export function bullmq (options: BullMQOptions): Runner {
       await host.process(delivery, attempt)
     } catch (error) {
       const isLast = attemptsMade + 1 >= attempts
-      await writeFailure(job, delivery, attempt, error, isLast).catch(trouble => { host.report(trouble, delivery) })
+      await writeFailure(job, token, delivery, attempt, error, isLast).catch(trouble => { host.report(trouble, delivery) })
       // A failed job shows one message and one stack, which are those of the handlers' errors and not those of the coded error.
       const shown = toError(causeOf(error))
       // The 'failed' event reports the last failure, once BullMQ has recorded it.
@@ -220,8 +220,9 @@ export function bullmq (options: BullMQOptions): Runner {
     }
   }
 
-  /** Writes to the job how an attempt has ended. */
-  async function writeFailure (job: QueuedJob, delivery: Job, starts: number, error: unknown, isLast: boolean): Promise<void> {
+  /** Writes to the job how an attempt has ended, unless another worker has taken the job over and may have written how its own has. */
+  async function writeFailure (job: QueuedJob, token: string | undefined, delivery: Job, starts: number, error: unknown, isLast: boolean): Promise<void> {
+    if (await job.extendLock(token!, lockDuration) === 0) return
     const { attemptsStarted: attempt, stalledCounter } = job
     const { errors, finished, remembered } = describeFailure(delivery, error)
     const stalls = isLast ? stalledCounter : queuedOf(job).stalls
@@ -239,7 +240,7 @@ export function bullmq (options: BullMQOptions): Runner {
       const known = await host.recorded?.(delivery)
       if (known?.done === true) return
       const { done, ...left } = known ?? {}
-      await writeFailure(job, { ...delivery, ...left }, starts, error, true)
+      await writeFailure(job, token, { ...delivery, ...left }, starts, error, true)
     } catch (trouble) {
       host.report(trouble, delivery)
       await job.moveToDelayed(Date.now() + LATER, token)

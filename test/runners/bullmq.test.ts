@@ -491,6 +491,24 @@ t.test('bullmq', { skip }, async t => {
     t.same(ran, ['first import', 'first bill', 'second bill'])
   })
 
+  t.test('a worker that another one has taken the job from writes no more to it', async t => {
+    const server = await RedisServer.start(t)
+    const redis = redisClient(t, server.port)
+    const queue = queueAt(t, server.port)
+    const state = await queueing(t, server.port)
+    state.work = async () => {
+      const [job] = await queue.getActive()
+      // As the other worker does.
+      await redis.set(`bull:${queue.name}:${job!.id!}:lock`, 'of another worker')
+      throw new Error('no such customer')
+    }
+    t.equal(await answer(state.app, batchFailed('wh_1')), '200')
+    await until('it to be told', () => state.told.some(line => line.startsWith('wh_1')))
+    await until('BullMQ to refuse the result', () => state.told.some(line => /lock/i.test(line)))
+    const [job] = await queue.getActive()
+    t.notOk('failure' in (job!.data as object))
+  })
+
   t.test('many dead deliveries are listed page by page', async t => {
     const server = await RedisServer.start(t)
     const state = await queueing(t, server.port, { attempts: 1 })
