@@ -3,7 +3,7 @@ import { DeadlineExceeded, Unavailable } from '../errors.ts'
 import type { Failures } from '../failures.ts'
 import { logError } from '../log.ts'
 import { acknowledge, closeConnection, holdTimeout, refuse } from '../pipeline/acknowledge.ts'
-import { isAnswerHeld, isSuccess } from '../pipeline/refusal.ts'
+import { isAnswerHeld, isRefused, isSuccess } from '../pipeline/refusal.ts'
 import type { VerifiedRequest } from '../request.ts'
 import { OwnHandler } from './own-handler.ts'
 import { plainThen } from './own-replies.ts'
@@ -79,7 +79,7 @@ export class Responder implements Sender {
 
   tell (verdict: Verdict): void {
     clearTimeout(this.#timer)
-    const { at } = this.#answer.state
+    const at = this.#isTimedOut ? 'late' : this.#answer.state.at
     // In the state `recorded`, the own handler has answered.
     if (at !== 'recorded') this.#answer.move({ at: 'closed' })
     if (verdict.outcome === 'refused') {
@@ -95,11 +95,15 @@ export class Responder implements Sender {
   /** Called when the deadline is over. */
   expired (): void {
     const refusal = this.#work?.state.at === 'claiming' ? new Unavailable() : new DeadlineExceeded()
+    const isTimedOut = this.#isTimedOut
     if (this.#own === undefined) this.#answer.move({ at: 'late', statusCode: 200 })
     else if (!this.#own.giveUp()) return
     this.#work?.forgetSender(this)
-    this.#refuse(refusal)
+    if (!isTimedOut) this.#refuse(refusal)
   }
+
+  /** Whether the error of Fastify's `handlerTimeout` is the answer, which has been reported. */
+  get #isTimedOut (): boolean { return this.#own === undefined && isRefused(this.request) }
 
   /** The status of the own handler's answer; `undefined` if the sender gets none. Fastify's `handlerTimeout` may answer while it is recorded. */
   get #statusOfOwn (): number | undefined {

@@ -3,7 +3,7 @@ import { once } from 'node:events'
 import { connect } from 'node:http2'
 import { text } from 'node:stream/consumers'
 import Fastify from 'fastify'
-import type { FastifyInstance, FastifyServerOptions } from 'fastify'
+import type { FastifyError, FastifyInstance, FastifyServerOptions } from 'fastify'
 import t from 'tap'
 import { Deadline } from '../../lib/deadline.ts'
 import openaiWebhook, { memoryStore } from '../../lib/index.ts'
@@ -299,6 +299,57 @@ t.test('Fastify\'s handlerTimeout', async t => {
     await completed
     t.equal(await deliver(redelivered(delivery), '/own'), 200)
     t.equal(runs, 1)
+  })
+
+  for (const url of ['/webhooks/openai', '/own']) {
+    for (const fails of [false, true]) {
+      t.test(`is reported as a refusal, and ${fails ? 'the failure' : 'nothing else'} when the handlers end: ${url}`, async t => {
+        const finish = deferred()
+        const log = capturedLog()
+        const told: string[] = []
+        const { store, next } = watchedStore()
+        const handler = async (): Promise<void> => {
+          await finish.promise
+          if (fails) throw new Error('disk full')
+        }
+        const deliver = await over2(t, app => {
+          app.openaiWebhook.on('batch.failed', handler).onError(error => { told.push(`${(error as FastifyError).code}`) })
+          app.post('/own', { config: { openaiWebhook: {} } }, handler)
+        }, { idempotency: { store }, deadline: 60_000 }, { logger: log.logger })
+        t.equal(await deliver(sign(thin('batch.failed')), url), 503)
+        t.same(told, ['FST_ERR_HANDLER_TIMEOUT'])
+        const refused = (): number => log.lines.filter(({ code }) => code === 'FST_ERR_HANDLER_TIMEOUT').length
+        t.equal(refused(), 1)
+        const recorded = next(fails ? 'release' : 'complete')
+        finish.resolve()
+        await recorded
+        await new Promise(resolve => setImmediate(resolve))
+        t.same(told, fails ? ['FST_ERR_HANDLER_TIMEOUT', 'FST_OPENAI_WEBHOOK_HANDLER_FAILED'] : ['FST_ERR_HANDLER_TIMEOUT'])
+        t.equal(log.lines.filter(({ err }) => (err as { code?: string } | undefined)?.code === 'FST_ERR_REP_ALREADY_SENT').length, 0)
+        t.equal(log.errors().filter(({ err }) => err?.message.endsWith('disk full')).length, fails ? 1 : 0)
+      })
+    }
+  }
+
+  t.test('and then the deadline answers and reports nothing more', async t => {
+    const finish = deferred()
+    const told: string[] = []
+    let late: (() => void) | undefined
+    const isLate = new Promise<void>(resolve => { late = resolve })
+    const log = capturedLog()
+    const deliver = await over2(t, app => {
+      app.openaiWebhook.on('batch.failed', async () => {
+        setTimeout(late!, 300)
+        await finish.promise
+      }).onError(error => { told.push(`${(error as FastifyError).code}`) })
+    }, { deadline: 250 }, { logger: log.logger })
+    const delivery = sign(thin('batch.failed'))
+    t.equal(await deliver(delivery), 503)
+    await isLate
+    t.same(told, ['FST_ERR_HANDLER_TIMEOUT'])
+    finish.resolve()
+    t.equal(await deliver(redelivered(delivery)), 200)
+    t.equal(log.lines.filter(({ err }) => (err as { code?: string } | undefined)?.code === 'FST_ERR_REP_ALREADY_SENT').length, 0)
   })
 
   t.test('whose answer an onError hook holds while the handlers end does not end the process', async t => {
