@@ -104,8 +104,13 @@ export class OwnHandler implements RepliedRun {
     if (state.at === 'open') this.answer.move({ at: 'late', statusCode: this.#ownStatus })
     // The handler has answered, and hooks of the app hold the answer.
     else if (state.at === 'replying') this.#settleOnce(state.succeeds())
-    if (this.isLate) this.replyForRefusal.send(error)
-    else this.#replies.sendUnwatched(error)
+    try {
+      if (this.isLate) this.replyForRefusal.send(error)
+      else this.#replies.sendUnwatched(error)
+    } catch (thrown) {
+      // Thrown while an async onError hook of the app holds the handler's own error. Fastify's timer catches nothing, so the process would end.
+      logError(this.request.log, thrown, {}, 'the sender of a webhook delivery has another answer')
+    }
   }
 
   hijacked (): void {

@@ -247,6 +247,23 @@ t.test('a failure that Fastify\'s handlerTimeout answers while it is recorded is
   t.same(refusals, [['FST_OPENAI_WEBHOOK_HANDLER_FAILED', 503]])
 })
 
+t.test('an error that an async onError hook holds until Fastify\'s handlerTimeout is over is the answer', async t => {
+  const [holding, held] = [deferred(), deferred()]
+  const { app } = await route(t, async () => {})
+  app.addHook('onError', async () => {
+    holding.resolve()
+    await held.promise
+  })
+  app.post('/timed', { ...marked, handlerTimeout: 20 }, async () => { throw new Error('disk full') })
+  await app.ready()
+  const clock = stoppedClock(t)
+  const answering = post(app, sign(thin('batch.failed')), '/timed')
+  await holding.promise
+  clock.advance(20)
+  held.resolve()
+  t.equal((await answering).statusCode, 500)
+})
+
 t.test('an answer that cannot be sent is a 500, as a plain route\'s, whether the store answers at once or later', async t => {
   for (const later of [false, true]) {
     const { store } = watchedStore()
