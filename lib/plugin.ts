@@ -26,7 +26,7 @@ import { dispatching, guard } from './routes/guard.ts'
 import { protectMarked } from './routes/marked.ts'
 import { pluginRoute } from './routes/plugin-route.ts'
 import type { Routes } from './routes/routes.ts'
-import { guardedScope } from './routes/unprotected.ts'
+import { guardedScope, rootOf } from './routes/unprotected.ts'
 import { inline } from './runners/inline.ts'
 import { runnersInUse } from './runners/runner.ts'
 import { scopeOf } from './scope.ts'
@@ -37,7 +37,7 @@ import { Verifications } from './routes/verifications.ts'
 import { secretInTime } from './verifiers/keyring.ts'
 import { within } from './within.ts'
 
-/** Close the registrations of an app, by its server. */
+/** Close the registrations of an app, by its root: two apps may share a server, as with @fastify/restartable. */
 const closings = new WeakMap<object, Array<() => Promise<void>>>()
 
 // `options` has no default, because Fastify always passes an object, and its types cannot infer the options from an optional parameter.
@@ -63,8 +63,9 @@ async function openaiWebhook (instance: FastifyInstance, options: OpenAIWebhookO
   guardedScope(instance).addHook('onRequest', guard(routes.failures))
   instance.addHook('onRoute', function (route) { protectMarked(routes, this, route) })
   instance.addHook('onReady', start)
-  const registrations = closings.get(instance.server) ?? []
-  closings.set(instance.server, registrations)
+  const root = rootOf(instance)
+  const registrations = closings.get(root) ?? []
+  closings.set(root, registrations)
   registrations.push(close)
   // preClose runs before every onClose hook, so that the app's databases are still open while the handlers are drained. onClose waits for the rest.
   instance.addHook('preClose', async () => {

@@ -3,7 +3,7 @@ import { DeadlineExceeded, Unavailable } from '../errors.ts'
 import type { Failures } from '../failures.ts'
 import { logError } from '../log.ts'
 import { acknowledge, closeConnection, holdTimeout, refuse } from '../pipeline/acknowledge.ts'
-import { isAnswerHeld, isRefused, isSuccess } from '../pipeline/refusal.ts'
+import { hasTimedOut, isAnswerHeld, isSuccess } from '../pipeline/refusal.ts'
 import type { VerifiedRequest } from '../request.ts'
 import { OwnHandler } from './own-handler.ts'
 import { plainThen } from './own-replies.ts'
@@ -103,7 +103,7 @@ export class Responder implements Sender {
   }
 
   /** Whether the error of Fastify's `handlerTimeout` is the answer, which has been reported. */
-  get #isTimedOut (): boolean { return this.#own === undefined && isRefused(this.request) }
+  get #isTimedOut (): boolean { return this.#own === undefined && hasTimedOut(this.request) }
 
   /** The status of the own handler's answer; `undefined` if the sender gets none. Fastify's `handlerTimeout` may answer while it is recorded. */
   get #statusOfOwn (): number | undefined {

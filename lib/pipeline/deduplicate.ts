@@ -50,6 +50,7 @@ export class Claims {
 
   /** Claims whose renewal has failed, to be renewed again soon: once their lease is over, any process may take them. */
   readonly #overdue = new Set<Held>()
+  #retry: NodeJS.Timeout | undefined
   readonly #startRetry = inContext(() => setTimeout(() => this.#renewOverdue(), Math.min(MAX_RETRY, this.options.lease / 10)).unref())
 
   constructor (readonly options: ClaimsOptions) {}
@@ -150,10 +151,12 @@ export class Claims {
   }
 
   #renewSoon (claim: Held): void {
-    if (this.#overdue.add(claim).size === 1) this.#startRetry()
+    this.#overdue.add(claim)
+    this.#retry ??= this.#startRetry()
   }
 
   #renewOverdue (): void {
+    this.#retry = undefined
     const claims = [...this.#overdue].filter(claim => this.#held.has(claim))
     this.#overdue.clear()
     for (const claim of claims) tryOr<void>(async () => await this.#renew(claim), () => this.#renewSoon(claim))

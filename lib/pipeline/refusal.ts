@@ -72,6 +72,13 @@ export function isRefused (request: FastifyRequest): boolean {
   return typeof (request as Answerable)[PROGRESS] === 'object'
 }
 
+/** Requests that Fastify's `handlerTimeout` answers while handlers run, once that is reported. */
+const timedOut = new WeakSet<FastifyRequest>()
+
+export function markTimedOut (request: FastifyRequest): void { timedOut.add(request) }
+
+export const hasTimedOut = (request: FastifyRequest): boolean => timedOut.has(request)
+
 /** Has Fastify call the next error handler. */
 function passOn (error: unknown, reply: FastifyReply): Promise<never> | undefined {
   // Fastify would send a value that is not an Error as the body of a 200. It treats every rejection as an error.

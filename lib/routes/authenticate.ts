@@ -3,7 +3,7 @@ import { channels } from '../channels.ts'
 import { InvalidSignature, UnknownTenant } from '../errors.ts'
 import type { Failures } from '../failures.ts'
 import type { RefusedDelivery } from '../log.ts'
-import { hasProgress, isHandlerTimeout, isRefused } from '../pipeline/refusal.ts'
+import { hasProgress, isHandlerTimeout, isRefused, markTimedOut } from '../pipeline/refusal.ts'
 import { validate } from '../pipeline/validate.ts'
 import type { Validators } from '../pipeline/validators.ts'
 import { signedHeadersOf, verify } from '../pipeline/verify.ts'
@@ -112,7 +112,8 @@ export class Authentication {
    * such as a body that is too large or a rate limit. The plugin's own refusals have been reported.
    */
   refusedByOthers (error: Error, { url }: Endpoint, request: FastifyRequest): void {
-    const isUnheard = !hasProgress(request) || (isHandlerTimeout(error) && !isRefused(request))
-    if (!this.#answers.has(error) && isUnheard) this.failures.refused(error, request.openaiWebhook ?? { endpoint: url }, request)
+    const isTimeout = isHandlerTimeout(error) && !isRefused(request)
+    if (isTimeout) markTimedOut(request)
+    if (!this.#answers.has(error) && (isTimeout || !hasProgress(request))) this.failures.refused(error, request.openaiWebhook ?? { endpoint: url }, request)
   }
 }

@@ -32,7 +32,7 @@ export function guardedScope (instance: FastifyInstance): FastifyInstance {
   return root
 }
 
-function rootOf (instance: FastifyInstance): FastifyInstance {
+export function rootOf (instance: FastifyInstance): FastifyInstance {
   const parent = Object.getPrototypeOf(instance) as FastifyInstance
   return 'register' in parent ? rootOf(parent) : instance
 }

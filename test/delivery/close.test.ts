@@ -1,3 +1,4 @@
+import { createServer } from 'node:http'
 import Fastify from 'fastify'
 import type { FastifyInstance } from 'fastify'
 import t from 'tap'
@@ -333,6 +334,20 @@ t.test('several registrations in one app close at the same time, and none takes 
   t.equal(runs, 2)
 })
 
+t.test('an app that closes leaves another app on the same server open, as after a restart', async t => {
+  const server = createServer()
+  const make = async (): Promise<FastifyInstance> => {
+    const app = Fastify({ serverFactory: () => server })
+    await app.register(openaiWebhook, { secret: SECRET })
+    await app.ready()
+    return app
+  }
+  const [first, second] = [await make(), await make()]
+  t.teardown(async () => await second.close())
+  await first.close()
+  t.equal((await post(second, sign(thin('batch.failed')))).statusCode, 200)
+})
+
 t.test('closing twice, or before the app was ready, is fine', async t => {
   const app = await build(t)
   await Promise.all([app.close(), app.close()])
@@ -464,6 +479,8 @@ t.test('claims are renewed while a handler runs longer than the lease', async t 
       await pass(100)
       t.equal(asked, 10)
       t.same(told.map(({ message }) => message), ['ECONNREFUSED', 'ECONNREFUSED'])
+      for (let ms = 0; ms < 3_000; ms += 100) await pass(100)
+      t.ok(asked <= 10 + 2 * 13, `13 times a lease, for each of two: ${asked}`)
       end()
       t.same(await Promise.all([answer, other.answer]), [200, 200])
     })

@@ -331,6 +331,23 @@ t.test('Fastify\'s handlerTimeout', async t => {
     }
   }
 
+  t.test('an error that a hook sends in its place leaves the deadline to be reported', async t => {
+    const finish = deferred()
+    const reported = deferred()
+    const told: string[] = []
+    const deliver = await over2(t, app => {
+      app.addHook('preHandler', async (_request, reply) => { setTimeout(() => reply.send(Object.assign(new Error('slow'), { statusCode: 504 })), 20) })
+      app.openaiWebhook.on('batch.failed', async () => { await finish.promise }).onError(error => {
+        told.push(`${(error as FastifyError).code}`)
+        reported.resolve()
+      })
+    }, { deadline: 60 })
+    t.equal(await deliver(sign(thin('batch.failed'))), 504)
+    await reported.promise
+    t.same(told, ['FST_OPENAI_WEBHOOK_DEADLINE'])
+    finish.resolve()
+  })
+
   t.test('and then the deadline answers and reports nothing more', async t => {
     const finish = deferred()
     const told: string[] = []
