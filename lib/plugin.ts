@@ -70,7 +70,7 @@ async function openaiWebhook (instance: FastifyInstance, options: OpenAIWebhookO
   // preClose runs before every onClose hook, so that the app's databases are still open while the handlers are drained. onClose waits for the rest.
   instance.addHook('preClose', async () => {
     // At once, because Fastify runs the hooks one after the other: each `closeTimeout` would begin when the one before is over.
-    for (const closed of registrations) closed().catch(() => {}) // its own hook fails
+    for (const closeEach of registrations) closeEach().catch(() => {}) // reported by the hook of that registration
     await within(close(), hookTime(instance), () => {})
   })
   instance.addHook('onClose', close)
