@@ -1,9 +1,9 @@
 import Fastify from 'fastify'
-import type { FastifyInstance, FastifyReply } from 'fastify'
+import type { FastifyInstance, FastifyReply, FastifyServerOptions } from 'fastify'
 import t from 'tap'
 import type { Test } from 'tap'
 import openaiWebhook from '../../lib/index.ts'
-import { SECRET, build, outcome, post, sign, thin } from '../support/deliveries.ts'
+import { SECRET, build, outcome, post, sign, stoppedClock, thin } from '../support/deliveries.ts'
 import { capturedLog, deferred, listen, redelivered } from '../support/observe.ts'
 
 // Somebody else answers, or has a hand in the answer: a hook's own time limit, a hook that wraps `reply.send`, an onRoute hook.
@@ -121,6 +121,33 @@ t.test('a hook that answers while an async onError hook holds the refusal is tol
   t.equal(await answering, '503 DEADLINE')
   over.resolve()
 })
+
+for (const url of ['/webhooks/openai', '/own']) {
+  t.test(`a handlerTimeout that is over while an async onError hook holds the deadline's refusal changes nothing: ${url}`, async t => {
+    const [started, holding, held, over] = [deferred(), deferred(), deferred(), deferred()]
+    const app = await build(t, { deadline: 10 }, { handlerTimeout: 20 } as FastifyServerOptions)
+    app.addHook('onError', async () => {
+      holding.resolve()
+      await held.promise
+    })
+    const handler = async (): Promise<void> => {
+      started.resolve()
+      await over.promise
+    }
+    app.openaiWebhook.on('batch.failed', handler)
+    app.post('/own', marked, handler)
+    await app.ready()
+    const clock = stoppedClock(t)
+    const answering = outcome(app, delivered(), url)
+    await started.promise
+    clock.advance(10)
+    await holding.promise
+    clock.advance(10)
+    held.resolve()
+    t.equal(await answering, '503 DEADLINE')
+    over.resolve()
+  })
+}
 
 t.test('a hook that answers while the own handler runs, which throws', async t => {
   const { app, interrupt } = await interrupted(t)
